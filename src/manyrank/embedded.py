@@ -1,0 +1,2 @@
+EMBEDDED = "embedded"
+def ensure(): raise NotImplementedError

@@ -1,0 +1,181 @@
+"""Recipe and machine to a command, then run it. A `LaunchPlan` is a plain value: what is shown is what runs.
+
+    python       one process: this process becomes `python -m manyrank.train`
+    accelerate   `accelerate launch --config_file accelerate_configs/NAME.yaml ... -m manyrank.train`
+    torchrun     `torchrun ... -m manyrank.train --strategy NAME`; the train module applies the same file
+
+The launchers of accelerate and torch run inside this process, so that a worker's exit code is ours.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .config import TrainConfig, asset
+from .errors import EXIT_FAILED, UserError
+from .hardware import Hardware
+from .options import CommandLine, Where
+
+LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the plan as JSON, for launch.json in the run's folder
+
+# glibc gives big freed buffers back to the system at once, and every step faults them in again (1.25 times slower).
+CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """argv and environment of the launch on one machine, and the files it reads."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        variables = "".join(f"{key}={shlex.quote(value)} \\\n" for key, value in self.env.items())
+        return variables + shlex.join(self.argv)
+
+
+def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tuple[str, int]:
+    """The strategy, and the number of processes on this machine.
+
+    Raises:
+        UserError: several processes without GPUs, and nobody said how many.
+    """
+    gpus = len(hardware.gpus)
+    nproc = where.nproc or (1 if config.strategy in (None, "single") and gpus < 2 else gpus)
+    if config.strategy == "single":
+        nproc = where.nproc or 1
+    if nproc == 0:
+        raise UserError(
+            f"strategy {config.strategy} on a machine without GPUs", where="nproc", fix="say how many processes: --nproc 2"
+        )
+    return config.strategy or ("single" if nproc * where.nnodes == 1 else "ddp"), nproc
+
+
+def plan(line: CommandLine, *, strategy: str, nproc: int, output_dir: str, hardware: Hardware) -> LaunchPlan:
+    """The command of one machine.
+
+    Raises:
+        UserError: several machines without an endpoint, or `via python` for more than one process.
+    """
+    where = line.where
+    if where.nnodes > 1 and not where.rdzv_endpoint:
+        raise UserError(f"{where.nnodes} machines, and no endpoint", where="rdzv_endpoint", fix="give HOST:PORT of machine 0")
+    via = where.via or ("python" if strategy == "single" and nproc * where.nnodes == 1 else "accelerate")
+    if via == "python" and (strategy != "single" or nproc * where.nnodes > 1):
+        raise UserError("via python starts one process of strategy single", where="via", fix="use accelerate or torchrun")
+    train = ["-m", "manyrank.train", *_train_arguments(line, strategy, output_dir)]
+    head = {"python": _python, "accelerate": _accelerate, "torchrun": _torchrun}[via](strategy, nproc, where)
+    env = {"OMP_NUM_THREADS": str(max(1, hardware.cpu_cores // nproc)), **({} if hardware.gpus else CPU_ALLOCATOR)}
+    return LaunchPlan(
+        argv=(*head, *train),
+        env={key: os.environ.get(key, value) for key, value in env.items()},  # what the user has set stands
+        files=tuple(str(file) for file in _files(strategy)),
+    )
+
+
+def _train_arguments(line: CommandLine, strategy: str, output_dir: str) -> list[str]:
+    given = {entry.split("=")[0] for entry in line.argv}
+    extra = [f"--strategy={strategy}"] if "--strategy" not in given else []
+    extra += [f"--output_dir={output_dir}"] if "--output_dir" not in given else []
+    return [*line.argv, *extra]
+
+
+def _files(strategy: str) -> list[Path]:
+    ds = asset("ds_configs", f"{strategy}.json")
+    return [_shown(asset("accelerate_configs", f"{strategy}.yaml"))] + ([_shown(ds)] if ds.exists() else [])
+
+
+def _shown(path: Path) -> Path:
+    """Relative where that is shorter and the same."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _python(strategy: str, nproc: int, where: Where) -> list[str]:
+    return [sys.executable]
+
+
+def _accelerate(strategy: str, nproc: int, where: Where) -> list[str]:
+    config, *deepspeed = _files(strategy)
+    argv = ["accelerate", "launch", "--config_file", str(config)]
+    if deepspeed:  # the YAML names it relative to the project's root
+        argv += ["--deepspeed_config_file", str(deepspeed[0])]
+    argv += ["--num_processes", str(nproc * where.nnodes), "--num_machines", str(where.nnodes)]
+    if where.nnodes == 1:
+        return [*argv, "--main_process_port", "0"]  # any free one: several runs may share a machine
+    host, _, port = where.rdzv_endpoint.rpartition(":")
+    return [
+        *argv, "--machine_rank", str(where.node_rank), "--main_process_ip", host, "--main_process_port", port,
+        "--rdzv_backend", "c10d",
+    ]  # fmt: skip
+
+
+def _torchrun(strategy: str, nproc: int, where: Where) -> list[str]:
+    argv = ["torchrun", "--nproc_per_node", str(nproc), "--nnodes", str(where.nnodes)]
+    if where.nnodes == 1:
+        return [*argv, "--standalone"]
+    return [
+        *argv, "--node_rank", str(where.node_rank), "--rdzv_backend", "c10d", "--rdzv_id", "manyrank",
+        "--rdzv_endpoint", where.rdzv_endpoint,
+    ]  # fmt: skip
+
+
+def run(launch: LaunchPlan) -> int:
+    """Run a plan in this process; `python` replaces it.
+
+    Returns:
+        The exit code of the worker that ended first with an error, or 0.
+    """
+    os.environ.update(launch.env)
+    os.environ[LAUNCH_VARIABLE] = json.dumps(asdict(launch))
+    sys.stdout.flush()
+    if launch.argv[0] == sys.executable:
+        os.execv(sys.executable, launch.argv)
+    logging.disable(logging.ERROR)  # the agents report a worker's failure in 30 lines; the worker has said it in three
+    from subprocess import CalledProcessError
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        _run_in_process(launch.argv)
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+    except CalledProcessError as failed:
+        code = failed.returncode
+    else:
+        return 0
+    return code if code > 0 else EXIT_FAILED if code == 0 else 128 - code
+
+
+def _run_in_process(argv: tuple[str, ...]) -> None:
+    if argv[0] == "torchrun":
+        from torch.distributed.run import main
+
+        main(list(argv[1:]))
+        return
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launch_command(launch_command_parser().parse_args(list(argv[2:])))
+
+
+def output_dir(config: TrainConfig, line: CommandLine) -> str:
+    """The run's folder: as given, else that of the resumed checkpoint, else output/NAME, output/NAME-2, ... that is free."""
+    if config.output_dir:
+        return config.output_dir
+    resume = config.resume_from_checkpoint
+    if resume and resume != "auto":
+        return str(Path(resume).parent)
+    base = Path("output") / (Path(line.recipe).stem if line.recipe else "run")
+    if resume or line.where.nnodes > 1:  # every machine must come to the same name
+        return str(base)
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return str(folder)

@@ -1,0 +1,202 @@
+"""Decide how to load a model, then load it: a `LoadPlan` is a plain value, made from the recipe and the strategy."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from .attention import use_packed_attention
+from .config import TrainConfig
+from .embedded import EMBEDDED, ensure
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How this rank gets the base model.
+
+    Attributes:
+        name: a folder or a hub name.
+        dtype: of the weights that are not quantised.
+        quantization: None, "nf4" or "int8".
+        device_map: where quantised weights go; None leaves placing to accelerate.
+        skeleton: make the modules without weights; FSDP sends this rank its shards from rank 0.
+    """
+
+    name: str
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    quantization: str | None
+    device_map: dict | None
+    skeleton: bool
+    trust_remote_code: bool
+
+
+def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> LoadPlan:
+    """Decide from the recipe and from what came up."""
+    compute = torch.bfloat16 if bf16 else torch.float32
+    quantization = {"qlora": "nf4", "int8": "int8"}.get(config.method)
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    zero3 = accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
+    return LoadPlan(
+        name=resolve_name(config.model_name_or_path),
+        # What is trained whole keeps float32 weights; the forward runs in the compute type all the same.
+        dtype=torch.float32 if config.method == "full" else compute,
+        compute_dtype=compute,
+        quantization=quantization,
+        device_map={"": accelerator.device} if quantization and not zero3 else None,
+        skeleton=bool(
+            fsdp
+            and not quantization  # accelerate 1.15 cannot send 4-bit weights to other ranks (fsdp2_prepare_model)
+            and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+            and not accelerator.is_main_process
+        ),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def resolve_name(name: str) -> str:
+    return str(ensure()) if name == EMBEDDED else name
+
+
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the recipe's chat template if it names one.
+
+    Raises:
+        UserError: it cannot be loaded, is not a fast one, or has no chat template.
+    """
+    name = resolve_name(config.model_name_or_path)
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    if config.chat_template:
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template", where=name, fix="give one: --chat_template FILE.jinja")
+    if not tokenizer.is_fast:
+        raise UserError("the tokenizer has no fast version", where=name, fix="convert it to a tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(plan: LoadPlan, config: TrainConfig) -> torch.nn.Module:
+    """Load the base and put adapters on it; the same start on every rank and strategy for a seed.
+
+    Raises:
+        UserError: the model cannot be loaded, packed or given these adapters.
+    """
+    model = _with_adapters(_skeleton(plan) if plan.skeleton else _base(plan), config)
+    if plan.skeleton:
+        _give_addresses(model)
+    return model
+
+
+def _with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    model.config.use_cache = False
+    if config.packing == "step":
+        use_packed_attention(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not config.uses_lora:
+        return model
+    model.requires_grad_(False)
+    set_seed(config.seed)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:  # peft: no module has such a name
+        raise UserError(str(error), where="lora_target_modules", fix="name linear layers of the model, or all-linear") from None
+
+
+def _base(plan: LoadPlan) -> torch.nn.Module:
+    options = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code, "attn_implementation": "sdpa"}
+    if plan.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=plan.compute_dtype,
+            # Packed into the compute type, the 4-bit base can be sharded; as bytes FSDP2 would copy it to every rank.
+            bnb_4bit_quant_storage=plan.compute_dtype,
+        )
+    elif plan.quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if plan.device_map:
+        options["device_map"] = plan.device_map
+    with _loading(plan.name):
+        return AutoModelForCausalLM.from_pretrained(plan.name, **options)
+
+
+def _skeleton(plan: LoadPlan) -> torch.nn.Module:
+    with _loading(plan.name):
+        config = AutoConfig.from_pretrained(plan.name, trust_remote_code=plan.trust_remote_code)
+    with init_empty_weights(include_buffers=False):  # buffers that are not in a checkpoint keep their values
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code, attn_implementation="sdpa"
+        )
+    model.tie_weights()
+    return model
+
+
+def _give_addresses(model: torch.nn.Module) -> None:
+    """Put the trained parameters of a skeleton into (untouched, so not resident) host memory.
+
+    accelerate 1.15 finds the optimizer's parameters again by their address (Accelerator._prepare_fsdp2), and on the
+    meta device all have address 0: the optimizer would hold one parameter many times. Values come from rank 0.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and parameter.is_meta:
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    model.tie_weights()
+
+
+@contextlib.contextmanager
+def _loading(name: str):
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"cannot load the model: {str(error).splitlines()[0]}",
+            where=f"model_name_or_path {name}",
+            fix="give a folder with config.json, weights and tokenizer, or a hub name that can be reached",
+        ) from None
+
+
+@contextlib.contextmanager
+def evaluation_mode(wrapped: torch.nn.Module):
+    """No dropout, no gradients; training mode afterwards.
+
+    bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 at the first eval-mode forward of a Linear4bit on a CPU, in
+    place; sharding, saving and merging then read garbage. Those layers, which have no dropout of their own, stay as they
+    are. It can go when Linear4bit.forward repacks a copy.
+    """
+    wrapped.eval()
+    for module in wrapped.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        wrapped.train()

@@ -1,0 +1,235 @@
+"""Combinations that are known not to work, checked before a process starts. One table, no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import Resolved, TrainConfig
+from .errors import UserError
+from .formats import BadRow, detect, read_rows, to_messages
+from .hardware import Hardware
+
+SHARDED = ("fsdp", "fsdp_offload", "zero3", "zero3_offload")
+ZERO = ("zero2", "zero3", "zero3_offload")
+# The trackers of transformers, by the package that each needs.
+TRACKERS = {
+    "wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "comet_ml": "comet_ml", "neptune": "neptune",
+    "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio", "codecarbon": "codecarbon",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A resolved recipe and where it is to run."""
+
+    resolved: Resolved
+    strategy: str
+    nproc: int  # on this machine
+    world_size: int
+    hardware: Hardware
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.resolved.config
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken` says what is wrong, or None. `keys` are the options that the user set or may set."""
+
+    name: str
+    keys: tuple[str, ...]
+    broken: Callable[[Situation], str | None]
+    fix: str
+
+
+def _batch_product(s: Situation) -> str | None:
+    c = s.config
+    if not (c.global_batch_size and c.gradient_accumulation_steps):
+        return None
+    product = c.per_device_train_batch_size * c.gradient_accumulation_steps * s.world_size
+    if product == c.global_batch_size:
+        return None
+    return (
+        f"{c.per_device_train_batch_size} examples x {c.gradient_accumulation_steps} accumulation x {s.world_size} "
+        f"processes = {product}, not global_batch_size {c.global_batch_size}"
+    )
+
+
+def _batch_divides(s: Situation) -> str | None:
+    batch = s.config.batch(s.world_size)
+    if batch % s.world_size:
+        return f"a global batch of {batch} examples does not divide over {s.world_size} processes"
+    micro = s.config.per_device_train_batch_size
+    if s.config.packing == "none" and batch % (micro * s.world_size):
+        return f"a global batch of {batch} examples does not divide into {s.world_size} processes x {micro} padded rows"
+    return None
+
+
+def _tracker(s: Situation) -> str | None:
+    for name in s.config.report_to:
+        if name not in TRACKERS:
+            return f"there is no tracker {name!r}; known: none, {', '.join(TRACKERS)}"
+        if importlib.util.find_spec(TRACKERS[name]) is None:
+            return f"tracker {name} needs the package {TRACKERS[name]}, which is not installed"
+    return None
+
+
+def _unless(wrong: Callable[[Situation], bool], what: str) -> Callable[[Situation], str | None]:
+    return lambda s: what.format(s=s, c=s.config, gpus=len(s.hardware.gpus)) if wrong(s) else None
+
+
+RULES = (
+    Rule(
+        "one process for single", ("strategy",),
+        _unless(lambda s: s.strategy == "single" and s.world_size > 1, "strategy single with {s.world_size} processes"),
+        "use ddp, or one process",
+    ),
+    Rule(
+        "a GPU for each process", ("nproc",),
+        _unless(
+            lambda s: bool(s.hardware.gpus) and s.nproc > len(s.hardware.gpus),
+            "{s.nproc} processes on a machine with {gpus} GPUs",
+        ),
+        "start at most one process for each GPU (--nproc)",
+    ),
+    Rule(
+        "bf16 where it is native", ("bf16",),
+        _unless(lambda s: s.config.bf16 is True and not s.hardware.has_bf16, "bf16 is not supported by this machine"),
+        "set bf16: false",
+    ),
+    Rule(
+        "offload needs a GPU", ("strategy",),
+        _unless(
+            lambda s: s.strategy == "fsdp_offload" and not s.hardware.gpus,
+            "fsdp_offload moves shards between host and GPU memory, and there is no GPU",
+        ),
+        "use fsdp on CPUs",
+    ),
+    Rule(
+        "no 8-bit base in shards", ("method", "strategy"),
+        _unless(lambda s: s.config.method == "int8" and s.strategy in SHARDED, "int8 weights cannot be sharded ({s.strategy})"),
+        "use method qlora, or strategy ddp or zero2",
+    ),
+    Rule(
+        "torch optimizers in shards", ("optim", "strategy"),
+        _unless(
+            lambda s: s.config.optim not in ("adamw_torch", "sgd") and s.strategy in (*SHARDED, *ZERO),
+            "{c.optim} keeps 8-bit or paged state that {s.strategy} cannot shard",
+        ),
+        "use optim adamw_torch: sharding makes its state small already",
+    ),
+    Rule(
+        "AdamW under offload", ("optim", "strategy"),
+        _unless(
+            lambda s: s.config.optim == "sgd" and s.strategy == "zero3_offload",
+            "zero3_offload steps on the CPU with DeepSpeed's AdamW; {c.optim} is not known there",
+        ),
+        "use optim adamw_torch",
+    ),
+    Rule("batch adds up", ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"), _batch_product,
+         "leave one of the three away"),
+    Rule("batch divides", ("global_batch_size", "per_device_train_batch_size"), _batch_divides,
+         "choose a multiple"),
+    Rule(
+        "validation needs data", ("eval_steps", "eval_data_path"),
+        _unless(lambda s: bool(s.config.eval_steps) and not s.config.eval_data_path, "eval_steps without eval_data_path"),
+        "give --eval_data_path",
+    ),
+    Rule(
+        "validation data needs steps", ("eval_steps", "eval_data_path"),
+        _unless(lambda s: bool(s.config.eval_data_path) and not s.config.eval_steps, "eval_data_path without eval_steps"),
+        "say how often with --eval_steps",
+    ),
+    Rule(
+        "the best needs validation", ("load_best_model_at_end", "early_stopping_patience"),
+        _unless(
+            lambda s: (s.config.load_best_model_at_end or bool(s.config.early_stopping_patience)) and not s.config.eval_steps,
+            "the best model and early stopping need validation",
+        ),
+        "give --eval_data_path and --eval_steps",
+    ),
+    Rule("trackers are there", ("report_to",), _tracker, "install the package, or choose another tracker"),
+)  # fmt: skip
+
+
+def check(situation: Situation) -> None:
+    """Check the table, then the files that the recipe names.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    for rule in RULES:
+        problem = rule.broken(situation)
+        if problem:
+            raise UserError(problem, where=situation.resolved.where(*rule.keys), fix=rule.fix)
+    for problem in _file_problems(situation.resolved):
+        raise problem
+
+
+def _file_problems(resolved: Resolved) -> Iterator[UserError]:
+    config = resolved.config
+    for key in ("data_path", "eval_data_path"):
+        if getattr(config, key):
+            check_data(Path(getattr(config, key)), config.format_type)
+    if config.chat_template and not Path(config.chat_template).is_file():
+        yield UserError(
+            f"there is no file {config.chat_template}", where=resolved.where("chat_template"), fix="name a Jinja file"
+        )
+    yield from _model_problems(resolved)
+
+
+def check_data(path: Path, format_type: str) -> None:
+    """Read the first row as the run will.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    number, row = next(read_rows(path))
+    where = f"{path}, row {number}"
+    try:
+        to_messages(row, detect(row, where=where) if format_type == "auto" else format_type)
+    except BadRow as problem:
+        raise UserError(str(problem), where=where, fix="mend or remove the row, or set format_type") from None
+
+
+def _model_problems(resolved: Resolved) -> Iterator[UserError]:
+    name, where = resolved.config.model_name_or_path, resolved.where("model_name_or_path")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")):
+            yield UserError(f"there is no folder {name}", where=where, fix="check the path")
+        return
+    if not (folder / "config.json").is_file():
+        yield UserError(f"{name} has no config.json", where=where, fix="name the folder of a whole model")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        yield UserError(f"{name} has no weights", where=where, fix="it needs *.safetensors (or *.bin) files")
+    if not resolved.config.chat_template and not _has_chat_template(folder):
+        yield UserError("the tokenizer has no chat template", where=where, fix="give one: --chat_template FILE.jinja")
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
+    """Refuse to write among another run's files.
+
+    Raises:
+        UserError: the folder has files, and this run does not resume.
+    """
+    if config.dry_run or config.resume_from_checkpoint or not output_dir.exists():
+        return
+    if not output_dir.is_dir() or any(output_dir.iterdir()):
+        raise UserError(
+            f"the output folder {output_dir} is not empty",
+            where="output_dir",
+            fix="choose another --output_dir, or continue that run with --resume_from_checkpoint auto",
+        )

@@ -1,0 +1,183 @@
+"""One run from recipe to final_model: bring everything up, train, and tell the user what happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from . import checkpoint, metrics, strategy
+from .config import TrainConfig
+from .data import prepare
+from .errors import UserError
+from .generate import answers
+from .model import evaluation_mode, load_model, load_tokenizer, plan_load
+from .optim import build_optimizer
+from .runtime import Runtime
+from .runtime import prepare as prepare_runtime
+from .topology import Topology
+from .trainer import Trainer, total_steps
+
+# What shapes the result; a resumed run must not differ in it.
+IDENTITY = (
+    "model_name_or_path", "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "data_path", "max_length",
+    "overlong", "packing", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "seed",
+)  # fmt: skip
+
+
+@dataclass
+class Session:
+    """Everything that one rank has in memory."""
+
+    config: TrainConfig
+    runtime: Runtime
+    tokenizer: PreTrainedTokenizerBase
+    trainer: Trainer
+    output_dir: Path
+    resume_from: Path | None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.runtime.accelerator
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, flush=True)
+
+    def dry_run(self) -> None:
+        """Load everything, one step forward and backward, save nothing."""
+        started = time.perf_counter()
+        result = self.trainer.dry_step()
+        facts = self.runtime.facts()
+        peak = metrics.peak_memory(self.accelerator.device.type)
+        self.say(
+            f"dry run: strategy came up as {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
+            f"{self.trainer.total_steps} steps of {self.trainer.batch_size} examples would follow\n"
+            f"dry run: one step, {result.tokens:,} tokens, loss {result.loss:.4f}, {time.perf_counter() - started:.1f} s, "
+            f"peak memory {peak / 2**30:.2f} GiB a process; nothing was saved"
+        )
+
+    def run(self) -> None:
+        """Train, save final_model, show the answers to the recipe's questions before and after."""
+        if self.resume_from:
+            self.trainer.resume(self.resume_from)
+            self.say(f"resumed from {self.resume_from}, step {self.trainer.state.global_step}")
+        self._write_facts()
+        before = self._answers()
+        self.trainer.train()
+        final = self.save_final_model()
+        for question, old, new in zip(self.config.sample_questions, before, self._answers()):
+            self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
+        self.say(f"\nfinal model: {final}")
+
+    def save_final_model(self) -> Path:
+        """Write final_model/, complete or not at all."""
+        final, partial = self.output_dir / "final_model", self.output_dir / "final_model.partial"
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        bf16 = self.runtime.facts().precision == "bf16"
+        checkpoint.save_weights(self.runtime, partial, dtype=torch.bfloat16 if self.config.method == "full" and bf16 else None)
+        if main:
+            self.tokenizer.save_pretrained(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+
+    def _answers(self) -> list[str]:
+        if not self.config.sample_questions:
+            return []
+        with evaluation_mode(self.runtime.wrapped):
+            return answers(
+                self.runtime.wrapped,
+                self.runtime.model,
+                self.tokenizer,
+                self.config.sample_questions,
+                max_new_tokens=self.config.sample_max_new_tokens,
+            )
+
+    def _write_facts(self) -> None:
+        facts = self.runtime.facts()
+        if self.accelerator.is_main_process:
+            (self.output_dir / "logs").mkdir(parents=True, exist_ok=True)
+            (self.output_dir / "logs" / "strategy.json").write_text(json.dumps(facts.as_dict(), indent=1))
+            metrics.rewind(self.output_dir, self.trainer.state.global_step)
+
+
+def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16: bool) -> Session:
+    """Start the strategy, read the data, load and wrap the model.
+
+    Raises:
+        UserError: something that only shows now is wrong: a row, the model, a checkpoint.
+    """
+    _prepare_environment(config, output_dir)
+    resume_from = checkpoint.find(output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    if resume_from and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
+        batch = json.loads((resume_from / "run.json").read_text())["global_batch_size"]
+        config = config.model_copy(update={"global_batch_size": batch})
+    tokenizer = load_tokenizer(config)
+    accelerator = strategy.start(config, place, bf16=bf16)
+    train = prepare(config.data_path, tokenizer, config)
+    evaluation = prepare(config.eval_data_path, tokenizer, config) if config.eval_data_path else None
+    if accelerator.is_main_process:
+        print(f"training data: {train.describe()}", flush=True)
+        if evaluation:
+            print(f"validation data: {evaluation.describe()}", flush=True)
+        if config.trust_remote_code:
+            print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
+    model = load_model(plan_load(config, accelerator, bf16=bf16), config)
+    runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
+    torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
+    batch_size = config.batch(accelerator.num_processes)
+    run = {key: getattr(config, key) for key in IDENTITY} | {
+        "global_batch_size": batch_size,
+        "examples": len(train),
+        "tokens": int(train.lengths.sum()),
+        "total_steps": total_steps(config, -(-len(train) // batch_size)),
+        "bf16": bf16,
+    }
+    if resume_from:
+        _refuse_changes(resume_from, run)
+    trainer = Trainer(config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run)
+    return Session(config, runtime, tokenizer, trainer, output_dir, resume_from)
+
+
+def _prepare_environment(config: TrainConfig, output_dir: Path) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    transformers_logging.disable_progress_bar()  # of reading weights, once for each rank
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that an optional kernel package is not there
+    if "wandb" in config.report_to:
+        os.environ.setdefault("WANDB_DIR", str(output_dir))
+        if config.wandb_project:
+            os.environ["WANDB_PROJECT"] = config.wandb_project
+
+
+def _refuse_changes(folder: Path, run: dict) -> None:
+    changed = checkpoint.changes(folder, run)
+    if changed:
+        raise UserError(
+            f"the resumed run would not be the same: {'; '.join(changed)}",
+            where=str(folder),
+            fix="give the values of the checkpoint, or start a new run",
+        )
+
+
+def _one_line(text: str) -> str:
+    return " / ".join(line for line in text.splitlines() if line.strip())

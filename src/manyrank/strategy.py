@@ -1,0 +1,179 @@
+"""Bring up the strategy that was asked for, and prove that it came up.
+
+`accelerate_configs/NAME.yaml` is the one truth. `accelerate launch` applies it to the environment; under torchrun and
+srun `start` applies the same file, with accelerate's own code. What differs on CPUs (gloo, FSDP2, DeepSpeed's
+accelerator) is decided here, from what the machine has. `runtime` then runs the steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+
+from .config import TrainConfig, asset
+from .errors import UserError
+from .fsdp_on_cpu import promote_to_fsdp
+from .topology import Topology
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an accelerate config asks for."""
+
+    distributed_type: str  # NO, MULTI_GPU, FSDP or DEEPSPEED
+    zero_stage: int = 0
+    offload: bool = False
+
+
+def config_file(name: str) -> Path:
+    """The accelerate config of a strategy."""
+    return asset("accelerate_configs", f"{name}.yaml")
+
+
+def wanted(name: str) -> Wanted:
+    """Read what a strategy's accelerate config (and the DeepSpeed JSON that it names) asks for."""
+    content = yaml.safe_load(config_file(name).read_text())
+    if content["distributed_type"] == "DEEPSPEED":
+        zero = json.loads(asset(content["deepspeed_config"]["deepspeed_config_file"]).read_text())["zero_optimization"]
+        return Wanted("DEEPSPEED", zero["stage"], "offload_param" in zero or "offload_optimizer" in zero)
+    offload = bool(content.get("fsdp_config", {}).get("fsdp_offload_params"))
+    return Wanted(content["distributed_type"], offload=offload)
+
+
+def launched_by_accelerate(environ=os.environ) -> bool:
+    """Whether `accelerate launch` has already applied a config."""
+    return "ACCELERATE_MIXED_PRECISION" in environ
+
+
+def default_strategy(topology: Topology) -> str:
+    return "single" if topology.world_size == 1 else "ddp"
+
+
+def config_environment(name: str, world_size: int) -> dict[str, str]:
+    """The ACCELERATE_* and FSDP_* variables that `accelerate launch --config_file` would set, by accelerate's own code."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import launch
+
+    argv = ["--config_file", str(config_file(name)), "--num_processes", str(world_size), "--num_machines", "1"]
+    argv += ["--main_process_port", "0", "-m", "manyrank.train"]
+    if wanted(name).distributed_type == "DEEPSPEED":
+        argv[2:2] = ["--deepspeed_config_file", str(asset("ds_configs", f"{name}.json"))]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, environment = launch.prepare_deepspeed_cmd_env(args)
+    elif args.use_fsdp or args.multi_gpu:
+        environment = launch.prepare_multi_gpu_env(args)
+    else:
+        _, environment = launch.prepare_simple_launcher_cmd_env(args)
+    return {key: value for key, value in environment.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
+    """Start the process group and the Accelerator, and check that they are what was asked for.
+
+    Raises:
+        UserError: the strategy needs a launcher or a GPU, or another one was started than asked for.
+    """
+    name = config.strategy or (None if launched_by_accelerate() else default_strategy(topology))
+    if not launched_by_accelerate():
+        os.environ.update(config_environment(name, topology.world_size))
+    _needs_launcher(name)
+    accelerator = _accelerator(config, bf16=bf16, on_cpu=not torch.cuda.is_available())
+    _check(accelerator, name, topology, bf16=bf16)
+    return accelerator
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def _needs_launcher(name: str | None) -> None:
+    if "LOCAL_RANK" not in os.environ and (_flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP")):
+        raise UserError(
+            f"strategy {name} needs a launcher",
+            where="python -m manyrank.train",
+            fix=f"start it with `manyrank train ... --strategy {name}`, torchrun or accelerate launch",
+        )
+
+
+def _accelerator(config: TrainConfig, *, bf16: bool, on_cpu: bool) -> Accelerator:
+    options = {
+        "mixed_precision": "bf16" if bf16 else "no",
+        "dataloader_config": DataLoaderConfiguration(),
+        "step_scheduler_with_optimizer": False,
+    }
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        if on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported
+            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+        return Accelerator(deepspeed_plugin=_deepspeed_plugin(config), **options)
+    if _flag("ACCELERATE_USE_FSDP"):
+        # Without an accelerator the plugin cannot pin host memory.
+        if on_cpu and _flag("FSDP_OFFLOAD_PARAMS"):
+            raise UserError("fsdp_offload needs a GPU", where="strategy", fix="use fsdp on CPUs")
+        plugin = FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise UserError("FSDP version 1 is not supported", where="the accelerate config", fix="set fsdp_version: 2")
+        accelerator = Accelerator(fsdp_plugin=plugin, cpu=on_cpu, **options)
+        if on_cpu:
+            promote_to_fsdp(accelerator, plugin)
+        return accelerator
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[ddp], **options)
+
+
+def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin:
+    plugin = DeepSpeedPlugin()
+    # The recipe owns these. Accumulation stays 1: the loop itself says which micro-batch is the last of a step.
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+    plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+    return plugin
+
+
+def _check(accelerator: Accelerator, name: str | None, topology: Topology, *, bf16: bool) -> None:
+    """Compare what came up with what was asked for; several of the libraries fall back without a word."""
+    found = {"processes": accelerator.num_processes, "precision": _precision(accelerator)}
+    asked = {"processes": topology.world_size, "precision": "bf16" if bf16 else "no"}
+    if name:
+        want = wanted(name)
+        found |= {"type": accelerator.distributed_type.value, "ZeRO stage": _zero_stage(accelerator)}
+        asked |= {"type": _types(want, topology), "ZeRO stage": want.zero_stage}
+        asked["type"] = found["type"] if found["type"] in asked["type"] else asked["type"][0]
+    differ = [f"{key} is {found[key]}, not {asked[key]}" for key in asked if found[key] != asked[key]]
+    if differ:
+        raise UserError(
+            f"what came up is not what was asked for: {'; '.join(differ)}",
+            where=f"strategy {name}" if name else "the accelerate config",
+            fix="give accelerate launch the --config_file of the same strategy, or leave --strategy away",
+        )
+
+
+def _types(want: Wanted, topology: Topology) -> list[str]:
+    if want.distributed_type == "MULTI_GPU":
+        return ["MULTI_GPU", "MULTI_CPU"] + (["NO"] if topology.world_size == 1 else [])
+    return [want.distributed_type]
+
+
+def _precision(accelerator: Accelerator) -> str:
+    if accelerator.deepspeed_plugin is not None:
+        return "bf16" if accelerator.deepspeed_plugin.get_value("bf16.enabled") else "no"
+    return accelerator.mixed_precision
+
+
+def _zero_stage(accelerator: Accelerator) -> int:
+    return accelerator.deepspeed_plugin.zero_stage if accelerator.deepspeed_plugin is not None else 0

@@ -1,0 +1,92 @@
+"""The shared train module: every launcher runs `python -m manyrank.train RECIPE [--key value ...]` on each rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import hardware, rules, topology
+from .config import Resolved, resolve
+from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, UserError
+from .launcher import LAUNCH_VARIABLE
+from .options import CommandLine, parse
+from .topology import Topology
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train on this rank.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 the user's input is wrong, 75 preempted after a complete checkpoint.
+    """
+    place = topology.from_environment()
+    return guarded(lambda: _train(parse(argv or sys.argv[1:], prog="python -m manyrank.train", launch=False), place), place)
+
+
+def guarded(work: Callable[[], None], place: Topology) -> int:
+    """Run `work` and turn its exceptions into messages and exit codes; on a machine, local rank 0 speaks for all."""
+    try:
+        work()
+    except UserError as error:
+        if place.local_rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        return EXIT_USER
+    except NonFiniteError as error:
+        if place.local_rank == 0:
+            print(f"stopped before the optimizer used it: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    except Preempted as stop:
+        return stop.code
+    except Exception:
+        print(f"rank {place.rank} failed:", file=sys.stderr)
+        traceback.print_exc()
+        return EXIT_FAILED
+    return 0
+
+
+def _train(line: CommandLine, place: Topology) -> None:
+    resolved = resolve(line.recipe, line.overrides)
+    config = resolved.config
+    output_dir = Path(config.output_dir or Path("output") / (Path(line.recipe).stem if line.recipe else "run"))
+    machine = hardware.probe()
+    _check_before_torch(resolved, place, machine, output_dir)
+
+    from .session import open_session
+
+    bf16 = config.bf16 is True or (config.bf16 == "auto" and bool(machine.gpus) and machine.has_bf16)
+    session = open_session(config, place, output_dir=output_dir, bf16=bf16)
+    try:
+        if config.dry_run:
+            session.dry_run()
+            return
+        if place.is_main:
+            _write_launch(output_dir, resolved)
+        session.run()
+    finally:
+        session.close()
+
+
+def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.Hardware, output_dir: Path) -> None:
+    strategy = resolved.config.strategy or ("single" if place.world_size == 1 else "ddp")
+    rules.check(
+        rules.Situation(
+            resolved, strategy, nproc=place.local_world_size, world_size=place.world_size, hardware=machine
+        )
+    )
+    if place.is_main:
+        rules.check_output_dir(resolved.config, output_dir)
+
+
+def _write_launch(output_dir: Path, resolved: Resolved) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(resolved.as_yaml(), encoding="utf-8")
+    launch = json.loads(os.environ.get(LAUNCH_VARIABLE) or json.dumps({"argv": sys.orig_argv}))
+    (output_dir / "launch.json").write_text(json.dumps(launch, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

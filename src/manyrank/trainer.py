@@ -1,0 +1,371 @@
+"""The training loop. It reads as the algorithm and names no backend.
+
+    for each step:  deal the step's examples -> forward and backward each micro-batch -> one sum over ranks
+                    -> is the loss finite? -> clip, is the norm finite? -> optimizer -> callbacks -> save?
+
+transformers' callbacks are driven from here: progress bar, trackers, early stopping and users' own ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object, patch_environment
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, ExportableState
+
+from . import checkpoint
+from .config import TrainConfig
+from .data import Examples, Step, StepLoader
+from .errors import NonFiniteError, Preempted, UserError
+from .loss import token_loss_sum
+from .metrics import RunLog, peak_memory
+from .model import evaluation_mode
+from .optim import advance, build_schedule
+from .runtime import Runtime
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the step's supervised tokens on all ranks, in nats. grad_norm: before clipping."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    stop_requested: bool
+
+
+class Trainer:
+    """Trains one prepared model.
+
+    Args:
+        output_dir: the run's folder; made when the training begins.
+        run: the values that a resumed run must share with this one.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Examples,
+        evaluation: Examples | None,
+        *,
+        output_dir: Path,
+        run: dict,
+    ) -> None:
+        self.config, self.runtime, self.tokenizer = config, runtime, tokenizer
+        self.output_dir, self.run = output_dir, run
+        accelerator = runtime.accelerator
+        self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
+        self.batch_size = config.batch(self.world)
+        self.loader = self._loader(train, config.per_device_train_batch_size, self.batch_size, config.seed)
+        eval_batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
+        self.eval_loader = self._loader(evaluation, eval_batch, eval_batch * self.world, None) if evaluation else None
+        self.total_steps = total_steps(config, self.loader.steps_per_epoch)
+        self.schedule = build_schedule(config, self.total_steps)
+        self.args = self._arguments()
+        self.state, self.control = self._state(), TrainerControl()
+        self.handler = CallbackHandler(self._callbacks(), runtime.model, tokenizer, runtime.optimizer, self.schedule)
+        self.losses: list[float] = []  # since the last line of metrics, as are the next two
+        self.seen_tokens, self.seconds = 0, 0.0
+        self.signalled = False
+
+    # The loop
+
+    def train(self) -> None:
+        """Train to the last step, or to the first stop that a callback asks for.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; the optimizer has not used it.
+            Preempted: a signal came; the checkpoint is complete.
+        """
+        handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        try:
+            self._loop()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _loop(self) -> None:
+        self._event("on_train_begin")
+        while self.state.global_step < self.total_steps and not self.control.should_training_stop:
+            number = self.state.global_step
+            if number % self.loader.steps_per_epoch == 0:
+                self._event("on_epoch_begin")
+            self._event("on_step_begin")
+            started = time.perf_counter()
+            result = self.train_step(self.loader.step(number))
+            advance(self.schedule)
+            self.seconds += time.perf_counter() - started
+            self._after_step(result)
+            if result.stop_requested:
+                self._save()
+                raise Preempted
+        if self.config.load_best_model_at_end and self.state.best_model_checkpoint:
+            checkpoint.load_weights(self.runtime, Path(self.state.best_model_checkpoint))
+        self._event("on_train_end")
+
+    def train_step(self, step: Step) -> StepResult:
+        """One optimizer step over this rank's micro-batches."""
+        losses = self._forward_backward(step)
+        local = torch.stack(losses).sum()
+        total, stops = self.runtime.sum(torch.stack([local, local.new_tensor(float(self.signalled))])).tolist()
+        if not math.isfinite(total):
+            raise NonFiniteError(f"the loss is {total} in {self._rows_of_bad(step, losses)}")
+        try:
+            norm = self.runtime.step(
+                learning_rate=self.schedule.get_last_lr()[0], max_grad_norm=self.config.max_grad_norm
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} in {self._rows_of_all(step)}") from None
+        return StepResult(total / step.supervised, norm, step.tokens, stops > 0)
+
+    def _forward_backward(self, step: Step) -> list[torch.Tensor]:
+        losses = []
+        # Every strategy averages gradients over ranks; the loss contract wants their sum over the step's tokens.
+        scale = self.world / step.supervised
+        for index, micro in enumerate(step.micro_batches):
+            last = index + 1 == len(step.micro_batches)
+            with self.runtime.forward_backward(last=last):
+                micro = micro.to(self.device)
+                loss = token_loss_sum(self.runtime.wrapped, micro.inputs, micro.positions, micro.targets)
+                self.runtime.backward(loss * scale, last=last)
+            losses.append(loss.detach())
+        return losses
+
+    def dry_step(self) -> StepResult:
+        """Forward and backward of the first step, without using the gradients."""
+        step = self.loader.step(0)
+        losses = self._forward_backward(step)
+        self.runtime.discard_gradients()
+        total = self.runtime.sum(torch.stack(losses).sum()).item()
+        return StepResult(total / step.supervised, math.nan, step.tokens, False)
+
+    # Validation
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss and perplexity over the supervised tokens of the validation data."""
+        total, supervised = torch.zeros((), device=self.device), 0
+        with evaluation_mode(self.runtime.wrapped):
+            for number in range(self.eval_loader.steps_per_epoch):
+                step = self.eval_loader.step(number)
+                supervised += step.supervised
+                for micro in (micro.to(self.device) for micro in step.micro_batches):
+                    total += token_loss_sum(self.runtime.wrapped, micro.inputs, micro.positions, micro.targets)
+        loss = self.runtime.sum(total).item() / supervised
+        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+
+    # What happens around a step
+
+    def _after_step(self, result: StepResult) -> None:
+        self.losses.append(result.loss)
+        self.seen_tokens += result.tokens
+        self.state.global_step += 1
+        self.state.num_input_tokens_seen += result.tokens
+        self.state.epoch = self.state.global_step / self.loader.steps_per_epoch
+        self._event("on_step_end")
+        if self.control.should_log:
+            self._log(self._measured(result))
+        if self.control.should_evaluate:
+            self._evaluate_and_compare()
+        if self.control.should_save:
+            self._save()
+        if self.state.global_step % self.loader.steps_per_epoch == 0:
+            self._event("on_epoch_end")
+
+    def _measured(self, result: StepResult) -> dict[str, float]:
+        logs = {
+            "loss": sum(self.losses) / len(self.losses),
+            "grad_norm": result.grad_norm,
+            "learning_rate": self.runtime.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": round(self.seen_tokens / self.seconds, 1),
+            "memory_gib": round(peak_memory(self.device.type) / 2**30, 3),
+        }
+        self.losses, self.seen_tokens, self.seconds = [], 0, 0.0
+        return logs
+
+    def _log(self, logs: dict[str, float]) -> None:
+        logs = {**logs, "epoch": round(self.state.epoch, 4)}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self._event("on_log", logs=logs)
+
+    def _evaluate_and_compare(self) -> None:
+        metrics = self.evaluate()
+        self._log(metrics)
+        self._event("on_evaluate", metrics=metrics)
+        if self.config.metric_for_best_model not in metrics:
+            raise UserError(
+                f"validation gives no {self.config.metric_for_best_model}",
+                where="metric_for_best_model",
+                fix=f"choose one of {', '.join(metrics)}",
+            )
+        value, best = metrics[self.config.metric_for_best_model], self.state.best_metric
+        if best is None or (value > best if self.config.greater_is_better else value < best):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+            if self.config.load_best_model_at_end:
+                self.state.best_model_checkpoint = str(self.output_dir / f"checkpoint-{self.state.global_step}")
+                self.control.should_save = True
+
+    def _event(self, name: str, **kwargs) -> None:
+        self.control = getattr(self.handler, name)(self.args, self.state, self.control, **kwargs)
+
+    # Saving and resuming
+
+    def _save(self) -> None:
+        state = {
+            "global_step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "num_input_tokens_seen": self.state.num_input_tokens_seen,
+            "best_metric": self.state.best_metric,
+            "best_global_step": self.state.best_global_step,
+            "best_model_checkpoint": self.state.best_model_checkpoint,
+            "log_history": self.state.log_history,
+            "callbacks": {type(c).__name__: c.state()["attributes"] for c in self._exportable()},
+        }
+        checkpoint.save(self.runtime, self.output_dir, self.state.global_step, state=state, run=self.run)
+        if self.main:
+            checkpoint.retain(self.output_dir, self.config.save_total_limit, self.state.best_model_checkpoint)
+        self._event("on_save")
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
+        state = checkpoint.load(self.runtime, folder, self._zero_step)
+        for name, attributes in state.pop("callbacks").items():
+            for callback in self._exportable():
+                if type(callback).__name__ == name:
+                    vars(callback).update(attributes)
+        vars(self.state).update(state)
+        advance(self.schedule, self.state.global_step)
+
+    def _zero_step(self) -> None:
+        """Forward and backward of a loss that is exactly zero."""
+        micro = self.loader.step(0).micro_batches[0].to(self.device)
+        with self.runtime.forward_backward(last=True):
+            nothing = micro.positions[:0]
+            self.runtime.backward(token_loss_sum(self.runtime.wrapped, micro.inputs, nothing, nothing), last=True)
+
+    def _on_signal(self, number, frame) -> None:
+        self.signalled = True
+
+    # Pieces
+
+    def _loader(self, examples: Examples, micro_batch: int, batch: int, seed: int | None) -> StepLoader:
+        return StepLoader(
+            examples=examples,
+            batch_size=batch,
+            micro_batch_size=micro_batch,
+            max_length=self.config.max_length,
+            packing=self.config.packing,
+            pad_token=self.tokenizer.pad_token_id,
+            rank=self.runtime.accelerator.process_index,
+            ranks=self.world,
+            seed=seed,
+        )
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        config = self.config
+        callbacks = [DefaultFlowCallback(), ProgressCallback(), RunLog(self.output_dir)]
+        callbacks += [cls() for cls in get_reporting_integration_callbacks(config.report_to)]
+        if config.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        return callbacks + [load_callback(path)() for path in config.callbacks]
+
+    def _exportable(self) -> list[ExportableState]:
+        return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
+
+    def _state(self) -> TrainerState:
+        return TrainerState(
+            max_steps=self.total_steps,
+            num_train_epochs=math.ceil(self.total_steps / self.loader.steps_per_epoch),
+            logging_steps=self.args.logging_steps,
+            eval_steps=self.args.eval_steps,
+            save_steps=self.args.save_steps,
+            train_batch_size=self.config.per_device_train_batch_size,
+            is_local_process_zero=self.runtime.accelerator.is_local_main_process,
+            is_world_process_zero=self.main,
+        )
+
+    def _arguments(self) -> TrainingArguments:
+        """The run in transformers' own words, for callbacks that look things up there."""
+        config = self.config
+        # It would set up DeepSpeed a second time, from a file whose "auto" values are still open.
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+            args = TrainingArguments(
+                output_dir=str(self.output_dir),
+                run_name=config.run_name or self.output_dir.name,
+                learning_rate=config.learning_rate,
+                lr_scheduler_type=config.lr_scheduler_type,
+                warmup_steps=config.warmup_steps,
+                num_train_epochs=config.num_train_epochs,
+                max_steps=self.total_steps,
+                per_device_train_batch_size=config.per_device_train_batch_size,
+                weight_decay=config.weight_decay,
+                max_grad_norm=config.max_grad_norm,
+                seed=config.seed,
+                logging_steps=config.logging_steps,
+                eval_strategy="steps" if self.eval_loader and config.eval_steps else "no",
+                eval_steps=config.eval_steps,
+                save_strategy="steps" if config.save_steps else "no",
+                save_steps=config.save_steps or 0,
+                save_total_limit=config.save_total_limit,
+                report_to=config.report_to or "none",
+                use_cpu=self.device.type == "cpu",
+                accelerator_config={"use_configured_state": True},
+                disable_tqdm=False,
+            )
+        # Set afterwards: transformers would demand a checkpoint at every validation; we save the best one by itself.
+        args.load_best_model_at_end = config.load_best_model_at_end
+        args.metric_for_best_model, args.greater_is_better = config.metric_for_best_model, config.greater_is_better
+        return args
+
+    def _rows_of_bad(self, step: Step, losses: list[torch.Tensor]) -> str:
+        bad = [micro.rows for micro, loss in zip(step.micro_batches, losses) if not torch.isfinite(loss)]
+        return self._named(sum(bad, []))
+
+    def _rows_of_all(self, step: Step) -> str:
+        return self._named(sum((micro.rows for micro in step.micro_batches), []))
+
+    def _named(self, rows: list[int]) -> str:
+        everyone = gather_object([(self.runtime.accelerator.process_index, rows)])
+        named = "; ".join(f"rank {rank}: rows {sorted(rows)}" for rank, rows in everyone if rows)
+        return f"step {self.state.global_step + 1} of {self.config.data_path} ({named})"
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def load_callback(path: str) -> type[TrainerCallback]:
+    """Import a user's callback class from "module:Class".
+
+    Raises:
+        UserError: there is no such module or class, or it is no TrainerCallback.
+    """
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import {path}: {error}", where="callbacks", fix="write module:Class") from None
+    if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
+        raise UserError(f"{path} is not a TrainerCallback class", where="callbacks", fix="derive it from TrainerCallback")
+    return found
