@@ -47,6 +47,7 @@ class Runtime:
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator, self.model = accelerator, model  # every strategy changes the model in place or wraps it
         self.wrapped, self.prepared_optimizer = accelerator.prepare(model, optimizer)
+        self.wrapped.train()  # models load in evaluation mode, without dropout
         self.trainable = trainable(self.model)
         held = [p for group in self.prepared_optimizer.param_groups for p in group["params"]]
         if self.keeps_parameters and sorted(map(id, held)) != sorted(map(id, self.trainable.values())):
@@ -248,7 +249,7 @@ class ZeroRuntime(Runtime):
         steps = torch.tensor(float(self.wrapped.global_steps))
         for name, parameter in self.trainable.items():
             moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in self._moments()}
-            yield name, {"step": steps, **moments}
+            yield name, {"step": steps.clone(), **moments}
 
     def _moments(self) -> list[str]:
         state = next(iter(self.optimizer.state.values()), {})

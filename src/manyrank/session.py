@@ -80,6 +80,7 @@ class Session:
         for question, old, new in zip(self.config.sample_questions, before, self._answers()):
             self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
         self.say(f"\nfinal model: {final}")
+        self.accelerator.wait_for_everyone()
 
     def save_final_model(self) -> Path:
         """Write final_model/, complete or not at all."""
@@ -98,6 +99,7 @@ class Session:
         return final
 
     def close(self) -> None:
+        """Leave the process group; after an error, without waiting for the others."""
         self.accelerator.end_training()
 
     def _answers(self) -> list[str]:
