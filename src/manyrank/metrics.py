@@ -1,32 +1,9 @@
-"""What a run writes down about itself: logs/metrics.jsonl and logs/training_log.txt, on rank 0."""
+"""What a run has written down about itself, and how much memory it took. No torch unless a GPU is asked about."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-
-from transformers import TrainerCallback
-
-
-class RunLog(TrainerCallback):
-    """Appends every logged dictionary to metrics.jsonl (for machines) and training_log.txt (for people)."""
-
-    def __init__(self, output_dir: Path) -> None:
-        self.folder = output_dir / "logs"
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
-        shown = "  ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
-        with (self.folder / "training_log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  step {state.global_step}/{state.max_steps}  {shown}\n")
 
 
 def read_metrics(output_dir: Path) -> list[dict]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,10 +159,7 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
 
 
 def _prepare_environment(config: TrainConfig, output_dir: Path) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     transformers_logging.disable_progress_bar()  # of reading weights, once for each rank
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that an optional kernel package is not there
     if "wandb" in config.report_to:
         os.environ.setdefault("WANDB_DIR", str(output_dir))
         if config.wandb_project:

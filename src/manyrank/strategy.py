@@ -16,7 +16,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
-    DataLoaderConfiguration,
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
@@ -92,7 +91,10 @@ def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator
     if not launched_by_accelerate():
         os.environ.update(config_environment(name, topology.world_size))
     _needs_launcher(name)
-    accelerator = _accelerator(config, bf16=bf16, on_cpu=not torch.cuda.is_available())
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which other packages do, too
+    accelerator = _accelerator(config, bf16=bf16, on_cpu=on_cpu)
     _check(accelerator, name, topology, bf16=bf16)
     return accelerator
 
@@ -111,14 +113,9 @@ def _needs_launcher(name: str | None) -> None:
 
 
 def _accelerator(config: TrainConfig, *, bf16: bool, on_cpu: bool) -> Accelerator:
-    options = {
-        "mixed_precision": "bf16" if bf16 else "no",
-        "dataloader_config": DataLoaderConfiguration(),
-        "step_scheduler_with_optimizer": False,
-    }
+    options = {"mixed_precision": "bf16" if bf16 else "no"}
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         if on_cpu:
-            os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported
             options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
         return Accelerator(deepspeed_plugin=_deepspeed_plugin(config), **options)
     if _flag("ACCELERATE_USE_FSDP"):
@@ -132,7 +129,7 @@ def _accelerator(config: TrainConfig, *, bf16: bool, on_cpu: bool) -> Accelerato
         if on_cpu:
             promote_to_fsdp(accelerator, plugin)
         return accelerator
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(cpu=on_cpu, kwargs_handlers=[ddp], **options)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -56,7 +58,7 @@ def _train(line: CommandLine, place: Topology) -> None:
     output_dir = Path(config.output_dir or Path("output") / (Path(line.recipe).stem if line.recipe else "run"))
     machine = hardware.probe()
     _check_before_torch(resolved, place, machine, output_dir)
-
+    _quiet()
     from .session import open_session
 
     bf16 = config.bf16 is True or (config.bf16 == "auto" and bool(machine.gpus) and machine.has_bf16)
@@ -81,6 +83,13 @@ def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.H
     )
     if place.is_main:
         rules.check_output_dir(resolved.config, output_dir)
+
+
+def _quiet() -> None:
+    """Before the big imports: no telemetry, and no remarks that every rank would repeat and nobody can act on."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package is not there
 
 
 def _write_launch(output_dir: Path, resolved: Resolved) -> None:

@@ -8,7 +8,6 @@ transformers' callbacks are driven from here: progress bar, trackers, early stop
 
 from __future__ import annotations
 
-import importlib
 import math
 import signal
 import time
@@ -16,26 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object, patch_environment
-from transformers import (
-    DefaultFlowCallback,
-    EarlyStoppingCallback,
-    PreTrainedTokenizerBase,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations import get_reporting_integration_callbacks
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from . import checkpoint
+from .callbacks import build_callbacks, training_arguments
 from .config import TrainConfig
 from .data import Examples, Step, StepLoader
 from .errors import NonFiniteError, Preempted, UserError
 from .loss import token_loss_sum
-from .metrics import RunLog, peak_memory
+from .metrics import peak_memory
 from .model import evaluation_mode
 from .optim import advance, build_schedule
 from .runtime import Runtime
@@ -82,9 +72,13 @@ class Trainer:
         self.eval_loader = self._loader(evaluation, eval_batch, eval_batch * self.world, None) if evaluation else None
         self.total_steps = total_steps(config, self.loader.steps_per_epoch)
         self.schedule = build_schedule(config, self.total_steps)
-        self.args = self._arguments()
+        self.args = training_arguments(
+            config, output_dir=output_dir, total_steps=self.total_steps, on_cpu=self.device.type == "cpu"
+        )
         self.state, self.control = self._state(), TrainerControl()
-        self.handler = CallbackHandler(self._callbacks(), runtime.model, tokenizer, runtime.optimizer, self.schedule)
+        self.handler = CallbackHandler(
+            build_callbacks(config, output_dir), runtime.model, tokenizer, runtime.optimizer, self.schedule
+        )
         self.losses: list[float] = []  # since the last line of metrics, as are the next two
         self.seen_tokens, self.seconds = 0, 0.0
         self.signalled = False
@@ -281,14 +275,6 @@ class Trainer:
             seed=seed,
         )
 
-    def _callbacks(self) -> list[TrainerCallback]:
-        config = self.config
-        callbacks = [DefaultFlowCallback(), ProgressCallback(), RunLog(self.output_dir)]
-        callbacks += [cls() for cls in get_reporting_integration_callbacks(config.report_to)]
-        if config.early_stopping_patience:
-            callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
-        return callbacks + [load_callback(path)() for path in config.callbacks]
-
     def _exportable(self) -> list[ExportableState]:
         return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
 
@@ -303,39 +289,6 @@ class Trainer:
             is_local_process_zero=self.runtime.accelerator.is_local_main_process,
             is_world_process_zero=self.main,
         )
-
-    def _arguments(self) -> TrainingArguments:
-        """The run in transformers' own words, for callbacks that look things up there."""
-        config = self.config
-        # It would set up DeepSpeed a second time, from a file whose "auto" values are still open.
-        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
-            args = TrainingArguments(
-                output_dir=str(self.output_dir),
-                run_name=config.run_name or self.output_dir.name,
-                learning_rate=config.learning_rate,
-                lr_scheduler_type=config.lr_scheduler_type,
-                warmup_steps=config.warmup_steps,
-                num_train_epochs=config.num_train_epochs,
-                max_steps=self.total_steps,
-                per_device_train_batch_size=config.per_device_train_batch_size,
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-                seed=config.seed,
-                logging_steps=config.logging_steps,
-                eval_strategy="steps" if self.eval_loader and config.eval_steps else "no",
-                eval_steps=config.eval_steps,
-                save_strategy="steps" if config.save_steps else "no",
-                save_steps=config.save_steps or 0,
-                save_total_limit=config.save_total_limit,
-                report_to=config.report_to or "none",
-                use_cpu=self.device.type == "cpu",
-                accelerator_config={"use_configured_state": True},
-                disable_tqdm=False,
-            )
-        # Set afterwards: transformers would demand a checkpoint at every validation; we save the best one by itself.
-        args.load_best_model_at_end = config.load_best_model_at_end
-        args.metric_for_best_model, args.greater_is_better = config.metric_for_best_model, config.greater_is_better
-        return args
 
     def _rows_of_bad(self, step: Step, losses: list[torch.Tensor]) -> str:
         bad = [micro.rows for micro, loss in zip(step.micro_batches, losses) if not torch.isfinite(loss)]
@@ -353,19 +306,3 @@ class Trainer:
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run."""
     return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-
-
-def load_callback(path: str) -> type[TrainerCallback]:
-    """Import a user's callback class from "module:Class".
-
-    Raises:
-        UserError: there is no such module or class, or it is no TrainerCallback.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot import {path}: {error}", where="callbacks", fix="write module:Class") from None
-    if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
-        raise UserError(f"{path} is not a TrainerCallback class", where="callbacks", fix="derive it from TrainerCallback")
-    return found

@@ -1,0 +1,37 @@
+# The commands of the project. `make train` and `make test` work on a fresh machine with Python 3.11 or newer and gcc.
+PYTHON   ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p))))
+VENV     := .venv
+RECIPE   ?= quickstart
+STRATEGY ?=
+NPROC    ?=
+ARGS     ?=
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: setup train test verify bench lint clean
+
+setup: $(VENV)/.installed  ## make .venv with the pinned versions
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -c constraints.txt torch
+	$(VENV)/bin/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+train: setup  ## fine-tune: RECIPE=, STRATEGY=, NPROC=, ARGS="--lr 1e-4 ..."
+	manyrank train $(RECIPE) $(if $(STRATEGY),--strategy $(STRATEGY)) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
+test: setup  ## every test that needs no GPU
+	pytest $(ARGS)
+
+verify: setup  ## every strategy against one process
+	manyrank verify $(ARGS)
+
+bench: setup  ## one step against transformers' Trainer, as a table
+	python tests/bench_trainer.py $(ARGS)
+
+lint: setup
+	ruff check . && ruff format --check .
+
+clean:
+	rm -rf $(VENV) output

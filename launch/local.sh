@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# One machine, through accelerate launch:   launch/local.sh RECIPE STRATEGY NPROC [--key value ...]
+set -euo pipefail
+recipe=$1 strategy=$2 nproc=$3
+shift 3
+exec manyrank train "$recipe" --via accelerate --strategy "$strategy" --nproc "$nproc" "$@"

@@ -1,0 +1,97 @@
+"""transformers' callbacks for our loop: progress, trackers, early stopping, the run's log files, and users' own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from pathlib import Path
+
+from accelerate.utils import patch_environment
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from .config import TrainConfig
+from .errors import UserError
+
+
+class RunLog(TrainerCallback):
+    """Appends every logged dictionary to metrics.jsonl (for machines) and training_log.txt (for people)."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir / "logs"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
+        shown = "  ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
+        with (self.folder / "training_log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  step {state.global_step}/{state.max_steps}  {shown}\n")
+
+
+def build_callbacks(config: TrainConfig, output_dir: Path) -> list[TrainerCallback]:
+    """Everything that listens to a run; trackers only where the recipe asks for them.
+
+    Raises:
+        UserError: one of the recipe's own callbacks cannot be imported.
+    """
+    callbacks = [DefaultFlowCallback(), ProgressCallback(), RunLog(output_dir)]
+    callbacks += [cls() for cls in get_reporting_integration_callbacks(config.report_to)]
+    if config.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    return callbacks + [load_callback(path)() for path in config.callbacks]
+
+
+def load_callback(path: str) -> type[TrainerCallback]:
+    """Import a user's callback class from "module:Class".
+
+    Raises:
+        UserError: there is no such module or class, or it is no TrainerCallback.
+    """
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import {path}: {error}", where="callbacks", fix="write module:Class") from None
+    if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
+        raise UserError(f"{path} is not a TrainerCallback class", where="callbacks", fix="derive it from TrainerCallback")
+    return found
+
+
+def training_arguments(config: TrainConfig, *, output_dir: Path, total_steps: int, on_cpu: bool) -> TrainingArguments:
+    """The run in transformers' own words, for callbacks that look things up there."""
+    # With that variable it would set up DeepSpeed a second time, from a file whose "auto" values are still open.
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+        args = TrainingArguments(
+            output_dir=str(output_dir),
+            run_name=config.run_name or output_dir.name,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            warmup_steps=config.warmup_steps,
+            num_train_epochs=config.num_train_epochs,
+            max_steps=total_steps,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            logging_steps=config.logging_steps,
+            eval_strategy="steps" if config.eval_steps else "no",
+            eval_steps=config.eval_steps,
+            save_strategy="steps" if config.save_steps else "no",
+            save_steps=config.save_steps or 0,
+            save_total_limit=config.save_total_limit,
+            report_to=config.report_to or "none",
+            use_cpu=on_cpu,
+            accelerator_config={"use_configured_state": True},
+            disable_tqdm=False,
+        )
+    # Set afterwards: transformers would demand a checkpoint at every validation; we save the best one by itself.
+    args.load_best_model_at_end = config.load_best_model_at_end
+    args.metric_for_best_model, args.greater_is_better = config.metric_for_best_model, config.greater_is_better
+    return args
