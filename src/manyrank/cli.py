@@ -87,7 +87,12 @@ def _embedded_model(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="manyrank embedded-model", description="Make it, if it is not there, and print its folder.")
     parser.parse_args(argv)
+    import os
+
     from .embedded import ensure
+    from .launcher import CPU_VARIABLES
+
+    os.environ.setdefault("OMP_WAIT_POLICY", CPU_VARIABLES["OMP_WAIT_POLICY"])  # torch is not imported yet
 
     print(ensure())
     return 0

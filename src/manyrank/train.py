@@ -16,7 +16,7 @@ from typing import NoReturn
 from . import hardware, rules, topology
 from .config import Resolved, resolve
 from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, UserError
-from .launcher import LAUNCH_VARIABLE
+from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE
 from .options import CommandLine, parse
 from .topology import Topology
 
@@ -58,7 +58,7 @@ def _train(line: CommandLine, place: Topology) -> None:
     output_dir = Path(config.output_dir or Path("output") / (Path(line.recipe).stem if line.recipe else "run"))
     machine = hardware.probe()
     _check_before_torch(resolved, place, machine, output_dir)
-    _quiet()
+    _before_imports(machine)
     from .session import open_session
 
     bf16 = config.bf16 is True or (config.bf16 == "auto" and bool(machine.gpus) and machine.has_bf16)
@@ -85,11 +85,13 @@ def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.H
         rules.check_output_dir(resolved.config, output_dir)
 
 
-def _quiet() -> None:
-    """Before the big imports: no telemetry, and no remarks that every rank would repeat and nobody can act on."""
+def _before_imports(machine: hardware.Hardware) -> None:
+    """No telemetry, no remarks that every rank would repeat and nobody can act on, and no spinning threads."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package is not there
+    if not machine.gpus:
+        os.environ.setdefault("OMP_WAIT_POLICY", CPU_VARIABLES["OMP_WAIT_POLICY"])
 
 
 def _write_launch(output_dir: Path, resolved: Resolved) -> None:

@@ -1,0 +1,100 @@
+"""The house rules, read from the source: levels, imports without torch, sizes, and a loop that names no backend."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import manyrank
+
+SOURCE = Path(manyrank.__file__).parent
+FILES = {path.stem: path for path in sorted(SOURCE.glob("*.py"))}
+
+# A module imports only modules of strictly lower levels. The decimals order modules of one level in DESIGN.md.
+LEVEL = {
+    "__init__": 0, "errors": 0,
+    "config": 1, "topology": 1, "hardware": 1, "formats": 1, "packing": 1,
+    "options": 1.5,
+    "rules": 2, "launcher": 2,
+    "render": 3, "loss": 3, "attention": 3, "optim": 3, "metrics": 3, "callbacks": 3, "fsdp_on_cpu": 3,
+    "embedded": 3,
+    "strategy": 3.5, "runtime": 3.5,
+    "data": 4, "model": 4, "checkpoint": 4, "generate": 4,
+    "trainer": 5,
+    "session": 6, "verify": 6,
+    "train": 7,
+    "cli": 8,
+}  # fmt: skip
+LIGHT = [name for name, level in LEVEL.items() if level <= 2] + ["train", "cli"]
+BACKENDS = re.compile(r"deepspeed|fsdp|zero-?[123]|\bddp\b|DistributedType", re.IGNORECASE)
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def own_imports(name: str) -> Iterator[str]:
+    """The modules of this package that a module imports, also inside functions."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["manyrank" if node.level else "", node.module]))
+            dotted = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for parts in (text.split(".") for text in dotted):
+            if parts[0] == "manyrank":
+                yield parts[1] if len(parts) > 1 and parts[1] in FILES else "__init__"
+
+
+def test_every_module_has_a_level():
+    assert set(LEVEL) == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_only_lower_levels(name):
+    wrong = {other for other in own_imports(name) if LEVEL.get(other, 99) >= LEVEL.get(name, 99)}
+    assert not wrong, f"{name} (level {LEVEL.get(name)}) imports {wrong}"
+
+
+def test_the_import_reader_sees_lazy_and_relative_imports():
+    assert {"launcher", "rules", "config", "verify", "__init__"} <= set(own_imports("cli"))
+    assert "session" in set(own_imports("train"))
+
+
+def test_light_modules_import_without_torch():
+    program = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT}:\n"
+        "    importlib.import_module(f'manyrank.{name}' if name != '__init__' else 'manyrank')\n"
+        "    assert 'torch' not in sys.modules, name\n"
+        "    print(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == LIGHT, done.stderr
+
+
+def test_the_loop_names_no_backend():
+    lines = FILES["trainer"].read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if BACKENDS.search(line)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_short(name):
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) < 400
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_fit_a_screen(name):
+    functions = [node for node in ast.walk(tree(name)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert {node.name for node in functions if node.end_lineno - node.lineno + 1 >= 60} == set()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_modules_say_what_they_are_for(name):
+    assert ast.get_docstring(tree(name))

@@ -1,0 +1,106 @@
+"""A resumed run goes on exactly where it was; what is not complete or not the same is refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, launch
+
+from manyrank import checkpoint
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3"])
+def test_resume_on_the_same_strategy_is_exact(strategy, whole_run, tmp_path):
+    """Also across strategies for losses: each must continue the losses of the one-process run."""
+    common = (f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}", "--max_steps=6", "--save_steps=3")
+    first = launch(tmp_path / "a", *common)
+    assert first.code == 0, first.stderr
+    assert first.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+    # The folder of a run that was killed after its checkpoint.
+    shutil.rmtree(first.folder / "checkpoint-6")
+    shutil.rmtree(first.folder / "final_model")
+    again = launch(first.folder, *common, "--resume_from_checkpoint=auto")
+    assert again.code == 0, again.stderr
+    assert f"resumed from {first.folder / 'checkpoint-3'}, step 3" in again.stdout
+    assert again.metrics()[3:] == pytest.approx(whole_run.metrics()[3:], abs=1e-5)
+    assert again.metrics("grad_norm") == pytest.approx(whole_run.metrics("grad_norm"), abs=1e-5)
+    assert len(again.metrics()) == 6  # lines after the checkpoint were written anew, not twice
+
+
+def test_dropout_resumes_bit_identically(embedded_model, tmp_path):
+    common = ("--strategy=ddp", "--nproc=2", "--max_steps=4", "--save_steps=2", "--lora_dropout=0.1")
+    whole = launch(tmp_path / "a", *common)
+    part = launch(tmp_path / "b", *common, f"--resume_from_checkpoint={whole.folder / 'checkpoint-2'}")
+    assert part.code == 0, part.stderr
+    assert part.metrics() == whole.metrics()[2:]
+    adapter = "final_model/adapter_model.safetensors"
+    assert (part.folder / adapter).read_bytes() == (whole.folder / adapter).read_bytes()
+
+
+def test_full_fine_tuning_resumes(embedded_model, tmp_path):
+    common = ("--strategy=fsdp", "--nproc=2", "--max_steps=4", "--save_steps=2", "--method=full")
+    whole = launch(tmp_path / "a", *common)
+    part = launch(tmp_path / "b", *common, f"--resume_from_checkpoint={whole.folder / 'checkpoint-2'}")
+    assert part.code == 0, part.stderr
+    assert part.metrics() == pytest.approx(whole.metrics()[2:], abs=1e-5)
+
+
+def test_damage_is_found(whole_run, tmp_path):
+    good = whole_run.folder / "checkpoint-3"
+    assert checkpoint.damage(good) is None
+    for name in ("adapter_model.safetensors", "optimizer-00001.safetensors", "trainer_state.json"):
+        folder = tmp_path / name / "checkpoint-3"
+        shutil.copytree(good, folder)
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        assert checkpoint.damage(folder) == f"{folder / name} is damaged"
+        (folder / name).unlink()
+        assert checkpoint.damage(folder) == f"{folder / name} is missing"
+    shutil.copytree(good, tmp_path / "run" / "checkpoint-3")
+    shutil.copytree(good, tmp_path / "run" / "checkpoint-6")
+    (tmp_path / "run" / "checkpoint-6" / "manifest.json").unlink()
+    assert checkpoint.find(tmp_path / "run", "auto") == tmp_path / "run" / "checkpoint-3"
+    run = launch(tmp_path / "new", f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-6'}", "--max_steps=6")
+    assert run.code == 2 and "manifest.json" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_changed_recipe_is_refused(whole_run, tmp_path):
+    folder = whole_run.folder / "checkpoint-3"
+    run = launch(tmp_path / "new", f"--resume_from_checkpoint={folder}", "--max_steps=6", "--learning_rate=5e-4")
+    assert run.code == 2
+    assert "learning_rate: 0.001 -> 0.0005" in run.stderr and "Traceback" not in run.stderr
+    assert not run.folder.exists()
+
+
+def test_retention_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.retain(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
+
+
+def test_nothing_in_a_checkpoint_is_pickled(whole_run):
+    kinds = {path.suffix for path in (whole_run.folder / "checkpoint-3").iterdir()}
+    assert kinds <= {".safetensors", ".json", ".md"}
+
+
+def test_sigterm_saves_and_exits_with_75(embedded_model, tmp_path):
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-m", "manyrank.train", "verify", f"--output_dir={folder}", "--max_steps=5000", "--logging_steps=1"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "logs" / "metrics.jsonl"
+    for _ in range(600):
+        if log.exists() and log.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    (saved,) = checkpoint.checkpoints(folder)
+    assert checkpoint.damage(saved) is None
+    state = json.loads((saved / "trainer_state.json").read_text())
+    assert state["global_step"] == len(log.read_text().splitlines())

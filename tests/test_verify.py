@@ -1,0 +1,73 @@
+"""The proof that every strategy gives the losses of one process: the whole matrix of `manyrank verify`, case by case."""
+
+import math
+
+import pytest
+
+from manyrank import verify
+from manyrank.config import asset
+
+CASES = list(verify.cases(verify.METHODS, verify.STRATEGIES, verify.LAUNCHERS))
+
+
+@pytest.fixture(scope="module")
+def outcomes(embedded_model, tmp_path_factory):
+    """Each case is launched when a test first asks for it."""
+    folder, done = tmp_path_factory.mktemp("verify"), {}
+
+    def outcome(case: verify.Case) -> verify.Outcome:
+        if case not in done:
+            recipe = str(asset("launch", "recipes", "verify.yaml"))
+            done[case] = verify.run(case, recipe, folder, nproc=2, steps=3)
+        return done[case]
+
+    return outcome
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_losses_as_one_process(case, outcomes):
+    outcome, single = outcomes(case), outcomes(verify.Case("single", case.method, "python"))
+    assert verify.problems(case, outcome, single, nproc=2) == []
+    assert len(outcome.losses) == 3 and outcome.losses[2] < outcome.losses[0]
+    if case.strategy in verify.SHARDED:
+        assert verify.share(outcome.facts) <= 0.525
+    if case.strategy in ("single", "ddp", "zero2"):
+        assert verify.share(outcome.facts) == 1
+
+
+GOOD = verify.Outcome(
+    (2.0, 1.5), (1.0, 0.9),
+    {
+        "wrapper": "DeepSpeedEngine", "distributed_type": "DEEPSPEED", "world_size": 2, "precision": "no", "base_bytes": 100,
+        "base_bytes_here": [50, 50], "trainable_tensors": 4,
+    },
+    4,
+)  # fmt: skip
+ZERO3 = verify.Case("zero3", "lora", "torchrun")
+
+
+def wrong(**changes) -> list[str]:
+    facts = GOOD.facts | {key: value for key, value in changes.items() if key in GOOD.facts}
+    plain = {key: value for key, value in changes.items() if key not in GOOD.facts}
+    outcome = verify.Outcome(**{**vars(GOOD), "facts": facts, **plain})
+    return verify.problems(ZERO3, outcome, GOOD, nproc=2)
+
+
+def test_each_deviation_is_found():
+    assert wrong() == []
+    assert wrong(wrapper="DistributedDataParallel") == ["wrapped as DistributedDataParallel"]
+    assert wrong(distributed_type="MULTI_CPU") == ["came up as MULTI_CPU"]
+    assert wrong(world_size=1) == ["1 processes"]
+    assert wrong(base_bytes_here=[100, 100]) == ["a rank holds 100% of the base"]
+    assert wrong(saved_tensors=0) == ["saved 0 of 4 tensors"]
+    assert wrong(losses=(2.0, 1.5001))[0].startswith("loss differs by 6.7e-05")
+    assert wrong(losses=(2.0, math.nan))[0].startswith("loss differs")
+    assert wrong(grad_norms=(1.0,))[0].startswith("grad norm differs by inf")
+    assert wrong(error="exit code 1: boom") == ["exit code 1: boom"]
+
+
+def test_wrong_case_gives_exit_code_1(monkeypatch, capsys):
+    outcome = verify.Outcome((), (), {}, 0, error="exit code 1: boom")
+    monkeypatch.setattr(verify, "run", lambda *args, **kwargs: outcome)
+    assert verify.main(["--methods", "lora", "--strategies", "ddp", "--via", "torchrun"]) == 1
+    assert "2 cases are wrong" in capsys.readouterr().out
