@@ -16,7 +16,7 @@ import pytest
 from manyrank.config import asset, resolve
 from manyrank.errors import UserError
 from manyrank.hardware import Gpu, Hardware
-from manyrank.launcher import CPU_ALLOCATOR, LaunchPlan, choose_strategy, output_dir, plan
+from manyrank.launcher import CPU_VARIABLES, LaunchPlan, choose_strategy, output_dir, plan
 from manyrank.options import Where, parse
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,7 +40,7 @@ TWO = [("two_machines.txt", strategy, via, SECOND_OF_TWO, GPUS) for strategy in 
 def environment(monkeypatch):
     """The project's root as folder, and none of the variables that a plan would leave as the user has set them."""
     monkeypatch.chdir(ROOT)
-    for name in ("OMP_NUM_THREADS", *CPU_ALLOCATOR):
+    for name in ("OMP_NUM_THREADS", *CPU_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -222,8 +222,8 @@ def test_more_processes_than_cores_have_one_thread_each():
     assert make("quickstart", "--nproc=32").env["OMP_NUM_THREADS"] == "1"
 
 
-def test_the_allocator_is_set_up_where_there_is_no_gpu():
-    assert set(make("quickstart").env) == {"OMP_NUM_THREADS", *CPU_ALLOCATOR}
+def test_cpu_variables_are_set_where_there_is_no_gpu():
+    assert set(make("quickstart").env) == {"OMP_NUM_THREADS", *CPU_VARIABLES}
     assert set(make("quickstart", hardware=GPUS).env) == {"OMP_NUM_THREADS"}
 
 

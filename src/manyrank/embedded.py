@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 EMBEDDED = "embedded"  # what a recipe writes as model_name_or_path
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = ("config.json", "generation_config.json", "model.safetensors")
+FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 SEED = 0
-THREADS = 1  # a sum split over threads has other last bits, and threads that wait for a busy core are slow
+THREADS = 1  # a sum split over threads may end in other bits; measured, two gain a third and lose far more when busy
 STEPS, BATCH, WINDOW = 150, 8, 128  # optimizer steps, sequences per step, tokens per sequence
 LEARNING_RATE, WARMUP = 3e-3, 20  # peak, steps
 MAX_LENGTH = 2048  # tokens
@@ -46,8 +47,7 @@ SHAPE = dict(
     num_attention_heads=8,  # these and the key heads divide over 2 or 4 ranks
     num_key_value_heads=4,
     head_dim=32,
-    # Three times the usual: LoRA cannot move the frozen weights, and learns far faster when they are not near zero.
-    initializer_range=0.06,
+    initializer_range=0.06,  # measured: LoRA ends at a loss of 0.01 on this base, at 0.13 with the usual 0.02
 )
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -62,7 +62,7 @@ CHAT_TEMPLATE = (
 
 
 def ensure(folder: Path | None = None) -> Path:
-    """The folder of the embedded model, which is made first (about 20 s on 2 idle cores) if it is not there.
+    """The folder of the embedded model, which is made first (about 30 s on one core) if it is not there.
 
     Any number of processes may call this at once: one makes the model, the others wait for it.
 
@@ -157,8 +157,8 @@ def _pretrain(tokenizer: PreTrainedTokenizerBase, lines: list[str], steps: int) 
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    marks = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    config = Qwen3Config(**SHAPE, **marks, vocab_size=len(tokenizer))
+    stop, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = Qwen3Config(**SHAPE, vocab_size=len(tokenizer), eos_token_id=stop, pad_token_id=pad)
     with _reproducible():
         model = Qwen3ForCausalLM(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -170,8 +170,7 @@ def _pretrain(tokenizer: PreTrainedTokenizerBase, lines: list[str], steps: int) 
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    model.generation_config = GenerationConfig(**{**marks, "eos_token_id": ends})
+    model.generation_config = GenerationConfig(eos_token_id=[stop, pad], pad_token_id=pad)
     return model.eval()
 
 

@@ -1,0 +1,144 @@
+"""Packed attention, the loss contract and the layout: packing changes the speed and never the result."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from manyrank.attention import use_packed_attention
+from manyrank.config import Entry, resolve
+from manyrank.data import StepLoader, prepare
+from manyrank.errors import UserError
+from manyrank.loss import token_loss_sum
+
+
+def config(**values):
+    given = {"model_name_or_path": "embedded", "data_path": "data/sample.jsonl", "max_length": 128} | values
+    return resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    return prepare(config().data_path, tokenizer, config())
+
+
+def loader(examples, **changes):
+    values = dict(
+        examples=examples, batch_size=8, micro_batch_size=2, max_length=128, packing="step", pad_token=0, rank=0, ranks=1, seed=1
+    )
+    return StepLoader(**(values | changes))
+
+
+SMALL = dict(
+    vocab_size=1600, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512,
+)  # fmt: skip
+
+
+def models(embedded_model):
+    torch.manual_seed(0)
+    return {
+        "qwen3": AutoModelForCausalLM.from_pretrained(embedded_model),
+        "llama, grouped heads": LlamaForCausalLM(LlamaConfig(**SMALL)),
+        "mistral, sliding window": MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)),
+    }
+
+
+def loss_and_gradients(model, micro_batches):
+    model.zero_grad()
+    losses = [token_loss_sum(model, m.inputs, m.positions, m.targets) for m in micro_batches]
+    sum(losses).backward()
+    return torch.stack(losses).sum().item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama, grouped heads", "mistral, sliding window"])
+def test_packed_equals_padded_equals_one_by_one(name, examples, embedded_model):
+    model = models(embedded_model)[name]
+    packed_model = copy.deepcopy(model)
+    use_packed_attention(packed_model)
+    padded, grads = loss_and_gradients(model, loader(examples, packing="none").step(0).micro_batches)
+    packed, packed_grads = loss_and_gradients(packed_model, loader(examples).step(0).micro_batches)
+    single, single_grads = loss_and_gradients(model, loader(examples, packing="none", micro_batch_size=1).step(0).micro_batches)
+    assert packed == pytest.approx(padded, rel=1e-6) and single == pytest.approx(padded, rel=1e-6)
+    for key, gradient in grads.items():
+        scale = gradient.abs().max().item() + 1e-6
+        assert torch.allclose(packed_grads[key] / scale, gradient / scale, atol=2e-5), key
+        assert torch.allclose(single_grads[key] / scale, gradient / scale, atol=2e-5), key
+
+
+def test_loss_is_plain_cross_entropy_in_float64(examples, embedded_model):
+    model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float64)
+    step = loader(examples, packing="none", micro_batch_size=8).step(0)
+    (micro,) = step.micro_batches
+    rows = [examples.dataset[int(i)] for i in np.random.default_rng([1, 0]).permutation(len(examples))[:8]]
+    wanted = 0.0
+    for row in rows:
+        ids, labels = torch.as_tensor(row["input_ids"])[None].long(), torch.as_tensor(row["labels"]).long()
+        logp = model(input_ids=ids).logits[0].log_softmax(-1)
+        wanted -= sum(logp[i - 1, labels[i]].item() for i in range(1, len(labels)) if labels[i] != -100)
+    assert step.supervised == sum(int((np.asarray(r["labels"]) != -100).sum()) for r in rows) == len(micro.targets)
+    assert token_loss_sum(model, micro.inputs, micro.positions, micro.targets).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_nothing_to_learn_keeps_the_graph(examples, embedded_model):
+    model = AutoModelForCausalLM.from_pretrained(embedded_model)
+    micro = loader(examples, packing="none").step(0).micro_batches[0]
+    loss = token_loss_sum(model, micro.inputs, micro.positions[:0], micro.targets[:0])
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("packing", ["step", "none"])
+@pytest.mark.parametrize(("batch", "ranks"), [(8, 1), (8, 2), (8, 4), (7, 3), (64, 2)])
+def test_an_epoch_sees_every_row_once_on_any_number_of_ranks(examples, packing, batch, ranks):
+    loaders = [loader(examples, packing=packing, batch_size=batch, ranks=ranks, rank=rank) for rank in range(ranks)]
+    seen, tokens = [], 0
+    for number in range(loaders[0].steps_per_epoch):
+        steps = [one.step(number) for one in loaders]
+        assert len({len(step.micro_batches) for step in steps}) == 1  # nobody waits in vain
+        assert len({(step.supervised, step.tokens) for step in steps}) == 1
+        assert sum(len(m.targets) for step in steps for m in step.micro_batches) == steps[0].supervised
+        seen += [row for step in steps for m in step.micro_batches if len(m.targets) for row in m.rows]
+        tokens += steps[0].tokens
+    assert sorted(seen) == list(range(1, 161))
+    assert tokens == examples.lengths.sum()
+
+
+def test_epochs_differ_and_seeds_repeat(examples):
+    one = loader(examples)
+    rows = [[row for m in one.step(number).micro_batches for row in m.rows] for number in (0, one.steps_per_epoch)]
+    assert sorted(rows[0]) != sorted(rows[1])
+    assert rows[0] == [row for m in loader(examples).step(0).micro_batches for row in m.rows]
+
+
+def test_long_rows_are_cut_dropped_or_refused_and_counted(tokenizer):
+    whole = prepare("data/sample.jsonl", tokenizer, config(max_length=512))
+    cut = prepare("data/sample.jsonl", tokenizer, config(max_length=80))
+    dropped = prepare("data/sample.jsonl", tokenizer, config(max_length=80, overlong="drop"))
+    longer = int((whole.lengths > 80).sum())
+    assert whole.counts == {"kept": 160}
+    assert cut.counts == {"kept": 160 - longer, "cut": longer} and cut.lengths.max() == 80
+    assert dropped.counts == {"kept": 160 - longer, "too long": longer} and len(dropped) == 160 - longer
+    assert f"{longer} cut" in cut.describe()
+    with pytest.raises(UserError, match="more than 80"):
+        prepare("data/sample.jsonl", tokenizer, config(max_length=80, overlong="error"))
+    nothing = prepare("data/sample.jsonl", tokenizer, config(max_length=24))
+    assert nothing.counts["nothing to learn"] > 0 and nothing.supervised.min() > 0
+
+
+def test_a_row_without_an_answer_is_named(tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}\n{"question": "c", "answer": " "}\n')
+    with pytest.raises(UserError) as error:
+        prepare(str(file), tokenizer, config())
+    assert error.value.where == f"{file}, row 2" and "'answer' is empty" in error.value.what
+
+
+def test_models_that_packing_cannot_hold_apart_are_refused(embedded_model):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    with pytest.raises(UserError, match="soft-capping"):
+        use_packed_attention(Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16)))

@@ -1,0 +1,82 @@
+"""One truth for the strategy: torchrun gets from the accelerate configs what accelerate launch gets."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from manyrank.config import Entry, asset, resolve
+from manyrank.strategy import config_environment, wanted
+
+NAMES = ["single", "ddp", "fsdp", "fsdp_offload", "zero2", "zero3", "zero3_offload"]
+PRINT = "import json, os; print('ENV' + json.dumps({k: v for k, v in os.environ.items() if k.startswith(('ACCELERATE_', 'FSDP_'))}))"
+
+
+def clean() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_environment_is_that_of_accelerate_launch(name, tmp_path):
+    script = tmp_path / "show.py"
+    script.write_text(PRINT)
+    argv = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file=accelerate_configs/{name}.yaml"]
+    argv += ["--num_processes=1", "--num_machines=1", "--main_process_port=0", str(script)]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=clean(), timeout=120)
+    shown = json.loads(done.stdout.split("ENV")[1].splitlines()[0])
+    ours = config_environment(name, 1)
+    key = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+    if key in ours:  # ours does not depend on the folder one is in
+        assert ours.pop(key) == str(asset(shown.pop(key)))
+    assert ours == shown
+
+
+def test_what_the_configs_ask_for():
+    assert {name: (wanted(name).distributed_type, wanted(name).zero_stage, wanted(name).offload) for name in NAMES} == {
+        "single": ("NO", 0, False),
+        "ddp": ("MULTI_GPU", 0, False),
+        "fsdp": ("FSDP", 0, False),
+        "fsdp_offload": ("FSDP", 0, True),
+        "zero2": ("DEEPSPEED", 2, False),
+        "zero3": ("DEEPSPEED", 3, False),
+        "zero3_offload": ("DEEPSPEED", 3, True),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_has_a_comment(name):
+    lines = (ROOT / "accelerate_configs" / f"{name}.yaml").read_text().splitlines()
+    keys = [line for line in lines if ":" in line.split("#")[0] and not line.startswith("#")]
+    bare = [line for line in keys if "#" not in line]
+    # Sections and what the first line of the file explains.
+    assert {line.split(":")[0].strip() for line in bare} <= {
+        "compute_environment", "distributed_type", "fsdp_config", "deepspeed_config",
+    }  # fmt: skip
+
+
+def test_the_cpu_adapter_is_still_needed():
+    """The day accelerate makes FSDP of MULTI_CPU by itself, fsdp_on_cpu.py can go."""
+    code = (
+        "from accelerate import Accelerator\nfrom accelerate.utils import FullyShardedDataParallelPlugin\n"
+        "print('TYPE', Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)).distributed_type.value)"
+    )
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**clean(), **place}, timeout=120)
+    assert "TYPE MULTI_CPU" in done.stdout, done.stderr
+
+
+def test_a_skeleton_holds_no_base_weights(embedded_model):
+    """Under FSDP only rank 0 reads the base; what the others get has no memory behind it."""
+    import torch
+
+    from manyrank.model import LoadPlan, load_model
+
+    given = {"model_name_or_path": "embedded", "data_path": "x"}
+    config = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    plan = LoadPlan(str(embedded_model), torch.float32, torch.float32, None, None, True, False)
+    model = load_model(plan, config)
+    assert all(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)
+    assert len({p.data_ptr() for name, p in model.named_parameters() if "lora_" in name}) == 2 * 7 * 4
