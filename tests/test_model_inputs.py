@@ -26,7 +26,15 @@ def examples(tokenizer):
 
 def loader(examples, **changes):
     values = dict(
-        examples=examples, batch_size=8, micro_batch_size=2, max_length=128, packing="step", pad_token=0, rank=0, ranks=1, seed=1
+        examples=examples,
+        batch_size=8,
+        micro_batch_size=2,
+        max_length=128,
+        packing="step",
+        pad_token=0,
+        rank=0,
+        ranks=1,
+        seed=1,
     )
     return StepLoader(**(values | changes))
 
@@ -60,7 +68,9 @@ def test_packed_equals_padded_equals_one_by_one(name, examples, embedded_model):
     use_packed_attention(packed_model)
     padded, grads = loss_and_gradients(model, loader(examples, packing="none").step(0).micro_batches)
     packed, packed_grads = loss_and_gradients(packed_model, loader(examples).step(0).micro_batches)
-    single, single_grads = loss_and_gradients(model, loader(examples, packing="none", micro_batch_size=1).step(0).micro_batches)
+    single, single_grads = loss_and_gradients(
+        model, loader(examples, packing="none", micro_batch_size=1).step(0).micro_batches
+    )
     assert packed == pytest.approx(padded, rel=1e-6) and single == pytest.approx(padded, rel=1e-6)
     for key, gradient in grads.items():
         scale = gradient.abs().max().item() + 1e-6

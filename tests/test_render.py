@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from manyrank.formats import BadRow
 from manyrank.render import IGNORE, render
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(lambda t: t.strip() and "<|" not in t)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
+    lambda t: t.strip() and "<|" not in t
+)
 
 
 @st.composite
@@ -18,7 +20,9 @@ def conversations(draw):
     return turns
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(conversations())
 def test_supervised_is_what_the_assistant_says(tokenizer, messages):
     said = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
@@ -34,9 +38,13 @@ def test_supervised_is_what_the_assistant_says(tokenizer, messages):
 
 
 def test_echoed_words_are_not_confused(tokenizer):
-    rendered = render(tokenizer, [{"role": "user", "content": "It is 4."}, {"role": "assistant", "content": "It is 4."}])
+    rendered = render(
+        tokenizer, [{"role": "user", "content": "It is 4."}, {"role": "assistant", "content": "It is 4."}]
+    )
     first = next(i for i, label in enumerate(rendered.labels) if label != IGNORE)
-    assert tokenizer.decode(rendered.input_ids[:first]) == "<|im_start|>user\nIt is 4.<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(rendered.input_ids[:first]) == "<|im_start|>user\nIt is 4.<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_special_text_in_content_is_refused(tokenizer):
@@ -47,7 +55,10 @@ def test_special_text_in_content_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", "drops the system"),
+        (
+            "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+            "drops the system",
+        ),
         ("{% for m in messages %}<|im_start|>{{ m.content | upper }}<|im_end|>{% endfor %}", "drops the system"),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

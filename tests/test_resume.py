@@ -16,7 +16,12 @@ from manyrank import checkpoint
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3"])
 def test_resume_on_the_same_strategy_is_exact(strategy, whole_run, tmp_path):
     """Also across strategies for losses: each must continue the losses of the one-process run."""
-    common = (f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}", "--max_steps=6", "--save_steps=3")
+    common = (
+        f"--strategy={strategy}",
+        f"--nproc={1 if strategy == 'single' else 2}",
+        "--max_steps=6",
+        "--save_steps=3",
+    )
     first = launch(tmp_path / "a", *common)
     assert first.code == 0, first.stderr
     assert first.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
@@ -91,7 +96,15 @@ def test_nothing_in_a_checkpoint_is_pickled(whole_run):
 
 def test_sigterm_saves_and_exits_with_75(embedded_model, tmp_path):
     folder = tmp_path / "run"
-    argv = [sys.executable, "-m", "manyrank.train", "verify", f"--output_dir={folder}", "--max_steps=5000", "--logging_steps=1"]
+    argv = [
+        sys.executable,
+        "-m",
+        "manyrank.train",
+        "verify",
+        f"--output_dir={folder}",
+        "--max_steps=5000",
+        "--logging_steps=1",
+    ]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = folder / "logs" / "metrics.jsonl"
     for _ in range(600):

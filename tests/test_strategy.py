@@ -64,7 +64,9 @@ def test_the_cpu_adapter_is_still_needed():
         "print('TYPE', Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)).distributed_type.value)"
     )
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**clean(), **place}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**clean(), **place}, timeout=120
+    )
     assert "TYPE MULTI_CPU" in done.stdout, done.stderr
 
 

@@ -1,6 +1,5 @@
 """What a run does and leaves behind, seen from outside through real launches."""
 
-import glob
 import json
 import subprocess
 import sys
@@ -44,7 +43,9 @@ def test_final_model_loads_plainly_and_gives_the_loss_of_the_run(strategy, metho
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(embedded_model), final)
     else:
         model = AutoModelForCausalLM.from_pretrained(final)
-    assert plain_loss(model.eval(), tokenizer, "data/validation.jsonl") == pytest.approx(run.metrics("eval_loss")[-1], abs=1e-5)
+    assert plain_loss(model.eval(), tokenizer, "data/validation.jsonl") == pytest.approx(
+        run.metrics("eval_loss")[-1], abs=1e-5
+    )
     assert (final / "chat_template.jinja").is_file() and (final / "tokenizer.json").is_file()
 
 
@@ -54,7 +55,13 @@ def test_final_model_loads_plainly_and_gives_the_loss_of_the_run(strategy, metho
         ("--per_device_train_batch_size=8",),
         ("--per_device_train_batch_size=1", "--gradient_checkpointing"),
         ("--per_device_train_batch_size=4", "--packing=none"),
-        ("--per_device_train_batch_size=2", "--packing=none", "--strategy=ddp", "--nproc=2", "--gradient_accumulation_steps=2"),
+        (
+            "--per_device_train_batch_size=2",
+            "--packing=none",
+            "--strategy=ddp",
+            "--nproc=2",
+            "--gradient_accumulation_steps=2",
+        ),
         ("--per_device_train_batch_size=1", "--strategy=fsdp", "--nproc=2", "--gradient_checkpointing"),
         ("--per_device_train_batch_size=1", "--strategy=zero3", "--nproc=2"),
         ("--per_device_train_batch_size=1", "--strategy=zero2", "--nproc=2"),
@@ -150,9 +157,14 @@ def test_a_non_finite_gradient_stops_before_the_optimizer(strategy, embedded_mod
 
 
 def test_a_non_finite_loss_names_its_rows(embedded_model, tmp_path):
-    run = launch(tmp_path / "run", "--max_steps=4", "--learning_rate=1e30", "--max_grad_norm=0", "--strategy=ddp", "--nproc=2")
+    run = launch(
+        tmp_path / "run", "--max_steps=4", "--learning_rate=1e30", "--max_grad_norm=0", "--strategy=ddp", "--nproc=2"
+    )
     assert run.code == 1
-    assert "stopped before the optimizer used it: the loss is nan in step 2" in run.stderr and "rank 1: rows [" in run.stderr
+    assert (
+        "stopped before the optimizer used it: the loss is nan in step 2" in run.stderr
+        and "rank 1: rows [" in run.stderr
+    )
 
 
 def test_a_bad_row_in_the_middle_is_three_lines_from_two_processes(embedded_model, tmp_path):
@@ -180,7 +192,13 @@ def test_bf16_follows_float32(strategy, method, whole_run, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "zero2"])
 def test_int8(strategy, whole_run, tmp_path):
-    run = launch(tmp_path / "run", f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}", "--use_8bit", "--max_steps=6")
+    run = launch(
+        tmp_path / "run",
+        f"--strategy={strategy}",
+        f"--nproc={1 if strategy == 'single' else 2}",
+        "--use_8bit",
+        "--max_steps=6",
+    )
     assert run.code == 0, run.stderr
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=0.05)
     assert 0.3 < run.facts()["base_bytes"] / whole_run.facts()["base_bytes"] < 0.7
@@ -197,8 +215,8 @@ def test_bitsandbytes_optimizer_resumes(embedded_model, tmp_path):
 def test_trackers_write_real_runs(embedded_model, tmp_path):
     run = launch(tmp_path / "run", "--max_steps=2", "--report_to=wandb,tensorboard", "--wandb_project=tests")
     assert run.code == 0, run.stderr
-    assert glob.glob(f"{run.folder}/wandb/offline-run-*/run-*.wandb")
-    assert glob.glob(f"{run.folder}/**/events.out.tfevents*", recursive=True)
+    assert list(run.folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert list(run.folder.rglob("events.out.tfevents*"))
 
 
 def accelerate_launch(config, *args):

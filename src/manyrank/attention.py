@@ -10,6 +10,8 @@ transformers builds no mask for a name it has no mask function for, so nothing o
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
@@ -48,7 +50,7 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     bounds = cu_seq_lens_q.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    lengths = [end - start for start, end in pairwise(bounds)]
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
     outputs = [_document(q, k, v, scaling, dropout, sliding_window) for q, k, v in documents]
     return torch.cat(outputs, dim=2).transpose(1, 2), None

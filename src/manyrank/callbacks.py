@@ -8,7 +8,13 @@ import time
 from pathlib import Path
 
 from accelerate.utils import patch_environment
-from transformers import DefaultFlowCallback, EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .config import TrainConfig
@@ -30,7 +36,9 @@ class RunLog(TrainerCallback):
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
-        shown = "  ".join(f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
+        shown = "  ".join(
+            f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items()
+        )
         with (self.folder / "training_log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  step {state.global_step}/{state.max_steps}  {shown}\n")
 
@@ -60,7 +68,9 @@ def load_callback(path: str) -> type[TrainerCallback]:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot import {path}: {error}", where="callbacks", fix="write module:Class") from None
     if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
-        raise UserError(f"{path} is not a TrainerCallback class", where="callbacks", fix="derive it from TrainerCallback")
+        raise UserError(
+            f"{path} is not a TrainerCallback class", where="callbacks", fix="derive it from TrainerCallback"
+        )
     return found
 
 

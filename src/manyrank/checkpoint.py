@@ -154,7 +154,9 @@ def find(output_dir: Path, wanted: str) -> Path | None:
     if wanted != "auto":
         problem = damage(Path(wanted))
         if problem:
-            raise UserError(problem, where=f"resume_from_checkpoint {wanted}", fix="name a complete checkpoint, or auto")
+            raise UserError(
+                problem, where=f"resume_from_checkpoint {wanted}", fix="name a complete checkpoint, or auto"
+            )
         return Path(wanted)
     return next((folder for folder in reversed(checkpoints(output_dir)) if not damage(folder)), None)
 

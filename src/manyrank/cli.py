@@ -85,7 +85,9 @@ def _verify(argv: Sequence[str]) -> int:
 def _embedded_model(argv: Sequence[str]) -> int:
     import argparse
 
-    parser = argparse.ArgumentParser(prog="manyrank embedded-model", description="Make it, if it is not there, and print its folder.")
+    parser = argparse.ArgumentParser(
+        prog="manyrank embedded-model", description="Make it, if it is not there, and print its folder."
+    )
     parser.parse_args(argv)
     import os
 

@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from typing_extensions import Annotated
 
 from .errors import UserError
 
@@ -32,6 +31,8 @@ Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adam
 def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a yes/no value is not a number")
+    if str(value).strip().lower().lstrip("+-") in ("inf", "infinity", "nan", ".inf", ".nan"):
+        raise ValueError("not a finite number")
     return value
 
 
@@ -39,7 +40,12 @@ def _listed(value: Any) -> Any:
     """One string may stand for a list: a YAML list in brackets, or items between commas."""
     if not isinstance(value, str):
         return value
-    return yaml.safe_load(value) if value.startswith("[") else [item for item in value.split(",") if item]
+    if not value.startswith("["):
+        return [item for item in value.split(",") if item]
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError("not a list like [a, b]") from None
 
 
 Int = Annotated[int, BeforeValidator(_number)]
@@ -53,7 +59,9 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     # Model
-    model_name_or_path: str = Field(description="a folder, a hub name, or 'embedded' for the small model made here")
+    model_name_or_path: str = Field(
+        min_length=1, description="a folder, a hub name, or 'embedded' for the small model made here"
+    )
     chat_template: str | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: Method = Field("lora", description="full, lora, qlora (NF4, double quantisation) or int8 (8-bit LoRA)")
@@ -65,7 +73,7 @@ class TrainConfig(BaseModel):
     )
 
     # Data
-    data_path: str = Field(description="training data: a JSON or JSONL file")
+    data_path: str = Field(min_length=1, description="training data: a JSON or JSONL file")
     eval_data_path: str | None = Field(None, description="validation data, used every eval_steps")
     format_type: Format = Field("auto", description="how rows are read; 'auto' looks at the first row")
     max_length: Int = Field(1024, gt=1, description="tokens of one example; longer ones are handled as `overlong` says")
@@ -190,7 +198,7 @@ class Resolved:
         lines = []
         for key, value in self.config.model_dump().items():
             text = yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=True, width=10_000)
-            lines.append(f"{text.strip()[1:-1]}  # {self.origin.get(key, 'default')}")
+            lines.append(f"{text.strip()[1:-1]}  # {' '.join(self.origin.get(key, 'default').split())}")
         return "\n".join(lines) + "\n"
 
 
@@ -249,23 +257,40 @@ def _layers(recipe: str) -> list[list[Entry]]:
     bases = [entry for entry in entries if entry.key == "base"]
     if not bases:
         return [entries]
+    if not isinstance(bases[0].value, str):
+        raise UserError("base is not a name", where=bases[0].where, fix="give a recipe's file or a preset's name")
     beside = path.parent / str(bases[0].value)
     base = _read(find_recipe(str(beside) if beside.is_file() else str(bases[0].value)))
     if any(entry.key == "base" for entry in base):
         raise UserError(
-            f"the base {bases[0].value!r} has a base itself", where=bases[0].where, fix="one level of base is all there is"
+            f"the base {bases[0].value!r} has a base itself",
+            where=bases[0].where,
+            fix="one level of base is all there is",
         )
     return [base, [entry for entry in entries if entry.key != "base"]]
 
 
+class _OneKeyOnce(yaml.SafeLoader):
+    """YAML that refuses a key given twice; PyYAML would take the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> list[Entry]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _OneKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = str(error).replace("\n", " ")
         raise UserError(f"not valid YAML: {problem}", where=str(path), fix="mend the file") from None
     if not isinstance(content, dict):
-        raise UserError("a recipe is a list of `key: value` lines", where=str(path), fix="see launch/recipes/default.yaml")
+        raise UserError(
+            "a recipe is a list of `key: value` lines", where=str(path), fix="see launch/recipes/default.yaml"
+        )
     return [Entry(str(key), value, f"{path}, {key}") for key, value in content.items()]
 
 
@@ -293,6 +318,10 @@ def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entr
         if not allowed:
             raise _contradiction(because)
         current = str(method.value) if method else "lora"
+        if current not in METHODS:
+            raise UserError(
+                f"method: {current!r} is none of {', '.join(METHOD_PREFERENCE)}", where=method.where, fix="choose one"
+            )
         value = current if current in allowed else next(name for name in METHOD_PREFERENCE if name in allowed)
         found["method"] = Entry("method", value, "; ".join(entry.where for entry in because))
     return found
@@ -322,7 +351,9 @@ def unknown_key(entry: Entry, more: Iterable[str] = ()) -> UserError:
 def _contradiction(entries: Sequence[Entry]) -> UserError:
     said = " against ".join(f"{entry.key}={entry.value}" for entry in entries)
     return UserError(
-        f"these contradict each other: {said}", where="; ".join(entry.where for entry in entries), fix="keep one of them"
+        f"these contradict each other: {said}",
+        where="; ".join(entry.where for entry in entries),
+        fix="keep one of them",
     )
 
 

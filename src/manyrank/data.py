@@ -29,7 +29,12 @@ from .render import IGNORE, render
 
 KEPT, CUT, TOO_LONG, NOTHING_TO_LEARN = "kept", "cut", "too long", "nothing to learn"
 FEATURES = Features(
-    {"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32")), "row": Value("int64"), "fate": Value("string")}
+    {
+        "input_ids": Sequence(Value("int32")),
+        "labels": Sequence(Value("int32")),
+        "row": Value("int64"),
+        "fate": Value("string"),
+    }
 )
 CACHE_VERSION = 1  # raise it when the same input gives other tokens
 
@@ -74,7 +79,7 @@ def prepare(path: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) 
     file = Path(path)
     format_type = config.format_type
     if format_type == "auto":
-        number, row = next(read_rows(file))
+        number, row = next(read_rows(file), (0, {}))
         format_type = detect(row, where=f"{file}, row {number}")
     options = {
         "file": str(file.resolve()), "format_type": format_type, "max_length": config.max_length, "overlong": config.overlong,
@@ -108,7 +113,9 @@ def prepare(path: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) 
 
 def _fingerprint(file: Path, tokenizer: PreTrainedTokenizerBase, options: dict) -> str:
     digest = hashlib.sha256(file.read_bytes())
-    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    state = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
     for part in (state, str(tokenizer.chat_template), json.dumps(options, sort_keys=True), str(CACHE_VERSION)):
         digest.update(part.encode())
     return digest.hexdigest()[:32]
@@ -126,7 +133,9 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, options: dict) -> Iterator[di
         fate = KEPT
         if len(ids) > limit:
             if options["overlong"] == "error":
-                raise UserError(f"{len(ids)} tokens, more than {limit}", where=where, fix="raise max_length, or set overlong")
+                raise UserError(
+                    f"{len(ids)} tokens, more than {limit}", where=where, fix="raise max_length, or set overlong"
+                )
             fate = CUT if options["overlong"] == "truncate" else TOO_LONG
             ids, labels = ids[:limit], labels[:limit]
         # The first token has nothing in front that could predict it.

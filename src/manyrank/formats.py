@@ -31,12 +31,17 @@ class BadRow(ValueError):
 def _text(row: Row, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"{key!r} is " + ("missing" if value is None else "empty" if isinstance(value, str) else "no text"))
+        raise BadRow(
+            f"{key!r} is " + ("missing" if value is None else "empty" if isinstance(value, str) else "no text")
+        )
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise BadRow(f"{key!r} has half a surrogate pair, which is no text")
     return value
 
 
 def _optional(row: Row, key: str) -> str:
-    return _text(row, key) if row.get(key) not in (None, "") else ""
+    value = row.get(key)
+    return _text(row, key) if value is not None and value != [] and str(value).strip() else ""
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -66,7 +71,7 @@ def _turns(row: Row, key: str, role_key: str, content_key: str) -> Messages:
         raise BadRow(f"{key!r} is not a list of turns")
     messages = []
     for number, turn in enumerate(turns, 1):
-        role = ROLES.get(turn.get(role_key)) if isinstance(turn, dict) else None
+        role = ROLES.get(str(turn.get(role_key))) if isinstance(turn, dict) else None
         if role is None:
             raise BadRow(f"turn {number} of {key!r} has no {role_key!r} out of {', '.join(ROLES)}")
         extra = set(turn) - {role_key, content_key}
@@ -77,7 +82,7 @@ def _turns(row: Row, key: str, role_key: str, content_key: str) -> Messages:
 
 
 def _sharegpt(row: Row) -> Messages:
-    if _optional(row, "tools"):
+    if row.get("tools"):
         raise BadRow("'tools' would be lost: tool calls cannot be trained on yet")
     system = _optional(row, "system")
     turns = _turns(row, "conversations", "from", "value")
@@ -160,13 +165,15 @@ def _lines(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield number, _object(_parse(line, path, number), f"{path}, line {number}")
+                yield number, _object(_parse(line.strip(), path, number), f"{path}, line {number}")
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:
+        if not isinstance(error, json.JSONDecodeError):
+            raise UserError(f"JSON that cannot be read: {error}", where=str(path), fix="simplify that row") from None
         raise UserError(
             f"broken JSON: {error.msg}",
             where=f"{path}, line {first_line + error.lineno - 1}, column {error.colno}",
@@ -176,5 +183,7 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 
 def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"a row is {type(row).__name__}, not an object", where=where, fix="give objects with named fields")
+        raise UserError(
+            f"a row is {type(row).__name__}, not an object", where=where, fix="give objects with named fields"
+        )
     return row

@@ -56,7 +56,8 @@ def _gpus() -> tuple[Gpu, ...]:
         return tuple(every)
     chosen = []
     for name in (part.strip() for part in visible.split(",")):
-        index = int(name) if name.lstrip("-").isdigit() else 0  # a UUID also names one GPU; which does not matter here
+        # A UUID also names one GPU; which one does not matter here.
+        index = int(name) if name.isdecimal() else 0 if name.startswith(("GPU-", "MIG-")) else -1
         if not 0 <= index < len(every):
             break  # CUDA, too, ends the list at the first invalid entry
         chosen.append(every[index])

@@ -58,7 +58,9 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
         nproc = where.nproc or 1
     if nproc == 0:
         raise UserError(
-            f"strategy {config.strategy} on a machine without GPUs", where="nproc", fix="say how many processes: --nproc 2"
+            f"strategy {config.strategy} on a machine without GPUs",
+            where="nproc",
+            fix="say how many processes: --nproc 2",
         )
     return config.strategy or ("single" if nproc * where.nnodes == 1 else "ddp"), nproc
 
@@ -70,11 +72,12 @@ def plan(line: CommandLine, *, strategy: str, nproc: int, output_dir: str, hardw
         UserError: several machines without an endpoint, or `via python` for more than one process.
     """
     where = line.where
-    if where.nnodes > 1 and not where.rdzv_endpoint:
-        raise UserError(f"{where.nnodes} machines, and no endpoint", where="rdzv_endpoint", fix="give HOST:PORT of machine 0")
+    _check_nodes(where)
     via = where.via or ("python" if strategy == "single" and nproc * where.nnodes == 1 else "accelerate")
     if via == "python" and (strategy != "single" or nproc * where.nnodes > 1):
-        raise UserError("via python starts one process of strategy single", where="via", fix="use accelerate or torchrun")
+        raise UserError(
+            "via python starts one process of strategy single", where="via", fix="use accelerate or torchrun"
+        )
     train = ["-m", "manyrank.train", *_train_arguments(line, strategy, output_dir)]
     head = {"python": _python, "accelerate": _accelerate, "torchrun": _torchrun}[via](strategy, nproc, where)
     env = {"OMP_NUM_THREADS": str(max(1, hardware.cpu_cores // nproc)), **({} if hardware.gpus else CPU_VARIABLES)}
@@ -83,6 +86,23 @@ def plan(line: CommandLine, *, strategy: str, nproc: int, output_dir: str, hardw
         env={key: os.environ.get(key, value) for key, value in env.items()},  # what the user has set stands
         files=tuple(str(file) for file in _files(strategy)),
     )
+
+
+def _check_nodes(where: Where) -> None:
+    if where.nnodes == 1 and (where.node_rank or where.rdzv_endpoint):
+        raise UserError(
+            "node_rank and rdzv_endpoint are for several machines", where="command line", fix="give --nnodes, too"
+        )
+    host, _, port = (where.rdzv_endpoint or "").rpartition(":")
+    if where.nnodes > 1 and not (host and port.isdecimal()):
+        raise UserError(
+            f"{where.nnodes} machines, and rdzv_endpoint is {where.rdzv_endpoint}", where="command line",
+            fix="give HOST:PORT of machine 0",
+        )  # fmt: skip
+    if where.node_rank >= where.nnodes:
+        raise UserError(
+            f"node_rank {where.node_rank} of {where.nnodes} machines", where="command line", fix="count from 0"
+        )
 
 
 def _train_arguments(line: CommandLine, strategy: str, output_dir: str) -> list[str]:

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 
-def token_loss_sum(model: torch.nn.Module, inputs: dict, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_loss_sum(
+    model: torch.nn.Module, inputs: dict, positions: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     """Forward one micro-batch and sum the cross-entropy of its supervised tokens.
 
     Only the hidden states in front of supervised tokens go through the head, so no other logits are ever computed.

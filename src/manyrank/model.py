@@ -125,7 +125,9 @@ def _with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Modu
     try:
         return get_peft_model(model, lora)
     except ValueError as error:  # peft: no module has such a name
-        raise UserError(str(error), where="lora_target_modules", fix="name linear layers of the model, or all-linear") from None
+        raise UserError(
+            str(error), where="lora_target_modules", fix="name linear layers of the model, or all-linear"
+        ) from None
 
 
 def _base(plan: LoadPlan) -> torch.nn.Module:

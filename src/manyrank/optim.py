@@ -33,7 +33,11 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
         return torch.optim.AdamW(groups, **adam)
     from bitsandbytes import optim as bnb
 
-    cls = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw_8bit": bnb.PagedAdamW8bit, "paged_adamw_32bit": bnb.PagedAdamW32bit}
+    cls = {
+        "adamw_8bit": bnb.AdamW8bit,
+        "paged_adamw_8bit": bnb.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.PagedAdamW32bit,
+    }
     return cls[config.optim](groups, **adam)
 
 

@@ -11,7 +11,7 @@ from .config import ALIASES, FIELDS, SWITCHES, Entry, find_recipe, normal, prese
 from .errors import UserError
 
 Via = Literal["python", "accelerate", "torchrun"]
-YES_NO = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0", "auto"})
+YES_NO = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0", "auto", "none"})
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(prog: str, *, launch: bool) -> argparse.ArgumentParser:
     """All options of a train command; with `launch` also those of `Where`."""
-    made = _Parser(prog=prog, allow_abbrev=False, description="Fine-tune a model as a recipe says.", usage=f"{prog} [RECIPE] [--key value ...]")
+    made = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Fine-tune a model as a recipe says.",
+        usage=f"{prog} [RECIPE] [--key value ...]",
+    )
     made.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file, or a preset: " + ", ".join(presets()))
     made.add_argument("--config", metavar="PRESET", help="the same as RECIPE")
     if launch:
@@ -65,7 +70,9 @@ def parser(prog: str, *, launch: bool) -> argparse.ArgumentParser:
         recipe.add_argument(f"--{key}", action=_Collect, metavar="X", help=text)
     short = made.add_argument_group("short forms")
     for key in sorted(SWITCHES):
-        short.add_argument(f"--{key}", action=_Collect, metavar="yes|no", help=argparse.SUPPRESS if key == "wandb" else "")
+        short.add_argument(
+            f"--{key}", action=_Collect, metavar="yes|no", help=argparse.SUPPRESS if key == "wandb" else ""
+        )
     for key in ALIASES:
         made.add_argument(f"--{key}", action=_Collect, help=argparse.SUPPRESS)
     return made
@@ -88,6 +95,8 @@ def parse(argv: Sequence[str], *, prog: str, launch: bool) -> CommandLine:
     found, unknown = parser(prog, launch=launch).parse_known_args(_tidy(argv))
     if unknown:
         stray = unknown[0].split("=")[0]
+        if not stray.startswith("-"):
+            raise UserError(f"two recipes: {found.recipe} and {stray}", where="command line", fix="keep one of them")
         launch_flags = {item.name for item in fields(Where)} if launch else set()
         raise unknown_key(Entry(stray, None, "command line"), more=launch_flags)
     if found.recipe and found.config and find_recipe(found.recipe) != find_recipe(found.config):
@@ -102,9 +111,11 @@ def parse(argv: Sequence[str], *, prog: str, launch: bool) -> CommandLine:
 def _typed(name: str, value: Any) -> Any:
     choices = {"via": ("python", "accelerate", "torchrun")}
     if name in choices and value not in choices[name]:
-        raise UserError(f"--{name} {value!r} is none of {', '.join(choices[name])}", where="command line", fix="choose one")
+        raise UserError(
+            f"--{name} {value!r} is none of {', '.join(choices[name])}", where="command line", fix="choose one"
+        )
     if name in ("nproc", "nnodes", "node_rank"):
-        if not str(value).isdigit() or (int(value) == 0 and name != "node_rank"):
+        if not str(value).isascii() or not str(value).isdigit() or (int(value) == 0 and name != "node_rank"):
             raise UserError(f"--{name} {value!r} is not a count", where="command line", fix="give a whole number")
         return int(value)
     return value

@@ -28,7 +28,7 @@ def step_layout(lengths: Sequence[int], *, ranks: int, token_budget: int) -> Lay
 
     Returns:
         For each rank its micro-batches, each a sorted list of positions in `lengths`. All ranks have the same number.
-        A micro-batch is empty only where a step has fewer examples than ranks.
+        A micro-batch may be empty, where there are fewer examples than ranks or the longest fill the budget alone.
     """
     if max(lengths) > token_budget:
         raise ValueError(f"an example of {max(lengths)} tokens exceeds the token budget of {token_budget}")

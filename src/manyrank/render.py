@@ -71,7 +71,9 @@ def _spans(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str,
         before = _apply(tokenizer, messages[:index], add_generation_prompt=True)
         after = text if index + 1 == len(messages) else _apply(tokenizer, messages[: index + 1])
         if not (text.startswith(after) and after.startswith(before)):
-            raise BadRow(f"the chat template rewrites the conversation around turn {index + 1}; it cannot be masked yet")
+            raise BadRow(
+                f"the chat template rewrites the conversation around turn {index + 1}; it cannot be masked yet"
+            )
         start = len(before)
         spans.append((start, start + _turn_length(tokenizer, after[start:], message["content"], index + 1)))
     return text, spans

@@ -189,7 +189,9 @@ def check_data(path: Path, format_type: str) -> None:
     Raises:
         UserError: it cannot be read.
     """
-    number, row = next(read_rows(path))
+    number, row = next(read_rows(path), (0, None))
+    if row is None:
+        raise UserError("the file has no rows", where=str(path), fix="give a file with rows")
     where = f"{path}, row {number}"
     try:
         to_messages(row, detect(row, where=where) if format_type == "auto" else format_type)
@@ -206,8 +208,10 @@ def _model_problems(resolved: Resolved) -> Iterator[UserError]:
         return
     if not (folder / "config.json").is_file():
         yield UserError(f"{name} has no config.json", where=where, fix="name the folder of a whole model")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        yield UserError(f"{name} has no weights", where=where, fix="it needs *.safetensors (or *.bin) files")
+    if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        yield UserError(
+            f"{name} has no weights", where=where, fix="it needs model*.safetensors (or pytorch_model*.bin)"
+        )
     if not resolved.config.chat_template and not _has_chat_template(folder):
         yield UserError("the tokenizer has no chat template", where=where, fix="give one: --chat_template FILE.jinja")
 
@@ -216,7 +220,10 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    try:
+        return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    except (ValueError, AttributeError):
+        raise UserError("not a JSON object", where=str(config), fix="give the tokenizer of a whole model") from None
 
 
 def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
@@ -225,9 +232,12 @@ def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
     Raises:
         UserError: the folder has files, and this run does not resume.
     """
+    above = next(parent for parent in (output_dir, *output_dir.parents) if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is a file", where="output_dir", fix="choose another --output_dir")
     if config.dry_run or config.resume_from_checkpoint or not output_dir.exists():
         return
-    if not output_dir.is_dir() or any(output_dir.iterdir()):
+    if any(output_dir.iterdir()):
         raise UserError(
             f"the output folder {output_dir} is not empty",
             where="output_dir",

@@ -88,7 +88,9 @@ class Session:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         bf16 = self.runtime.facts().precision == "bf16"
-        checkpoint.save_weights(self.runtime, partial, dtype=torch.bfloat16 if self.config.method == "full" and bf16 else None)
+        checkpoint.save_weights(
+            self.runtime, partial, dtype=torch.bfloat16 if self.config.method == "full" and bf16 else None
+        )
         if main:
             self.tokenizer.save_pretrained(partial)
             shutil.rmtree(final, ignore_errors=True)

@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 the user's input is wrong, 75 preempted after a complete checkpoint.
     """
     place = topology.from_environment()
-    return guarded(lambda: _train(parse(argv or sys.argv[1:], prog="python -m manyrank.train", launch=False), place), place)
+    return guarded(
+        lambda: _train(parse(argv or sys.argv[1:], prog="python -m manyrank.train", launch=False), place), place
+    )
 
 
 def guarded(work: Callable[[], None], place: Topology) -> int:
@@ -77,9 +79,7 @@ def _train(line: CommandLine, place: Topology) -> None:
 def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.Hardware, output_dir: Path) -> None:
     strategy = resolved.config.strategy or ("single" if place.world_size == 1 else "ddp")
     rules.check(
-        rules.Situation(
-            resolved, strategy, nproc=place.local_world_size, world_size=place.world_size, hardware=machine
-        )
+        rules.Situation(resolved, strategy, nproc=place.local_world_size, world_size=place.world_size, hardware=machine)
     )
     if place.is_main:
         rules.check_output_dir(resolved.config, output_dir)

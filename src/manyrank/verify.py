@@ -135,7 +135,9 @@ def main(argv: Sequence[str]) -> int:
         0 if every case is right, else 1.
     """
     options = _options(argv)
-    print(f"{'method':<7} {'strategy':<8} {'launcher':<10} {'wrapper':<26} {'base/rank':>9} {'loss diff':>10} {'norm diff':>10}")
+    print(
+        f"{'method':<7} {'strategy':<8} {'launcher':<10} {'wrapper':<26} {'base/rank':>9} {'loss diff':>10} {'norm diff':>10}"
+    )
     wrong, single = 0, Outcome((), (), {}, 0)
     with tempfile.TemporaryDirectory(prefix="manyrank-verify-") as temporary:
         folder = Path(options.keep or temporary)
@@ -168,8 +170,12 @@ def _last_words(stderr: str) -> str:
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="manyrank verify", description=__doc__.split("\n\n")[0])
-    parser.add_argument("recipe", nargs="?", default=str(asset("launch", "recipes", "verify.yaml")), help="your own recipe")
-    parser.add_argument("--nproc", type=int, default=len(hardware.probe().gpus) or 2, help="processes (default: GPUs, or 2)")
+    parser.add_argument(
+        "recipe", nargs="?", default=str(asset("launch", "recipes", "verify.yaml")), help="your own recipe"
+    )
+    parser.add_argument(
+        "--nproc", type=int, default=len(hardware.probe().gpus) or 2, help="processes (default: GPUs, or 2)"
+    )
     parser.add_argument("--steps", type=int, default=4, help="steps of each run (default: 4)")
     parser.add_argument("--methods", type=_among(METHODS), default=METHODS, help=",".join(METHODS))
     parser.add_argument("--strategies", type=_among(STRATEGIES), default=STRATEGIES, help=",".join(STRATEGIES))
@@ -177,7 +183,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there")
     options = parser.parse_args(argv)
     if options.nproc < 2:
-        raise UserError("verify compares several processes with one", where="--nproc", fix="needs at least 2 GPUs, or CPUs")
+        raise UserError(
+            "verify compares several processes with one", where="--nproc", fix="needs at least 2 GPUs, or CPUs"
+        )
     return options
 
 

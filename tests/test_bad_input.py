@@ -1,0 +1,175 @@
+"""Inputs that once gave a traceback or a silently wrong value."""
+
+import json
+import sys
+
+import pytest
+
+from manyrank import hardware, launcher, rules
+from manyrank.config import Entry, asset, resolve
+from manyrank.errors import UserError
+from manyrank.formats import BadRow, read_rows, to_messages
+from manyrank.hardware import Hardware
+from manyrank.options import parse
+
+DATA = str(asset("data", "sample.jsonl"))
+CPU = Hardware((), 4, False)
+
+
+def entries(**v):
+    return [Entry(f"--{k}", x, f"command line, --{k}") for k, x in v.items()]
+
+
+def check(**v):
+    r = resolve(None, entries(**({"model_name_or_path": "embedded", "data_path": DATA} | v)))
+    rules.check(rules.Situation(r, "single", 1, 1, CPU))
+
+
+def write(p, t):
+    p.write_text(t)
+    return str(p)
+
+
+def refused(f):
+    with pytest.raises(UserError):
+        f()
+
+
+def test_01_formats_line_of_a_truncated_row(tmp_path):
+    p = tmp_path / "r.jsonl"
+    p.write_text('{"a": 1}\n{"a": 2\n{"a": 3}\n')
+    with pytest.raises(UserError) as c:
+        list(read_rows(p))
+    assert ", line 2, " in c.value.where
+
+
+def test_02_rules_empty_array(tmp_path):
+    refused(lambda: check(data_path=write(tmp_path / "e.json", "[]")))
+
+
+def test_03_formats_role_that_is_no_text():
+    with pytest.raises(BadRow):
+        to_messages({"messages": [{"role": ["user"], "content": "x"}]}, "messages")
+
+
+def test_04_hardware_no_visible_devices(monkeypatch):
+    import test_hardware as t
+
+    monkeypatch.setitem(sys.modules, "pynvml", t.nvml(t.A100))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware.probe().gpus == ()
+
+
+@pytest.mark.parametrize("text", ["{bad", "[]"])
+def test_05_rules_broken_tokenizer_config(tmp_path, text):
+    for n in ("config.json", "model.safetensors"):
+        (tmp_path / n).write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    refused(lambda: check(model_name_or_path=str(tmp_path)))
+
+
+def test_06_config_unclosed_bracket():
+    refused(lambda: check(sample_questions="[a"))
+
+
+def test_07_rules_empty_data_path():
+    refused(lambda: check(data_path=""))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--nnodes=2", "--node_rank=7", "--rdzv_endpoint=h:1"],
+        ["--node_rank=1"],
+        ["--rdzv_endpoint=h:1"],
+        ["--nnodes=2", "--rdzv_endpoint=host"],
+        ["--nnodes=2", "--rdzv_endpoint=host:port"],
+    ],
+)
+def test_08_launcher_node_flags(flags):
+    def f():
+        line = parse(["quickstart", "--nproc=2", *flags], prog="", launch=True)
+        launcher.plan(line, strategy="ddp", nproc=2, output_dir="o", hardware=CPU)
+
+    refused(f)
+
+
+def test_09_config_duplicate_yaml_key(tmp_path):
+    refused(lambda: resolve(write(tmp_path / "d.yaml", "seed: 1\nseed: 2\nmodel: embedded\ndata_path: x\n")))
+
+
+def test_10_config_misspelt_method_under_a_flag(tmp_path):
+    refused(
+        lambda: resolve(
+            write(tmp_path / "d.yaml", "method: lorra\nmodel: embedded\ndata_path: x\n"), entries(no_4bit=True)
+        )
+    )
+
+
+def test_11_rules_adapter_or_training_args_are_no_weights(tmp_path):
+    for n in ("config.json", "chat_template.jinja", "training_args.bin", "adapter_model.safetensors"):
+        (tmp_path / n).write_text("")
+    refused(lambda: check(model_name_or_path=str(tmp_path)))
+
+
+def test_12_formats_deep_nesting(tmp_path):
+    p = tmp_path / "r.jsonl"
+    p.write_text('{"a":' * 100_000)
+    refused(lambda: list(read_rows(p)))
+
+
+def test_13_formats_lone_surrogate():
+    with pytest.raises(BadRow):
+        to_messages(json.loads('{"question": "\\ud800", "answer": "a"}'), "question_answer")
+
+
+def test_14_formats_blank_optional_fields():
+    assert to_messages({"instruction": "i", "input": " ", "output": "o"}, "alpaca")[0]["content"] == "i"
+
+
+def test_15_formats_sharegpt_empty_tools():
+    assert to_messages({"conversations": [{"from": "gpt", "value": "v"}], "tools": []}, "sharegpt")
+
+
+def test_16_options_two_recipes_in_a_row():
+    with pytest.raises(UserError, match="two recipes"):
+        parse(["quickstart", "verify"], prog="", launch=True)
+
+
+def test_17_options_bf16_none():
+    assert (
+        resolve(
+            None, parse(["--model=embedded", "--data-path=x", "--bf16", "none"], prog="", launch=True).overrides
+        ).config.bf16
+        == "auto"
+    )
+
+
+def test_18_options_superscript_count():
+    refused(lambda: parse(["--nproc=²"], prog="", launch=True))
+
+
+def test_20_infinite_numbers():
+    refused(lambda: check(num_train_epochs="inf"))
+
+
+def test_21_output_dir_under_a_file(tmp_path):
+    (tmp_path / "f").write_text("")
+    refused(lambda: rules.check_output_dir(resolve("quickstart").config, tmp_path / "f" / "run"))
+
+
+def test_22_yaml_fix_names_a_file_that_is_there(tmp_path):
+    with pytest.raises(UserError) as c:
+        resolve(write(tmp_path / "e.yaml", ""))
+    assert asset(*c.value.fix.split()[-1].split("/")).is_file()
+
+
+def test_23_as_yaml_origin_with_newline(tmp_path):
+    r = resolve(None, [*entries(model="embedded", data_path="x"), Entry("seed", 1, "a\nb: c")])
+    assert resolve(write(tmp_path / "o.yaml", r.as_yaml())).config == r.config
+
+
+def test_24_base_that_is_empty(tmp_path):
+    with pytest.raises(UserError) as c:
+        resolve(write(tmp_path / "b.yaml", "base:\nmodel: embedded\ndata_path: x\n"))
+    assert "b.yaml" in c.value.where
