@@ -126,9 +126,13 @@ class Recorder(TrainerCallback):
 class Poison(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 1:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.register_hook(lambda gradient: gradient * float("inf"))
+            for name, module in model.named_modules():
+                if name.endswith("lora_B.default"):
+                    module.register_forward_hook(self.poison)
+
+    def poison(self, module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("inf"))
 """
 
 

@@ -43,7 +43,7 @@ class FullWriter:
         self.bytes, self.files = 0, 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors[name] = tensor.contiguous()
+        self.tensors[name] = tensor.contiguous().clone()  # safetensors refuses tensors that share memory
         self.bytes += tensor.numel() * tensor.element_size()
         if self.bytes >= FILE_BYTES:
             self.flush()

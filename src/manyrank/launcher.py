@@ -165,6 +165,7 @@ def run(launch: LaunchPlan) -> int:
     logging.disable(logging.ERROR)  # the agents report a worker's failure in 30 lines; the worker has said it in three
     from subprocess import CalledProcessError
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
@@ -173,6 +174,8 @@ def run(launch: LaunchPlan) -> int:
         code = failed.get_first_failure()[1].exitcode
     except CalledProcessError as failed:
         code = failed.returncode
+    except SignalException as signalled:  # the agent has passed it on to the workers and waited for them
+        code = -signalled.sigval
     else:
         return 0
     return code if code > 0 else EXIT_FAILED if code == 0 else 128 - code

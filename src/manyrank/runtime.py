@@ -249,7 +249,7 @@ class ZeroRuntime(Runtime):
         steps = torch.tensor(float(self.wrapped.global_steps))
         for name, parameter in self.trainable.items():
             moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in self._moments()}
-            yield name, {"step": steps.clone(), **moments}
+            yield name, {"step": steps, **moments}
 
     def _moments(self) -> list[str]:
         state = next(iter(self.optimizer.state.values()), {})

@@ -1,0 +1,71 @@
+"""The shell scripts pass everything on, and two machines (two launches on loopback) train like one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run
+
+BIN = str(Path(sys.executable).parent)
+PATH = f"{BIN}:{os.environ['PATH']}"
+
+
+def script(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    argv = [str(ROOT / "launch" / name), *args]
+    return subprocess.run(
+        argv, capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, "PATH": PATH, **env}
+    )
+
+
+@pytest.mark.parametrize("name", ["local.sh", "torchrun.sh"])
+def test_one_machine(name, whole_run, tmp_path):
+    folder = tmp_path / "a folder with blanks"
+    done = script(name, "verify", "ddp", "2", "--max_steps=6", "--logging_steps=1", "--output_dir", str(folder))
+    assert done.returncode == 0, done.stderr
+    run = Run(0, done.stdout, done.stderr, folder)
+    assert run.facts()["wrapper"] == "DistributedDataParallel"
+    assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+def test_multinode_shows_the_command_of_its_machine():
+    place = {"NNODES": "2", "NODE_RANK": "1", "ENDPOINT": "first:29501", "NPROC": "4"}
+    done = script("multinode.sh", "verify", "fsdp", "--print", "--output_dir=a b", **place)
+    assert "--num_processes 8 --num_machines 2 --machine_rank 1 --main_process_ip first" in done.stdout
+    assert "'--output_dir=a b'" in done.stdout
+    missing = script("multinode.sh", "verify", "fsdp", NNODES="2", NODE_RANK="1")
+    assert missing.returncode != 0 and "ENDPOINT" in missing.stderr
+
+
+def test_slurm_expands_the_rank_on_each_machine(tmp_path):
+    """With an srun that runs its command once for each of two machines, as SLURM's does."""
+    tools = {
+        "scontrol": "echo first; echo second",
+        "srun": 'for node in 0 1; do SLURM_NODEID=$node "$@"; done',
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    place = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "NPROC": "2"}
+    args = ("verify", "zero3", "--output_dir", "a b", "--print")
+    done = script("slurm.sbatch", *args, PATH=f"{tmp_path}:{PATH}", **place)
+    commands = [line for line in done.stdout.splitlines() if line.startswith("accelerate launch")]
+    assert [f"--machine_rank {rank} --main_process_ip first --main_process_port 29542" in c for rank, c in enumerate(commands)] == [True, True]  # fmt: skip
+    assert all("'--output_dir=a b'" in command for command in commands)
+
+
+@pytest.mark.parametrize(("via", "port"), [("accelerate", 29711), ("torchrun", 29712)])
+def test_two_machines_on_loopback(via, port, whole_run, tmp_path):
+    def machine(rank: int) -> subprocess.Popen:
+        argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", "--strategy=ddp", "--nproc=1", "--nnodes=2"]
+        argv += [f"--node_rank={rank}", f"--rdzv_endpoint=127.0.0.1:{port}", f"--via={via}", "--max_steps=6"]
+        argv += ["--logging_steps=1", f"--output_dir={tmp_path / 'run'}"]
+        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    machines = [machine(0), machine(1)]
+    outputs = [process.communicate(timeout=200)[0] for process in machines]
+    assert [process.returncode for process in machines] == [0, 0], outputs
+    run = Run(0, "", "", tmp_path / "run")
+    assert run.facts()["world_size"] == 2
+    assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
