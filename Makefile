@@ -1,5 +1,6 @@
 # The commands of the project. `make train` and `make test` work on a fresh machine with Python 3.11 or newer and gcc.
-PYTHON   ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p))))
+# The first that runs and is new enough; a name on the PATH may be a shim that does not run.
+PYTHON   ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV     := .venv
 RECIPE   ?= quickstart
 STRATEGY ?=
@@ -12,7 +13,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 setup: $(VENV)/.installed  ## make .venv with the pinned versions
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -c constraints.txt torch
 	$(VENV)/bin/pip install -q -c constraints.txt -e ".[dev]"
