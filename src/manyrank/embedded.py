@@ -31,7 +31,7 @@ FILES = ("config.json", "generation_config.json", "model.safetensors")
 FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 SEED = 0
-THREADS = 1  # a sum split over threads may end in other bits; measured, two gain a third and lose far more when busy
+THREADS = 1  # a sum split over threads may end in other bits; two are faster on idle cores, far slower on busy ones
 STEPS, BATCH, WINDOW = 150, 8, 128  # optimizer steps, sequences per step, tokens per sequence
 LEARNING_RATE, WARMUP = 3e-3, 20  # peak, steps
 MAX_LENGTH = 2048  # tokens
