@@ -15,8 +15,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import logging
 
 from .errors import UserError
+
+logger = logging.get_logger(__name__)
 
 PACKED = "manyrank_packed"
 
@@ -47,8 +50,13 @@ def packed_attention(
     Returns:
         (1, tokens, heads, head_dim), and None for the weights.
     """
+    if torch.is_autocast_enabled(query.device.type):  # a norm may have given float32 queries, beside 16-bit values
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if query.is_cuda:
+        logger.warning_once(f"attention takes one document at a time: {query.dtype}, dropout {dropout} (slower)")
     bounds = cu_seq_lens_q.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))

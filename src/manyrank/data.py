@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,7 @@ class StepLoader:
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
             return np.arange(len(self.examples))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+        return _permutation(self.seed, epoch, len(self.examples))
 
     def _layout(self, lengths: list[int]) -> list[list[int]]:
         if self.packing == "none":
@@ -239,6 +240,11 @@ class StepLoader:
             labels[index, :length] = torch.as_tensor(row["labels"])
             mask[index, :length] = 1
         return _micro_batch({"input_ids": ids, "attention_mask": mask}, labels.flatten(), rows)
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def _packed(rows: list[dict]) -> MicroBatch:
