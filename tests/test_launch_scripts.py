@@ -1,8 +1,10 @@
 """The shell scripts pass everything on, and two machines (two launches on loopback) train like one process."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,8 +65,19 @@ def test_two_machines_on_loopback(via, port, whole_run, tmp_path):
         argv += ["--logging_steps=1", f"--output_dir={tmp_path / 'run'}"]
         return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    machines = [machine(0), machine(1)]
-    outputs = [process.communicate(timeout=200)[0] for process in machines]
+    machines = [machine(0)]
+    try:
+        # On one host the second machine could open the first one's port before it.
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        machines.append(machine(1))
+        outputs = [process.communicate(timeout=200)[0] for process in machines]
+    finally:
+        for process in machines:
+            process.kill()
     assert [process.returncode for process in machines] == [0, 0], outputs
     run = Run(0, "", "", tmp_path / "run")
     assert run.facts()["world_size"] == 2

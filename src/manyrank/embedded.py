@@ -47,7 +47,7 @@ SHAPE = dict(
     num_attention_heads=8,  # these and the key heads divide over 2 or 4 ranks
     num_key_value_heads=4,
     head_dim=32,
-    initializer_range=0.06,  # measured: LoRA ends at a loss of 0.01 on this base, at 0.13 with the usual 0.02
+    initializer_range=0.06,  # measured: 15 epochs of LoRA then end at a loss of 0.06, with the usual 0.02 at 0.86
 )
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -174,6 +174,9 @@ def run(launch: LaunchPlan) -> int:
         code = failed.get_first_failure()[1].exitcode
     except CalledProcessError as failed:
         code = failed.returncode
+    except ConnectionError as error:  # accelerate looks before it starts anything
+        fix = "choose another port in rdzv_endpoint, or end what listens there"
+        raise UserError(str(error).split(". ")[0], where="the rendezvous port", fix=fix) from None
     except SignalException as signalled:  # the agent has passed it on to the workers and waited for them
         code = -signalled.sigval
     else:
