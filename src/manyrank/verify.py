@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -90,10 +91,10 @@ def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int) -> Out
 def difference(one: Sequence[float], other: Sequence[float]) -> float:
     """Largest difference of two series of the same steps, relative where the value is above 1.
 
-    Infinite if they have not the same length.
+    Infinite if they have not the same length or hold something that is not finite.
     """
-    if len(one) != len(other) or not one:
-        return float("inf")
+    if len(one) != len(other) or not one or not all(map(math.isfinite, (*one, *other))):
+        return math.inf
     return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(one, other))
 
 
