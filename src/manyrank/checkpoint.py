@@ -146,10 +146,10 @@ def find(output_dir: Path, wanted: str) -> Path | None:
         wanted: "auto" for the newest complete one of the run, or a checkpoint's folder.
 
     Returns:
-        Its folder; None if "auto" finds none.
+        Its folder; None if "auto" finds a run that has not saved yet.
 
     Raises:
-        UserError: a named checkpoint is not complete.
+        UserError: a named checkpoint is not complete, or "auto" finds only damaged ones or a finished run.
     """
     if wanted != "auto":
         problem = damage(Path(wanted))
@@ -158,7 +158,15 @@ def find(output_dir: Path, wanted: str) -> Path | None:
                 problem, where=f"resume_from_checkpoint {wanted}", fix="name a complete checkpoint, or auto"
             )
         return Path(wanted)
-    return next((folder for folder in reversed(checkpoints(output_dir)) if not damage(folder)), None)
+    found = checkpoints(output_dir)
+    newest = next((folder for folder in reversed(found) if not damage(folder)), None)
+    if newest is None and (found or (output_dir / "final_model").exists()):
+        raise UserError(
+            damage(found[-1]) if found else f"{output_dir} is a finished run without checkpoints",
+            where="resume_from_checkpoint auto",
+            fix="choose another --output_dir for a new run",
+        )
+    return newest
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -173,7 +181,11 @@ def damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be used; None if it is complete, by the size and hash of every file."""
     if not (folder / MANIFEST).is_file():
         return f"{folder} is not a complete checkpoint: it has no {MANIFEST}"
-    for name, entry in json.loads((folder / MANIFEST).read_text()).items():
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        return f"{folder / MANIFEST} is damaged"
+    for name, entry in manifest.items():
         file = folder / name
         if not file.is_file():
             return f"{file} is missing"

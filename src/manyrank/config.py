@@ -62,7 +62,9 @@ class TrainConfig(BaseModel):
     model_name_or_path: str = Field(
         min_length=1, description="a folder, a hub name, or 'embedded' for the small model made here"
     )
-    chat_template: str | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
+    chat_template: str | None = Field(
+        None, min_length=1, description="a Jinja file to use instead of the tokenizer's own template"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: Method = Field("lora", description="full, lora, qlora (NF4, double quantisation) or int8 (8-bit LoRA)")
     lora_r: Int = Field(16, gt=0, description="rank of the adapters")
@@ -74,7 +76,7 @@ class TrainConfig(BaseModel):
 
     # Data
     data_path: str = Field(min_length=1, description="training data: a JSON or JSONL file")
-    eval_data_path: str | None = Field(None, description="validation data, used every eval_steps")
+    eval_data_path: str | None = Field(None, min_length=1, description="validation data, used every eval_steps")
     format_type: Format = Field("auto", description="how rows are read; 'auto' looks at the first row")
     max_length: Int = Field(1024, gt=1, description="tokens of one example; longer ones are handled as `overlong` says")
     overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="what to do with a longer example")
@@ -110,11 +112,13 @@ class TrainConfig(BaseModel):
     strategy: Strategy | None = Field(None, description="an accelerate_configs/ name; one process: single, more: ddp")
 
     # Logging, validation, saving
-    output_dir: str | None = Field(None, description="the run's folder; made from the recipe's name when not given")
-    run_name: str | None = Field(None, description="name of the run in the trackers")
+    output_dir: str | None = Field(
+        None, min_length=1, description="the run's folder; made from the recipe's name when not given"
+    )
+    run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
     logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
-    wandb_project: str | None = Field(None, description="W&B project")
+    wandb_project: str | None = Field(None, min_length=1, description="W&B project")
     eval_steps: Int | None = Field(None, gt=0, description="steps between two validations; needs eval_data_path")
     save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints; none when not given")
     save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
@@ -122,7 +126,9 @@ class TrainConfig(BaseModel):
     metric_for_best_model: str = Field("eval_loss", description="validation metric that decides which is best")
     greater_is_better: bool = Field(False, description="whether a greater metric is better")
     early_stopping_patience: Int | None = Field(None, gt=0, description="validations without a better metric to stop")
-    resume_from_checkpoint: str | None = Field(None, description="a checkpoint folder, or 'auto' for the run's newest")
+    resume_from_checkpoint: str | None = Field(
+        None, min_length=1, description="a checkpoint folder, or 'auto' for the run's newest"
+    )
     callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
     sample_questions: Strings = Field([], description="questions answered before and after the training")
     sample_max_new_tokens: Int = Field(64, gt=0, description="tokens of such an answer")

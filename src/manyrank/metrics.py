@@ -26,5 +26,8 @@ def rewind(output_dir: Path, step: int) -> None:
     """Forget the lines after `step`: a resumed run writes them again."""
     file = output_dir / "logs" / "metrics.jsonl"
     if file.exists():
-        kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+        # A killed run may have left half a line, without its end.
+        kept = [
+            line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
         file.write_text("".join(f"{line}\n" for line in kept))

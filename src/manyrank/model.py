@@ -106,7 +106,6 @@ def load_model(plan: LoadPlan, config: TrainConfig) -> torch.nn.Module:
 
 
 def _with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    model.config.use_cache = False
     if config.packing == "step":
         use_packed_attention(model)
     if config.gradient_checkpointing:

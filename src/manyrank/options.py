@@ -41,14 +41,16 @@ class CommandLine:
         return [*([self.recipe] if self.recipe else []), *given]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are the user's three lines."""
+
     def error(self, message: str):
         raise UserError(message, where="command line", fix=f"see `{self.prog} --help`")
 
 
 def parser(prog: str, *, launch: bool) -> argparse.ArgumentParser:
     """All options of a train command; with `launch` also those of `Where`."""
-    made = _Parser(
+    made = Parser(
         prog=prog,
         allow_abbrev=False,
         description="Fine-tune a model as a recipe says.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,8 @@ def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
     above = next(parent for parent in (output_dir, *output_dir.parents) if parent.exists())
     if not above.is_dir():
         raise UserError(f"{above} is a file", where="output_dir", fix="choose another --output_dir")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{above} cannot be written to", where="output_dir", fix="choose another --output_dir")
     if config.dry_run or config.resume_from_checkpoint or not output_dir.exists():
         return
     if any(output_dir.iterdir()):

@@ -169,6 +169,12 @@ class Runtime:
 class FsdpRuntime(Runtime):
     """FSDP2: parameters and optimizer state are DTensors."""
 
+    @contextlib.contextmanager
+    def forward_backward(self, *, last: bool):
+        # Between micro-batches FSDP2 would hold whole gradients on every rank: small for adapters, too big for the model.
+        with super().forward_backward(last=last or not hasattr(self.model, "peft_config")):
+            yield
+
     def _full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 

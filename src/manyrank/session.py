@@ -31,6 +31,11 @@ IDENTITY = (
     "model_name_or_path", "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "data_path", "max_length",
     "overlong", "packing", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
     "seed",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "chat_template",
+    "format_type",
 )  # fmt: skip
 
 
@@ -68,6 +73,8 @@ class Session:
 
     def run(self) -> None:
         """Train, save final_model, show the answers to the recipe's questions before and after."""
+        if self.config.resume_from_checkpoint and not self.resume_from:
+            self.say(f"{self.output_dir} has no checkpoint yet: starting from the beginning")
         if self.resume_from:
             self.trainer.resume(self.resume_from)
             self.say(f"resumed from {self.resume_from}, step {self.trainer.state.global_step}")

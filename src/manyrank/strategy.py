@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ from .config import TrainConfig, asset
 from .errors import UserError
 from .fsdp_on_cpu import promote_to_fsdp
 from .topology import Topology
+
+# Rank 0 reads, hashes and writes while the others wait; NCCL's default of 10 minutes would end big runs.
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,10 @@ def _needs_launcher(name: str | None) -> None:
 
 def _accelerator(config: TrainConfig, *, bf16: bool, on_cpu: bool) -> Accelerator:
     options = {"mixed_precision": "bf16" if bf16 else "no"}
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=TIMEOUT)]
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         if on_cpu:
-            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=TIMEOUT)]
         return Accelerator(deepspeed_plugin=_deepspeed_plugin(config), **options)
     if _flag("ACCELERATE_USE_FSDP"):
         # Without an accelerator the plugin cannot pin host memory.
@@ -130,7 +135,8 @@ def _accelerator(config: TrainConfig, *, bf16: bool, on_cpu: bool) -> Accelerato
             promote_to_fsdp(accelerator, plugin)
         return accelerator
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[ddp], **options)
+    options["kwargs_handlers"].append(ddp)
+    return Accelerator(cpu=on_cpu, **options)
 
 
 def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin:

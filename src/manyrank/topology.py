@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -26,11 +28,24 @@ class Topology:
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Topology:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process if there are none."""
-    world_size = int(environ.get("WORLD_SIZE", 1))
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process if there are none.
+
+    Raises:
+        UserError: one of them is not a count.
+    """
+    world_size = _count(environ, "WORLD_SIZE", 1, least=1)
     return Topology(
-        rank=int(environ.get("RANK", 0)),
-        local_rank=int(environ.get("LOCAL_RANK", 0)),
+        rank=_count(environ, "RANK", 0),
+        local_rank=_count(environ, "LOCAL_RANK", 0),
         world_size=world_size,
-        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", world_size)),
+        local_world_size=_count(environ, "LOCAL_WORLD_SIZE", world_size, least=1),
     )
+
+
+def _count(environ: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
+    value = environ.get(name, str(default))
+    if not (value.isascii() and value.isdigit() and int(value) >= least):
+        raise UserError(
+            f"{name} is {value!r}, not a count", where="the environment", fix="let a launcher set it, or unset it"
+        )
+    return int(value)

@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 the user's input is wrong, 75 preempted after a complete checkpoint.
     """
-    place = topology.from_environment()
+    try:
+        place = topology.from_environment()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER
     return guarded(
         lambda: _train(parse(argv or sys.argv[1:], prog="python -m manyrank.train", launch=False), place), place
     )
@@ -61,7 +65,13 @@ def _train(line: CommandLine, place: Topology) -> None:
     machine = hardware.probe()
     _check_before_torch(resolved, place, machine, output_dir)
     _before_imports(machine)
+    import torch
+
     from .session import open_session
+
+    if machine.gpus and not torch.cuda.is_available():
+        fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
+        raise UserError("there are GPUs that torch cannot use", where=f"torch {torch.__version__}", fix=fix)
 
     bf16 = config.bf16 is True or (config.bf16 == "auto" and bool(machine.gpus) and machine.has_bf16)
     session = open_session(config, place, output_dir=output_dir, bf16=bf16)
@@ -95,7 +105,12 @@ def _before_imports(machine: hardware.Hardware) -> None:
 
 
 def _write_launch(output_dir: Path, resolved: Resolved) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {output_dir}: {error}", where="output_dir", fix="choose another --output_dir"
+        ) from None
     (output_dir / "config.yaml").write_text(resolved.as_yaml(), encoding="utf-8")
     launch = json.loads(os.environ.get(LAUNCH_VARIABLE) or json.dumps({"argv": sys.orig_argv}))
     (output_dir / "launch.json").write_text(json.dumps(launch, indent=1), encoding="utf-8")

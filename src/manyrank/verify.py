@@ -19,9 +19,10 @@ from pathlib import Path
 from safetensors import safe_open
 
 from . import hardware
-from .config import asset
+from .config import TrainConfig, asset, resolve
 from .errors import EXIT_FAILED, UserError
 from .metrics import read_metrics
+from .options import Parser
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 METHODS = ("lora", "qlora", "full")
@@ -68,13 +69,20 @@ def cases(methods: Sequence[str], strategies: Sequence[str], launchers: Sequence
                 yield Case(strategy, method, via)
 
 
-def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int) -> Outcome:
-    """Launch one case in `folder` and read what it wrote."""
+def batch_arguments(config: TrainConfig, nproc: int, processes: int) -> list[str]:
+    """What gives a run of `processes` the global batch that the recipe has on `nproc`."""
+    accumulation = config.gradient_accumulation_steps
+    more = [f"--gradient_accumulation_steps={accumulation * nproc // processes}"] if accumulation else []
+    return [f"--global_batch_size={config.batch(nproc)}", *more]
+
+
+def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int, more: Sequence[str] = ()) -> Outcome:
+    """Launch one case in `folder` with `more` arguments and read what it wrote."""
     output = folder / str(case).replace(" ", "-")
     argv = [
         sys.executable, "-m", "manyrank.cli", "train", recipe, f"--method={case.method}", f"--strategy={case.strategy}",
         f"--via={case.via}", f"--nproc={1 if case.strategy == 'single' else nproc}", f"--max_steps={steps}", "--logging_steps=1",
-        "--lora_dropout=0", f"--output_dir={output}", "--sample_questions=[]", "--report_to=none",
+        "--lora_dropout=0", f"--output_dir={output}", "--sample_questions=[]", "--report_to=none", *more,
     ]  # fmt: skip
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:
@@ -140,10 +148,12 @@ def main(argv: Sequence[str]) -> int:
         f"{'method':<7} {'strategy':<8} {'launcher':<10} {'wrapper':<26} {'base/rank':>9} {'loss diff':>10} {'norm diff':>10}"
     )
     wrong, single = 0, Outcome((), (), {}, 0)
+    recipe = resolve(options.recipe).config
     with tempfile.TemporaryDirectory(prefix="manyrank-verify-") as temporary:
         folder = Path(options.keep or temporary)
         for case in cases(options.methods, options.strategies, options.via):
-            outcome = run(case, options.recipe, folder, nproc=options.nproc, steps=options.steps)
+            batch = batch_arguments(recipe, options.nproc, 1 if case.strategy == "single" else options.nproc)
+            outcome = run(case, options.recipe, folder, nproc=options.nproc, steps=options.steps, more=batch)
             single = outcome if case.strategy == "single" else single
             bad = problems(case, outcome, single, options.nproc)
             wrong += bool(bad)
@@ -170,7 +180,7 @@ def _last_words(stderr: str) -> str:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="manyrank verify", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="manyrank verify", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "recipe", nargs="?", default=str(asset("launch", "recipes", "verify.yaml")), help="your own recipe"
     )
@@ -183,6 +193,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--via", type=_among(LAUNCHERS), default=LAUNCHERS, help=",".join(LAUNCHERS))
     parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there")
     options = parser.parse_args(argv)
+    if options.steps < 1:
+        raise UserError(f"{options.steps} steps", where="--steps", fix="at least 1")
     if options.nproc < 2:
         raise UserError(
             "verify compares several processes with one", where="--nproc", fix="needs at least 2 GPUs, or CPUs"
