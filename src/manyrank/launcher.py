@@ -21,6 +21,7 @@ from .config import TrainConfig, asset
 from .errors import EXIT_FAILED, UserError
 from .hardware import Hardware
 from .options import CommandLine, Where
+from .topology import default_strategy
 
 LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the plan as JSON, for launch.json in the run's folder
 
@@ -62,7 +63,7 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
             where="nproc",
             fix="say how many processes: --nproc 2",
         )
-    return config.strategy or ("single" if nproc * where.nnodes == 1 else "ddp"), nproc
+    return config.strategy or default_strategy(nproc * where.nnodes), nproc
 
 
 def plan(line: CommandLine, *, strategy: str, nproc: int, output_dir: str, hardware: Hardware) -> LaunchPlan:
@@ -195,6 +196,11 @@ def _run_in_process(argv: tuple[str, ...]) -> None:
     launch_command(launch_command_parser().parse_args(list(argv[2:])))
 
 
+def default_output_dir(line: CommandLine) -> Path:
+    """output/NAME, after the recipe."""
+    return Path("output") / (Path(line.recipe).stem if line.recipe else "run")
+
+
 def output_dir(config: TrainConfig, line: CommandLine) -> str:
     """The run's folder: as given, else that of the resumed checkpoint, else output/NAME, output/NAME-2, ... that is free."""
     if config.output_dir:
@@ -202,7 +208,7 @@ def output_dir(config: TrainConfig, line: CommandLine) -> str:
     resume = config.resume_from_checkpoint
     if resume and resume != "auto":
         return str(Path(resume).parent)
-    base = Path("output") / (Path(line.recipe).stem if line.recipe else "run")
+    base = default_output_dir(line)
     if resume or line.where.nnodes > 1:  # every machine must come to the same name
         return str(base)
     folder, number = base, 1

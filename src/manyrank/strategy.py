@@ -26,7 +26,7 @@ from accelerate.utils import (
 from .config import TrainConfig, asset
 from .errors import UserError
 from .fsdp_on_cpu import promote_to_fsdp
-from .topology import Topology
+from .topology import Topology, default_strategy
 
 # Rank 0 reads, hashes and writes while the others wait; NCCL's default of 10 minutes would end big runs.
 TIMEOUT = timedelta(hours=2)
@@ -61,10 +61,6 @@ def launched_by_accelerate(environ=os.environ) -> bool:
     return "ACCELERATE_MIXED_PRECISION" in environ
 
 
-def default_strategy(topology: Topology) -> str:
-    return "single" if topology.world_size == 1 else "ddp"
-
-
 def config_environment(name: str, world_size: int) -> dict[str, str]:
     """The ACCELERATE_* and FSDP_* variables that `accelerate launch --config_file` would set, by accelerate's own code."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -91,7 +87,7 @@ def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator
     Raises:
         UserError: the strategy needs a launcher or a GPU, or another one was started than asked for.
     """
-    name = config.strategy or (None if launched_by_accelerate() else default_strategy(topology))
+    name = config.strategy or (None if launched_by_accelerate() else default_strategy(topology.world_size))
     if not launched_by_accelerate():
         os.environ.update(config_environment(name, topology.world_size))
     _needs_launcher(name)

@@ -16,7 +16,7 @@ from typing import NoReturn
 from . import hardware, rules, topology
 from .config import Resolved, resolve
 from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, UserError
-from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE
+from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE, default_output_dir
 from .options import CommandLine, parse
 from .topology import Topology
 
@@ -61,7 +61,7 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
 def _train(line: CommandLine, place: Topology) -> None:
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
-    output_dir = Path(config.output_dir or Path("output") / (Path(line.recipe).stem if line.recipe else "run"))
+    output_dir = Path(config.output_dir or default_output_dir(line))
     machine = hardware.probe()
     _check_before_torch(resolved, place, machine, output_dir)
     _before_imports(machine)
@@ -87,7 +87,7 @@ def _train(line: CommandLine, place: Topology) -> None:
 
 
 def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.Hardware, output_dir: Path) -> None:
-    strategy = resolved.config.strategy or ("single" if place.world_size == 1 else "ddp")
+    strategy = resolved.config.strategy or topology.default_strategy(place.world_size)
     rules.check(
         rules.Situation(resolved, strategy, nproc=place.local_world_size, world_size=place.world_size, hardware=machine)
     )
