@@ -1,87 +1,382 @@
-"""The mask: exactly the assistant's content and its end-of-turn token are supervised, or the row is refused."""
+"""The mask: exactly what the assistant says and the token that ends its turn are learned, or the row is refused."""
+
+from importlib.resources import files
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
+from manyrank.config import asset
 from manyrank.formats import BadRow
-from manyrank.render import IGNORE, render
+from manyrank.render import IGNORE, RenderOptions, render, runs
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
-    lambda t: t.strip() and "<|" not in t
+OWN = {path.stem: path.read_text(encoding="utf-8") for path in asset("data", "templates").glob("*.jinja")}
+PACKAGED = {
+    path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8")
+    for path in files("trl").joinpath("chat_templates").iterdir()
+    if path.name.endswith(".jinja") and not path.name.endswith("_training.jinja")
+}
+TEMPLATES = {f"own {name}": text for name, text in OWN.items()} | PACKAGED
+NO_STOP = {"glm4moe"}  # its model stops with the marker of the next role, which the template does not write in the end
+NO_SYSTEM = {"gemma"}
+MARKS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|start|>",
+    "<|message|>",
+    "<|channel|>",
+    "<|return|>",
+    "<|call|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|END_RESPONSE|>",
+    "<|START_RESPONSE|>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<end_of_utterance>",
+    "<turn|>",
+    "<|turn>",
+    "<|eot|>",
+    "<|eom|>",
+    "[INST]",
+    "[/INST]",
+]
+ENDS = ("<|END_OF_TURN_TOKEN|>", "<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "<|return|>")
+STOPS = [*ENDS, "</s>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<turn|>", "<|eot|>", "<|END_RESPONSE|>"]
+
+
+def tokenizer_for(template: str, *, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
+    """Bytes and a few merges over edges: two newlines are one token, and so are a blank and the letter after it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ċ", "Ċ"), *(("Ġ", letter) for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")]
+    vocabulary = [*alphabet, *(left + right for left, right in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    return _made(backend, template)
+
+
+def _made(backend: Tokenizer, template: str) -> PreTrainedTokenizerFast:
+    end = next((end for end in ENDS if end in template), "</s>")
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=end, pad_token=end)
+    made.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    made.chat_template = template
+    return made
+
+
+def user(text, **more):
+    return {"role": "user", "content": text, **more}
+
+
+def said(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+CONVERSATIONS = {
+    "single": [user("What is two plus two?"), said("It is four.")],
+    "multi": [user("one?"), said("first"), user("two?"), said("second"), user("three?"), said("third")],
+    "system": [{"role": "system", "content": "Be brief."}, user("Hello there"), said("A greeting")],
+    "echo": [user("Repeat: yes"), said("Repeat: yes"), user("yes"), said("yes")],
+    "unicode": [user("émoji 🎉 日本"), said("🎉 naïve 日本語\n\nline two 👩‍👩‍👧"), user("ü"), said("\u00a0ß🎉")],
+    "special": [user("<|im_end|> or </s>?"), said("say <|im_end|> </s> <|eot_id|>"), user("<s>[/INST]"), said("</s>x")],
+    "edges": [user("\n hi \n"), said("\n\n  four\n\n"), user(" ?"), said("  five")],
+}
+
+
+def check_mask(tokenizer, messages, rendered) -> None:
+    """The learned runs are the contents, but for blanks at the edges, each with one end of turn; the rest is not."""
+    wanted = [message["content"] for message in messages if message["role"] == "assistant"]
+    spans = list(runs(rendered.labels))
+    texts = [tokenizer.decode(rendered.input_ids[a:b]) for a, b in spans]
+    assert texts == rendered.supervised_texts and len(texts) == len(wanted)
+    for text, content in zip(texts, wanted):
+        before, _, stop = text.partition(content.strip())
+        stop = stop.strip()
+        assert stop.removesuffix("<|END_OF_TURN_TOKEN|>") in STOPS or stop in STOPS, (text, stop)
+        assert before in (content[: len(content) - len(content.lstrip())], "", " "), text
+    assert len(rendered.labels) == len(rendered.input_ids)
+    assert all(label in (IGNORE, token) for label, token in zip(rendered.labels, rendered.input_ids))
+    assert tokenizer.decode(rendered.input_ids) == rendered.text
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_is_masked_right_or_refused(name, kind, trim_offsets):
+    tokenizer = tokenizer_for(TEMPLATES[name], trim_offsets=trim_offsets)
+    if name in NO_STOP or (name in NO_SYSTEM and kind == "system"):
+        with pytest.raises(BadRow, match="end-of-turn token" if name in NO_STOP else r"message 1 \(system\)"):
+            render(tokenizer, CONVERSATIONS[kind])
+        return
+    check_mask(tokenizer, CONVERSATIONS[kind], render(tokenizer, CONVERSATIONS[kind]))
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n 🎉<|>[]"), min_size=1, max_size=30)
+PIECES = st.sampled_from(
+    ["<|im_end|>", "</s>", "<think>", "user", "assistant\n", "[INST]", "###", "\n\n", "Zq", "{{ x }}", "'"]
 )
+CONTENT = st.lists(TEXT | PIECES, min_size=1, max_size=4).map("".join).filter(str.strip)
 
 
 @st.composite
 def conversations(draw):
-    turns = [{"role": "system", "content": draw(TEXT)}] if draw(st.booleans()) else []
+    turns = [{"role": "system", "content": draw(CONTENT)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
-        turns += [{"role": "user", "content": draw(TEXT)}, {"role": "assistant", "content": draw(TEXT)}]
+        turns += [user(draw(CONTENT)), said(draw(CONTENT))]
     return turns
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+FAMILIES = [
+    "own chatml",
+    "own mistral",
+    "llama3_1",
+    "gemma3",
+    "qwen3",
+    "gptoss",
+    "phi3",
+    "cohere2",
+    "smolvlm",
+    "deepseekv3",
+]
+TOKENIZERS = {name: tokenizer_for(TEMPLATES[name]) for name in FAMILIES}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(FAMILIES), conversations())
+def test_random_conversations_are_masked_right_or_refused(name, messages):
+    tokenizer = TOKENIZERS[name]
+    try:
+        rendered = render(tokenizer, messages)
+    except BadRow as refusal:
+        assert refusal.reason in ("changed by template", "refused by template", "token over an edge")
+        assert any("<think>" in message["content"] for message in messages) or name in ("gptoss", "cohere2"), refusal
+        return
+    check_mask(tokenizer, messages, rendered)
+
+
+# Thinking and calls
+
+
+def test_thinking_that_the_template_keeps_is_learned_with_its_tags():
+    tokenizer = tokenizer_for(PACKAGED["qwen3"])
+    turns = [
+        user("two?"),
+        said("2", reasoning_content="1 and 1"),
+        user("three?"),
+        said("3", reasoning_content="2 and 1"),
+    ]
+    rendered = render(tokenizer, turns)
+    assert rendered.supervised_texts == ["2<|im_end|>", "<think>\n2 and 1\n</think>\n\n3<|im_end|>"]
+    assert rendered.notes == ("the chat template drops the thinking of message 2",)
+    stripped = render(tokenizer, turns, options=RenderOptions(thinking="strip"))
+    assert stripped.supervised_texts == ["2<|im_end|>", "3<|im_end|>"] and not stripped.notes
+
+
+def test_thinking_in_the_content_is_what_the_template_makes_of_it():
+    turns = [user("a"), said("<think>\nx\n</think>\n\nb"), user("c"), said("<think>\ny\n</think>\n\nd")]
+    rendered = render(tokenizer_for(PACKAGED["qwen3"]), turns)
+    assert rendered.supervised_texts == ["b<|im_end|>", "<think>\ny\n</think>\n\nd<|im_end|>"]
+    plain = render(tokenizer_for(OWN["llama3"]), turns)
+    assert plain.supervised_texts == [turn["content"] + "<|eot_id|>" for turn in turns[1::2]]
+
+
+def test_thinking_that_would_be_lost_is_refused():
+    turns = [user("a"), said("b", reasoning_content="why")]
+    for template in (OWN["llama3"], PACKAGED["qwen2_5"]):
+        with pytest.raises(BadRow, match="drops the thinking of message 2"):
+            render(tokenizer_for(template), turns)
+
+
+def test_the_empty_thinking_block_is_learned_by_option():
+    turns, tokenizer = [user("a"), said("b")], tokenizer_for(PACKAGED["qwen3"])
+    assert render(tokenizer, turns).supervised_texts == ["b<|im_end|>"]
+    opened = render(tokenizer, turns, options=RenderOptions(train_on_opening=True))
+    assert opened.supervised_texts == ["<think>\n\n</think>\n\nb<|im_end|>"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}]
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": 'Zürich "x"', "days": 3}}}]
+CALLED = [
+    user("weather?"),
+    said("", tool_calls=CALLS),
+    {"role": "tool", "content": '{"t": "12°"}', "name": "weather"},
+    said("12 degrees"),
+]
+ARGUMENTS = '{"city": "Zürich \\"x\\"", "days": 3}'
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("own chatml", f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call><|im_end|>'),
+        ("qwen2_5", f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call><|im_end|>'),
+        ("qwen3", f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call><|im_end|>'),
+        ("llama3_1", f'{{"name": "weather", "parameters": {ARGUMENTS}}}<|eot_id|>'),
+        ("gptoss", f" to=functions.weather<|channel|>commentary json<|message|>{ARGUMENTS}<|call|>"),
+    ],
 )
-@given(conversations())
-def test_supervised_is_what_the_assistant_says(tokenizer, messages):
-    said = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
-    rendered = render(tokenizer, messages)
-    assert rendered.supervised_texts == said
-    assert len(rendered.labels) == len(rendered.input_ids)
-    assert all(label in (IGNORE, token) for label, token in zip(rendered.labels, rendered.input_ids))
-    supervised = [label for label in rendered.labels if label != IGNORE]
-    assert supervised.count(tokenizer.eos_token_id) == len(said)
-    # NFC is the tokenizer's own normalisation of the text.
-    decoded = tokenizer.decode(supervised)
-    assert decoded == tokenizer.decode(tokenizer("".join(said), add_special_tokens=False)["input_ids"])
+def test_calls_are_learned_and_results_are_not(name, call):
+    tokenizer = tokenizer_for(TEMPLATES[name])
+    rendered = render(tokenizer, CALLED, tools=TOOLS)
+    assert rendered.supervised_texts[0] == call
+    assert rendered.supervised_texts[1].startswith("12 degrees<|") and len(rendered.supervised_texts) == 2
+    assert "12°" in rendered.text
 
 
-def test_echoed_words_are_not_confused(tokenizer):
-    rendered = render(
-        tokenizer, [{"role": "user", "content": "It is 4."}, {"role": "assistant", "content": "It is 4."}]
-    )
-    first = next(i for i, label in enumerate(rendered.labels) if label != IGNORE)
-    assert (
-        tokenizer.decode(rendered.input_ids[:first]) == "<|im_start|>user\nIt is 4.<|im_end|>\n<|im_start|>assistant\n"
-    )
+@pytest.mark.parametrize("name", ["own llama3", "own gemma", "phi3", "gemma3", "llama3"])
+def test_calls_that_the_template_does_not_know_are_refused(name):
+    with pytest.raises(BadRow, match=r"message [23]"):
+        render(tokenizer_for(TEMPLATES[name]), CALLED, tools=TOOLS)
 
 
-def test_special_text_in_content_is_refused(tokenizer):
-    with pytest.raises(BadRow, match=r"turn 1 contains <\|im_end\|>"):
-        render(tokenizer, [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "c"}])
+# Refusals
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
         (
-            "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
-            "drops the system",
+            "{% for m in messages if m.role != 'system' %}<s>{{ m.role }}{{ m.content }}</s>{% endfor %}",
+            "drops the system message 1",
         ),
-        ("{% for m in messages %}<|im_start|>{{ m.content | upper }}<|im_end|>{% endfor %}", "drops the system"),
         (
-            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}assistant: {% endif %}",
+            "{% for m in messages %}<s>{{ m.role }}:{{ m.content | upper }}</s>{% endfor %}",
+            "plain question",
+        ),
+        ("{% for m in messages %}<s>{{ m.role }}:{{ m.content[:4] }}</s>{% endfor %}", "plain question and its answer"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "without an end-of-turn token"),
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", "without an end-of-turn token"),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
             "without an end-of-turn token",
         ),
-        ("{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", "rewrites"),
-        ("{{ raise_exception('no') }}", "refuses the conversation"),
+        ("{{ raise_exception('no') }}", "refuses the conversation: no"),
         (
-            "{% for m in messages %}<|im_start|>{{ 'X' if m.role == 'assistant' else m.content }}<|im_end|>{% endfor %}",
-            "changes the content of turn 3",
+            "{% for m in messages %}<s>{{ m.role if m.role == 'assistant' else m.content }}</s>{% endfor %}",
+            "plain question",
         ),
+        ("{% for m in messages %}<s>{{ m.content }}{{ m.content }}</s>{% endfor %}", "plain question"),
+        ("{% for m in messages | reverse %}<s>{{ m.role }}{{ m.content }}</s>{% endfor %}", "plain question"),
+        (
+            "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}{{ '!' if m.content | length == 7 }}</s>{% endfor %}",
+            "other text around this content|drops|changes",
+        ),
+        ("{% for m in messages %}<s>{{ m.role }}:{{ m.content | replace('ok', 'OK') }}</s>{% endfor %}", "changes"),
     ],
 )
-def test_templates_that_cannot_be_masked_are_refused(tokenizer, template, reason):
-    import copy
-
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = template
-    messages = [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "say ok"},
-        {"role": "assistant", "content": "ok then"},
-    ]
+def test_templates_that_cannot_be_masked_are_refused(template, reason):
+    messages = [{"role": "system", "content": "be brief"}, user("say ok"), said("ok then")]
     with pytest.raises(BadRow, match=reason):
-        render(other, messages)
+        render(tokenizer_for(template), messages)
+
+
+def test_an_error_names_the_message():
+    with pytest.raises(BadRow, match=r"message 2 \(user\): .* must alternate"):
+        render(tokenizer_for(PACKAGED["gemma3"]), [user("a"), user("b"), said("c")])
+    with pytest.raises(BadRow, match=r"message 3 \(assistant\) is empty"):
+        render(tokenizer_for(OWN["chatml"]), [user("a"), said("b"), said(" ")])
+
+
+def test_an_open_last_turn_is_closed_as_the_inner_ones_are():
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if not loop.last or m.role == 'user' %}<|end|>{% endif %}{% endfor %}"
+    )
+    rendered = render(tokenizer_for(template), [user("a"), said("b"), user("c"), said("d")])
+    assert rendered.supervised_texts == ["b<|end|>", "d<|end|>"] and rendered.text.endswith("d<|end|>")
+
+
+def test_a_model_that_stops_with_the_next_role_is_told_so():
+    options = RenderOptions(stop_tokens=("<|user|>", "<|observation|>"))
+    turns = [user("a"), said("b"), user("c"), said("d")]
+    rendered = render(tokenizer_for(PACKAGED["glm4moe"]), turns, options=options)
+    assert rendered.supervised_texts == ["b<|user|>", "d<|user|>"]
+
+
+# Options, tokenizers
+
+
+def test_which_turns_are_learned():
+    turns, tokenizer = (
+        [user("a"), said("b", weight=0), user("c"), said("d", weight=1), user("e"), said("f")],
+        tokenizer_for(OWN["chatml"]),
+    )
+    assert render(tokenizer, turns).supervised_texts == ["d<|im_end|>", "f<|im_end|>"]
+    last = render(tokenizer, turns, options=RenderOptions(last_turn_only=True))
+    assert last.supervised_texts == ["f<|im_end|>"]
+    everything = render(tokenizer, turns, options=RenderOptions(train_on_prompt=True))
+    assert everything.labels == everything.input_ids and everything.supervised_texts == [everything.text]
+    with pytest.raises(BadRow, match="no assistant turn is to be learned"):
+        render(tokenizer, turns[:2])
+
+
+def test_templates_by_text_and_variables():
+    tokenizer, turns = tokenizer_for(OWN["chatml"]), [user("a"), said("b")]
+    other = render(tokenizer, turns, options=RenderOptions(chat_template=OWN["zephyr"]))
+    assert other.text == f"<|user|>\na{tokenizer.eos_token}\n<|assistant|>\nb{tokenizer.eos_token}\n"
+    thinking = RenderOptions(chat_template=PACKAGED["qwen3"], template_kwargs={"enable_thinking": False})
+    assert render(tokenizer, turns, options=thinking).supervised_texts == ["b<|im_end|>"]
+    tokenizer.chat_template = {"default": OWN["chatml"], "other": OWN["llama3"]}
+    assert "<|eot_id|>" in render(tokenizer, turns, options=RenderOptions(chat_template="other")).text
+
+
+def test_special_text_is_plain_and_reported():
+    tokenizer = tokenizer_for(OWN["chatml"])
+    rendered = render(tokenizer, [user("a<|im_end|>b"), said("c<|im_end|>d")])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert rendered.input_ids.count(end) == 2 and rendered.labels.count(end) == 1
+    assert rendered.supervised_texts == ["c<|im_end|>d<|im_end|>"]
+    assert rendered.notes == ("<|im_end|> in the text is not read as a special token",)
+
+
+def test_words_are_not_cut_at_the_header():
+    """The blank after [/INST] is one token with the first letter, as it is when the model writes it."""
+    tokenizer = tokenizer_for(OWN["mistral"])
+    rendered = render(tokenizer, [user("a"), said("bc")])
+    assert rendered.supervised_texts == [" bc</s>"]
+    assert rendered.input_ids == tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
+
+
+def test_newlines_at_the_edge_of_a_header_are_cut_from_it():
+    tokenizer = tokenizer_for(OWN["chatml"])
+    rendered = render(tokenizer, [user("a"), said("\n\n\nb")])
+    assert rendered.supervised_texts == ["\n\n\nb<|im_end|>"]
+    before = rendered.input_ids[: next(i for i, label in enumerate(rendered.labels) if label != IGNORE)]
+    assert tokenizer.decode(before).endswith("<|im_start|>assistant\n")
+
+
+def test_a_tokenizer_that_puts_blanks_in_front_and_falls_back_to_bytes():
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    letters = ["<unk>", *bytes_, "▁", *(chr(c) for c in range(33, 127))]
+    backend = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(letters)}, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = _made(backend, OWN["mistral"])
+    for turns in CONVERSATIONS.values():
+        rendered = render(tokenizer, turns)
+        wanted = [turn["content"].strip() for turn in turns if turn["role"] == "assistant"]
+        assert [text.strip().removesuffix("</s>").strip() for text in rendered.supervised_texts] == wanted
+        assert "<unk>" not in tokenizer.convert_ids_to_tokens(rendered.input_ids)
+
+
+def test_a_tokenizer_that_cannot_write_the_answer_is_refused():
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "<unk>": 2}, merges=[], unk_token="<unk>"))
+    with pytest.raises(BadRow, match="cannot write the answer"):
+        render(_made(backend, OWN["zephyr"]), [user("a"), said("ax")])
