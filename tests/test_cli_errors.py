@@ -84,7 +84,7 @@ def test_values(refused, key, value):
 
 def test_choices_are_listed(refused):
     assert "'fsdp'" in refused("quickstart", "--strategy", "fsdpp")[0]
-    assert "'alpaca'" in refused("quickstart", "--format-type", "alpacca")[0]
+    assert "alpaca," in refused("quickstart", "--format-type", "alpacca")[0]
 
 
 def test_contradicting_options(refused):
@@ -137,11 +137,11 @@ def test_a_data_file_that_is_not_there(refused):
 @pytest.mark.parametrize(
     "text, error, where",
     [
-        ('\n{"question" "q"}\n', "broken JSON: Expecting ':' delimiter", "rows.jsonl, line 2, column 13"),
-        ('[\n{"question": "q", "answer": "a"},\n{"question"}]', "broken JSON: ", "rows.jsonl, line 3, column 12"),
-        ('{"question": "q", "answer": ""}\n', "'answer' is empty", "rows.jsonl, row 1"),
-        ('{"question": "q"}\n', "no format has the keys ['question']", "rows.jsonl, row 1"),
-        ("", "the file is empty", "rows.jsonl"),
+        ('\n{"question" "q"}\n', "broken JSON: Expecting ':' delimiter", "rows.jsonl, line 2"),
+        ('[\n{"question": "q",\n "answer"}]', "broken JSON: ", "rows.jsonl, line 3, column 10"),
+        ('{"question": "q", "answer": ""}\n', "'answer' is empty", "rows.jsonl, line 1"),
+        ('{"question": "q"}\n', "no format has the keys ['question']", "rows.jsonl, line 1"),
+        ("", "there are no rows in it", "rows.jsonl"),
         ("7\n", "a row is int, not an object", "rows.jsonl, line 1"),
     ],
 )
@@ -154,15 +154,15 @@ def test_data(refused, text, error, where):
 def test_a_first_row_without_its_answer(refused):
     path = write("rows.jsonl", '{"question": "q"}\n')
     error, where, _ = refused("quickstart", "--data-path", path, "--format-type", "question_answer")
-    assert (error, where) == ("'answer' is missing", "rows.jsonl, row 1")
+    assert (error, where) == ("'answer' is missing", "rows.jsonl, line 1")
 
 
 # Where it runs
 
 
 def test_a_batch_that_does_not_divide(refused):
-    error, where, fix = refused("quickstart", "--nproc=2", "--global-batch-size=5")
-    assert error == "a global batch of 5 examples does not divide over 2 processes"
+    error, where, fix = refused("quickstart", "--nproc=2", "--global-batch-size=5", "--packing=none")
+    assert error == "a global batch of 5 examples does not divide into 2 processes x 8 padded rows"
     assert where.startswith("global_batch_size (command line, --global_batch_size), per_device_train_batch_size (")
     assert fix == "choose a multiple"
 

@@ -83,13 +83,14 @@ def test_a_base_that_is_not_there(recipe):
 
 @pytest.mark.parametrize("alias, key", ALIASES.items())
 def test_aliases_and_dashes(alias, key):
-    value = {"per_device_train_batch_size": 2, "max_length": 77, "lora_r": 3, "num_train_epochs": 1.5}.get(key, "0.5")
+    value = {"per_device_train_batch_size": 2, "max_length": 77, "lora_r": 3, "num_train_epochs": 1.5,
+             "duplicates": "drop", "train_on_prompt": True}.get(key, "0.5")  # fmt: skip
     given_key = alias.replace("_", "-")
     values = {name: text for name, text in REQUIRED.items() if name != key}
     resolved = resolve(None, [*entries(**values), Entry(f"--{given_key}", value, "here")])
     assert resolved.origin[key] == "here"
-    expected = ["0.5"] if key == "lora_target_modules" else value
-    assert getattr(resolved.config, key) == (float(value) if key == "learning_rate" else expected)
+    expected = {"lora_target_modules": ["0.5"], "learning_rate": 0.5, "eval_split": 0.5}.get(key, value)
+    assert resolved.config.plain()[key] == expected
 
 
 def test_no_name_means_two_things():
@@ -231,10 +232,40 @@ def test_examples_of_a_step(given, world_size, examples):
 
 def test_the_project_s_data_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert make().data_path == str(asset("data", "sample.jsonl"))
+    assert [source.path for source in make().data_path] == [str(asset("data", "sample.jsonl"))]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sample.jsonl").write_text("{}")
-    assert make().data_path == "data/sample.jsonl"
+    assert [source.path for source in make().data_path] == ["data/sample.jsonl"]
+
+
+def test_sources(recipe):
+    path = recipe(
+        "model: embedded\ndata_path:\n- a.jsonl\n- {path: b.csv, weight: 0.5, columns: {question: q}}\nstop_tokens: [x]\n"
+    )
+    resolved = resolve(path, entries(eval_data_path="[c.jsonl, {path: openai/gsm8k, name: main, split: test}]"))
+    first, second = resolved.config.data_path
+    assert (first.path, first.weight, first.max_rows) == ("a.jsonl", 1, None)
+    assert (second.path, second.weight, second.columns) == ("b.csv", 0.5, {"question": "q"})
+    assert [source.name for source in resolved.config.eval_data_path] == [None, "main"]
+    again = recipe(resolved.as_yaml(), "again.yaml")
+    assert resolve(again).config == resolved.config
+
+
+@pytest.mark.parametrize(
+    "data_path, what",
+    [
+        ("[]", "at least 1"), ("{pth: x}", "path: field required"), ("{path: x, weigth: 1}", "weigth: extra"),
+        ("{path: x, weight: 0}", "weight: "), ("[x, 3]", "valid dictionary"), ("[x", "not a mapping"),
+        ("{path: x, format_type: csv}", "format_type: "),
+    ],
+)  # fmt: skip
+def test_sources_that_are_wrong(data_path, what):
+    assert what in error(data_path=data_path).what
+
+
+def test_a_format_of_one_s_own():
+    assert make(format_type="my.module:rows").format_type == "my.module:rows"
+    assert "nor module:function" in error(format_type="module:").what
 
 
 def test_configs_are_frozen():

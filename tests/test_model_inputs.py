@@ -1,6 +1,7 @@
 """Packed attention, the loss contract and the layout: packing changes the speed and never the result."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from manyrank.attention import use_packed_attention
+from manyrank.batches import MicroBatch, StepLoader
 from manyrank.config import Entry, resolve
-from manyrank.data import StepLoader, prepare
+from manyrank.data import prepare
 from manyrank.errors import UserError
 from manyrank.loss import token_loss_sum
 
@@ -78,11 +80,46 @@ def test_packed_equals_padded_equals_one_by_one(name, examples, embedded_model):
         assert torch.allclose(single_grads[key] / scale, gradient / scale, atol=2e-5), key
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama, grouped heads", "mistral, sliding window"])
+def test_documents_of_a_pack_do_not_see_each_other(name, examples, embedded_model):
+    """The loss of every document, and the gradients of all, are those of the documents by themselves."""
+    model = models(embedded_model)[name]
+    use_packed_attention(model)
+    one = loader(examples, packing="dataset", max_length=512, batch_size=1)
+    (pack,) = one.step(0).micro_batches
+    bounds = pack.inputs["cu_seq_lens_q"].tolist()
+    assert len(bounds) > 4 and pack.inputs["position_ids"][0, bounds[1]] == 0
+    _, together = loss_and_gradients(model, [pack])
+    alone = []
+    for start, end in pairwise(bounds):
+        chosen = (pack.positions >= start) & (pack.positions < end)
+        targets, positions = pack.targets[chosen], pack.positions[chosen]
+        in_pack = token_loss_sum(model, pack.inputs, positions, targets).item()
+        ids = pack.inputs["input_ids"][:, start:end]
+        document = MicroBatch(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, positions - start, targets, []
+        )
+        alone.append(document)
+        assert in_pack == pytest.approx(
+            token_loss_sum(model_unpacked(model), document.inputs, positions - start, targets).item(), rel=1e-5
+        )
+    _, summed = loss_and_gradients(model_unpacked(model), alone)
+    for key, gradient in summed.items():
+        scale = gradient.abs().max().item() + 1e-6
+        assert torch.allclose(together[key] / scale, gradient / scale, atol=1e-5), key
+
+
+def model_unpacked(model):
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("sdpa")
+    return other
+
+
 def test_loss_is_plain_cross_entropy_in_float64(examples, embedded_model):
     model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float64)
     step = loader(examples, packing="none", micro_batch_size=8).step(0)
     (micro,) = step.micro_batches
-    rows = [examples.dataset[int(i)] for i in np.random.default_rng([1, 0]).permutation(len(examples))[:8]]
+    rows = [examples[int(i)] for i in np.random.default_rng([1, 0]).permutation(len(examples))[:8]]
     wanted = 0.0
     for row in rows:
         ids, labels = torch.as_tensor(row["input_ids"])[None].long(), torch.as_tensor(row["labels"]).long()
@@ -101,7 +138,7 @@ def test_nothing_to_learn_keeps_the_graph(examples, embedded_model):
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("packing", ["step", "none"])
+@pytest.mark.parametrize("packing", ["step", "none", "dataset"])
 @pytest.mark.parametrize(("batch", "ranks"), [(8, 1), (8, 2), (8, 4), (7, 3), (64, 2)])
 def test_an_epoch_sees_every_row_once_on_any_number_of_ranks(examples, packing, batch, ranks):
     loaders = [loader(examples, packing=packing, batch_size=batch, ranks=ranks, rank=rank) for rank in range(ranks)]
@@ -113,7 +150,7 @@ def test_an_epoch_sees_every_row_once_on_any_number_of_ranks(examples, packing, 
         assert sum(len(m.targets) for step in steps for m in step.micro_batches) == steps[0].supervised
         seen += [row for step in steps for m in step.micro_batches if len(m.targets) for row in m.rows]
         tokens += steps[0].tokens
-    assert sorted(seen) == list(range(1, 161))
+    assert sorted(row for _, row in seen) == list(range(1, 161))
     assert tokens == examples.lengths.sum()
 
 
@@ -122,29 +159,6 @@ def test_epochs_differ_and_seeds_repeat(examples):
     rows = [[row for m in one.step(number).micro_batches for row in m.rows] for number in (0, one.steps_per_epoch)]
     assert sorted(rows[0]) != sorted(rows[1])
     assert rows[0] == [row for m in loader(examples).step(0).micro_batches for row in m.rows]
-
-
-def test_long_rows_are_cut_dropped_or_refused_and_counted(tokenizer):
-    whole = prepare("data/sample.jsonl", tokenizer, config(max_length=512))
-    cut = prepare("data/sample.jsonl", tokenizer, config(max_length=80))
-    dropped = prepare("data/sample.jsonl", tokenizer, config(max_length=80, overlong="drop"))
-    longer = int((whole.lengths > 80).sum())
-    assert whole.counts == {"kept": 160}
-    assert cut.counts == {"kept": 160 - longer, "cut": longer} and cut.lengths.max() == 80
-    assert dropped.counts == {"kept": 160 - longer, "too long": longer} and len(dropped) == 160 - longer
-    assert f"{longer} cut" in cut.describe()
-    with pytest.raises(UserError, match="more than 80"):
-        prepare("data/sample.jsonl", tokenizer, config(max_length=80, overlong="error"))
-    nothing = prepare("data/sample.jsonl", tokenizer, config(max_length=24))
-    assert nothing.counts["nothing to learn"] > 0 and nothing.supervised.min() > 0
-
-
-def test_a_row_without_an_answer_is_named(tokenizer, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"question": "a", "answer": "b"}\n{"question": "c", "answer": " "}\n')
-    with pytest.raises(UserError) as error:
-        prepare(str(file), tokenizer, config())
-    assert error.value.where == f"{file}, row 2" and "'answer' is empty" in error.value.what
 
 
 def test_models_that_packing_cannot_hold_apart_are_refused(embedded_model):

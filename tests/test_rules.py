@@ -52,10 +52,14 @@ CASES = [
     ("batch adds up", {**BATCH, "global_batch_size": 4}, {"global_batch_size": 8}),
     ("batch adds up", {**BATCH, "global_batch_size": 4}, {"nproc": 1}),
     ("batch adds up", {**BATCH, "global_batch_size": 4}, {"gradient_accumulation_steps": None}),
-    ("batch divides", {"global_batch_size": 5}, {"global_batch_size": 6}),
     ("batch divides", {"global_batch_size": 6, "packing": "none"}, {"global_batch_size": 8}),
     ("batch divides", {"global_batch_size": 6, "packing": "none"}, {"packing": "step"}),
     ("validation needs data", {"eval_steps": 5}, {"eval_data_path": DATA}),
+    ("validation needs data", {"eval_steps": 5}, {"eval_split": 0.1}),
+    ("validation data needs steps", {"eval_split": 0.1}, {"eval_steps": 5}),
+    ("one validation set", {**EVAL, "eval_split": 0.1}, {"eval_split": 0}),
+    ("packs of whole sources", {"packing": "dataset", "data_path": f"[{{path: {DATA}, weight: 1.5}}]"}, {"packing": "step"}),
+    ("packs of whole sources", {"packing": "dataset", "data_path": f"{{path: {DATA}, weight: 0.5}}"}, {"data_path": DATA}),
     ("validation data needs steps", {"eval_data_path": DATA}, {"eval_steps": 5}),
     ("the best needs validation", {"load_best_model_at_end": True}, {**EVAL, "save_steps": 5}),
     ("the best needs validation", {"early_stopping_patience": 2}, EVAL),
@@ -121,13 +125,13 @@ def error(**values) -> UserError:
 @pytest.mark.parametrize(
     "text, format_type, what, where",
     [
-        ('{"question": "q", "answer": ""}', "auto", "'answer' is empty", "row 1"),
-        ('\n{"question": "q"}', "question_answer", "'answer' is missing", "row 2"),
-        ('{"question": "q"}', "auto", "no format has the keys ['question']", "row 1"),
-        ('{"question": "q", "answer": "a"}', "alpaca", "'instruction' is missing", "row 1"),
-        ('{"question" "q"}', "auto", "broken JSON: ", "line 1, column 13"),
+        ('{"question": "q", "answer": ""}', "auto", "'answer' is empty", "line 1"),
+        ('\n{"question": "q"}', "question_answer", "'answer' is missing", "line 2"),
+        ('{"question": "q"}', "auto", "no format has the keys ['question']", "line 1"),
+        ('{"question": "q", "answer": "a"}', "alpaca", "'instruction' is missing", "line 1"),
+        ('{"question" "q"}', "auto", "broken JSON", "line 1"),
         ("3", "auto", "a row is int, not an object", "line 1"),
-        ("", "auto", "the file is empty", "rows.jsonl"),
+        ("", "auto", "there are no rows in it", "rows.jsonl"),
     ],
 )
 def test_data_errors(data, text, format_type, what, where):
@@ -140,11 +144,12 @@ def test_data_errors(data, text, format_type, what, where):
 def test_errors_in_the_validation_data(data):
     caught = error(eval_data_path=data('{"question": "q", "answer": ""}'), eval_steps=5)
     assert caught.what == "'answer' is empty"
-    assert caught.where.endswith("rows.jsonl, row 1")
+    assert caught.where.endswith("rows.jsonl, line 1")
 
 
 def test_only_the_first_row_is_read(data):
-    check_data(Path(data('{"question": "q", "answer": "a"}\nnonsense')), "auto")
+    config = resolved(data_path=data('{"question": "q", "answer": "a"}\nnonsense')).config
+    assert check_data(config.data_path[0], config) == "question_answer"
 
 
 def test_a_data_file_that_is_not_there():
@@ -184,9 +189,18 @@ def test_a_model_folder_with_a_file_missing(model, missing, what):
     assert caught.where == "model_name_or_path (command line, --model_name_or_path)"
 
 
+def test_plain_text_needs_no_template(model, data):
+    (model / "tokenizer_config.json").write_text("{}")
+    check(situation(model_name_or_path=str(model), data_path=data('{"text": "some words"}')))
+
+
+def test_a_bad_first_row_may_be_put_aside(data):
+    check(situation(data_path=data('{"question": "q", "answer": ""}\n'), on_bad_row="skip"))
+
+
 def test_a_tokenizer_without_a_chat_template(model, tmp_path):
     (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": None}))
-    assert error(model_name_or_path=str(model)).fix == "give one: --chat_template FILE.jinja"
+    assert error(model_name_or_path=str(model)).fix == "give one: --chat_template chatml, or a file"
     own = tmp_path / "own.jinja"
     own.write_text("{{ messages }}")
     check(situation(model_name_or_path=str(model), chat_template=str(own)))

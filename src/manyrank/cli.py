@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "train": "fine-tune a model as a recipe says",
+    "data": "inspect a recipe's data, or prepare a training set from raw rows",
     "verify": "check that every strategy gives the same losses on this machine",
     "embedded-model": "make the small model that examples and tests use",
 }
+
+DATA_USAGE = "manyrank data inspect RECIPE [--key value ...], or manyrank data prepare CONFIG [--key value ...]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +47,7 @@ def _usage() -> str:
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     from .errors import UserError
 
-    commands = {"train": _train, "verify": _verify, "embedded-model": _embedded_model}
+    commands = {"train": _train, "data": _data, "verify": _verify, "embedded-model": _embedded_model}
     if name not in commands:
         import difflib
 
@@ -74,6 +77,25 @@ def _train(argv: Sequence[str]) -> int:
     launch = launcher.plan(line, strategy=strategy, nproc=nproc, output_dir=output_dir, hardware=machine)
     print(launch, flush=True)
     return 0 if line.where.print else launcher.run(launch)
+
+
+def _data(argv: Sequence[str]) -> int:
+    from .errors import UserError
+
+    if argv and argv[0] == "inspect":
+        from . import inspection
+
+        return inspection.main(argv[1:])
+    if argv and argv[0] == "prepare":
+        from . import curate
+
+        return curate.main(argv[1:])
+    if argv and argv[0] in ("-h", "--help"):
+        print(DATA_USAGE)
+        return 0
+    raise UserError(
+        f"there is no command {argv[0]!r}" if argv else "what to do with data?", where="manyrank data", fix=DATA_USAGE
+    )
 
 
 def _verify(argv: Sequence[str]) -> int:

@@ -1,268 +1,279 @@
-"""Files to batches: rows are rendered once, cached, and dealt out step by step.
+"""Sources to examples: tables of tokens, less what is bad, double or not wanted.
 
-    file -> rows -> conversations -> token ids and labels      `prepare`, cached by datasets
-    step k -> global_batch_size examples -> rank -> micro-batches  `StepLoader`, a pure function of (seed, k)
+    sources -> tables (tokenise) -> bad rows, duplicates, caps -> Examples -> training | validation part
 
-The order of examples depends on the seed and the epoch only, so any number of processes sees the same steps, and the
-step number is all that a resumed run has to know.
+Only the small columns are in memory; tokens are read from the cache when a batch needs them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from .config import TrainConfig
 from .errors import UserError
-from .formats import BadRow, detect, read_rows, to_messages
-from .packing import padded_layout, step_layout
-from .render import IGNORE, render
+from .formats import PLAIN_FORMATS
+from .render import RenderOptions
+from .schema import DataSource
+from .sources import Source, read_rows
+from .tokenise import TABLE, USED, Choice, Fate, TokeniseOptions, known_format, near_doubles, tokenise
 
-KEPT, CUT, TOO_LONG, NOTHING_TO_LEARN = "kept", "cut", "too long", "nothing to learn"
-FEATURES = Features(
-    {
-        "input_ids": Sequence(Value("int32")),
-        "labels": Sequence(Value("int32")),
-        "row": Value("int64"),
-        "fate": Value("string"),
-    }
-)
-CACHE_VERSION = 1  # raise it when the same input gives other tokens
+FATES = {
+    Fate.CUT: "cut at max_length",
+    Fate.PIECE: "pieces of longer rows",
+    Fate.EMPTY_PIECE: "pieces without an answer left out",
+    Fate.TOO_LONG: "too long, left out",
+}
+SHOWN = 10  # bad rows in an error
 
 
 @dataclass(frozen=True)
-class Examples:
-    """One tokenised file, in the order of the file.
+class Report:
+    """What happened to the rows.
 
     Attributes:
+        formats: by source path, the format its rows were read in.
+        rows: rows that were read.
+        out_of: rows of the sources, where only a part of them was read.
+        counts: rows by what became of them, where it is not simply kept.
+        bad: the rows put aside: reason, detail, place, row.
+    """
+
+    formats: dict[str, str]
+    rows: int
+    out_of: int | None
+    counts: dict[str, int]
+    bad: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Tokenised examples, in the order of the sources and their rows.
+
+    Attributes:
+        dataset: the tables of all sources, also with rows that are no example.
+        index: (examples,), where each example is in `dataset`.
         lengths: (examples,), tokens of each.
         supervised: (examples,), supervised tokens of each; at least one.
-        counts: rows by what became of them.
+        content: (examples,), hash of what is said.
+        source: (examples,), number of its source.
+        paths, weights: by source, its path and how often an example is seen in an epoch.
     """
 
     dataset: Dataset
+    index: np.ndarray
     lengths: np.ndarray
     supervised: np.ndarray
-    format_type: str
-    counts: dict[str, int]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def describe(self) -> str:
-        share = self.supervised.sum() / self.lengths.sum()
-        lost = [f"{count:,} {fate}" for fate, count in self.counts.items() if fate != KEPT]
-        return (
-            f"{len(self):,} examples ({self.format_type}), {self.lengths.sum():,} tokens, {share:.0%} supervised"
-            f"{'; ' + ', '.join(lost) if lost else ''}"
-        )
-
-
-def prepare(path: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Examples:
-    """Tokenise a file, or load what was tokenised before.
-
-    Every rank calls this. On each machine the first one works and the others wait for its file lock, without a
-    time-out, and read the result.
-
-    Raises:
-        UserError: a file, row or conversation that cannot be used, with its place.
-    """
-    file = Path(path)
-    format_type = config.format_type
-    if format_type == "auto":
-        number, row = next(read_rows(file), (0, {}))
-        format_type = detect(row, where=f"{file}, row {number}")
-    options = {
-        "file": str(file.resolve()), "format_type": format_type, "max_length": config.max_length, "overlong": config.overlong,
-    }  # fmt: skip
-    disable_progress_bars()
-    try:
-        whole = Dataset.from_generator(
-            _tokenised,
-            features=FEATURES,
-            gen_kwargs={"tokenizer": tokenizer, "options": options},
-            fingerprint=_fingerprint(file, tokenizer, options),
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    fates = np.array(whole["fate"])
-    dataset = whole.select(np.flatnonzero((fates == KEPT) | (fates == CUT)))
-    if not len(dataset):
-        raise UserError("no row is left to train on", where=str(file), fix="raise max_length or look at the file")
-    names, numbers = np.unique(fates, return_counts=True)
-    labels = dataset.with_format("numpy")["labels"][:]
-    return Examples(
-        dataset=dataset.with_format("numpy"),
-        lengths=np.array([len(row) for row in labels]),
-        supervised=np.array([int((row != IGNORE).sum()) for row in labels]),
-        format_type=format_type,
-        counts=dict(zip(names.tolist(), numbers.tolist())),
-    )
-
-
-def _fingerprint(file: Path, tokenizer: PreTrainedTokenizerBase, options: dict) -> str:
-    digest = hashlib.sha256(file.read_bytes())
-    state = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    for part in (state, str(tokenizer.chat_template), json.dumps(options, sort_keys=True), str(CACHE_VERSION)):
-        digest.update(part.encode())
-    return digest.hexdigest()[:32]
-
-
-def _tokenised(tokenizer: PreTrainedTokenizerBase, options: dict) -> Iterator[dict]:
-    file, limit = options["file"], options["max_length"]
-    for number, row in read_rows(Path(file)):
-        where = f"{file}, row {number}"
-        try:
-            rendered = render(tokenizer, to_messages(row, options["format_type"]))
-        except BadRow as problem:
-            raise UserError(str(problem), where=where, fix="mend or remove the row") from None
-        ids, labels = rendered.input_ids, rendered.labels
-        fate = KEPT
-        if len(ids) > limit:
-            if options["overlong"] == "error":
-                raise UserError(
-                    f"{len(ids)} tokens, more than {limit}", where=where, fix="raise max_length, or set overlong"
-                )
-            fate = CUT if options["overlong"] == "truncate" else TOO_LONG
-            ids, labels = ids[:limit], labels[:limit]
-        # The first token has nothing in front that could predict it.
-        labels[0] = IGNORE
-        if fate != TOO_LONG and all(label == IGNORE for label in labels):
-            fate = NOTHING_TO_LEARN
-        yield {"input_ids": ids, "labels": labels, "row": number, "fate": fate}
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one process forwards at once.
-
-    Attributes:
-        inputs: the model's keyword arguments; input_ids is (1, tokens) when packed, (rows, longest) when padded.
-        positions, targets: (supervised,), as `loss.token_loss_sum` takes them.
-        rows: numbers of the rows in their file, to name them in an error.
-    """
-
-    inputs: dict
-    positions: torch.Tensor
-    targets: torch.Tensor
-    rows: list[int]
-
-    def to(self, device: torch.device) -> MicroBatch:
-        move = {key: value.to(device) if torch.is_tensor(value) else value for key, value in self.inputs.items()}
-        return MicroBatch(move, self.positions.to(device), self.targets.to(device), self.rows)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: this rank's micro-batches, and token counts over *all* ranks."""
-
-    micro_batches: list[MicroBatch]
-    supervised: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class StepLoader:
-    """Deals the examples of each step to ranks and micro-batches.
-
-    Attributes:
-        batch_size: examples to one step, over all ranks.
-        micro_batch_size: examples of max_length that one process may hold; times max_length, its token budget.
-        seed: of the order of examples; None for the order of the file.
-    """
-
-    examples: Examples
-    batch_size: int
-    micro_batch_size: int
-    max_length: int
-    packing: str
-    pad_token: int
-    rank: int
-    ranks: int
-    seed: int | None
+    content: np.ndarray
+    source: np.ndarray
+    paths: tuple[str, ...]
+    weights: tuple[float, ...]
+    report: Report
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.examples) // self.batch_size)
+    def fingerprint(self) -> str:
+        """What is learned in which order, wherever the files lie."""
+        digest = hashlib.sha256(repr(self.weights).encode())
+        for column in (self.content, self.lengths, self.supervised, self.source):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()[:32]
 
-    def step(self, number: int) -> Step:
-        """The step of this number, counted from 0 over all epochs; an epoch's last step takes what is left."""
-        epoch, turn = divmod(number, self.steps_per_epoch)
-        chosen = self._order(epoch)[turn * self.batch_size : (turn + 1) * self.batch_size]
-        lengths = self.examples.lengths[chosen]
-        build = _packed if self.packing == "step" else self._padded
-        return Step(
-            micro_batches=[build(self._read(chosen, members)) for members in self._layout(lengths.tolist())],
-            supervised=int(self.examples.supervised[chosen].sum()),
-            tokens=int(lengths.sum()),
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, example: int) -> dict:
+        """input_ids and labels, both (tokens,), and where the row is: source and row."""
+        return {**self.dataset[int(self.index[example])], "source": self.paths[self.source[example]]}
+
+    def describe(self) -> str:
+        formats = ", ".join(sorted(set(self.report.formats.values())))
+        share = self.supervised.sum() / self.lengths.sum()
+        others = "".join(f"; {count:,} {what}" for what, count in self.report.counts.items())
+        part = f" out of {self.report.out_of:,} rows" if self.report.out_of else ""
+        return (
+            f"{len(self):,} examples{part} ({formats}), {self.lengths.sum():,} tokens, {share:.0%} supervised{others}"
         )
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self.seed is None:
-            return np.arange(len(self.examples))
-        return _permutation(self.seed, epoch, len(self.examples))
+    def take(self, chosen: np.ndarray) -> Examples:
+        """The examples of a mask or of positions."""
+        return replace(
+            self, index=self.index[chosen], lengths=self.lengths[chosen], supervised=self.supervised[chosen],
+            content=self.content[chosen], source=self.source[chosen],
+        )  # fmt: skip
 
-    def _layout(self, lengths: list[int]) -> list[list[int]]:
-        if self.packing == "none":
-            return padded_layout(len(lengths), ranks=self.ranks, batch_size=self.micro_batch_size)[self.rank]
-        budget = self.micro_batch_size * self.max_length
-        return step_layout(lengths, ranks=self.ranks, token_budget=budget)[self.rank]
+    def split(self, part: float) -> tuple[Examples, Examples]:
+        """All but about `part` of the examples, and that part.
 
-    def _read(self, chosen: np.ndarray, members: list[int]) -> list[dict]:
-        if members:
-            return [self.examples.dataset[int(chosen[i])] for i in members]
-        # A rank without an example forwards one anyway, unsupervised: the others wait for it in every collective.
-        filler = self.examples.dataset[int(chosen[0])]
-        return [{**filler, "labels": np.full_like(filler["labels"], IGNORE)}]
-
-    def _padded(self, rows: list[dict]) -> MicroBatch:
-        longest = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), longest), self.pad_token)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        labels = torch.full((len(rows), longest), IGNORE)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[index, :length] = torch.as_tensor(row["input_ids"])
-            labels[index, :length] = torch.as_tensor(row["labels"])
-            mask[index, :length] = 1
-        return _micro_batch({"input_ids": ids, "attention_mask": mask}, labels.flatten(), rows)
+        The hash of the content decides, so that a row stays on its side when others are added, and the same
+        conversation is never on both.
+        """
+        held = (self.content.view(np.uint64) % np.uint64(1_000_000)) < np.uint64(round(part * 1_000_000))
+        if not held.any() or held.all():
+            raise UserError(
+                f"{int(held.sum())} of {len(self)} examples are in the validation part",
+                where="eval_split",
+                fix="choose another part, or give eval_data_path",
+            )
+        return self.take(~held), self.take(held)
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def prepare(
+    sources: Sequence[DataSource], tokenizer: PreTrainedTokenizerBase, config: TrainConfig, *, needed: int | None = None
+) -> Examples:
+    """Tokenise the sources, or load what was tokenised before.
+
+    Args:
+        needed: examples that the run will use; when there are far more, a part chosen by the seed is tokenised.
+
+    Raises:
+        UserError: a source cannot be read, a row is bad and `on_bad_row` is error, or no example is left.
+    """
+    found = [known_format(_source(source, config)) for source in sources]
+    chats = [source.path for source in found if source.format_type not in PLAIN_FORMATS]
+    if chats and not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template", where=chats[0], fix="give one: --chat_template chatml, or a file"
+        )
+    rows = [sum(1 for _ in read_rows(source)) if needed or source.max_rows else None for source in found]
+    share, choices, examples = 1.1, None, None  # some more than needed, for those that will be left out
+    while examples is None or (needed and len(examples) < needed):
+        wanted = share * needed / sum(rows) if needed else None
+        before, choices = choices, [_choice(source, count, wanted, config.seed) for source, count in zip(found, rows)]
+        if choices == before:
+            break
+        examples, share = _examples(found, choices, tokenizer, config), 2 * share
+    return examples
 
 
-def _packed(rows: list[dict]) -> MicroBatch:
-    lengths = [len(row["input_ids"]) for row in rows]
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    inputs = {
-        "input_ids": torch.as_tensor(np.concatenate([row["input_ids"] for row in rows])).long()[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
-    return _micro_batch(inputs, torch.as_tensor(np.concatenate([row["labels"] for row in rows])).long(), rows)
+def _source(source: DataSource, config: TrainConfig) -> Source:
+    return Source(
+        source.path,
+        split=source.split,
+        name=source.name,
+        format_type=source.format_type or config.format_type,
+        columns=source.columns or config.columns,
+        weight=source.weight,
+        max_rows=source.max_rows,
+    )
 
 
-def _micro_batch(inputs: dict, labels: torch.Tensor, rows: list[dict]) -> MicroBatch:
-    # The hidden state before a token predicts it. A document's first token is never supervised, so this never reaches
-    # back into another document.
-    at = (labels != IGNORE).nonzero().squeeze(1)
-    return MicroBatch(inputs, at - 1, labels[at], [int(row["row"]) for row in rows])
+def _choice(source: Source, rows: int | None, wanted: float | None, seed: int) -> Choice | None:
+    """The rows of a source to read; `wanted` is the part of all rows that the run needs."""
+    if rows is None:
+        return None
+    most = min(rows, source.max_rows or rows)
+    if wanted is not None:
+        most = min(most, int(wanted * rows) + 16)
+    return Choice(rows, most, seed) if most < rows else None
+
+
+def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, config: TrainConfig) -> Examples:
+    options = TokeniseOptions(config.max_length, config.overlong, render_options(config))
+    tables = [
+        tokenise(source, tokenizer, options, choice=choice, processes=config.dataset_num_proc)
+        for source, choice in zip(sources, choices)
+    ]
+    whole = concatenate_datasets(tables)
+    columns = {name: whole.data[name].to_numpy() for name in TABLE}
+    columns["source"] = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    # Several processes write the rows in turns; this is the order of the sources.
+    order = np.lexsort((np.arange(len(whole)), columns["row"], columns["source"]))
+    columns = {name: column[order] for name, column in columns.items()}
+    fate, rows = columns["fate"], _row_numbers(columns)
+    bad = [json.loads(text) for text in whole.select(order[fate == Fate.BAD])["problem"]]
+    if bad and config.on_bad_row == "error":
+        raise bad_rows_error(bad, int(rows[-1]) + 1)
+    used = np.isin(fate, USED)
+    double = _is_double(columns["content"], rows, used)
+    if config.duplicates == "drop_near":
+        double |= used & _is_near(near_doubles(sources, choices), columns)
+    keep = np.flatnonzero(used & ~double if config.duplicates != "keep" else used)
+    if not len(keep):
+        raise UserError("no row is left to train on", where=sources[0].path, fix="raise max_length or look at the data")
+    return Examples(
+        dataset=whole.select_columns(["input_ids", "labels", "row"]).with_format("numpy"),
+        index=order[keep],
+        lengths=columns["length"][keep].astype(np.int64),
+        supervised=columns["supervised"][keep].astype(np.int64),
+        content=columns["content"][keep],
+        source=columns["source"][keep],
+        paths=tuple(source.path for source in sources),
+        weights=tuple(source.weight for source in sources),
+        report=Report(
+            formats={source.path: source.format_type for source in sources},
+            rows=int(rows[-1]) + 1,
+            out_of=sum(choice.rows for choice in choices) if all(choices) else None,
+            counts=_counts(columns, double, config.duplicates),
+            bad=bad,
+        ),
+    )
+
+
+def _row_numbers(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """(records,), from 0: the pieces of a row have one number."""
+    new = (np.diff(columns["row"], prepend=-1) != 0) | (np.diff(columns["source"], prepend=-1) != 0)
+    return np.cumsum(new) - 1
+
+
+def _is_double(content: np.ndarray, rows: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """(records,), whether an earlier row says the same."""
+    _, first, inverse = np.unique(content, return_index=True, return_inverse=True)
+    return used & (rows != rows[first][inverse])
+
+
+def _is_near(found: Dataset, columns: dict[str, np.ndarray]) -> np.ndarray:
+    """(records,), whether the record's row is one of those found."""
+    near = found.filter(lambda near: near, input_columns="near", keep_in_memory=True)
+    pairs = set(zip(near["source"], near["row"]))
+    return np.array([pair in pairs for pair in zip(columns["source"].tolist(), columns["row"].tolist())], dtype=bool)
+
+
+def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str) -> dict[str, int]:
+    fate = columns["fate"]
+    counts = {what: int((fate == name).sum()) for name, what in FATES.items()}
+    counts["bad, put aside"] = int((fate == Fate.BAD).sum())
+    counts["duplicates" + ("" if duplicates == "keep" else ", left out")] = int(double.sum())
+    counts["with special-token text, read as plain text"] = int(columns["special_text"].sum())
+    counts["with earlier thinking that the template drops"] = int(columns["dropped_thinking"].sum())
+    return {what: count for what, count in counts.items() if count}
+
+
+def bad_rows_error(bad: list[dict], rows: int) -> UserError:
+    """The first bad rows with their places, and the counts by reason."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(row["reason"] for row in bad).most_common())
+    shown = [f"{row['place']}: {row['detail']}" for row in bad[:SHOWN]]
+    more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
+    return UserError(
+        f"{len(bad):,} of {rows:,} rows cannot be used ({reasons})",
+        where="\n       ".join([*shown, *more]),
+        fix="mend these rows, or set on_bad_row: skip, which puts them aside and counts them",
+    )
+
+
+def write_quarantine(examples: Examples, path: Path) -> None:
+    """The rows that were put aside, a line each: reason, detail, place, row."""
+    if examples.report.bad:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples.report.bad), encoding="utf-8"
+        )
+
+
+def render_options(config: TrainConfig) -> RenderOptions:
+    """What the recipe says of rendering; its template is the tokenizer's already."""
+    return RenderOptions(
+        last_turn_only=config.train_on_last_turn,
+        train_on_prompt=config.train_on_prompt,
+        train_on_opening=config.train_on_opening,
+        thinking=config.thinking,
+        template_kwargs=config.chat_template_kwargs,
+        stop_tokens=tuple(config.stop_tokens),
+    )

@@ -20,8 +20,15 @@ class UserError(Exception):
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
 
+    def __reduce__(self):  # processes that tokenise send it to the one that prints it
+        return _user_error, (self.what, self.where, self.fix)
+
     def __str__(self) -> str:
         return f"error: {self.what}\nwhere: {self.where}\nfix:   {self.fix}"
+
+
+def _user_error(what: str, where: str, fix: str) -> UserError:
+    return UserError(what, where=where, fix=fix)
 
 
 class NonFiniteError(RuntimeError):

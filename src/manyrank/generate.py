@@ -7,6 +7,7 @@ from accelerate.utils import broadcast
 from transformers import PreTrainedTokenizerBase
 
 from .attention import PACKED
+from .render import RenderOptions, stop_ids
 
 
 def answers(
@@ -15,6 +16,7 @@ def answers(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[str],
     *,
+    options: RenderOptions,
     max_new_tokens: int,
 ) -> list[str]:
     """Answer each question greedily. All ranks together, in evaluation mode.
@@ -31,22 +33,30 @@ def answers(
     if before == PACKED:
         base.set_attn_implementation("sdpa")  # packed attention knows no key-value cache
     try:
-        return [_answer(wrapped, tokenizer, question, max_new_tokens) for question in questions]
+        return [_answer(wrapped, tokenizer, question, options, max_new_tokens) for question in questions]
     finally:
         if before == PACKED:
             base.set_attn_implementation(before)
 
 
-def _answer(wrapped: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int) -> str:
-    device = next(wrapped.parameters()).device
+def _answer(
+    wrapped: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    options: RenderOptions,
+    max_new_tokens: int,
+) -> str:
+    device, stops = next(wrapped.parameters()).device, stop_ids(tokenizer, options)
     prompt = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options.template_kwargs
+    )
     ids, cache, said = inputs["input_ids"].to(device), None, []
     while len(said) < max_new_tokens:
         out = wrapped(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # Rank 0 decides, so that all ranks stop together.
         ids, cache = broadcast(out.logits[:, -1].argmax(-1, keepdim=True)), out.past_key_values
-        if ids.item() == tokenizer.eos_token_id:
+        if ids.item() in stops:
             break
         said.append(ids.item())
     return tokenizer.decode(said, skip_special_tokens=True).strip()

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .attention import use_packed_attention
-from .config import TrainConfig
+from .config import TrainConfig, asset
 from .embedded import EMBEDDED, ensure
 from .errors import UserError
 
@@ -77,20 +77,32 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the recipe's chat template if it names one.
 
     Raises:
-        UserError: it cannot be loaded, is not a fast one, or has no chat template.
+        UserError: it cannot be loaded, is not a fast one, or there is no such template.
     """
     name = resolve_name(config.model_name_or_path)
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     if config.chat_template:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template", where=name, fix="give one: --chat_template FILE.jinja")
+        tokenizer.chat_template = _template(config.chat_template, tokenizer)
     if not tokenizer.is_fast:
         raise UserError("the tokenizer has no fast version", where=name, fix="convert it to a tokenizer.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a template given as a file, as one of the project's, or as one of the tokenizer's."""
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name in own:
+        return own[name]
+    for file in (Path(name), asset("data", "templates", f"{name}.jinja")):
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    known = sorted({*own, *(path.stem for path in asset("data", "templates").glob("*.jinja"))})
+    raise UserError(
+        f"there is no chat template {name!r}", where="chat_template", fix=f"a file, or one of {', '.join(known)}"
+    )
 
 
 def load_model(plan: LoadPlan, config: TrainConfig) -> torch.nn.Module:
@@ -106,7 +118,7 @@ def load_model(plan: LoadPlan, config: TrainConfig) -> torch.nn.Module:
 
 
 def _with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    if config.packing == "step":
+    if config.packing != "none":
         use_packed_attention(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

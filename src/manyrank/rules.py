@@ -11,9 +11,12 @@ from pathlib import Path
 
 from .config import Resolved, TrainConfig
 from .errors import UserError
-from .formats import BadRow, detect, read_rows, to_messages
+from .formats import PLAIN_FORMATS, BadRow, detect, to_sample
 from .hardware import Hardware
+from .schema import DataSource
+from .sources import Source, read_rows
 
+NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
 SHARDED = ("fsdp", "fsdp_offload", "zero3", "zero3_offload")
 ZERO = ("zero2", "zero3", "zero3_offload")
 # The trackers of transformers, by the package that each needs.
@@ -62,10 +65,7 @@ def _batch_product(s: Situation) -> str | None:
 
 
 def _batch_divides(s: Situation) -> str | None:
-    batch = s.config.batch(s.world_size)
-    if batch % s.world_size:
-        return f"a global batch of {batch} examples does not divide over {s.world_size} processes"
-    micro = s.config.per_device_train_batch_size
+    batch, micro = s.config.batch(s.world_size), s.config.per_device_train_batch_size
     if s.config.packing == "none" and batch % (micro * s.world_size):
         return f"a global batch of {batch} examples does not divide into {s.world_size} processes x {micro} padded rows"
     return None
@@ -138,13 +138,26 @@ RULES = (
          "choose a multiple"),
     Rule(
         "validation needs data", ("eval_steps", "eval_data_path"),
-        _unless(lambda s: bool(s.config.eval_steps) and not s.config.eval_data_path, "eval_steps without eval_data_path"),
-        "give --eval_data_path",
+        _unless(lambda s: bool(s.config.eval_steps) and not s.config.has_validation, "eval_steps without validation data"),
+        "give --eval_data_path or --eval_split",
     ),
     Rule(
-        "validation data needs steps", ("eval_steps", "eval_data_path"),
-        _unless(lambda s: bool(s.config.eval_data_path) and not s.config.eval_steps, "eval_data_path without eval_steps"),
+        "validation data needs steps", ("eval_steps", "eval_data_path", "eval_split"),
+        _unless(lambda s: s.config.has_validation and not s.config.eval_steps, "validation data without eval_steps"),
         "say how often with --eval_steps",
+    ),
+    Rule(
+        "one validation set", ("eval_data_path", "eval_split"),
+        _unless(lambda s: bool(s.config.eval_data_path and s.config.eval_split), "eval_data_path and eval_split together"),
+        "keep one of them",
+    ),
+    Rule(
+        "packs of whole sources", ("packing", "data_path"),
+        _unless(
+            lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
+            "packing: dataset needs the same examples in every epoch, and a weight is not a whole number",
+        ),
+        "use packing: step, or whole weights",
     ),
     Rule(
         "the best needs validation", ("load_best_model_at_end", "early_stopping_patience"),
@@ -174,33 +187,47 @@ def check(situation: Situation) -> None:
 
 def _file_problems(resolved: Resolved) -> Iterator[UserError]:
     config = resolved.config
-    for key in ("data_path", "eval_data_path"):
-        if getattr(config, key):
-            check_data(Path(getattr(config, key)), config.format_type)
-    if config.chat_template and not Path(config.chat_template).is_file():
-        yield UserError(
-            f"there is no file {config.chat_template}", where=resolved.where("chat_template"), fix="name a Jinja file"
-        )
-    yield from _model_problems(resolved)
+    formats = {check_data(source, config) for source in [*config.data_path, *(config.eval_data_path or [])]}
+    yield from _template_problems(resolved)
+    yield from _model_problems(resolved, needs_template=bool(formats - PLAIN_FORMATS))
 
 
-def check_data(path: Path, format_type: str) -> None:
+def check_data(source: DataSource, config: TrainConfig) -> str:
     """Read the first row as the run will.
+
+    Returns:
+        Its format.
 
     Raises:
         UserError: it cannot be read.
     """
-    number, row = next(read_rows(path), (0, None))
+    columns, format_type = source.columns or config.columns, source.format_type or config.format_type
+    row = next(
+        read_rows(Source(source.path, split=source.split, name=source.name, format_type=format_type, columns=columns)),
+        None,
+    )
     if row is None:
-        raise UserError("the file has no rows", where=str(path), fix="give a file with rows")
-    where = f"{path}, row {number}"
+        raise UserError("the file has no rows", where=source.path, fix="give a file with rows")
     try:
-        to_messages(row, detect(row, where=where) if format_type == "auto" else format_type)
+        if isinstance(row.value, BadRow):
+            raise row.value
+        if format_type == "auto":
+            format_type = detect(row.value, where=row.place, columns=columns)
+        to_sample(row.value, format_type, columns)
     except BadRow as problem:
-        raise UserError(str(problem), where=where, fix="mend or remove the row, or set format_type") from None
+        if config.on_bad_row == "error":
+            raise UserError(str(problem), where=row.place, fix="mend or remove the row, or set format_type") from None
+    return format_type
 
 
-def _model_problems(resolved: Resolved) -> Iterator[UserError]:
+def _template_problems(resolved: Resolved) -> Iterator[UserError]:
+    name = resolved.config.chat_template
+    looks_like_file = bool(name) and ("/" in name or "." in name)
+    if looks_like_file and not Path(name).is_file():
+        yield UserError(f"there is no file {name}", where=resolved.where("chat_template"), fix="name a Jinja file")
+
+
+def _model_problems(resolved: Resolved, *, needs_template: bool) -> Iterator[UserError]:
     name, where = resolved.config.model_name_or_path, resolved.where("model_name_or_path")
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -213,8 +240,8 @@ def _model_problems(resolved: Resolved) -> Iterator[UserError]:
         yield UserError(
             f"{name} has no weights", where=where, fix="it needs model*.safetensors (or pytorch_model*.bin)"
         )
-    if not resolved.config.chat_template and not _has_chat_template(folder):
-        yield UserError("the tokenizer has no chat template", where=where, fix="give one: --chat_template FILE.jinja")
+    if needs_template and not resolved.config.chat_template and not _has_chat_template(folder):
+        yield UserError("the tokenizer has no chat template", where=where, fix=NO_TEMPLATE_FIX)
 
 
 def _has_chat_template(folder: Path) -> bool:

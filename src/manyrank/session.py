@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, metrics, strategy
 from .config import TrainConfig
-from .data import prepare
+from .data import Examples, prepare, render_options, write_quarantine
 from .errors import UserError
 from .generate import answers
 from .model import evaluation_mode, load_model, load_tokenizer, plan_load
@@ -24,18 +24,16 @@ from .optim import build_optimizer
 from .runtime import Runtime
 from .runtime import prepare as prepare_runtime
 from .topology import Topology
-from .trainer import Trainer, total_steps
+from .trainer import Trainer
 
 # What shapes the result; a resumed run must not differ in it.
 IDENTITY = (
-    "model_name_or_path", "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "data_path", "max_length",
-    "overlong", "packing", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "model_name_or_path", "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length",
+    "packing", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
     "seed",
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
-    "chat_template",
-    "format_type",
 )  # fmt: skip
 
 
@@ -118,6 +116,7 @@ class Session:
                 self.runtime.model,
                 self.tokenizer,
                 self.config.sample_questions,
+                options=render_options(self.config),
                 max_new_tokens=self.config.sample_max_new_tokens,
             )
 
@@ -126,6 +125,9 @@ class Session:
         if self.accelerator.is_main_process:
             (self.output_dir / "logs").mkdir(parents=True, exist_ok=True)
             (self.output_dir / "logs" / "strategy.json").write_text(json.dumps(facts.as_dict(), indent=1))
+            write_quarantine(self.trainer.loader.examples, self.output_dir / "logs" / "quarantine.jsonl")
+            if self.trainer.eval_loader and not self.config.eval_split:
+                write_quarantine(self.trainer.eval_loader.examples, self.output_dir / "logs" / "eval_quarantine.jsonl")
             metrics.rewind(self.output_dir, self.trainer.state.global_step)
 
 
@@ -142,8 +144,7 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
         config = config.model_copy(update={"global_batch_size": batch})
     tokenizer = load_tokenizer(config)
     accelerator = strategy.start(config, place, bf16=bf16)
-    train = prepare(config.data_path, tokenizer, config)
-    evaluation = prepare(config.eval_data_path, tokenizer, config) if config.eval_data_path else None
+    train, evaluation = _data(config, tokenizer, accelerator.num_processes)
     if accelerator.is_main_process:
         print(f"training data: {train.describe()}", flush=True)
         if evaluation:
@@ -153,18 +154,33 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
     model = load_model(plan_load(config, accelerator, bf16=bf16), config)
     runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
-    batch_size = config.batch(accelerator.num_processes)
     run = {key: getattr(config, key) for key in IDENTITY} | {
-        "global_batch_size": batch_size,
+        "data": train.fingerprint,
+        "global_batch_size": config.batch(accelerator.num_processes),
         "examples": len(train),
         "tokens": int(train.lengths.sum()),
-        "total_steps": total_steps(config, -(-len(train) // batch_size)),
         "bf16": bf16,
     }
-    if resume_from:
-        _refuse_changes(resume_from, run)
     trainer = Trainer(config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run)
+    if resume_from:
+        _refuse_changes(resume_from, trainer.run)
+    if accelerator.is_main_process and accelerator.num_processes > 1 and config.packing != "none":
+        print(
+            f"packing: {config.packing}; {trainer.loader.imbalance():.1%} between the longest rank and the mean",
+            flush=True,
+        )
     return Session(config, runtime, tokenizer, trainer, output_dir, resume_from)
+
+
+def _data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, world: int) -> tuple[Examples, Examples | None]:
+    """The examples to train on and to validate with. A short run does not tokenise more than it will see."""
+    whole = config.eval_split or config.packing == "dataset" or config.max_steps <= 0
+    train = prepare(
+        config.data_path, tokenizer, config, needed=None if whole else config.max_steps * config.batch(world)
+    )
+    if config.eval_split:
+        return train.split(config.eval_split)
+    return train, prepare(config.eval_data_path, tokenizer, config) if config.eval_data_path else None
 
 
 def _prepare_environment(config: TrainConfig, output_dir: Path) -> None:

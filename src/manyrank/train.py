@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, UserError
 from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE, default_output_dir
 from .options import CommandLine, parse
 from .topology import Topology
+
+PATIENCE = 5.0  # seconds that a rank leaves to local rank 0 to say what is wrong
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,16 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(work: Callable[[], None], place: Topology) -> int:
-    """Run `work` and turn its exceptions into messages and exit codes; on a machine, local rank 0 speaks for all."""
+    """Run `work` and turn its exceptions into messages and exit codes."""
     try:
         work()
     except UserError as error:
-        if place.local_rank == 0:
-            print(error, file=sys.stderr, flush=True)
+        _say(error, place)
         return EXIT_USER
     except NonFiniteError as error:
-        if place.local_rank == 0:
-            print(f"stopped before the optimizer used it: {error}", file=sys.stderr, flush=True)
+        _say(f"stopped before the optimizer used it: {error}", place)
         return EXIT_FAILED
     except Preempted as stop:
         return stop.code
@@ -56,6 +57,17 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
         traceback.print_exc()
         return EXIT_FAILED
     return 0
+
+
+def _say(message: object, place: Topology) -> None:
+    """On a machine, local rank 0 speaks for all that fail alike.
+
+    The others give it time: the first process that ends makes the launcher end all. One that is still there after that
+    failed alone.
+    """
+    if place.local_rank:
+        time.sleep(PATIENCE)
+    print(message, file=sys.stderr, flush=True)
 
 
 def _train(line: CommandLine, place: Topology) -> None:

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from . import checkpoint
+from .batches import Step, StepLoader
 from .callbacks import build_callbacks, training_arguments
 from .config import TrainConfig
-from .data import Examples, Step, StepLoader
+from .data import Examples
 from .errors import NonFiniteError, Preempted, UserError
 from .loss import token_loss_sum
 from .metrics import peak_memory
@@ -63,7 +64,7 @@ class Trainer:
         run: dict,
     ) -> None:
         self.config, self.runtime, self.tokenizer = config, runtime, tokenizer
-        self.output_dir, self.run = output_dir, run
+        self.output_dir = output_dir
         accelerator = runtime.accelerator
         self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
         self.batch_size = config.batch(self.world)
@@ -71,6 +72,7 @@ class Trainer:
         eval_batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
         self.eval_loader = self._loader(evaluation, eval_batch, eval_batch * self.world, None) if evaluation else None
         self.total_steps = total_steps(config, self.loader.steps_per_epoch)
+        self.run = run | {"total_steps": self.total_steps}
         self.schedule = build_schedule(config, self.total_steps)
         self.args = training_arguments(
             config, output_dir=output_dir, total_steps=self.total_steps, on_cpu=self.device.type == "cpu"
@@ -268,7 +270,8 @@ class Trainer:
             batch_size=batch,
             micro_batch_size=micro_batch,
             max_length=self.config.max_length,
-            packing=self.config.packing,
+            # Packs of the whole data set are for training: a validation keeps the order of the file.
+            packing="step" if seed is None and self.config.packing == "dataset" else self.config.packing,
             pad_token=self.tokenizer.pad_token_id,
             rank=self.runtime.accelerator.process_index,
             ranks=self.world,
@@ -297,10 +300,14 @@ class Trainer:
     def _rows_of_all(self, step: Step) -> str:
         return self._named(sum((micro.rows for micro in step.micro_batches), []))
 
-    def _named(self, rows: list[int]) -> str:
+    def _named(self, rows: list[tuple[str, int]]) -> str:
         everyone = gather_object([(self.runtime.accelerator.process_index, rows)])
-        named = "; ".join(f"rank {rank}: rows {sorted(rows)}" for rank, rows in everyone if rows)
-        return f"step {self.state.global_step + 1} of {self.config.data_path} ({named})"
+        named = [
+            f"rank {rank}: rows {sorted(row for path, row in rows if path == source)} of {source}"
+            for rank, rows in everyone
+            for source in sorted({path for path, _ in rows})
+        ]
+        return f"step {self.state.global_step + 1} ({'; '.join(named)})"
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:

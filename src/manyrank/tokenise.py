@@ -1,0 +1,291 @@
+"""One source of rows to one table of tokens, made once and cached by datasets.
+
+    row 12 -> conversation -> ids and labels -> kept | cut | pieces | too long | bad, with the reason
+
+Every row of the source leaves a record, also when it cannot be used: nothing is dropped without a count. A row that is
+split leaves one for each piece. Rows are streamed, so the source may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
+
+from .dedup import MinHash, digest, texts
+from .errors import UserError
+from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, detect, to_sample
+from .render import IGNORE, RenderOptions, render
+from .sources import Row, Source, fingerprint, read_rows
+
+CACHE_VERSION = 5  # raise it when the same input gives other tokens
+NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same
+PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
+
+
+class Fate(IntEnum):
+    """What became of a row."""
+
+    KEPT = 0
+    CUT = 1
+    PIECE = 2
+    EMPTY_PIECE = 3
+    TOO_LONG = 4
+    BAD = 5
+
+
+USED = (Fate.KEPT, Fate.CUT, Fate.PIECE)
+FEATURES = Features(
+    {
+        "input_ids": Sequence(Value("int32")),
+        "labels": Sequence(Value("int32")),
+        "length": Value("int32"),
+        "supervised": Value("int32"),
+        "row": Value("int64"),  # its number in the source
+        "content": Value("int64"),  # hash of what is said, before any template
+        "fate": Value("int8"),
+        "special_text": Value("bool"),
+        "dropped_thinking": Value("bool"),
+        "problem": Value("string"),  # JSON of a bad row: reason, detail, place, row
+    }
+)
+TABLE = [name for name in FEATURES if name not in ("input_ids", "labels", "problem")]
+
+
+@dataclass(frozen=True)
+class TokeniseOptions:
+    """What decides how a row becomes tokens, besides the tokenizer."""
+
+    max_length: int
+    overlong: str
+    render: RenderOptions
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows to read: the first `count` of a shuffle of all `rows`; None: all."""
+
+    rows: int
+    count: int
+    seed: int
+
+    def numbers(self) -> set[int]:
+        return set((np.random.default_rng([self.seed, self.rows]).permutation(self.rows)[: self.count] + 1).tolist())
+
+
+def tokenise(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokeniseOptions,
+    *,
+    choice: Choice | None = None,
+    processes: int | None = None,
+) -> Dataset:
+    """The table of a source (FEATURES), from the cache if it was made before.
+
+    Every rank calls this. On each machine the first one works and the others wait for its file lock, without a
+    time-out, and read the result.
+
+    Args:
+        source: with a format that is known (`known_format`).
+        processes: that tokenise; None: one, or up to eight for a large source.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    disable_progress_bars()
+    processes = processes or _processes(source)
+    try:
+        return Dataset.from_generator(
+            _records,
+            features=FEATURES,
+            gen_kwargs={
+                "source": source,
+                "tokenizer": tokenizer,
+                "options": options,
+                "choice": choice,
+                "shards": [(part, processes) for part in range(processes)],
+            },
+            num_proc=processes if processes > 1 else None,
+            fingerprint=_fingerprint(source, tokenizer, options, choice),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def known_format(source: Source) -> Source:
+    """The source with its format, found out from its first row that can be read.
+
+    Raises:
+        UserError: no row, or no format fits.
+    """
+    row = next((row for row in islice(read_rows(source), 100) if not isinstance(row.value, BadRow)), None)
+    if row is None:
+        raise UserError("no row can be read", where=source.path, fix="give a file with rows")
+    if source.format_type != "auto":
+        return source
+    return replace(source, format_type=detect(row.value, where=row.place, columns=source.columns))
+
+
+def _processes(source: Source) -> int:
+    path = Path(source.path)
+    size = path.stat().st_size if path.is_file() else 0
+    return 1 if size < PARALLEL_BYTES else min(8, len(os.sched_getaffinity(0)))
+
+
+def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, choice: Choice | None) -> str:
+    state = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    digest = hashlib.sha256(state.encode())
+    what = [
+        fingerprint(source), source.path, source.format_type, source.columns, _code(source.format_type), asdict(options),
+        asdict(choice) if choice else None, tokenizer.chat_template, CACHE_VERSION,
+    ]  # fmt: skip
+    digest.update(json.dumps(what, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+def _code(format_type: str) -> str:
+    """The text of the module whose function reads the rows."""
+    if ":" not in format_type:
+        return ""
+    spec = importlib.util.find_spec(format_type.split(":")[0])
+    return Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin and Path(spec.origin).is_file() else ""
+
+
+def _records(
+    source: Source, tokenizer, options: TokeniseOptions, choice: Choice | None, shards: list
+) -> Iterator[dict]:
+    for part, parts in shards:
+        for order, row in enumerate(_chosen(source, choice)):
+            if order % parts == part:
+                yield from _row_records(row, source, tokenizer, options)
+
+
+def _chosen(source: Source, choice: Choice | None) -> Iterator[Row]:
+    wanted = choice.numbers() if choice else None
+    return (row for order, row in enumerate(read_rows(source), 1) if wanted is None or order in wanted)
+
+
+def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) -> Iterator[dict]:
+    blank = {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "row": row.number, "content": 0, "fate": 0}
+    blank |= {"special_text": False, "dropped_thinking": False, "problem": ""}
+    try:
+        if isinstance(row.value, BadRow):
+            raise row.value
+        sample = to_sample(row.value, source.format_type, source.columns)
+        blank["content"] = content_hash(sample)
+        ids, labels, notes = _ids_and_labels(sample, tokenizer, options.render)
+        blank["special_text"] = any("special token" in note for note in notes)
+        blank["dropped_thinking"] = any("thinking" in note for note in notes)
+        pieces = list(_fitted(ids, labels, options))
+    except BadRow as problem:
+        told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row.value)}
+        yield {**blank, "fate": Fate.BAD, "problem": json.dumps(told, ensure_ascii=False)}
+        return
+    for ids, labels, fate in pieces:
+        learned = sum(label != IGNORE for label in labels)
+        yield {**blank, "input_ids": ids, "labels": labels, "length": len(ids), "supervised": learned, "fate": fate}
+
+
+def _writable(value: object) -> str:
+    """The row as text for the quarantine file; half surrogate pairs and the like are escaped."""
+    return "" if isinstance(value, BadRow) else json.dumps(value, default=str)
+
+
+def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[list[int], list[int], tuple[str, ...]]:
+    if isinstance(sample, TokenIds):
+        return list(sample.input_ids), list(sample.labels), ()
+    if isinstance(sample, PlainText):
+        ids = tokenizer(sample.text)["input_ids"]
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        return ids, list(ids), ()
+    rendered = render(tokenizer, sample.messages, tools=sample.tools, documents=sample.documents, options=options)
+    return rendered.input_ids, rendered.labels, rendered.notes
+
+
+def _fitted(ids: list[int], labels: list[int], options: TokeniseOptions) -> Iterator[tuple[list[int], list[int], Fate]]:
+    """The row in at most max_length tokens, as `overlong` says."""
+    limit = options.max_length
+    if len(ids) <= limit:
+        pieces, fate = [(ids, labels)], Fate.KEPT
+    elif options.overlong == "error":
+        raise BadRow(f"{len(ids)} tokens, more than max_length {limit}", reason="too long")
+    elif options.overlong == "drop":
+        yield [], [], Fate.TOO_LONG
+        return
+    else:
+        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, len(ids), limit)]
+        pieces, fate = (pieces[:1], Fate.CUT) if options.overlong == "truncate" else (pieces, Fate.PIECE)
+    # The first token has nothing in front that could predict it.
+    pieces = [(ids, [IGNORE, *labels[1:]]) for ids, labels in pieces]
+    learned = [any(label != IGNORE for label in labels) for _, labels in pieces]
+    if not any(learned):
+        cut = (
+            f"the first {limit} of {len(ids)} tokens are all prompt"
+            if fate is Fate.CUT
+            else "no token is to be learned"
+        )
+        raise BadRow(cut, reason="nothing to learn")
+    for (ids, labels), good in zip(pieces, learned):
+        yield (ids, labels, fate) if good else ([], [], Fate.EMPTY_PIECE)
+
+
+def content_hash(sample: Sample) -> int:
+    """64 bits of what is said: the same for the same conversation, in any file and format."""
+    if isinstance(sample, TokenIds):
+        told = hashlib.blake2b(np.array([sample.input_ids, sample.labels], dtype=np.int64).tobytes()).digest()
+    else:
+        told = digest(said(sample))
+    return int.from_bytes(told[:8], "little", signed=True)
+
+
+def said(sample: Sample) -> object:
+    """Everything in a sample that somebody wrote."""
+    if not isinstance(sample, Conversation):
+        return asdict(sample)
+    messages = [{key: value for key, value in message.items() if key != "weight"} for message in sample.messages]
+    return [messages, sample.tools, sample.documents]
+
+
+def near_doubles(sources: list[Source], choices: list[Choice | None]) -> Dataset:
+    """For every row its source, its number, and whether it is nearly the same as an earlier one of any source.
+
+    One process reads all rows for this, and remembers a signature of each.
+    """
+    key = [[fingerprint(source), source.format_type, source.columns, _code(source.format_type)] for source in sources]
+    key += [[asdict(choice) if choice else None for choice in choices], NEAR, CACHE_VERSION]
+    return Dataset.from_generator(
+        _near_doubles,
+        features=Features({"source": Value("int64"), "row": Value("int64"), "near": Value("bool")}),
+        gen_kwargs={"sources": tuple(sources), "choices": tuple(choices)},
+        fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
+    )
+
+
+def _near_doubles(sources: tuple[Source, ...], choices: tuple[Choice | None, ...]) -> Iterator[dict]:
+    before = MinHash(NEAR)
+    for number, (source, choice) in enumerate(zip(sources, choices)):
+        for row in _chosen(source, choice):
+            try:
+                if isinstance(row.value, BadRow):
+                    raise row.value
+                near = before.seen(" ".join(texts(said(to_sample(row.value, source.format_type, source.columns)))))
+            except BadRow:  # told of when it is tokenised
+                near = False
+            yield {"source": number, "row": row.number, "near": near}
