@@ -25,7 +25,7 @@ LEVEL = {
     "embedded": 3,
     "strategy": 3.5, "runtime": 3.5, "tokenise": 3.5,
     "data": 4, "batches": 4.5, "curate": 4, "model": 4, "checkpoint": 4, "generate": 4,
-    "trainer": 5, "inspection": 5, "inspection_html": 5.5,
+    "trainer": 5, "survey": 5, "inspection_tables": 5.2, "inspection_html": 5.5, "inspection": 5.7,
     "session": 6, "verify": 6,
     "train": 7,
     "cli": 8,

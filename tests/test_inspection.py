@@ -160,6 +160,12 @@ def test_bars_hold_every_length_once(lengths):
     assert all(before.last + 1 == after.first for before, after in pairwise(made))
 
 
+def test_a_few_long_examples_do_not_flatten_the_bars():
+    made = bars(np.array([*range(50, 150), *range(50, 150), 5000]))
+    assert len(made) == 11
+    assert [(bar.first, bar.last, bar.count) for bar in made[-2:]] == [(140, 149, 20), (150, 5000, 1)]
+
+
 def loader(tokenizer, packing: str, batch: int, ranks: int, micro: int) -> StepLoader:
     config = resolve("verify", [Entry("data_path", SAMPLE, "the test")]).config
     examples = prepare(config.data_path, tokenizer, config)
@@ -348,6 +354,7 @@ class Page(HTMLParser):
         self.figures: dict[str, list[str]] = {}
         self.texts: dict[str, str] = {}
         self.learned: list[str] = []
+        self.samples: list[str] = []
         self.tags: set[str] = set()
         self.title, self.section, self.open, self.depth = "", "", [], 0
         self.feed(dom)
@@ -360,6 +367,8 @@ class Page(HTMLParser):
             self.section = values["id"]
         if tag == "article":
             self.section = "sample"
+        if tag == "pre":
+            self.samples.append("")
         if tag == "data":
             self.figures.setdefault(self.section, []).append(values["value"])
         if tag == "span" and self.section == "sample" and (self.depth or values.get("class") == "learned"):
@@ -374,6 +383,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.texts[self.section] = self.texts.get(self.section, "") + data
+        if "pre" in self.open:
+            self.samples[-1] += data
         if self.open[-1:] == ["title"]:
             self.title += data
         if self.depth:
@@ -393,9 +404,11 @@ def shown(tokenizer, tmp_path_factory):
     """A survey with everything in it, and its page."""
     folder = tmp_path_factory.mktemp("page")
     rows = write(folder / "<i>rows.jsonl", HOSTILE, GOOD, GOOD, NO_ANSWER, "not json", chat("<|im_end|>?", "\nYes"))
-    found = survey(tokenizer, 9, data_path=[rows, {"path": SAMPLE, "max_rows": 20}], eval_data_path=VALIDATION)
+    text = write(folder / "text.jsonl", {"text": "\n\nPlain"})  # shorter than the others, so it is a sample
+    sources = [rows, text, {"path": SAMPLE, "max_rows": 20}]
+    found = survey(tokenizer, 9, data_path=sources, eval_data_path=VALIDATION)
     inspection.write_page(found, folder / "page.html")
-    assert sorted(file.name for file in folder.iterdir()) == ["<i>rows.jsonl", "page.html"]
+    assert sorted(file.name for file in folder.iterdir()) == ["<i>rows.jsonl", "page.html", "text.jsonl"]
     return found, folder / "page.html"
 
 
@@ -441,9 +454,9 @@ def test_supervised_spans_are_the_supervised_texts(shown, tmp_path):
     expected = [visible(run) for part in found.parts for sample in part.samples for run in learned(sample)]
     assert len(expected) >= 18
     assert dom.learned == expected
-    for part in found.parts:
-        for sample in part.samples:
-            assert "".join(visible(piece.text) for piece in sample.pieces) in dom.texts["sample"]
+    samples = [sample for part in found.parts for sample in part.samples]
+    assert dom.samples == ["".join(visible(piece.text) for piece in sample.pieces) for sample in samples]
+    assert any(text.startswith("\n\nPlain") for text in dom.samples)  # a newline that browsers like to drop
 
 
 @needs_chromium
