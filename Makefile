@@ -28,8 +28,9 @@ test: setup  ## every test that needs no GPU
 verify: setup  ## every strategy against one process
 	manyrank verify $(ARGS)
 
-bench: setup  ## one step against transformers' Trainer, as a table
+bench: setup  ## one step against transformers' Trainer, and the preparation of data, as tables
 	python tests/bench_trainer.py $(ARGS)
+	python tests/bench_data.py
 
 lint: setup
 	ruff check . && ruff format --check .

@@ -59,7 +59,7 @@ def test_every_row_is_kept_cut_or_left_out_and_counted(examples_of):
     whole, cut = examples_of(), examples_of(max_length=80)
     dropped = examples_of(max_length=80, overlong="drop")
     longer = int((whole.lengths > 80).sum())
-    assert len(whole) == whole.report.rows == 160 and not whole.report.counts
+    assert (len(whole),) == whole.report.rows == (160,) and not whole.report.counts
     assert 0 < longer < 160 and len(cut) == 160 and cut.lengths.max() == 80
     assert cut.report.counts == {"cut at max_length": longer}
     assert f"{longer} cut at max_length" in cut.describe()
@@ -186,6 +186,15 @@ def test_weights_say_how_often_a_row_is_seen(examples_of, file):
     assert list(epochs[0]) != list(epochs[2]) and list(epochs[0]) == list(epoch_order(examples, 7, 0))
 
 
+def test_weights_that_leave_nothing(examples_of, file):
+    examples = weighted(examples_of, file, a=0.01)
+    loader = StepLoader(
+        examples=examples, batch_size=1, micro_batch_size=1, max_length=512, packing="step", pad_token=0, rank=0, ranks=1, seed=3,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="leave no example"):
+        loader.step(0)
+
+
 def test_caps_take_a_part_that_the_seed_chooses(examples_of, file):
     path = file(*[qa(f"q {i}") for i in range(50)])
     one, other = (rows_of(examples_of(data_path=f"{{path: {path}, max_rows: 8}}", seed=seed)) for seed in (1, 2))
@@ -197,7 +206,7 @@ def test_formats_of_several_sources(examples_of, tmp_path):
     table.write_text("q,a\nwhat?,this\nwho?,she\n")
     sources = f"[{SAMPLE}, {{path: {table}, columns: {{question: q, answer: a}}}}, data/formats/alpaca.json, data/formats/text.jsonl]"
     examples = examples_of(data_path=sources)
-    assert set(examples.report.formats.values()) == {"question_answer", "alpaca", "text"}
+    assert examples.report.formats == ("question_answer", "question_answer", "alpaca", "text")
     assert np.bincount(examples.source)[:2].tolist() == [160, 2]
     text = examples[len(examples) - 1]
     assert (text["labels"][1:] == text["input_ids"][1:]).all() and text["labels"][0] == IGNORE

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .data import Examples
+from .errors import UserError
 from .packing import Packs, dataset_layout, imbalance, padded_layout, step_layout
 from .render import IGNORE
 
@@ -71,6 +72,9 @@ class StepLoader:
 
     @cached_property
     def steps_per_epoch(self) -> int:
+        """Steps of every epoch; a UserError where the weights of the sources leave nothing to it."""
+        if not len(self._order(0)):
+            raise UserError("the weights leave no example to an epoch", where="data_path", fix="give larger weights")
         units = len(self._packs(0)) if self.packing == "dataset" else len(self._order(0))
         return -(-units // self.batch_size)
 

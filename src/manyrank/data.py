@@ -40,15 +40,14 @@ class Report:
     """What happened to the rows.
 
     Attributes:
-        formats: by source path, the format its rows were read in.
-        rows: rows that were read.
+        formats, rows: by source, the format its rows were read in, and how many were.
         out_of: rows of the sources, where only a part of them was read.
         counts: rows by what became of them, where it is not simply kept.
         bad: the rows put aside: reason, detail, place, row.
     """
 
-    formats: dict[str, str]
-    rows: int
+    formats: tuple[str, ...]
+    rows: tuple[int, ...]
     out_of: int | None
     counts: dict[str, int]
     bad: list[dict] = field(default_factory=list)
@@ -94,7 +93,7 @@ class Examples:
         return {**self.dataset[int(self.index[example])], "source": self.paths[self.source[example]]}
 
     def describe(self) -> str:
-        formats = ", ".join(sorted(set(self.report.formats.values())))
+        formats = ", ".join(sorted(set(self.report.formats)))
         share = self.supervised.sum() / self.lengths.sum()
         others = "".join(f"; {count:,} {what}" for what, count in self.report.counts.items())
         part = f" out of {self.report.out_of:,} rows" if self.report.out_of else ""
@@ -208,8 +207,8 @@ def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, co
         paths=tuple(source.path for source in sources),
         weights=tuple(source.weight for source in sources),
         report=Report(
-            formats={source.path: source.format_type for source in sources},
-            rows=int(rows[-1]) + 1,
+            formats=tuple(source.format_type for source in sources),
+            rows=tuple(len(np.unique(rows[columns["source"] == number])) for number in range(len(sources))),
             out_of=sum(choice.rows for choice in choices) if all(choices) else None,
             counts=_counts(columns, double, config.duplicates),
             bad=bad,

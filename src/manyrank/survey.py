@@ -23,8 +23,6 @@ from .errors import UserError
 from .packing import dataset_layout
 from .render import IGNORE
 from .schema import DataSource
-from .sources import Source, read_rows
-from .tokenise import known_format
 
 RANKS = (1, 2, 4, 8)
 BARS = 16  # of a histogram, at most
@@ -180,12 +178,12 @@ def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: s
         UserError: a source cannot be read, or no row of it can be used.
     """
     whole = _prepared(config.data_path, tokenizer, config)
-    readings, train, evaluation = [_reading("data_path", config.data_path, whole, config)], whole, None
+    readings, train, evaluation = [_reading("data_path", config.data_path, whole)], whole, None
     if config.eval_split:
         train, evaluation = whole.split(config.eval_split)
     elif config.eval_data_path:
         evaluation = _prepared(config.eval_data_path, tokenizer, config)
-        readings.append(_reading("eval_data_path", config.eval_data_path, evaluation, config))
+        readings.append(_reading("eval_data_path", config.eval_data_path, evaluation))
     parts = [_part("training", train, tokenizer, config, seed=config.seed, samples=samples)]
     if evaluation:
         parts.append(_part("validation", evaluation, tokenizer, config, seed=None, samples=samples))
@@ -212,32 +210,25 @@ def _prepared(sources: Sequence[DataSource], tokenizer, config: TrainConfig) -> 
 # What was read
 
 
-def _reading(name: str, sources: Sequence[DataSource], examples: Examples, config: TrainConfig) -> Reading:
+def _reading(name: str, sources: Sequence[DataSource], examples: Examples) -> Reading:
     bad = examples.report.bad
     return Reading(
         name=name,
-        sources=tuple(_source(number, source, examples, config) for number, source in enumerate(sources)),
-        rows=examples.report.rows,
+        sources=tuple(_source(number, source, examples) for number, source in enumerate(sources)),
+        rows=sum(examples.report.rows),
         counts=dict(examples.report.counts),
         reasons=dict(Counter(row["reason"] for row in bad).most_common()),
         bad=tuple(BadFacts(row["place"], row["reason"], row["detail"]) for row in bad[:SHOWN]),
     )
 
 
-def _source(number: int, given: DataSource, examples: Examples, config: TrainConfig) -> SourceFacts:
-    source = Source(
-        given.path,
-        split=given.split,
-        name=given.name,
-        format_type=given.format_type or config.format_type,
-        columns=given.columns or config.columns,
-    )
-    rows, own = sum(1 for _ in read_rows(source)), examples.source == number
+def _source(number: int, given: DataSource, examples: Examples) -> SourceFacts:
+    own = examples.source == number
     return SourceFacts(
         path=given.path,
-        format_type=known_format(source).format_type,
+        format_type=examples.report.formats[number],
         weight=given.weight,
-        rows=min(rows, given.max_rows or rows),
+        rows=examples.report.rows[number],
         examples=int(own.sum()),
         tokens=int(examples.lengths[own].sum()),
         supervised=int(examples.supervised[own].sum()),

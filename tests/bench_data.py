@@ -1,0 +1,80 @@
+"""How fast conversations become masked tokens, and lengths packs: tables of medians.
+
+    python tests/bench_data.py [ROWS.jsonl]        rows with "question" and "answer"; the sample, repeated, without
+
+What transformers needs for the same text and tokens, without any mask, is the measure. Both take turns in one process.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from manyrank.config import asset
+from manyrank.embedded import ensure
+from manyrank.packing import dataset_layout, imbalance, step_layout
+from manyrank.render import render
+
+ROUNDS, ROWS = 5, 2000
+
+
+def conversations() -> list[list[dict]]:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else asset("data", "sample.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = (rows * (ROWS // len(rows) + 1))[:ROWS]
+    return [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
+    ]
+
+
+def per_second(work, items) -> float:
+    started = time.process_time()
+    for item in items:
+        work(item)
+    return len(items) / (time.process_time() - started)
+
+
+def rendering() -> np.ndarray:
+    tokenizer, chats = AutoTokenizer.from_pretrained(ensure()), conversations()
+    ways = {
+        "transformers: text and tokens, no mask": lambda chat: tokenizer.apply_chat_template(chat, tokenize=True),
+        "manyrank: text, tokens and checked mask": lambda chat: render(tokenizer, chat),
+    }
+    speeds = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, work in ways.items():
+            speeds[name].append(per_second(work, chats))
+    print(f"{'conversations per second of one core':<42} {'median':>7}  of the first")
+    first = statistics.median(speeds["transformers: text and tokens, no mask"])
+    for name, found in speeds.items():
+        print(f"{name:<42} {statistics.median(found):>7.0f}  {statistics.median(found) / first:.2f}")
+    return np.array([len(render(tokenizer, chat).input_ids) for chat in chats])
+
+
+def packing(lengths: np.ndarray) -> None:
+    print(f"\n{'packs of the data set':<42} {'seconds':>7}  filled")
+    many = np.random.default_rng(0).choice(lengths, 1_000_000)
+    for name, found in ((f"{len(lengths):,} lengths", lengths), ("1,000,000 lengths", many)):
+        started = time.perf_counter()
+        packs = dataset_layout(found, capacity=2048)
+        print(f"{name:<42} {time.perf_counter() - started:>7.2f}  {found.sum() / len(packs) / 2048:.2%}")
+    print(f"\n{'64 examples of a step':<42} {'mean':>7}  largest")
+    for ranks in (2, 4, 8, 16):
+        over = []
+        for step in range(100):
+            chosen = np.random.default_rng(step).choice(lengths, 64).tolist()
+            over.append(imbalance(step_layout(chosen, ranks=ranks, token_budget=4 * 2048), chosen))
+        name = f"{ranks} ranks, longest over the mean"
+        print(f"{name:<42} {statistics.mean(over):>7.2%}  {max(over):.2%}")
+
+
+if __name__ == "__main__":
+    packing(rendering())
