@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,42 @@ def test_the_layout_does_not_change_the_losses(layout, whole_run, tmp_path):
     assert run.code == 0, run.stderr
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
     assert run.metrics("grad_norm") == pytest.approx(whole_run.metrics("grad_norm"), abs=1e-5)
+
+
+def test_packs_of_the_data_set_give_the_same_losses_everywhere(embedded_model, tmp_path):
+    given = ("--packing=dataset", "--global_batch_size=4", "--num_train_epochs=2", "--learning_rate=1e-3")
+    single, fsdp, three = (
+        launch(tmp_path / name, *given, *more)
+        for name, more in (
+            ("single", ("--strategy=single",)),
+            ("fsdp", ("--strategy=fsdp", "--nproc=2")),
+            ("three", ("--strategy=ddp", "--nproc=3")),
+        )
+    )
+    assert single.code == fsdp.code == three.code == 0, single.stderr + fsdp.stderr + three.stderr
+    assert len(single.metrics()) > 10 and single.metrics()[-1] < single.metrics()[0]
+    for other in (fsdp, three):
+        assert other.metrics() == pytest.approx(single.metrics(), abs=1e-5)
+        assert other.metrics("grad_norm") == pytest.approx(single.metrics("grad_norm"), abs=1e-5)
+
+
+def test_bad_rows_are_put_aside_and_the_split_is_validated(embedded_model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = Path("data/sample.jsonl").read_text().splitlines()
+    file.write_text("\n".join([*rows[:60], '{"question": "c"}', "not json", *rows[60:]]) + "\n")
+    run = launch(
+        tmp_path / "run", f"--data_path={file}", "--on_bad_row=skip", "--eval_split=0.2", "--eval_steps=3", "--max_steps=6",
+        "--strategy=ddp", "--nproc=2",
+    )  # fmt: skip
+    assert run.code == 0, run.stderr
+    assert "2 bad, put aside" in run.stdout and "validation data: " in run.stdout
+    assert "between the longest rank and the mean" in run.stdout
+    aside = [json.loads(line) for line in (run.folder / "logs" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["place"].split(", ")[1], row["reason"]) for row in aside] == [
+        ("line 61", "missing field"),
+        ("line 62", "not JSON"),
+    ]
+    assert len(run.metrics("eval_loss")) == 2
 
 
 def test_run_folder(whole_run, tmp_path):
