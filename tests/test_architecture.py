@@ -20,7 +20,7 @@ LEVEL = {
     "schema": 0.5, "turns": 0.5, "json_array": 0.5,
     "config": 1, "topology": 1, "hardware": 1, "formats": 1, "sources": 1, "packing": 1, "sandbox": 1, "dedup": 1,
     "options": 1.5,
-    "rules": 2, "launcher": 2, "filters": 2, "marks": 2, "export": 2,
+    "rules": 2, "launcher": 2, "filters": 2, "marks": 2, "endings": 2, "export": 2,
     "spans": 2.5, "templates": 2.7, "render": 3, "stages": 3, "loss": 3, "attention": 3, "optim": 3, "metrics": 3, "callbacks": 3, "fsdp_on_cpu": 3,
     "embedded": 3,
     "strategy": 3.5, "runtime": 3.5, "tokenise": 3.5,

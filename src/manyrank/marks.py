@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .formats import BadRow, Message
@@ -20,8 +20,12 @@ REFUSED, DROPPED, CHANGED = "refused by template", "dropped by template", "chang
 NO_STOP = "no end-of-turn token"
 
 MARK = re.compile(r"Zq(\d{4})xK")
-OTHER = 9999  # the mark that stands for a whole turn
+OTHER = 5000  # marks from here on stand for a whole turn
 THINK_END = "</think>"
+THINK_TAGS = {"<think>", THINK_END}  # as tokens they are what they say
+
+Position = tuple[int, int]  # (part, offset in it)
+Turn = tuple[Position, Position, Position]  # start, where the end-of-turn token begins, end
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,16 @@ class Skeleton:
     Attributes:
         parts: (slots + 1,), the template's text before, between and after the strings.
         order: (slots,), which string stands between parts[i] and parts[i + 1].
-        turns: by assistant message, the learned range from (part, offset) to (part, offset).
-        openings: the same for what the template writes before the content of a turn, after the generation prompt.
+        turns: by assistant message, the learned range.
+        openings: by assistant message, where the generation prompt ends; None where that cannot be told.
+        closing: what was added to the last turn, which the template leaves open.
     """
 
     parts: list[str]
     order: list[int]
-    turns: dict[int, tuple[tuple[int, int], tuple[int, int]]]
-    openings: dict[int, tuple[int, int] | None]
+    turns: dict[int, Turn]
+    openings: dict[int, Position | None]
+    closing: str
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,14 @@ class Layout:
     """A rendered conversation and where everything stands in it; ranges are characters of `text`.
 
     Attributes:
-        turns: by assistant message, its content up to and with the token that ends the turn.
+        turns: by assistant message, where its content begins, where it ends, and where the end-of-turn token does.
         openings: by assistant message, where the generation prompt ends; None where that cannot be told.
         strings: every string of the conversation.
         dropped_thinking: assistant messages whose thinking the template leaves out, as it does with history.
     """
 
     text: str
-    turns: dict[int, tuple[int, int]]
+    turns: dict[int, tuple[int, int, int]]
     openings: dict[int, int | None]
     strings: list[tuple[int, int]]
     dropped_thinking: list[int]
@@ -83,10 +89,11 @@ class Mismatch(BadRow):
 
 @dataclass
 class Marked:
-    """A conversation with marks in place of its strings."""
+    """A conversation with marks in place of its strings; in the messages `pieced`, pieces of a string stay."""
 
     messages: list[Message] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    pieced: set[int] = field(default_factory=set)
 
     def mark(self, message: int, kind: str, text: str) -> str:
         """The text with its core replaced by a new mark; the blanks at the edges stay, for the template to see."""
@@ -98,17 +105,28 @@ class Marked:
         return f"{before}{mark_text(len(self.slots) - 1)}{after}"
 
 
-def mark(messages: Sequence[Message], form: Form, literals: re.Pattern | None = None) -> Marked:
-    """The conversation with marks for its strings; what matches `literals` stays as it is."""
+@dataclass(frozen=True)
+class Literals:
+    """Strings that a template may look for in the content, and the control tokens, which are never cut."""
+
+    strings: re.Pattern
+    controls: re.Pattern
+
+    def pieces(self, content: str) -> list[tuple[int, int]]:
+        """The ranges that stay when the rest is marked."""
+        kept = [control.span() for control in self.controls.finditer(content)]
+        found = [literal.span() for literal in self.strings.finditer(content)]
+        return [(a, b) for a, b in found if not any(a < right and b > left for left, right in kept)]
+
+
+def mark(messages: Sequence[Message], form: Form, literals: Literals | None = None) -> Marked:
+    """The conversation with marks for its strings; what `literals` finds stays as it is."""
     marked = Marked()
     for index, message in enumerate(messages):
         made = dict(message)
         if message.get("reasoning_content"):
             made["reasoning_content"] = marked.mark(index, "thinking", message["reasoning_content"])
-        if literals is None or not literals.search(message["content"]):
-            made["content"] = marked.mark(index, "content", message["content"])
-        else:
-            made["content"] = _mark_between(marked, index, message, literals)
+        made["content"] = _marked_content(marked, index, message, literals)
         if message.get("tool_calls"):
             made["tool_calls"] = [
                 {**call, "function": {**call["function"], "name": marked.mark(index, "name", call["function"]["name"])}}
@@ -118,15 +136,25 @@ def mark(messages: Sequence[Message], form: Form, literals: re.Pattern | None = 
     return marked
 
 
-def _mark_between(marked: Marked, index: int, message: Message, literals: re.Pattern) -> str:
-    content, made, at = message["content"], "", 0
+def _marked_content(marked: Marked, index: int, message: Message, literals: Literals | None) -> str:
+    content = message["content"]
+    pieces = literals.pieces(content) if literals else []
+    edges = [0, *(edge for piece in pieces for edge in piece), len(content)]
+    between = list(zip(edges[::2], edges[1::2]))
+    if not pieces or not "".join(content[slice(*part)] for part in between).strip():  # something must be marked
+        return marked.mark(index, "content", content)
+    marked.pieced.add(index)
     thought = content.rfind(THINK_END) if message["role"] == "assistant" else -1
-    for literal in [*literals.finditer(content), None]:
-        end = literal.start() if literal else len(content)
-        kind = "thinking" if end <= thought else "content"
-        made += marked.mark(index, kind, content[at:end]) + (literal[0] if literal else "")
-        at = literal.end() if literal else end
+    made = ""
+    for part, piece in zip(between, [*pieces, (0, 0)]):
+        kind = "thinking" if part[1] <= thought else "content"
+        made += marked.mark(index, kind, content[slice(*part)]) + content[slice(*piece)]
     return made
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern:
+    """Matches any of these texts, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or r"(?!)")
 
 
 def mark_text(number: int) -> str:
@@ -155,19 +183,21 @@ def refuse_printed_parts(text: str, form: Form) -> None:
 
 def check_marks(marked: Marked, found: list[int]) -> None:
     """Nothing that somebody wrote is missing, and what the assistant wrote is there once."""
+    if any(number >= len(marked.slots) for number in found) or len(marked.slots) > OTHER:
+        raise BadRow("the conversation is too long, or contains the marks that turns are found with", reason=CHANGED)
     for number, slot in enumerate(marked.slots):
         role, times = marked.messages[slot.message]["role"], found.count(number)
         asked_again = any(message["role"] == "user" for message in marked.messages[slot.message + 1 :])
         if not times and slot.kind == "thinking" and asked_again:
             continue
         if not times:
-            what = {"content": "", "thinking": "thinking of ", "name": "tool calls of "}[slot.kind]
-            raise BadRow(
-                f"the chat template drops the {what}{role} message {slot.message + 1}"
-                if not what
-                else f"the chat template drops the {what}message {slot.message + 1}",
-                reason=DROPPED,
-            )
+            place = f"message {slot.message + 1}"
+            what = {
+                "content": f"{role} {place}",
+                "thinking": f"thinking of {place} (thinking: strip leaves it out)",
+                "name": f"tool calls of {place}",
+            }
+            raise BadRow(f"the chat template drops the {what[slot.kind]}", reason=DROPPED)
         if role == "assistant" and slot.kind != "name" and times > 1:
             raise BadRow(f"the chat template repeats message {slot.message + 1}", reason=CHANGED)
 
@@ -192,6 +222,7 @@ def fill(text: str, skeleton: Skeleton, marked: Marked) -> Layout:
     Raises:
         Mismatch: they differ, so the template does something else with these strings.
     """
+    text += skeleton.closing
     for escape in ESCAPES:
         strings = [
             escape(slot.text) if marked.messages[slot.message]["role"] == "tool" else slot.text for slot in marked.slots
@@ -216,7 +247,7 @@ def fill(text: str, skeleton: Skeleton, marked: Marked) -> Layout:
     }
     return Layout(
         text=text,
-        turns={index: (place(start), place(end)) for index, (start, end) in skeleton.turns.items()},
+        turns={index: tuple(map(place, turn)) for index, turn in skeleton.turns.items()},
         openings={index: None if end is None else place(end) for index, end in skeleton.openings.items()},
         strings=[(starts[k], starts[k] + len(filled[k])) for k in range(1, len(filled), 2)],
         dropped_thinking=sorted(dropped),
@@ -224,17 +255,35 @@ def fill(text: str, skeleton: Skeleton, marked: Marked) -> Layout:
 
 
 def check_contents(layout: Layout, messages: Sequence[Message]) -> None:
-    """What was said stands in the text as it was said: no template may change or leave out a part of it."""
+    """What was said stands in the text as it was said, and a turn has nothing else in it.
+
+    Only calls and thinking that is not in the content, whose form is the template's, may stand beside it in a turn.
+    """
     for index, message in enumerate(messages):
-        said, where, escapes = message["content"].strip(), layout.text, ESCAPES[:1]
-        if message["role"] == "assistant":
-            said, where = said.rpartition(THINK_END)[2].strip(), where[slice(*layout.turns[index])]
-        elif message["role"] == "tool":
-            escapes = ESCAPES
-        if not any(escape(said) in where for escape in escapes):
-            raise Mismatch(
-                f"the chat template changes the content of message {index + 1} ({message['role']})", reason=CHANGED
-            )
+        said, role = message["content"].strip(), message["role"]
+        if role != "assistant":
+            right = any(escape(said) in layout.text for escape in (ESCAPES if role == "tool" else ESCAPES[:1]))
+        else:
+            start, stop, _ = layout.turns[index]
+            right = _says(layout.text[start:stop].strip(), said, beside=_has_more(message))
+        if not right:
+            raise Mismatch(f"the chat template changes the content of message {index + 1} ({role})", reason=CHANGED)
+
+
+def _has_more(message: Message) -> bool:
+    return bool(message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def _says(turn: str, said: str, *, beside: bool) -> bool:
+    if THINK_END not in said:
+        return said in turn if beside else said == turn
+    # Templates write the blanks around thinking in their own way, or leave the thinking out.
+    answer = said.rpartition(THINK_END)[2]
+    return answer.strip() in turn if beside else _letters(turn) in (_letters(said), _letters(answer))
+
+
+def _letters(text: str) -> str:
+    return "".join(re.sub("|".join(THINK_TAGS), "", text).split())
 
 
 def _changed_message(text: str, marked: Marked) -> str:

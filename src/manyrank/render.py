@@ -12,7 +12,7 @@ a check fails the conversation is refused, with the reason; there is no wrong ma
 from __future__ import annotations
 
 import json
-import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,11 +22,10 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from .formats import BadRow, Message
-from .templates import Layout, Template
+from .marks import THINK_END, THINK_TAGS, Layout
+from .templates import Template
 
 IGNORE = -100
-THINK_TAGS = {"<think>", "</think>"}  # as tokens they are what they say
-THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -92,20 +91,21 @@ def render(
     template = _template(tokenizer, options, tools)
     messages = _prepared(messages, options)
     layout = template.layout([_bare(message) for message in messages], tools=tools, documents=documents)
-    plain = _special_strings(template, layout, tools)
-    ids, offsets, spans = _tokens(tokenizer, layout.text, _learned(messages, layout, options), plain)
-    labels, runs = [IGNORE] * len(ids), []
+    plain = _control_strings(template, layout, messages, tools, documents)
+    tokens, spans = _tokens(tokenizer, layout.text, _learned(template, messages, layout, options), plain)
+    _refuse_false_specials(template, tokens, layout, plain)
+    labels, runs = [IGNORE] * len(tokens.ids), []
     for start, end in spans:
-        first, last = _token_range(offsets, start, end)
-        labels[first:last] = ids[first:last]
-        runs.append(_read_back(tokenizer, ids[first:last], layout.text[start:end]))
+        first, last = tokens.range(start, end)
+        labels[first:last] = tokens.ids[first:last]
+        runs.append(_read_back(tokenizer, tokens.ids[first:last], layout.text[start:end]))
     if options.train_on_prompt:
-        labels, runs = list(ids), [tokenizer.decode(ids)]
+        labels, runs = list(tokens.ids), [tokenizer.decode(tokens.ids)]
     notes = [
         f"{text} in the text is not read as a special token" for text in sorted({layout.text[a:b] for a, b in plain})
     ]
     notes += [f"the chat template drops the thinking of message {index + 1}" for index in layout.dropped_thinking]
-    return Rendered(layout.text, ids, labels, runs, tuple(notes))
+    return Rendered(layout.text, tokens.ids, labels, runs, tuple(notes))
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> set[int]:
@@ -125,7 +125,8 @@ def _template(tokenizer: PreTrainedTokenizerBase, options: RenderOptions, tools:
     except ValueError as error:
         raise BadRow(f"no chat template: {error}", reason="no template") from None
     known = _TEMPLATES.setdefault(tokenizer, {})
-    key = (source, json.dumps(options.template_kwargs, sort_keys=True), len(tokenizer), options.stop_tokens)
+    variables = json.dumps(options.template_kwargs, sort_keys=True, default=repr)
+    key = (source, variables, len(tokenizer), tokenizer.eos_token, options.stop_tokens, bool(tools))
     if key not in known:
         known[key] = Template(tokenizer, source, options.template_kwargs, stops=options.stop_tokens, tools=tools)
     return known[key]
@@ -133,12 +134,14 @@ def _template(tokenizer: PreTrainedTokenizerBase, options: RenderOptions, tools:
 
 def _prepared(messages: Sequence[Message], options: RenderOptions) -> list[Message]:
     """The messages with the thinking and the call ids that the template is to see."""
+    if not messages:
+        raise BadRow("no messages", reason="empty field")
     made, calls = [], []
     for number, message in enumerate(messages, 1):
         message = {**message, "content": message.get("content") or ""}
         if options.thinking == "strip" and message["role"] == "assistant":
             message.pop("reasoning_content", None)
-            message["content"] = THOUGHT.sub("", message["content"], count=1)
+            message["content"] = _without_thought(message["content"])
         if message.get("tool_calls"):
             calls = [
                 {"type": "function", "id": f"call{number:03d}{k:02d}", **call}
@@ -150,15 +153,27 @@ def _prepared(messages: Sequence[Message], options: RenderOptions) -> list[Messa
             message.setdefault("tool_call_id", calls.pop(0)["id"])
         elif not message["content"].strip() and message["role"] != "tool":
             raise BadRow(f"message {number} ({message['role']}) is empty", reason="empty field")
+        if not message["content"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+            raise BadRow(
+                f"message {number} has half a surrogate pair, which is no text", reason="half a surrogate pair"
+            )
         made.append(message)
     return made
+
+
+def _without_thought(content: str) -> str:
+    start, end = "<think>", THINK_END
+    thought = content.lstrip().startswith(start) and end in content
+    return content.partition(end)[2].lstrip() if thought else content
 
 
 def _bare(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "weight"}
 
 
-def _learned(messages: list[Message], layout: Layout, options: RenderOptions) -> list[tuple[int, int, int]]:
+def _learned(
+    template: Template, messages: list[Message], layout: Layout, options: RenderOptions
+) -> list[tuple[int, int, int]]:
     """The ranges of characters to learn, each with the end of the generation prompt in front of it."""
     turns = [index for index in layout.turns if messages[index].get("weight", 1)]
     if options.last_turn_only:
@@ -167,23 +182,27 @@ def _learned(messages: list[Message], layout: Layout, options: RenderOptions) ->
         raise BadRow("no assistant turn is to be learned", reason="no assistant turn")
     spans = []
     for index in turns:
-        start, end = layout.turns[index]
+        (start, _, end), opening = layout.turns[index], layout.openings[index]
         if options.train_on_opening:
-            if layout.openings[index] is None:
+            if opening is None or not template.prompts:
                 raise BadRow(
                     f"where the opening of message {index + 1} begins cannot be told", reason="changed by template"
                 )
-            start = min(start, layout.openings[index])
-        opening = layout.openings[index]
+            start = min(start, opening)
         spans.append((start, end, start if opening is None else min(start, opening)))
     return spans
 
 
-def _special_strings(template: Template, layout: Layout, tools: list | None) -> list[tuple[int, int]]:
-    """Where somebody's words read like a special token, or like the template's end of a turn."""
-    words = {*template.special, *template.stops} - THINK_TAGS
-    if tools and any(word in json.dumps(tools, ensure_ascii=False) for word in words):
-        raise BadRow("a tool's definition contains the text of a special token", reason="special text in tools")
+def _control_strings(
+    template: Template, layout: Layout, messages: list[Message], tools, documents
+) -> list[tuple[int, int]]:
+    """Where somebody's words read like a special token, or like what the template writes around turns."""
+    words = template.controls - THINK_TAGS
+    others = [tools, documents, [[m.get("tool_calls"), m.get("name"), m.get("tool_call_id")] for m in messages]]
+    if (text := json.dumps(others, ensure_ascii=False)) and any(word in text for word in words):
+        raise BadRow(
+            "a call, a tool's definition or a document contains the text of a special token", reason="special text"
+        )
     found = []
     for start, end in layout.strings:
         if any(word in layout.text[start:end] for word in words):
@@ -195,45 +214,86 @@ def _special_strings(template: Template, layout: Layout, tools: list | None) -> 
     return found
 
 
+def _refuse_false_specials(template: Template, tokens: Tokens, layout: Layout, plain: list[tuple[int, int]]) -> None:
+    """No special token stands for what somebody wrote, whatever the tokenizer's normalisation made of it."""
+    ends = [end for _, end in layout.strings]
+    for token, left, right in zip(tokens.ids, tokens.lefts, tokens.rights):
+        if token in template.false_ids and left < right:
+            k = bisect_right(ends, left)
+            if k < len(ends) and layout.strings[k][0] < right and layout.strings[k][0] <= left:
+                raise BadRow(
+                    f"the tokenizer reads {layout.text[left:right]!r} in the text as a special token",
+                    reason="special text",
+                )
+
+
 # Text to tokens
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Ids, and for each the first character of the text and the one after its last."""
+
+    ids: list[int]
+    lefts: list[int]
+    rights: list[int]
+
+    def across(self, edge: int) -> tuple[int, int] | None:
+        """The range of a token that reaches over an edge."""
+        k = bisect_right(self.rights, edge)
+        return (self.lefts[k], self.rights[k]) if k < len(self.ids) and self.lefts[k] < edge else None
+
+    def range(self, start: int, end: int) -> tuple[int, int]:
+        """The tokens of a range of characters."""
+        first, last = bisect_right(self.rights, start), bisect_left(self.lefts, end)
+        if first >= last or self.lefts[first] < start or self.rights[last - 1] > end:
+            raise BadRow("a token reaches over the edge of the assistant's turn", reason="token over an edge")
+        return first, last
+
+
 def _tokens(tokenizer, text: str, learned: list[tuple[int, int, int]], plain: list[tuple[int, int]]):
-    """Token ids, for each its range of characters, and the ranges to learn in whole tokens."""
+    """The tokens of the text, and the ranges to learn in whole tokens."""
     if not tokenizer.is_fast:
         spans = [(start, end) for start, end, _ in learned]
-        return *_encoded_pieces(tokenizer, text, {edge for span in spans for edge in span}, plain), spans
-    ids, offsets = _encoded_pieces(tokenizer, text, set(), plain)
-    spans = [(_with_blank(offsets, text, start, opening), end) for start, end, opening in learned]
-    across = {edge for span in spans for edge in span if _is_within(offsets, edge)}
-    if across:
-        ids, offsets = _encoded_pieces(tokenizer, text, across, plain)
-    return ids, offsets, spans
+        return _encoded_pieces(tokenizer, text, {edge for span in spans for edge in span}, plain), spans
+    tokens = _encoded_pieces(tokenizer, text, set(), plain)
+    spans = [_with_blanks(tokens, text, *turn) for turn in learned]
+    cuts = {edge for span in spans for edge in span if tokens.across(edge) or text[edge - 1 : edge + 1].isspace()}
+    return (_encoded_pieces(tokenizer, text, cuts, plain) if cuts else tokens), spans
 
 
-def _with_blank(offsets: list[tuple[int, int]], text: str, start: int, opening: int) -> int:
-    """The start of a turn, moved over a blank that is one token with its first word.
+def _with_blanks(tokens: Tokens, text: str, start: int, end: int, opening: int) -> tuple[int, int]:
+    """The turn, moved over blanks that are one token with its first word or with the token that ends it.
 
-    Templates such as Llama 2's end the prompt before that blank: the model writes it, as part of the word.
+    Templates such as Llama 2's end the prompt before that blank: the model writes it, as part of the word. Tokenizers
+    such as Phi-3's read the blanks after a special token as part of it.
     """
-    across = next((left for left, right in offsets if left < start < right), start)
-    return across if across >= opening and not text[across:start].strip() else start
+    before, after = tokens.across(start), tokens.across(end)
+    if before and before[0] >= opening and not text[before[0] : start].strip():
+        start = before[0]
+    if after and not text[end : after[1]].strip():
+        end = after[1]
+    return start, end
 
 
-def _encoded_pieces(tokenizer, text: str, cuts: set[int], plain: list[tuple[int, int]]):
+def _encoded_pieces(tokenizer, text: str, cuts: set[int], plain: list[tuple[int, int]]) -> Tokens:
     """Encode the text cut into pieces, where a token would reach over an edge or read as a special one."""
-    if not cuts and not plain:
-        return _encoded(tokenizer, text, plain=False)
     ids, offsets = [], []
     inside = set(plain)
     edges = sorted({0, len(text), *cuts, *(edge for both in plain for edge in both)})
     for start, end in pairwise(edges):
         more, places = _encoded(tokenizer, text[start:end], plain=(start, end) in inside, first=start == 0)
         if (start, end) in inside and tokenizer.convert_tokens_to_ids(text[start:end]) in more:
-            raise BadRow(f"the tokenizer reads {text[start:end]} in the text as a special token", reason="special text")
+            more, places = _halves(tokenizer, text[start:end])
         ids += more
-        offsets += [(start + left, start + right) for left, right in places]
-    return ids, offsets
+        offsets += [(start + left, start + right) for left, right in places] if start else places
+    return Tokens(ids, [left for left, _ in offsets], [right for _, right in offsets])
+
+
+def _halves(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """A token's text as plain text, where the tokenizer knows no other way."""
+    (one, here), (two, there) = (_encoded(tokenizer, half, plain=True, first=False) for half in (text[:1], text[1:]))
+    return one + two, [*here, *((left + 1, right + 1) for left, right in there)]
 
 
 def _encoded(tokenizer, text: str, *, plain: bool, first: bool = True):
@@ -248,23 +308,10 @@ def _encoded(tokenizer, text: str, *, plain: bool, first: bool = True):
     encoded = tokenizer(lead + text, add_special_tokens=False, split_special_tokens=plain)[0]
     if first:
         return encoded.ids, encoded.offsets
-    if lead and _is_within(encoded.offsets, 1):
+    if any(left < len(lead) < right for left, right in encoded.offsets[:3]):
         lead, encoded = "", tokenizer(text, add_special_tokens=False, split_special_tokens=plain)[0]
     skip = sum(right <= len(lead) for _, right in encoded.offsets) if lead else 0
     return encoded.ids[skip:], [(left - len(lead), right - len(lead)) for left, right in encoded.offsets[skip:]]
-
-
-def _is_within(offsets: list[tuple[int, int]], edge: int) -> bool:
-    return any(left < edge < right for left, right in offsets)
-
-
-def _token_range(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """The tokens of a range of characters."""
-    first = next((i for i, (_, right) in enumerate(offsets) if right > start), len(offsets))
-    last = next((i for i in range(len(offsets), first, -1) if offsets[i - 1][0] < end), first)
-    if first == last or offsets[first][0] < start or offsets[last - 1][1] > end:
-        raise BadRow("a token reaches over the edge of the assistant's turn", reason="token over an edge")
-    return first, last
 
 
 def _read_back(tokenizer, ids: list[int], meant: str) -> str:

@@ -23,18 +23,21 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerBase
 
+from .endings import Endings, Probe, find_endings
 from .formats import BadRow, Message
 from .marks import (
     CHANGED,
     MARK,
     NO_STOP,
     REFUSED,
-    THINK_END,
+    THINK_TAGS,
     Form,
     Layout,
+    Literals,
     Marked,
     Mismatch,
     Skeleton,
+    any_of,
     check_contents,
     check_marks,
     check_tools,
@@ -44,10 +47,10 @@ from .marks import (
     refuse_printed_parts,
     written,
 )
-from .spans import MarkedText, common
+from .spans import MarkedText
 
 CACHED_LAYOUTS = 2048
-WORD = re.compile(r"[<\[({|][^\s<>\[\](){}]*[>\])}|]")  # an end of turn that is no token, such as </s> or [END]
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Template:
@@ -73,34 +76,43 @@ class Template:
         tools: list[dict] | None = None,
     ) -> None:
         self.tokenizer, self.source, self.variables = tokenizer, source, variables
-        self.special = sorted(
-            {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-            | set(tokenizer.all_special_tokens)
-        )
-        added = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(self.special)
-        self.tokens = re.compile(
-            "|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))) or r"(?!)"
-        )
+        self.special = frozenset(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        self.special |= set(tokenizer.all_special_tokens)
+        added = {t.content for t in tokenizer.added_tokens_decoder.values()} | self.special
+        self.tokens = any_of(added)
         self._layouts: dict[str, Skeleton] = {}
-        self.closing, self.no_tools = "", None
+        self.no_tools = None
         try:
             self.forms = self._content_forms(tools)
         except BadRow:  # templates that go through the list of tools without asking whether there is one
             self.no_tools = []
             self.forms = self._content_forms(tools)
-        self.stops, self.closing = (list(stops), stops[0]) if stops else self._find_stops(tools)
+        probe = self._probes(tools)
+        self.prompt, self.prompts = probe.prompt, probe.prompt != probe.alone
+        endings = (
+            Endings(tuple(stops), stops[0]) if stops else find_endings(probe, self.tokens, tokenizer.eos_token or "")
+        )
+        if not endings:
+            raise BadRow("the chat template ends the assistant's turn without an end-of-turn token", reason=NO_STOP)
+        self.stops, self.closing = endings.stops, endings.closing
+        own = "".join((probe.before, probe.between, probe.after, probe.inner, probe.prompt))
+        self.controls: frozenset[str] = (
+            self.special | {token[0] for token in self.tokens.finditer(own)} | set(self.stops)
+        )
+        # What no text may become. An unknown letter and a byte are text, whatever the tokenizer calls them.
+        self.false_ids = frozenset(
+            tokenizer.convert_tokens_to_ids(token) for token in self.controls - THINK_TAGS if not BYTE.fullmatch(token)
+        ) - {tokenizer.unk_token_id}
 
     def text(self, messages: Sequence[Message], *, tools=None, documents=None, generate: bool = False) -> str:
         """Render; whatever the template raises becomes a BadRow."""
         try:
-            text = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 list(messages), tools=tools or self.no_tools, documents=documents, chat_template=self.source, tokenize=False,
                 add_generation_prompt=generate, **self.variables,
             )  # fmt: skip
         except Exception as error:  # a template raises what it likes: jinja2 errors, TypeError, ...
             raise BadRow(f"the chat template refuses the conversation: {error}", reason=REFUSED) from None
-        open_end = self.closing and messages[-1]["role"] == "assistant" and not text.endswith(self.closing)
-        return text + self.closing if open_end else text
 
     def layout(self, messages: Sequence[Message], *, tools=None, documents=None) -> Layout:
         """Render a conversation and find its parts.
@@ -113,16 +125,11 @@ class Template:
         forms = self.forms if calls else [form for form in self.forms if not (form.json_arguments or form.no_content)]
         for form in forms:
             try:
-                found = self._layout(messages, form, tools, documents)
+                return self._layout(messages, form, tools, documents)
             except BadRow as problem:
                 # What is missing in a text says more than that there is none.
                 if first is None or (first.reason == REFUSED and problem.reason != REFUSED):
                     first = problem
-                continue
-            if form != self.forms[0] and calls:  # the next conversation of this kind is tried this way first
-                self.forms.remove(form)
-                self.forms.insert(0, form)
-            return found
         raise first
 
     def _layout(self, messages: Sequence[Message], form: Form, tools, documents) -> Layout:
@@ -176,6 +183,8 @@ class Template:
 
     def _skeleton(self, marked: Marked, form: Form, tools, documents) -> Skeleton:
         text = self.text(marked.messages, tools=tools, documents=documents)
+        closing = self.closing_of(text, marked.messages)
+        text += closing
         refuse_printed_parts(text, form)
         found = list(MARK.finditer(text))
         check_marks(marked, [int(mark[1]) for mark in found])
@@ -186,70 +195,45 @@ class Template:
         turns = {i: whole.turn(i) for i in assistants}
         if list(turns.values()) != sorted(turns.values()):
             raise BadRow("the chat template changes the order of the turns", reason=CHANGED)
-        return Skeleton(parts, [int(mark[1]) for mark in found], turns, {i: whole.opening(i) for i in assistants})
+        order = [int(mark[1]) for mark in found]
+        return Skeleton(parts, order, turns, {i: whole.opening(i) for i in assistants}, closing)
 
     @cached_property
-    def _literals(self) -> re.Pattern:
+    def _literals(self) -> Literals:
         """Every string constant of the template that is more than blanks."""
         quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", self.source)
-        texts = {text.strip() for pair in quoted for text in pair if len(text.strip()) > 1} | {"<think>", THINK_END}
-        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+        texts = {text.strip() for pair in quoted for text in pair if len(text.strip()) > 1} | THINK_TAGS
+        return Literals(any_of(texts - self.controls | THINK_TAGS), any_of(self.controls - THINK_TAGS))
 
     # What ends a turn
 
-    def _find_stops(self, tools: list | None) -> tuple[list[str], str]:
-        """What ends an assistant's turn, longest first, and what has to be added where the last turn is left open.
-
-        Raises:
-            BadRow: the template ends turns with nothing, or with what could be the header of the next.
-        """
+    def _probes(self, tools: list | None) -> Probe:
         question, answer = {"role": "user", "content": mark_text(0)}, {"role": "assistant", "content": mark_text(1)}
         before, between, after = self._probe([question, answer], tools)
-        inner = self._probe_or_none([question, answer, {**question, "content": mark_text(2)}], tools)
-        inner = inner[2] if inner else ""
-        closing, last = "", self._stop_at(after)
-        if last and between.strip() and between.strip() in after:  # a generation prompt, wanted or not
-            last = last if last == self._stop_at(inner) and not self.tokens.sub("", before, 1).startswith(last) else ""
-        elif not after.strip():  # left open, to be continued: then an inner turn tells, less the header of the next
-            end = len(inner) - common(inner[::-1], before[::-1])
-            across = next(
-                (token.end() for token in self.tokens.finditer(inner) if token.start() < end < token.end()), end
-            )
-            own = inner[:across]
-            last = self._stop_at(own)
-            closing = own[: own.index(last) + len(last)] if last else ""
-        if not last:
-            raise BadRow("the chat template ends the assistant's turn without an end-of-turn token", reason=NO_STOP)
-        stops = {last, self.tokenizer.eos_token or last}
-        if token := self.tokens.match(last):
-            stops.add(token[0])
-        # What ends the turns of others may end the assistant's inner turns too.
-        alone = (self._probe_or_none([question], tools) or ["", ""])[1]
-        if alone.strip() != between.strip():
-            stops.add(self._stop_at(alone) or last)
-        return sorted(stops, key=len, reverse=True), closing
+        follow = self._probe_or_none([question, answer, {**question, "content": mark_text(2)}], tools)
+        alone = self._probe_or_none([question], tools)
+        prompt = self._probe_or_none([question], tools, generate=True)
+        return Probe(
+            before=before,
+            between=between,
+            after=after,
+            inner=follow[2] if follow else "",
+            alone=alone[1] if alone else "",
+            prompt=prompt[1] if prompt else "",
+        )
 
-    def _probe_or_none(self, messages: list[Message], tools: list | None) -> list[str] | None:
+    def _probe_or_none(
+        self, messages: list[Message], tools: list | None, *, generate: bool = False
+    ) -> list[str] | None:
         try:
-            return self._probe(messages, tools)
+            return self._probe(messages, tools, generate=generate)
         except BadRow:
             return None
 
-    def _stop_at(self, text: str) -> str:
-        """The token at the start of what follows a turn, with those after it up to the end of sequence; or one mark."""
-        rest = text.strip()
-        tokens = []
-        while token := self.tokens.match(rest, sum(map(len, tokens))):
-            tokens.append(token[0])
-        if self.tokenizer.eos_token in tokens:
-            return "".join(tokens[: tokens.index(self.tokenizer.eos_token) + 1])
-        word = WORD.match(rest)
-        return tokens[0] if tokens else word[0] if word else ""
-
-    def stop_length(self, text: str) -> int:
-        """Characters of the blanks and the end-of-turn token at the start of `text`; 0 if there is none."""
-        blanks = len(text) - len(text.lstrip())
-        return next((blanks + len(stop) for stop in self.stops if text.startswith(stop, blanks)), 0)
+    def closing_of(self, text: str, messages: Sequence[Message]) -> str:
+        """What has to be added where the template leaves the last turn open; `text` has marks for strings."""
+        is_open = self.closing and messages[-1]["role"] == "assistant"
+        return self.closing if is_open and not text.rstrip().endswith(self.closing.strip()) else ""
 
     def _content_forms(self, tools: list | None) -> list[Form]:
         question, answer = {"role": "user", "content": mark_text(0)}, {"role": "assistant", "content": mark_text(1)}
@@ -264,9 +248,9 @@ class Template:
             raise problem
         return [Form(*choice) for choice in product(known, (False, True), (False, True))]
 
-    def _probe(self, messages: list[Message], tools: list | None, form: Form | None = None) -> list[str]:
+    def _probe(self, messages: list[Message], tools, form: Form | None = None, *, generate: bool = False) -> list[str]:
         form = form or self.forms[0]
-        text = self.text([written(message, form) for message in messages], tools=tools)
+        text = self.text([written(message, form) for message in messages], tools=tools, generate=generate)
         if [int(number) for number in MARK.findall(text)] != list(range(len(messages))):
             raise BadRow("the chat template does not render a plain question and its answer", reason=REFUSED)
         refuse_printed_parts(text, form)
