@@ -62,7 +62,7 @@ class PrepareConfig(BaseModel):
 
     data_path: Annotated[list[RawSource], BeforeValidator(_sources)] = Field(
         min_length=1,
-        description="raw rows: a file, folder or hub name, or a list of these and of {path, split, max_rows}",
+        description="raw rows: a file, folder or hub name, or a list of these and of {path, split, name, max_rows}",
     )
     output_dir: str = Field(min_length=1, description="the folder to write")
     fields: dict[str, str] | None = Field(
@@ -222,7 +222,7 @@ class Preparation:
             name = str(path) if path.exists() else given.path
             state = {"path": given.path, "split": given.split, "rows": 0} | fingerprint(path)
             self.sources.append(state)
-            for row in read_rows(Source(name, given.split, given.format_type, given.columns)):
+            for row in read_rows(Source(name, given.split, given.format_type, given.columns, name=given.name)):
                 if self.read == self.config.max_rows:
                     return
                 if state["rows"] == given.max_rows:

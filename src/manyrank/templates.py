@@ -93,7 +93,10 @@ class Template:
             Endings(tuple(stops), stops[0]) if stops else find_endings(probe, self.tokens, tokenizer.eos_token or "")
         )
         if not endings:
-            raise BadRow("the chat template ends the assistant's turn without an end-of-turn token", reason=NO_STOP)
+            raise BadRow(
+                "the chat template ends the assistant's turn without an end-of-turn token (stop_tokens can name one)",
+                reason=NO_STOP,
+            )
         self.stops, self.closing = endings.stops, endings.closing
         own = "".join((probe.before, probe.between, probe.after, probe.inner, probe.prompt))
         self.controls: frozenset[str] = (
