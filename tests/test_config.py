@@ -263,6 +263,11 @@ def test_sources_that_are_wrong(data_path, what):
     assert what in error(data_path=data_path).what
 
 
+def test_what_a_base_sets_can_be_taken_back():
+    config = resolve("quickstart", entries(eval_data_path="none", eval_steps="null")).config
+    assert config.eval_data_path is None and config.eval_steps is None
+
+
 def test_a_format_of_one_s_own():
     assert make(format_type="my.module:rows").format_type == "my.module:rows"
     assert "nor module:function" in error(format_type="module:").what

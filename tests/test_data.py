@@ -12,6 +12,7 @@ from manyrank.batches import StepLoader, epoch_order
 from manyrank.config import Entry, resolve
 from manyrank.data import prepare, write_quarantine
 from manyrank.errors import UserError
+from manyrank.model import load_tokenizer
 from manyrank.render import IGNORE
 
 SAMPLE = "data/sample.jsonl"
@@ -26,7 +27,8 @@ def config(**values):
 def examples_of(tokenizer):
     def build(needed=None, **values):
         made = config(**values)
-        return prepare(made.data_path, tokenizer, made, needed=needed)
+        own = load_tokenizer(made) if made.chat_template else tokenizer
+        return prepare(made.data_path, own, made, needed=needed)
 
     return build
 
@@ -132,6 +134,25 @@ def test_no_row_left(examples_of, file):
         examples_of(data_path=file(qa("a", "")), on_bad_row="skip", format_type="question_answer")
 
 
+def test_tokens_that_the_model_does_not_have(examples_of, file):
+    path = file({"input_ids": [5, 6, 7]}, {"input_ids": [5, 999_999]}, {"input_ids": [5, -1]})
+    with pytest.raises(UserError, match=r"2 of 3 rows .*unknown token"):
+        examples_of(data_path=path)
+
+
+def test_a_template_that_does_not_fit_is_named_as_the_cause(examples_of, file, tmp_path):
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for m in messages %}{{ m.content }}")
+    with pytest.raises(UserError, match="refused by template") as caught:
+        examples_of(data_path=file(qa("a")), chat_template=str(broken))
+    assert "--chat_template" in caught.value.fix
+
+
+def test_an_end_of_turn_that_is_no_token_is_told(examples_of, file):
+    told = examples_of(data_path=file(qa("a")), chat_template="llama3").report.counts
+    assert told == {"whose end of turn is no token of the tokenizer (another chat_template?)": 1}
+
+
 # Duplicates, parts, sources
 
 
@@ -219,7 +240,7 @@ def test_a_short_run_tokenises_what_it_needs(examples_of, file):
     path = file(*[qa(f"q {i}") for i in range(2000)])
     few = examples_of(data_path=path, needed=64)
     assert 64 <= len(few) < 100 and len(few.dataset) < 100
-    assert "out of 2,000 rows" in few.describe()
+    assert f"out of {few.report.rows[0]} of 2,000 rows" in few.describe() and few.report.share < 0.05
     assert max(rows_of(few)) > 1000  # out of the whole file
     assert rows_of(few) == rows_of(examples_of(data_path=path, needed=64))
     assert len(examples_of(data_path=path, needed=1990)) == 2000

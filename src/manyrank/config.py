@@ -254,6 +254,8 @@ def _validate(merged: dict[str, Entry]) -> TrainConfig:
     values = {key: entry.value for key, entry in merged.items()}
     if values.get("report_to") in ("none", ["none"]):
         values["report_to"] = []
+    # What a base sets can be taken back: `--eval_data_path none`.
+    values |= {key: None for key, value in values.items() if value in ("none", "null") and FIELDS[key].default is None}
     try:
         return _located(TrainConfig(**values))
     except ValidationError as invalid:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import TrainConfig
 from .errors import UserError
 from .formats import PLAIN_FORMATS
-from .render import RenderOptions
+from .render import TEMPLATE_REASONS, RenderOptions
 from .schema import DataSource
 from .sources import Source, read_rows
 from .tokenise import TABLE, USED, Choice, Fate, TokeniseOptions, known_format, near_doubles, tokenise
@@ -51,6 +51,11 @@ class Report:
     out_of: int | None
     counts: dict[str, int]
     bad: list[dict] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Of the rows, how many were read."""
+        return sum(self.rows) / self.out_of if self.out_of else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +101,8 @@ class Examples:
         formats = ", ".join(sorted(set(self.report.formats)))
         share = self.supervised.sum() / self.lengths.sum()
         others = "".join(f"; {count:,} {what}" for what, count in self.report.counts.items())
-        part = f" out of {self.report.out_of:,} rows" if self.report.out_of else ""
+        looked = f"{sum(self.report.rows):,} of {self.report.out_of or 0:,} rows, as many as max_steps needs"
+        part = f" out of {looked}" if self.report.out_of else ""
         return (
             f"{len(self):,} examples{part} ({formats}), {self.lengths.sum():,} tokens, {share:.0%} supervised{others}"
         )
@@ -196,7 +202,11 @@ def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, co
         double |= used & _is_near(near_doubles(sources, choices), columns)
     keep = np.flatnonzero(used & ~double if config.duplicates != "keep" else used)
     if not len(keep):
-        raise UserError("no row is left to train on", where=sources[0].path, fix="raise max_length or look at the data")
+        left = bad_rows_error(bad, int(rows[-1]) + 1) if bad else None
+        what = f"no row is left to train on: {left.what}" if left else "no row is left to train on"
+        raise UserError(
+            what, where=left.where if left else sources[0].path, fix=left.fix if left else "raise max_length"
+        )
     return Examples(
         dataset=whole.select_columns(["input_ids", "labels", "row"]).with_format("numpy"),
         index=order[keep],
@@ -240,6 +250,7 @@ def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str)
     counts = {what: int((fate == name).sum()) for name, what in FATES.items()}
     counts["bad, put aside"] = int((fate == Fate.BAD).sum())
     counts["duplicates" + ("" if duplicates == "keep" else ", left out")] = int(double.sum())
+    counts["whose end of turn is no token of the tokenizer (another chat_template?)"] = int(columns["loose_end"].sum())
     counts["with special-token text, read as plain text"] = int(columns["special_text"].sum())
     counts["with earlier thinking that the template drops"] = int(columns["dropped_thinking"].sum())
     return {what: count for what, count in counts.items() if count}
@@ -249,11 +260,17 @@ def bad_rows_error(bad: list[dict], rows: int) -> UserError:
     """The first bad rows with their places, and the counts by reason."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(row["reason"] for row in bad).most_common())
     shown = [f"{row['place']}: {row['detail']}" for row in bad[:SHOWN]]
+    by_template = sum(row["reason"] in TEMPLATE_REASONS for row in bad) > len(bad) / 2
+    fix = (
+        "choose a chat template that knows such rows (--chat_template), or mend it"
+        if by_template
+        else "mend these rows"
+    )
     more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
     return UserError(
         f"{len(bad):,} of {rows:,} rows cannot be used ({reasons})",
         where="\n       ".join([*shown, *more]),
-        fix="mend these rows, or set on_bad_row: skip, which puts them aside and counts them",
+        fix=f"{fix}; or set on_bad_row: skip, which puts such rows aside and counts them",
     )
 
 

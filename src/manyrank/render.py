@@ -22,10 +22,11 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from .formats import BadRow, Message
-from .marks import THINK_END, THINK_TAGS, Layout
+from .marks import CHANGED, DROPPED, NO_STOP, REFUSED, THINK_END, THINK_TAGS, Layout
 from .templates import Template
 
 IGNORE = -100
+TEMPLATE_REASONS = frozenset({REFUSED, DROPPED, CHANGED, NO_STOP, "no template"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Rendered:
         input_ids: its tokens.
         labels: the token id where supervised, IGNORE elsewhere; as long as input_ids.
         supervised_texts: the text of each maximal supervised run, end-of-turn token included.
-        notes: what a user should know: special-token text that became plain text, thinking that the template dropped.
+        notes: what a user should know: special-token text that became plain text, thinking that the template dropped,
+            an end of turn that the tokenizer does not know as a token.
     """
 
     text: str
@@ -105,6 +107,7 @@ def render(
         f"{text} in the text is not read as a special token" for text in sorted({layout.text[a:b] for a, b in plain})
     ]
     notes += [f"the chat template drops the thinking of message {index + 1}" for index in layout.dropped_thinking]
+    notes += [f"the end of turn {stop} is no token" for stop in template.stops if not template.tokens.search(stop)]
     return Rendered(layout.text, tokens.ids, labels, runs, tuple(notes))
 
 

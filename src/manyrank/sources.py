@@ -328,7 +328,10 @@ def _dataset_rows(source: Source, path: Path) -> Iterator[Row]:
         raise
     except Exception as error:  # datasets passes on what its readers, the hub's client and the network raise
         problem = " ".join(str(error).split()) or type(error).__name__
-        fix = "check the name, the split and the connection" if not path.is_dir() else "check the files and the split"
+        away = (
+            "there is no such file or folder here; for a name on the hub check the name, the split and the connection"
+        )
+        fix = "check the files and the split" if path.is_dir() else away
         raise UserError(f"datasets cannot read it: {problem}", where=place, fix=fix) from None
 
 

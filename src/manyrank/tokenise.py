@@ -29,7 +29,7 @@ from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, detect, 
 from .render import IGNORE, RenderOptions, render
 from .sources import Row, Source, fingerprint, read_rows
 
-CACHE_VERSION = 5  # raise it when the same input gives other tokens
+CACHE_VERSION = 6  # raise it when the same input gives other tokens
 NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same
 PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
 
@@ -57,6 +57,7 @@ FEATURES = Features(
         "fate": Value("int8"),
         "special_text": Value("bool"),
         "dropped_thinking": Value("bool"),
+        "loose_end": Value("bool"),
         "problem": Value("string"),  # JSON of a bad row: reason, detail, place, row
     }
 )
@@ -183,7 +184,7 @@ def _chosen(source: Source, choice: Choice | None) -> Iterator[Row]:
 
 def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) -> Iterator[dict]:
     blank = {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "row": row.number, "content": 0, "fate": 0}
-    blank |= {"special_text": False, "dropped_thinking": False, "problem": ""}
+    blank |= {"special_text": False, "dropped_thinking": False, "loose_end": False, "problem": ""}
     try:
         if isinstance(row.value, BadRow):
             raise row.value
@@ -192,6 +193,7 @@ def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) 
         ids, labels, notes = _ids_and_labels(sample, tokenizer, options.render)
         blank["special_text"] = any("special token" in note for note in notes)
         blank["dropped_thinking"] = any("thinking" in note for note in notes)
+        blank["loose_end"] = any("is no token" in note for note in notes)
         pieces = list(_fitted(ids, labels, options))
     except BadRow as problem:
         told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row.value)}
@@ -209,6 +211,9 @@ def _writable(value: object) -> str:
 
 def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[list[int], list[int], tuple[str, ...]]:
     if isinstance(sample, TokenIds):
+        strange = next((token for token in sample.input_ids if not 0 <= token < len(tokenizer)), None)
+        if strange is not None:
+            raise BadRow(f"{strange} is not in the vocabulary of {len(tokenizer)} tokens", reason="unknown token")
         return list(sample.input_ids), list(sample.labels), ()
     if isinstance(sample, PlainText):
         ids = tokenizer(sample.text)["input_ids"]
