@@ -153,6 +153,21 @@ def test_an_end_of_turn_that_is_no_token_is_told(examples_of, file):
     assert told == {"whose end of turn is no token of the tokenizer (another chat_template?)": 1}
 
 
+def test_what_is_wrong_with_a_file_is_said_by_several_processes_too(examples_of, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"question": "a", "answer": "b"}, {"question" "c"}]')
+    with pytest.raises(UserError, match="broken JSON"):
+        examples_of(data_path=str(path), dataset_num_proc=2)
+
+
+def test_a_row_that_is_not_used_makes_no_duplicate(examples_of, file):
+    long = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 50, "weight": 0}]
+    rows = [{"messages": [*long, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}]
+    rows.append(json.loads(json.dumps(rows[0]).replace(', "weight": 0', "")))
+    found = examples_of(data_path=file(*rows), max_length=40, on_bad_row="skip", duplicates="drop")
+    assert rows_of(found) == [2]
+
+
 # Duplicates, parts, sources
 
 
@@ -212,7 +227,7 @@ def test_weights_that_leave_nothing(examples_of, file):
     loader = StepLoader(
         examples=examples, batch_size=1, micro_batch_size=1, max_length=512, packing="step", pad_token=0, rank=0, ranks=1, seed=3,
     )  # fmt: skip
-    with pytest.raises(UserError, match="leave no example"):
+    with pytest.raises(UserError, match="leaves no example"):
         loader.step(0)
 
 

@@ -58,6 +58,7 @@ CASES = [
     ("validation needs data", {"eval_steps": 5}, {"eval_split": 0.1}),
     ("validation data needs steps", {"eval_split": 0.1}, {"eval_steps": 5}),
     ("one validation set", {**EVAL, "eval_split": 0.1}, {"eval_split": 0}),
+    ("validation sees every row once", {"eval_data_path": f"{{path: {DATA}, weight: 2}}", "eval_steps": 5}, EVAL),
     ("packs of whole sources", {"packing": "dataset", "data_path": f"[{{path: {DATA}, weight: 1.5}}]"}, {"packing": "step"}),
     ("packs of whole sources", {"packing": "dataset", "data_path": f"{{path: {DATA}, weight: 0.5}}"}, {"data_path": DATA}),
     ("validation data needs steps", {"eval_data_path": DATA}, {"eval_steps": 5}),

@@ -72,9 +72,7 @@ class StepLoader:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Steps of every epoch; a UserError where the weights of the sources leave nothing to it."""
-        if not len(self._order(0)):
-            raise UserError("the weights leave no example to an epoch", where="data_path", fix="give larger weights")
+        """Steps of every epoch; a UserError where the weight of a source leaves nothing of it to one."""
         units = len(self._packs(0)) if self.packing == "dataset" else len(self._order(0))
         return -(-units // self.batch_size)
 
@@ -157,6 +155,7 @@ def _packs_of(examples: Examples, seed: int, epoch: int, capacity: int) -> Packs
     return Packs(order[packs.members], packs.bounds)
 
 
+@lru_cache(maxsize=2)
 def epoch_order(examples: Examples, seed: int, epoch: int) -> np.ndarray:
     """The examples of an epoch in their order, by the weights of their sources.
 
@@ -168,6 +167,12 @@ def epoch_order(examples: Examples, seed: int, epoch: int) -> np.ndarray:
     for number, weight in enumerate(examples.weights):
         own = np.flatnonzero(examples.source == number)
         whole, total = int(weight), round(weight * len(own))
+        if len(own) and not total:
+            raise UserError(
+                f"the weight {weight:g} leaves no example of {len(own)} to an epoch",
+                where=examples.paths[number],
+                fix="give a larger weight, or leave the source out",
+            )
         rest = total - whole * len(own)
         turn = np.arange(epoch * rest, (epoch + 1) * rest) % max(1, len(own))
         chosen += [own] * whole + [own[np.random.default_rng([seed, number]).permutation(len(own))[turn]]]

@@ -164,7 +164,7 @@ def _source(source: DataSource, config: TrainConfig) -> Source:
         split=source.split,
         name=source.name,
         format_type=source.format_type or config.format_type,
-        columns=source.columns or config.columns,
+        columns=config.columns if source.columns is None else source.columns,
         weight=source.weight,
         max_rows=source.max_rows,
     )
@@ -234,8 +234,10 @@ def _row_numbers(columns: dict[str, np.ndarray]) -> np.ndarray:
 
 def _is_double(content: np.ndarray, rows: np.ndarray, used: np.ndarray) -> np.ndarray:
     """(records,), whether an earlier row says the same."""
-    _, first, inverse = np.unique(content, return_index=True, return_inverse=True)
-    return used & (rows != rows[first][inverse])
+    double = np.zeros(len(content), dtype=bool)
+    _, first, inverse = np.unique(content[used], return_index=True, return_inverse=True)
+    double[used] = rows[used] != rows[used][first][inverse]
+    return double
 
 
 def _is_near(found: Dataset, columns: dict[str, np.ndarray]) -> np.ndarray:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,9 +36,9 @@ def written_beside(output: Path, *, overwrite: bool) -> Iterator[Path]:
         UserError: `output` has files, and may not be overwritten or was not written by this command.
     """
     check_output(output, overwrite=overwrite)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))  # a name that nobody has
+    partial.chmod(0o755)
     try:
         yield partial
         if output.exists():

@@ -152,6 +152,14 @@ RULES = (
         "keep one of them",
     ),
     Rule(
+        "validation sees every row once", ("eval_data_path",),
+        _unless(
+            lambda s: any(source.weight != 1 for source in s.config.eval_data_path or []),
+            "a source of eval_data_path has a weight, and validation takes every row once",
+        ),
+        "leave the weight out",
+    ),
+    Rule(
         "packs of whole sources", ("packing", "data_path"),
         _unless(
             lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
@@ -201,7 +209,8 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    columns, format_type = source.columns or config.columns, source.format_type or config.format_type
+    columns = config.columns if source.columns is None else source.columns
+    format_type = source.format_type or config.format_type
     row = next(
         read_rows(Source(source.path, split=source.split, name=source.name, format_type=format_type, columns=columns)),
         None,

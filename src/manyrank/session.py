@@ -29,7 +29,8 @@ from .trainer import Trainer
 # What shapes the result; a resumed run must not differ in it.
 IDENTITY = (
     "model_name_or_path", "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length",
-    "packing", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "packing", "chat_template_kwargs", "train_on_last_turn", "train_on_prompt", "train_on_opening", "thinking", "stop_tokens",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
     "seed",
     "adam_beta1",
     "adam_beta2",

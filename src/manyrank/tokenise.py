@@ -9,9 +9,9 @@ split leaves one for each piece. Rows are streamed, so the source may be larger 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .dedup import MinHash, digest, texts
 from .errors import UserError
-from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, detect, to_sample
+from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, detect, load_function, to_sample
 from .render import IGNORE, RenderOptions, render
 from .sources import Row, Source, fingerprint, read_rows
 
-CACHE_VERSION = 6  # raise it when the same input gives other tokens
+CACHE_VERSION = 7  # raise it when the same input gives other tokens
 NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same
 PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
 
@@ -124,6 +124,8 @@ def tokenise(
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if processes > 1:  # what a process raised is a text by now: one process raises it as it is
+            return tokenise(source, tokenizer, options, choice=choice, processes=1)
         raise
 
 
@@ -154,7 +156,7 @@ def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, choice: Ch
     digest = hashlib.sha256(state.encode())
     what = [
         fingerprint(source), source.path, source.format_type, source.columns, _code(source.format_type), asdict(options),
-        asdict(choice) if choice else None, tokenizer.chat_template, CACHE_VERSION,
+        asdict(choice) if choice else None, tokenizer.chat_template, tokenizer.special_tokens_map, CACHE_VERSION,
     ]  # fmt: skip
     digest.update(json.dumps(what, sort_keys=True).encode())
     return digest.hexdigest()[:32]
@@ -164,8 +166,8 @@ def _code(format_type: str) -> str:
     """The text of the module whose function reads the rows."""
     if ":" not in format_type:
         return ""
-    spec = importlib.util.find_spec(format_type.split(":")[0])
-    return Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin and Path(spec.origin).is_file() else ""
+    file = Path(getattr(sys.modules[load_function(format_type).__module__], "__file__", None) or "")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _records(
@@ -197,7 +199,7 @@ def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) 
         pieces = list(_fitted(ids, labels, options))
     except BadRow as problem:
         told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row.value)}
-        yield {**blank, "fate": Fate.BAD, "problem": json.dumps(told, ensure_ascii=False)}
+        yield {**blank, "fate": Fate.BAD, "problem": json.dumps(told)}
         return
     for ids, labels, fate in pieces:
         learned = sum(label != IGNORE for label in labels)
@@ -268,6 +270,13 @@ def said(sample: Sample) -> object:
     return [messages, sample.tools, sample.documents]
 
 
+def _words(sample: Sample) -> str:
+    """What tells a sample from others that share a system text and tools."""
+    if not isinstance(sample, Conversation):
+        return " ".join(texts(said(sample)))
+    return " ".join(message["content"] for message in sample.messages if message["role"] in ("user", "assistant"))
+
+
 def near_doubles(sources: list[Source], choices: list[Choice | None]) -> Dataset:
     """For every row its source, its number, and whether it is nearly the same as an earlier one of any source.
 
@@ -290,7 +299,7 @@ def _near_doubles(sources: tuple[Source, ...], choices: tuple[Choice | None, ...
             try:
                 if isinstance(row.value, BadRow):
                     raise row.value
-                near = before.seen(" ".join(texts(said(to_sample(row.value, source.format_type, source.columns)))))
+                near = before.seen(_words(to_sample(row.value, source.format_type, source.columns)))
             except BadRow:  # told of when it is tokenised
                 near = False
             yield {"source": number, "row": row.number, "near": near}
