@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from manyrank.config import asset
 from manyrank.formats import BadRow
-from manyrank.render import IGNORE, RenderOptions, render, runs
+from manyrank.render import IGNORE, RenderOptions, render
 
 OWN = {path.stem: path.read_text(encoding="utf-8") for path in asset("data", "templates").glob("*.jinja")}
 PACKAGED = {
@@ -96,10 +96,22 @@ CONVERSATIONS = {
 }
 
 
+def runs(labels: list[int]) -> list[tuple[int, int]]:
+    """The maximal supervised runs, as (first, last + 1)."""
+    found, start = [], None
+    for index, label in enumerate([*labels, IGNORE]):
+        if label != IGNORE and start is None:
+            start = index
+        elif label == IGNORE and start is not None:
+            found.append((start, index))
+            start = None
+    return found
+
+
 def check_mask(tokenizer, messages, rendered) -> None:
     """The learned runs are the contents, but for blanks at the edges, each with one end of turn; the rest is not."""
     wanted = [message["content"] for message in messages if message["role"] == "assistant"]
-    spans = list(runs(rendered.labels))
+    spans = runs(rendered.labels)
     texts = [tokenizer.decode(rendered.input_ids[a:b]) for a, b in spans]
     assert texts == rendered.supervised_texts and len(texts) == len(wanted)
     for text, content in zip(texts, wanted):

@@ -154,7 +154,7 @@ def _layers(recipe: str) -> list[list[Entry]]:
     return [base, [entry for entry in entries if entry.key != "base"]]
 
 
-class OneKeyOnce(yaml.SafeLoader):
+class _OneKeyOnce(yaml.SafeLoader):
     """YAML that refuses a key given twice; PyYAML would take the last one."""
 
     def construct_mapping(self, node, deep=False):
@@ -165,12 +165,17 @@ class OneKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> list[Entry]:
+def read_yaml(path: Path) -> Any:
+    """A file's content; a UserError where it is no YAML, or has a key twice."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), OneKeyOnce)
+        return yaml.load(path.read_text(encoding="utf-8"), _OneKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = str(error).replace("\n", " ")
+        problem = " ".join(str(error).split())
         raise UserError(f"not valid YAML: {problem}", where=str(path), fix="mend the file") from None
+
+
+def _read(path: Path) -> list[Entry]:
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(
             "a recipe is a list of `key: value` lines", where=str(path), fix="see launch/recipes/default.yaml"

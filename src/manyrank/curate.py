@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from . import __version__
-from .config import OneKeyOnce, asset, normal
+from .config import asset, normal, read_yaml
 from .dedup import digest
 from .errors import UserError
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset, written_beside
@@ -153,11 +152,7 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), OneKeyOnce)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"not valid YAML: {problem}", where=str(path), fix="mend the file") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError("it is no list of `key: value` lines", where=str(path), fix="see data/prepare/README.md")
     return content

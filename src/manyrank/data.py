@@ -23,7 +23,7 @@ from .errors import UserError
 from .formats import PLAIN_FORMATS
 from .render import TEMPLATE_REASONS, RenderOptions
 from .schema import DataSource
-from .sources import Source, read_rows
+from .sources import Source, read_rows, source_of
 from .tokenise import TABLE, USED, Choice, Fate, TokeniseOptions, known_format, near_doubles, tokenise
 
 FATES = {
@@ -141,7 +141,7 @@ def prepare(
     Raises:
         UserError: a source cannot be read, a row is bad and `on_bad_row` is error, or no example is left.
     """
-    found = [known_format(_source(source, config)) for source in sources]
+    found = [known_format(source_of(source, config)) for source in sources]
     chats = [source.path for source in found if source.format_type not in PLAIN_FORMATS]
     if chats and not tokenizer.chat_template:
         raise UserError(
@@ -156,18 +156,6 @@ def prepare(
             break
         examples, share = _examples(found, choices, tokenizer, config), 2 * share
     return examples
-
-
-def _source(source: DataSource, config: TrainConfig) -> Source:
-    return Source(
-        source.path,
-        split=source.split,
-        name=source.name,
-        format_type=source.format_type or config.format_type,
-        columns=config.columns if source.columns is None else source.columns,
-        weight=source.weight,
-        max_rows=source.max_rows,
-    )
 
 
 def _choice(source: Source, rows: int | None, wanted: float | None, seed: int) -> Choice | None:

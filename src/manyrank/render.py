@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -21,11 +21,10 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from .formats import BadRow, Message
+from .formats import IGNORE, BadRow, Message
 from .marks import CHANGED, DROPPED, NO_STOP, REFUSED, THINK_END, THINK_TAGS, Layout
 from .templates import Template
 
-IGNORE = -100
 TEMPLATE_REASONS = frozenset({REFUSED, DROPPED, CHANGED, NO_STOP, "no template"})
 
 
@@ -95,7 +94,7 @@ def render(
     layout = template.layout([_bare(message) for message in messages], tools=tools, documents=documents)
     plain = _control_strings(template, layout, messages, tools, documents)
     tokens, spans = _tokens(tokenizer, layout.text, _learned(template, messages, layout, options), plain)
-    _refuse_false_specials(template, tokens, layout, plain)
+    _refuse_false_specials(template, tokens, layout)
     labels, runs = [IGNORE] * len(tokens.ids), []
     for start, end in spans:
         first, last = tokens.range(start, end)
@@ -202,7 +201,8 @@ def _control_strings(
     """Where somebody's words read like a special token, or like what the template writes around turns."""
     words = template.controls - THINK_TAGS
     others = [tools, documents, [[m.get("tool_calls"), m.get("name"), m.get("tool_call_id")] for m in messages]]
-    if (text := json.dumps(others, ensure_ascii=False)) and any(word in text for word in words):
+    text = json.dumps(others, ensure_ascii=False)
+    if any(word in text for word in words):
         raise BadRow(
             "a call, a tool's definition or a document contains the text of a special token", reason="special text"
         )
@@ -217,7 +217,7 @@ def _control_strings(
     return found
 
 
-def _refuse_false_specials(template: Template, tokens: Tokens, layout: Layout, plain: list[tuple[int, int]]) -> None:
+def _refuse_false_specials(template: Template, tokens: Tokens, layout: Layout) -> None:
     """No special token stands for what somebody wrote, whatever the tokenizer's normalisation made of it."""
     ends = [end for _, end in layout.strings]
     for token, left, right in zip(tokens.ids, tokens.lefts, tokens.rights):
@@ -331,14 +331,3 @@ def _read_back(tokenizer, ids: list[int], meant: str) -> str:
             reason="lost in tokens",
         )
     return read
-
-
-def runs(labels: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The maximal supervised runs, as (first, last + 1)."""
-    start = None
-    for index, label in enumerate([*labels, IGNORE]):
-        if label != IGNORE and start is None:
-            start = index
-        elif label == IGNORE and start is not None:
-            yield start, index
-            start = None

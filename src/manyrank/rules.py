@@ -14,7 +14,7 @@ from .errors import UserError
 from .formats import PLAIN_FORMATS, BadRow, detect, to_sample
 from .hardware import Hardware
 from .schema import DataSource
-from .sources import Source, read_rows
+from .sources import read_rows, source_of
 
 NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
 SHARDED = ("fsdp", "fsdp_offload", "zero3", "zero3_offload")
@@ -209,12 +209,9 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    columns = config.columns if source.columns is None else source.columns
-    format_type = source.format_type or config.format_type
-    row = next(
-        read_rows(Source(source.path, split=source.split, name=source.name, format_type=format_type, columns=columns)),
-        None,
-    )
+    found = source_of(source, config)
+    columns, format_type = found.columns, found.format_type
+    row = next(read_rows(found), None)
     if row is None:
         raise UserError("the file has no rows", where=source.path, fix="give a file with rows")
     try:

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 from .json_array import items
+from .schema import DataSource, TrainConfig
 from .turns import BadRow
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -66,6 +67,19 @@ class Source:
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError("the path is empty", where=WHERE, fix="give a file, a folder or a name on the hub")
+
+
+def source_of(given: DataSource, config: TrainConfig) -> Source:
+    """The source as the recipe gives it; what is not given is the recipe's."""
+    return Source(
+        given.path,
+        split=given.split,
+        name=given.name,
+        format_type=given.format_type or config.format_type,
+        columns=config.columns if given.columns is None else given.columns,
+        weight=given.weight,
+        max_rows=given.max_rows,
+    )
 
 
 @dataclass(frozen=True)

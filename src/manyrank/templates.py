@@ -50,6 +50,7 @@ from .marks import (
 from .spans import MarkedText
 
 CACHED_LAYOUTS = 2048
+QUESTION, ANSWER = {"role": "user", "content": mark_text(0)}, {"role": "assistant", "content": mark_text(1)}
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -211,11 +212,10 @@ class Template:
     # What ends a turn
 
     def _probes(self, tools: list | None) -> Probe:
-        question, answer = {"role": "user", "content": mark_text(0)}, {"role": "assistant", "content": mark_text(1)}
-        before, between, after = self._probe([question, answer], tools)
-        follow = self._probe_or_none([question, answer, {**question, "content": mark_text(2)}], tools)
-        alone = self._probe_or_none([question], tools)
-        prompt = self._probe_or_none([question], tools, generate=True)
+        before, between, after = self._probe([QUESTION, ANSWER], tools)
+        follow = self._probe_or_none([QUESTION, ANSWER, {**QUESTION, "content": mark_text(2)}], tools)
+        alone = self._probe_or_none([QUESTION], tools)
+        prompt = self._probe_or_none([QUESTION], tools, generate=True)
         return Probe(
             before=before,
             between=between,
@@ -239,11 +239,10 @@ class Template:
         return self.closing if is_open and not text.rstrip().endswith(self.closing.strip()) else ""
 
     def _content_forms(self, tools: list | None) -> list[Form]:
-        question, answer = {"role": "user", "content": mark_text(0)}, {"role": "assistant", "content": mark_text(1)}
         problem, known = None, []
         for parts in (False, True):
             try:
-                self._probe([question, answer], tools, Form(parts=parts))
+                self._probe([QUESTION, ANSWER], tools, Form(parts=parts))
                 known.append(parts)
             except BadRow as error:
                 problem = problem or error

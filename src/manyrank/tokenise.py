@@ -188,9 +188,7 @@ def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) 
     blank = {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "row": row.number, "content": 0, "fate": 0}
     blank |= {"special_text": False, "dropped_thinking": False, "loose_end": False, "problem": ""}
     try:
-        if isinstance(row.value, BadRow):
-            raise row.value
-        sample = to_sample(row.value, source.format_type, source.columns)
+        sample = _sample(row, source)
         blank["content"] = content_hash(sample)
         ids, labels, notes = _ids_and_labels(sample, tokenizer, options.render)
         blank["special_text"] = any("special token" in note for note in notes)
@@ -204,6 +202,12 @@ def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) 
     for ids, labels, fate in pieces:
         learned = sum(label != IGNORE for label in labels)
         yield {**blank, "input_ids": ids, "labels": labels, "length": len(ids), "supervised": learned, "fate": fate}
+
+
+def _sample(row: Row, source: Source) -> Sample:
+    if isinstance(row.value, BadRow):
+        raise row.value
+    return to_sample(row.value, source.format_type, source.columns)
 
 
 def _writable(value: object) -> str:
@@ -297,9 +301,7 @@ def _near_doubles(sources: tuple[Source, ...], choices: tuple[Choice | None, ...
     for number, (source, choice) in enumerate(zip(sources, choices)):
         for row in _chosen(source, choice):
             try:
-                if isinstance(row.value, BadRow):
-                    raise row.value
-                near = before.seen(_words(to_sample(row.value, source.format_type, source.columns)))
+                near = before.seen(_words(_sample(row, source)))
             except BadRow:  # told of when it is tokenised
                 near = False
             yield {"source": number, "row": row.number, "near": near}
