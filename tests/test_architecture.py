@@ -17,8 +17,8 @@ FILES = {path.stem: path for path in sorted(SOURCE.glob("*.py"))}
 # A module imports only modules of strictly lower levels. The decimals order modules of one level in DESIGN.md.
 LEVEL = {
     "__init__": 0, "errors": 0,
-    "schema": 0.5, "turns": 0.5, "json_array": 0.5,
-    "config": 1, "topology": 1, "hardware": 1, "formats": 1, "sources": 1, "packing": 1, "sandbox": 1, "dedup": 1,
+    "schema": 0.5, "turns": 0.5, "json_array": 0.5, "files": 0.7,
+    "config": 1, "topology": 1, "hardware": 1, "formats": 1, "sources": 1.2, "packing": 1, "sandbox": 1, "dedup": 1,
     "options": 1.5,
     "rules": 2, "launcher": 2, "filters": 2, "marks": 2, "endings": 2, "export": 2,
     "spans": 2.5, "templates": 2.7, "render": 3, "stages": 3, "loss": 3, "attention": 3, "optim": 3, "metrics": 3, "callbacks": 3, "fsdp_on_cpu": 3,

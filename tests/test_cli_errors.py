@@ -61,7 +61,7 @@ def model_folder(*names: str) -> str:
     [
         (["--learnin-rate", "1"], "there is no option '--learnin_rate'", "did you mean learning_rate?"),
         (["--use-4bits"], "there is no option '--use_4bits'", "did you mean use_4bit?"),
-        (["--zzzzqqqq=1"], "there is no option '--zzzzqqqq'", "`manyrank train --help` lists every option"),
+        (["--zzzzqqqq=1"], "there is no option '--zzzzqqqq'", "`--help` lists every option"),
         (["--lr"], "argument --lr: expected one argument", "see `manyrank train --help`"),
         (["--nproc", "two"], "--nproc 'two' is not a count", "give a whole number"),
         (["--via", "mpirun"], "--via 'mpirun' is none of python, accelerate, torchrun", "choose one"),
@@ -137,12 +137,16 @@ def test_a_data_file_that_is_not_there(refused):
 @pytest.mark.parametrize(
     "text, error, where",
     [
-        ('\n{"question" "q"}\n', "broken JSON: Expecting ':' delimiter", "rows.jsonl, line 2"),
+        (
+            '\n{"question" "q"}\n',
+            "1 of the first 1",
+            "rows.jsonl, line 2: broken JSON: Expecting ':' delimiter (column 13)",
+        ),
         ('[\n{"question": "q",\n "answer"}]', "broken JSON: ", "rows.jsonl, line 3, column 10"),
-        ('{"question": "q", "answer": ""}\n', "'answer' is empty", "rows.jsonl, line 1"),
+        ('{"question": "q", "answer": ""}\n', "1 of the first 1", "rows.jsonl, line 1: 'answer' is empty"),
         ('{"question": "q"}\n', "no format has the keys ['question']", "rows.jsonl, line 1"),
         ("", "there are no rows in it", "rows.jsonl"),
-        ("7\n", "a row is int, not an object", "rows.jsonl, line 1"),
+        ("7\n", "1 of the first 1", "rows.jsonl, line 1: a row is int, not an object"),
     ],
 )
 def test_data(refused, text, error, where):
@@ -154,7 +158,8 @@ def test_data(refused, text, error, where):
 def test_a_first_row_without_its_answer(refused):
     path = write("rows.jsonl", '{"question": "q"}\n')
     error, where, _ = refused("quickstart", "--data-path", path, "--format-type", "question_answer")
-    assert (error, where) == ("'answer' is missing", "rows.jsonl, line 1")
+    assert error == "1 of the first 1 rows cannot be used (1 missing field)"
+    assert where == "rows.jsonl, line 1: 'answer' is missing"
 
 
 # Where it runs
@@ -239,7 +244,7 @@ def test_data_errors_come_before_the_launch():
     path = write("rows.jsonl", '{"question": "q", "answer": ""}\n')
     done = command("train", "quickstart", "--data-path", path, "--nproc=1", "--output-dir=mine")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == "error: 'answer' is empty"
+    assert done.stderr.splitlines()[0] == "error: 1 of the first 1 rows cannot be used (1 empty field)"
     assert done.stdout == ""
     assert not Path("mine").exists()
 

@@ -387,6 +387,13 @@ def test_a_source_is_never_replaced(prepare, refused, tmp_path):
     assert found.what == f"{folder / 'train.jsonl'} would be replaced"
 
 
+def test_the_output_is_no_part_of_a_source(refused, tmp_path):
+    (tmp_path / "raw").mkdir()
+    write_lines(tmp_path / "raw" / "rows.jsonl", [raw(1)])
+    error = refused(None, data_path=str(tmp_path / "raw"), output_dir=str(tmp_path / "raw" / "out"))
+    assert error.what.startswith("it lies in the source folder") and error.where == "output_dir"
+
+
 def test_an_empty_folder_is_taken(prepare, tmp_path):
     (tmp_path / "out").mkdir()
     assert summary(prepare([raw(1)], fields=FIELDS))["rows_written"] == 1

@@ -14,6 +14,8 @@ from manyrank.data import prepare, write_quarantine
 from manyrank.errors import UserError
 from manyrank.model import load_tokenizer
 from manyrank.render import IGNORE
+from manyrank.sources import Source
+from manyrank.tokenise import count_rows
 
 SAMPLE = "data/sample.jsonl"
 
@@ -129,6 +131,38 @@ def test_invalid_utf8_is_one_bad_row(examples_of, tmp_path):
     assert rows_of(examples_of(data_path=str(path), on_bad_row="skip")) == [1, 3]
 
 
+def test_the_lines_that_could_not_be_read_are_kept(examples_of, file, tmp_path):
+    path = file(*["{broken"] * 3, '["no", "object"]', qa("a"))
+    write_quarantine(examples_of(data_path=path, on_bad_row="skip"), tmp_path / "quarantine.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in written] == ["{broken"] * 3 + ['["no", "object"]']
+
+
+def test_bad_rows_before_the_first_good_one(examples_of, file):
+    path = file(*["nonsense"] * 150, {"note": "a row of no format"}, qa("a"), qa("b"))
+    with pytest.raises(UserError, match=r"151 of 153 rows .*150 not JSON, 1 missing field") as caught:
+        examples_of(data_path=path)
+    assert len(caught.value.where.splitlines()) == 11
+    assert rows_of(examples_of(data_path=path, on_bad_row="skip")) == [152, 153]
+
+
+def test_a_source_without_a_readable_row_beside_a_good_one(examples_of, file):
+    sources = f"[{file('x', 'y', name='bad.jsonl')}, {SAMPLE}]"
+    examples = examples_of(data_path=sources, on_bad_row="skip")
+    assert len(examples) == 160 and examples.report.rows == (2, 160)
+    assert examples.report.counts == {"bad, put aside": 2}
+
+
+def test_a_users_function_cannot_change_the_rows(examples_of, file, tmp_path, monkeypatch):
+    (tmp_path / "taking.py").write_text("def read(row):\n    row.pop('note')\n    raise ValueError('no')\n")
+    monkeypatch.chdir(tmp_path)
+    examples = examples_of(
+        data_path=f"[{{path: {file({'note': 'x'})}, format_type: 'taking:read'}}, {{path: {file(qa('a'), name='b.jsonl')}}}]",
+        on_bad_row="skip",
+    )
+    assert [json.loads(row["row"]) for row in examples.report.bad()] == [{"note": "x"}]
+
+
 def test_no_row_left(examples_of, file):
     with pytest.raises(UserError, match="no row is left"):
         examples_of(data_path=file(qa("a", "")), on_bad_row="skip", format_type="question_answer")
@@ -178,6 +212,35 @@ def test_duplicates_are_counted_and_dropped_by_option(examples_of, file):
     assert kept.report.counts == {"bad, put aside": 1, "duplicates": 2} and len(kept) == 5
     dropped = examples_of(data_path=both, on_bad_row="skip", duplicates="drop")
     assert rows_of(dropped) == [1, 2, 5] and dropped.report.counts["duplicates, left out"] == 2
+
+
+def test_rows_of_which_other_tokens_are_learned_are_no_duplicates(examples_of, file):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "if x:\n    y"}]
+    turns += [{"role": "user", "content": "b"}, {"role": "assistant", "content": "no"}]
+    weighted = [*turns[:1], turns[1] | {"weight": 0}, *turns[2:]]
+    indented = [*turns[:1], turns[1] | {"content": "if x:\n  y"}, *turns[2:]]
+    path = file(*({"messages": one} for one in (turns, weighted, indented, turns)))
+    examples = examples_of(data_path=path, duplicates="drop")
+    assert rows_of(examples) == [1, 2, 3]
+    assert len(set(examples.content)) == 1  # what they say is the same, so they are on one side of a split
+
+
+def test_the_labels_of_token_ids_do_not_move_a_row_to_the_other_side(examples_of, file):
+    examples = examples_of(data_path=file({"input_ids": [5, 6, 7]}, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}))
+    assert examples.content[0] == examples.content[1]
+
+
+def test_the_fingerprint_tells_another_text_of_the_template(examples_of, file, tmp_path):
+    path, templates = file(qa("a"), qa("b")), []
+    for name in ("assistant", "assistent"):
+        templates.append(tmp_path / f"{name}.jinja")
+        text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        templates[-1].write_text(
+            text.replace("{{ m.role }}", "{{ 'user' if m.role == 'user' else 'NAME' }}".replace("NAME", name))
+        )
+    one, same, other = (examples_of(data_path=path, chat_template=str(templates[choice])) for choice in (0, 0, 1))
+    assert one.lengths.tolist() == other.lengths.tolist() and (one.content == other.content).all()
+    assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 def test_near_duplicates_are_dropped_by_option(examples_of, file):
@@ -237,6 +300,13 @@ def test_caps_take_a_part_that_the_seed_chooses(examples_of, file):
     assert len(one) == len(other) == 8 and one != other and one == sorted(one) and max(one) > 8
 
 
+def test_a_cap_on_one_of_several_sources_is_told(examples_of, file):
+    path = file(*[qa(f"q {i}") for i in range(50)])
+    examples = examples_of(data_path=f"[{{path: {path}, max_rows: 8}}, {SAMPLE}]")
+    assert examples.report.rows == (8, 160) and examples.report.out_of == (50, 160) and examples.report.needed == 1
+    assert "168 examples out of 168 of 210 rows (max_rows)" in examples.describe()
+
+
 def test_formats_of_several_sources(examples_of, tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("q,a\nwhat?,this\nwho?,she\n")
@@ -255,10 +325,25 @@ def test_a_short_run_tokenises_what_it_needs(examples_of, file):
     path = file(*[qa(f"q {i}") for i in range(2000)])
     few = examples_of(data_path=path, needed=64)
     assert 64 <= len(few) < 100 and len(few.dataset) < 100
-    assert f"out of {few.report.rows[0]} of 2,000 rows" in few.describe() and few.report.share < 0.05
+    assert f"out of {few.report.rows[0]} of 2,000 rows" in few.describe() and few.report.needed < 0.05
     assert max(rows_of(few)) > 1000  # out of the whole file
     assert rows_of(few) == rows_of(examples_of(data_path=path, needed=64))
     assert len(examples_of(data_path=path, needed=1990)) == 2000
+
+
+def test_a_short_run_looks_further_where_few_rows_can_be_used(examples_of, file):
+    path = file(*[qa(f"q {i}" if i in (7, 900, 1500) else "long " * 200) for i in range(2000)])
+    assert rows_of(examples_of(data_path=path, needed=2, max_length=64, overlong="drop")) == [8, 901, 1501]
+
+
+def test_rows_are_counted_once(file, monkeypatch):
+    source = Source(file(*[qa(f"{i}") for i in range(30)]))
+    assert count_rows(source) == 30
+    monkeypatch.setattr("manyrank.tokenise.read_rows", None)
+    assert count_rows(source) == 30
+    monkeypatch.undo()
+    file(*[qa(f"{i}") for i in range(31)])
+    assert count_rows(source) == 31
 
 
 def test_a_short_run_goes_on_when_rows_are_left_out(examples_of, file):

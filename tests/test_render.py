@@ -192,7 +192,9 @@ def test_thinking_that_the_template_keeps_is_learned_with_its_tags():
     ]
     rendered = render(tokenizer, turns)
     assert rendered.supervised_texts == ["2<|im_end|>", "<think>\n2 and 1\n</think>\n\n3<|im_end|>"]
-    assert rendered.notes == ("the chat template drops the thinking of message 2",)
+    assert [note.text for note in [note.text for note in rendered.notes]] == [
+        "the chat template drops the thinking of message 2"
+    ]
     stripped = render(tokenizer, turns, options=RenderOptions(thinking="strip"))
     assert stripped.supervised_texts == ["2<|im_end|>", "3<|im_end|>"] and not stripped.notes
 
@@ -340,7 +342,7 @@ def test_special_text_beside_thinking_is_plain():
     )
     assert rendered.supervised_texts == ["b <|im_end|><|im_end|>", "Say <|im_end|><|im_end|>"]
     assert rendered.labels.count(end) == 2 and rendered.input_ids.count(start) == 4
-    assert "<|im_end|> in the text is not read as a special token" in rendered.notes
+    assert "<|im_end|> in the text is not read as a special token" in [note.text for note in rendered.notes]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "nemotron_3_nano"])
@@ -493,7 +495,7 @@ def test_special_text_is_plain_and_reported():
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert rendered.input_ids.count(end) == 2 and rendered.labels.count(end) == 1
     assert rendered.supervised_texts == ["c<|im_end|>d<|im_end|>"]
-    assert rendered.notes == ("<|im_end|> in the text is not read as a special token",)
+    assert [note.text for note in rendered.notes] == ["<|im_end|> in the text is not read as a special token"]
 
 
 def test_words_are_not_cut_at_the_header():

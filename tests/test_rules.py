@@ -126,12 +126,12 @@ def error(**values) -> UserError:
 @pytest.mark.parametrize(
     "text, format_type, what, where",
     [
-        ('{"question": "q", "answer": ""}', "auto", "'answer' is empty", "line 1"),
-        ('\n{"question": "q"}', "question_answer", "'answer' is missing", "line 2"),
+        ('{"question": "q", "answer": ""}', "auto", "1 of the first 1 rows", "line 1: 'answer' is empty"),
+        ('\n{"question": "q"}', "question_answer", "1 of the first 1 rows", "line 2: 'answer' is missing"),
         ('{"question": "q"}', "auto", "no format has the keys ['question']", "line 1"),
-        ('{"question": "q", "answer": "a"}', "alpaca", "'instruction' is missing", "line 1"),
-        ('{"question" "q"}', "auto", "broken JSON", "line 1"),
-        ("3", "auto", "a row is int, not an object", "line 1"),
+        ('{"question": "q", "answer": "a"}', "alpaca", "1 of the", "line 1: 'instruction' is missing"),
+        ('{"question" "q"}', "auto", "1 of the", "line 1: broken JSON: Expecting ':' delimiter (column 13)"),
+        ("3", "auto", "1 of the first 1 rows", "line 1: a row is int, not an object"),
         ("", "auto", "there are no rows in it", "rows.jsonl"),
     ],
 )
@@ -144,13 +144,22 @@ def test_data_errors(data, text, format_type, what, where):
 
 def test_errors_in_the_validation_data(data):
     caught = error(eval_data_path=data('{"question": "q", "answer": ""}'), eval_steps=5)
-    assert caught.what == "'answer' is empty"
-    assert caught.where.endswith("rows.jsonl, line 1")
+    assert caught.what == "1 of the first 1 rows cannot be used (1 empty field)"
+    assert caught.where.endswith("rows.jsonl, line 1: 'answer' is empty")
 
 
-def test_only_the_first_row_is_read(data):
-    config = resolved(data_path=data('{"question": "q", "answer": "a"}\nnonsense')).config
+def test_rows_are_read_up_to_the_first_good_one(data):
+    """Bad rows beside good ones are told of all together, by the run."""
+    config = resolved(data_path=data('nonsense\n{"question": "q", "answer": "a"}\nnonsense')).config
     assert check_data(config.data_path[0], config) == "question_answer"
+
+
+def test_a_source_that_only_starts_with_bad_rows(data):
+    caught = error(data_path=data("nonsense\n" * 150))
+    assert caught.what == "100 of the first 100 rows cannot be used (100 not JSON)"
+    assert caught.where.count("rows.jsonl, line ") == 10 and caught.where.endswith("and 90 more")
+    config = resolved(data_path=data("nonsense\n" * 150), on_bad_row="skip").config
+    assert check_data(config.data_path[0], config) == "auto"  # no reason yet to ask for a template
 
 
 def test_a_data_file_that_is_not_there():
@@ -255,3 +264,14 @@ def test_an_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError):
         check_output_dir(resolved().config, tmp_path / "run")
+
+
+def test_questions_need_a_template_too(tmp_path):
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "bare"
+    rows.write_text('{"text": "plain"}\n')
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    given = {"data_path": str(rows), "model_name_or_path": str(folder)}
+    check(situation(**given))
+    assert error(**given, sample_questions=["why?"]).what == "the tokenizer has no chat template"

@@ -354,6 +354,16 @@ def test_a_folder_with_data_files(tmp_path):
     assert "exam" in caught.what and str(tmp_path) in caught.where
 
 
+def test_a_folder_whose_files_would_not_all_be_read(tmp_path):
+    for name in ("train.jsonl", "extra.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    error = read_error(tmp_path)
+    assert error.what.startswith("1 data files in it would not be read, extra.jsonl the first")
+    (tmp_path / "extra.jsonl").rename(tmp_path / "test.jsonl")
+    (tmp_path / "README.md").write_text("about the data")
+    assert [row for _, row in read(tmp_path)] == [{"text": "a"}]
+
+
 def test_a_folder_without_data_files(tmp_path):
     assert read_error(tmp_path).what.startswith("datasets cannot read it: ")
 

@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from .errors import UserError
-from .schema import Method, TrainConfig
+from .schema import DataSource, Method, TrainConfig
 
 FIELDS = TrainConfig.model_fields
 METHODS = frozenset(get_args(Method))
@@ -242,7 +242,7 @@ def _yes(entry: Entry) -> bool:
 def unknown_key(entry: Entry, more: Iterable[str] = ()) -> UserError:
     """The error for a key that does not exist, with the nearest that does (`more` are other valid names)."""
     close = difflib.get_close_matches(normal(entry.key), [*FIELDS, *ALIASES, *SWITCHES, *more], 1, cutoff=0.5)
-    fix = f"did you mean {close[0]}?" if close else "`manyrank train --help` lists every option"
+    fix = f"did you mean {close[0]}?" if close else "`--help` lists every option"
     return UserError(f"there is no option {entry.key!r}", where=entry.where, fix=fix)
 
 
@@ -275,6 +275,11 @@ def _validate(merged: dict[str, Entry]) -> TrainConfig:
             fix=" ".join(f"--{key} ({FIELDS[key].description})" for key in missing),
         )
     key = str(problems[0]["loc"][0])
+    if problems[0]["type"] == "extra_forbidden":
+        inside = str(problems[0]["loc"][-1])
+        close = difflib.get_close_matches(inside, DataSource.model_fields, 1, cutoff=0.5)
+        fix = f"did you mean {close[0]}?" if close else f"a source has {', '.join(DataSource.model_fields)}"
+        raise UserError(f"{key}: a source has no {inside!r}", where=merged[key].where, fix=fix)
     expected = problems[0]["msg"].removeprefix("Value error, ")
     inner = "".join(
         f"{part}: " for part in problems[0]["loc"][1:] if isinstance(part, str) and not part.startswith("function-")

@@ -8,7 +8,6 @@ its question alone: rows with the same question are never on both sides, and no 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from array import array
@@ -22,7 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from . import __version__
+from . import __version__, sources
 from .config import asset, normal, read_yaml
 from .dedup import digest
 from .errors import UserError
@@ -178,6 +177,9 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
     for source in config.data_path:
         if Path(source.path).resolve().is_relative_to(output):
             raise UserError(f"{source.path} would be replaced", where="output_dir", fix="choose another --output_dir")
+        if Path(source.path).is_dir() and output.is_relative_to(Path(source.path).resolve()):
+            what = f"it lies in the source folder {source.path}, which would have its rows too the next time"
+            raise UserError(what, where="output_dir", fix="choose another --output_dir")
     stages = build(config.filters, workers=config.workers, where=where)
     with written_beside(output, overwrite=config.overwrite) as folder:
         with closing(Writer(folder)) as writer:
@@ -290,17 +292,11 @@ class Preparation:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, or of a folder's files with their names; nothing for a name on the hub."""
+    """Size and SHA-256 of a file or folder; nothing for a name on the hub."""
     if not path.exists():
         return {"bytes": None, "sha256": None}
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            own = hashlib.file_digest(stream, "sha256")
-        total = own if path.is_file() else total
-        total.update(b"" if path.is_file() else f"{file.relative_to(path)} {own.hexdigest()}\n".encode())
-    return {"bytes": sum(file.stat().st_size for file in files), "sha256": total.hexdigest()}
+    inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {"bytes": sum(file.stat().st_size for file in inside), "sha256": sources.digest(path)}
 
 
 # Samples

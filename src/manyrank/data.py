@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import TrainConfig
 from .errors import UserError
-from .formats import PLAIN_FORMATS
+from .formats import needs_template
 from .render import TEMPLATE_REASONS, RenderOptions
 from .schema import DataSource
-from .sources import Source, read_rows, source_of
-from .tokenise import TABLE, USED, Choice, Fate, TokeniseOptions, known_format, near_doubles, tokenise
+from .sources import Source, known_format, source_of
+from .tokenise import TABLE, USED, Choice, Fate, TokeniseOptions, count_rows, near_doubles, tokenise
+from .turns import bad_rows_error
 
 FATES = {
     Fate.CUT: "cut at max_length",
@@ -32,7 +33,6 @@ FATES = {
     Fate.EMPTY_PIECE: "pieces without an answer left out",
     Fate.TOO_LONG: "too long, left out",
 }
-SHOWN = 10  # bad rows in an error
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,22 @@ class Report:
 
     Attributes:
         formats, rows: by source, the format its rows were read in, and how many were.
-        out_of: rows of the sources, where only a part of them was read.
+        out_of: by source, the rows that it has; more than were read with max_rows or a small max_steps.
+        needed: the part of the rows that max_steps chose to read; 1 where it did not choose.
         counts: rows by what became of them, where it is not simply kept.
-        bad: the rows put aside: reason, detail, place, row.
+        problems: the table whose column "problem" tells of the rows put aside, a line of JSON each.
     """
 
     formats: tuple[str, ...]
     rows: tuple[int, ...]
-    out_of: int | None
+    out_of: tuple[int, ...]
+    needed: float
     counts: dict[str, int]
-    bad: list[dict] = field(default_factory=list)
+    problems: Dataset
 
-    @property
-    def share(self) -> float:
-        """Of the rows, how many were read."""
-        return sum(self.rows) / self.out_of if self.out_of else 1.0
+    def bad(self) -> Iterator[dict]:
+        """The rows put aside: reason, detail, place, row. Read from the cache, not held in memory."""
+        return (json.loads(row["problem"]) for row in self.problems)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,8 @@ class Examples:
         index: (examples,), where each example is in `dataset`.
         lengths: (examples,), tokens of each.
         supervised: (examples,), supervised tokens of each; at least one.
-        content: (examples,), hash of what is said.
+        content: (examples,), hash of what is said; equal for texts that differ in blanks alone.
+        tokens: (examples,), hash of the ids and labels.
         source: (examples,), number of its source.
         paths, weights: by source, its path and how often an example is seen in an epoch.
     """
@@ -77,6 +79,7 @@ class Examples:
     lengths: np.ndarray
     supervised: np.ndarray
     content: np.ndarray
+    tokens: np.ndarray
     source: np.ndarray
     paths: tuple[str, ...]
     weights: tuple[float, ...]
@@ -84,9 +87,9 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """What is learned in which order, wherever the files lie."""
+        """What is learned in which order, to the token, wherever the files lie."""
         digest = hashlib.sha256(repr(self.weights).encode())
-        for column in (self.content, self.lengths, self.supervised, self.source):
+        for column in (self.tokens, self.source):
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()[:32]
 
@@ -101,8 +104,9 @@ class Examples:
         formats = ", ".join(sorted(set(self.report.formats)))
         share = self.supervised.sum() / self.lengths.sum()
         others = "".join(f"; {count:,} {what}" for what, count in self.report.counts.items())
-        looked = f"{sum(self.report.rows):,} of {self.report.out_of or 0:,} rows, as many as max_steps needs"
-        part = f" out of {looked}" if self.report.out_of else ""
+        read, there = sum(self.report.rows), sum(self.report.out_of)
+        why = "max_rows" if self.report.needed == 1 else "as many as max_steps needs"
+        part = f" out of {read:,} of {there:,} rows ({why})" if read < there else ""
         return (
             f"{len(self):,} examples{part} ({formats}), {self.lengths.sum():,} tokens, {share:.0%} supervised{others}"
         )
@@ -111,7 +115,7 @@ class Examples:
         """The examples of a mask or of positions."""
         return replace(
             self, index=self.index[chosen], lengths=self.lengths[chosen], supervised=self.supervised[chosen],
-            content=self.content[chosen], source=self.source[chosen],
+            content=self.content[chosen], tokens=self.tokens[chosen], source=self.source[chosen],
         )  # fmt: skip
 
     def split(self, part: float) -> tuple[Examples, Examples]:
@@ -142,30 +146,32 @@ def prepare(
         UserError: a source cannot be read, a row is bad and `on_bad_row` is error, or no example is left.
     """
     found = [known_format(source_of(source, config)) for source in sources]
-    chats = [source.path for source in found if source.format_type not in PLAIN_FORMATS]
+    chats = [source.path for source in found if needs_template(source.format_type)]
     if chats and not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template", where=chats[0], fix="give one: --chat_template chatml, or a file"
         )
-    rows = [sum(1 for _ in read_rows(source)) if needed or source.max_rows else None for source in found]
+    rows = [count_rows(source) if needed or source.max_rows else None for source in found]
+    most = [count and min(count, source.max_rows or count) for source, count in zip(found, rows)]
     share, choices, examples = 1.1, None, None  # some more than needed, for those that will be left out
     while examples is None or (needed and len(examples) < needed):
-        wanted = share * needed / sum(rows) if needed else None
-        before, choices = choices, [_choice(source, count, wanted, config.seed) for source, count in zip(found, rows)]
+        wanted = min(1.0, share * needed / sum(most)) if needed else 1.0
+        before, choices = choices, [_choice(*pair, wanted, config.seed) for pair in zip(rows, most)]
         if choices == before:
             break
         examples, share = _examples(found, choices, tokenizer, config), 2 * share
-    return examples
+    if not len(examples):
+        raise _nothing_left(examples)
+    read = sum(examples.report.rows)
+    return replace(examples, report=replace(examples.report, needed=read / sum(most) if needed else 1.0))
 
 
-def _choice(source: Source, rows: int | None, wanted: float | None, seed: int) -> Choice | None:
-    """The rows of a source to read; `wanted` is the part of all rows that the run needs."""
+def _choice(rows: int | None, most: int | None, wanted: float, seed: int) -> Choice | None:
+    """The rows of a source to read, at most `most`; `wanted` is the part of all rows that the run needs."""
     if rows is None:
         return None
-    most = min(rows, source.max_rows or rows)
-    if wanted is not None:
-        most = min(most, int(wanted * rows) + 16)
-    return Choice(rows, most, seed) if most < rows else None
+    count = min(most, int(wanted * most) + 16)
+    return Choice(rows, count, seed) if count < rows else None
 
 
 def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, config: TrainConfig) -> Examples:
@@ -180,38 +186,42 @@ def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, co
     # Several processes write the rows in turns; this is the order of the sources.
     order = np.lexsort((np.arange(len(whole)), columns["row"], columns["source"]))
     columns = {name: column[order] for name, column in columns.items()}
-    fate, rows = columns["fate"], _row_numbers(columns)
-    bad = [json.loads(text) for text in whole.select(order[fate == Fate.BAD])["problem"]]
-    if bad and config.on_bad_row == "error":
-        raise bad_rows_error(bad, int(rows[-1]) + 1)
+    fate, numbers = columns["fate"], _row_numbers(columns)
+    rows = tuple(len(np.unique(numbers[columns["source"] == source])) for source in range(len(sources)))
     used = np.isin(fate, USED)
-    double = _is_double(columns["content"], rows, used)
+    double = _is_double(columns["content"] ^ columns["tokens"], numbers, used)
     if config.duplicates == "drop_near":
         double |= used & _is_near(near_doubles(sources, choices), columns)
     keep = np.flatnonzero(used & ~double if config.duplicates != "keep" else used)
-    if not len(keep):
-        left = bad_rows_error(bad, int(rows[-1]) + 1) if bad else None
-        what = f"no row is left to train on: {left.what}" if left else "no row is left to train on"
-        raise UserError(
-            what, where=left.where if left else sources[0].path, fix=left.fix if left else "raise max_length"
-        )
+    report = Report(
+        formats=tuple(source.format_type for source in sources),
+        rows=rows,
+        out_of=tuple(choice.rows if choice else read for choice, read in zip(choices, rows)),
+        needed=1.0,
+        counts=_counts(columns, double, config.duplicates),
+        problems=whole.select(order[fate == Fate.BAD]).select_columns("problem"),
+    )
+    if config.on_bad_row == "error" and len(report.problems):
+        raise _bad_rows(report)
     return Examples(
         dataset=whole.select_columns(["input_ids", "labels", "row"]).with_format("numpy"),
         index=order[keep],
         lengths=columns["length"][keep].astype(np.int64),
         supervised=columns["supervised"][keep].astype(np.int64),
         content=columns["content"][keep],
+        tokens=columns["tokens"][keep],
         source=columns["source"][keep],
         paths=tuple(source.path for source in sources),
         weights=tuple(source.weight for source in sources),
-        report=Report(
-            formats=tuple(source.format_type for source in sources),
-            rows=tuple(len(np.unique(rows[columns["source"] == number])) for number in range(len(sources))),
-            out_of=sum(choice.rows for choice in choices) if all(choices) else None,
-            counts=_counts(columns, double, config.duplicates),
-            bad=bad,
-        ),
+        report=report,
     )
+
+
+def _nothing_left(examples: Examples) -> UserError:
+    if len(examples.report.problems):
+        bad = _bad_rows(examples.report)
+        return UserError(f"no row is left to train on: {bad.what}", where=bad.where, fix=bad.fix)
+    return UserError("no row is left to train on", where=examples.paths[0], fix="raise max_length")
 
 
 def _row_numbers(columns: dict[str, np.ndarray]) -> np.ndarray:
@@ -220,10 +230,10 @@ def _row_numbers(columns: dict[str, np.ndarray]) -> np.ndarray:
     return np.cumsum(new) - 1
 
 
-def _is_double(content: np.ndarray, rows: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """(records,), whether an earlier row says the same."""
-    double = np.zeros(len(content), dtype=bool)
-    _, first, inverse = np.unique(content[used], return_index=True, return_inverse=True)
+def _is_double(what: np.ndarray, rows: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """(records,), whether an earlier row is the same; `what` is a hash of each."""
+    double = np.zeros(len(what), dtype=bool)
+    _, first, inverse = np.unique(what[used], return_index=True, return_inverse=True)
     double[used] = rows[used] != rows[used][first][inverse]
     return double
 
@@ -246,31 +256,29 @@ def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str)
     return {what: count for what, count in counts.items() if count}
 
 
-def bad_rows_error(bad: list[dict], rows: int) -> UserError:
-    """The first bad rows with their places, and the counts by reason."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(row["reason"] for row in bad).most_common())
-    shown = [f"{row['place']}: {row['detail']}" for row in bad[:SHOWN]]
-    by_template = sum(row["reason"] in TEMPLATE_REASONS for row in bad) > len(bad) / 2
-    fix = (
-        "choose a chat template that knows such rows (--chat_template), or mend it"
-        if by_template
-        else "mend these rows"
+def _bad_rows(report: Report) -> UserError:
+    reasons = bad_reasons(report)
+    by_template = sum(reasons[reason] for reason in TEMPLATE_REASONS) > reasons.total() / 2
+    fix = "choose a chat template that knows such rows (--chat_template), or mend it"
+    return bad_rows_error(
+        ((row["place"], row["detail"]) for row in report.bad()),
+        reasons,
+        out_of=f"{sum(report.rows):,} rows",
+        **({"fix": fix} if by_template else {}),
     )
-    more = [f"and {len(bad) - SHOWN:,} more"] if len(bad) > SHOWN else []
-    return UserError(
-        f"{len(bad):,} of {rows:,} rows cannot be used ({reasons})",
-        where="\n       ".join([*shown, *more]),
-        fix=f"{fix}; or set on_bad_row: skip, which puts such rows aside and counts them",
-    )
+
+
+def bad_reasons(report: Report) -> Counter[str]:
+    """The rows put aside by reason."""
+    return Counter(row["reason"] for row in report.bad())
 
 
 def write_quarantine(examples: Examples, path: Path) -> None:
     """The rows that were put aside, a line each: reason, detail, place, row."""
-    if examples.report.bad:
+    if len(examples.report.problems):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples.report.bad), encoding="utf-8"
-        )
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in examples.report.bad())
 
 
 def render_options(config: TrainConfig) -> RenderOptions:

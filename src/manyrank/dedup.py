@@ -57,18 +57,23 @@ class MinHash:
         self.threshold = threshold
         lengths = range(self.PLACES, 0, -1)
         self.length = next((r for r in lengths if 1 - (1 - threshold**r) ** (self.PLACES // r) >= 0.99), 1)
-        self.bands: dict[bytes, list[np.ndarray]] = {}
+        self.bands: dict[bytes, list[int]] = {}  # a band to the kept texts that have it, by their row below
+        self.kept, self.signatures = 0, np.empty((1024, self.PLACES), dtype=np.uint32)
 
     def seen(self, text: str) -> bool:
         """Whether an earlier text is near this one; if none is, this one is remembered."""
         signature = self._signature(same_text(text).split())
         starts = range(0, self.PLACES - self.length + 1, self.length)
         keys = [b"%d:" % start + _short(signature[start : start + self.length]) for start in starts]
-        others = [other for key in keys for other in self.bands.get(key, ())]
-        if any((other == signature).mean() >= self.threshold for other in others):
+        others = np.unique([other for key in keys for other in self.bands.get(key, ())]).astype(int)
+        if len(others) and (self.signatures[others] == signature).mean(axis=1).max() >= self.threshold:
             return True
+        if self.kept == len(self.signatures):
+            self.signatures = np.concatenate([self.signatures, np.empty_like(self.signatures)])
+        self.signatures[self.kept] = signature
         for key in keys:
-            self.bands.setdefault(key, []).append(signature)
+            self.bands.setdefault(key, []).append(self.kept)
+        self.kept += 1
         return False
 
     def _signature(self, words: list[str]) -> np.ndarray:

@@ -19,6 +19,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,6 @@ Values = dict[str, Any]  # a row
 Columns = Mapping[str, str]  # a format's field -> the row's column
 
 IGNORE = -100  # the label of a token that is not learned
-PLAIN_FORMATS = frozenset({"text", "tokens"})  # no chat template is needed
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,11 @@ def _known() -> str:
     return "known formats and their keys: " + "; ".join(f"{name}: {keys}" for name, keys in told.items())
 
 
+def needs_template(format_type: str) -> bool:
+    """Whether rows of a format are conversations; "auto" is that of a source without a row that can be read."""
+    return format_type not in ("text", "tokens", "auto")
+
+
 def to_sample(row: Values, format_type: str, columns: Columns | None = None) -> Sample:
     """One row as a sample.
 
@@ -303,7 +308,7 @@ def _by_function(row: Values, format_type: str, columns: Columns | None) -> Samp
         )
     function = load_function(format_type)
     try:
-        made = function(row)
+        made = function(deepcopy(row))  # what it does to the row stays there
     except BadRow:
         raise
     except ValueError as error:

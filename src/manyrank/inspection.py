@@ -25,6 +25,7 @@ from .inspection_tables import (
 )
 from .model import load_tokenizer
 from .options import Parser, parse, parser
+from .rules import check_sources
 from .survey import Bar, Part, Piece, SampleFacts, Survey, gather
 
 PROG = "manyrank data inspect"
@@ -44,8 +45,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if own.html:
         _check_page(own.html)
-    line = parse(rest, prog=PROG, launch=False)
-    config = resolve(line.recipe, line.overrides).config
+    line = parse(rest, prog=PROG, launch=False, more=("samples", "html"))
+    resolved = resolve(line.recipe, line.overrides)
+    check_sources(resolved)
+    config = resolved.config
     recipe = Path(line.recipe).stem if line.recipe else "command line"
     survey = gather(config, load_tokenizer(config), recipe=recipe, samples=own.samples)
     lines = [*text(survey, colour=_has_colour())]

@@ -115,7 +115,7 @@ def part_tables(part: Part) -> Iterator[Table]:
         (
             (word("examples"), count(part.examples)),
             (word("rows they come from"), count(part.rows)),
-            (word("exact duplicates"), count(part.duplicates)),
+            (word("rows that repeat the text of another"), count(part.duplicates)),
             (word("tokens"), count(part.tokens)),
             (word("supervised"), share(part.supervised / part.tokens)),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
+    _check_variables(config.chat_template_kwargs, tokenizer)
     if not tokenizer.is_fast:
         raise UserError("the tokenizer has no fast version", where=name, fix="convert it to a tokenizer.json")
     if tokenizer.pad_token_id is None:
@@ -103,6 +105,16 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     raise UserError(
         f"there is no chat template {name!r}", where="chat_template", fix=f"a file, or one of {', '.join(known)}"
     )
+
+
+def _check_variables(variables: dict, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A template ignores a variable that it does not know, and so would a misspelt one be."""
+    own = tokenizer.chat_template or ""
+    text = "\n".join(own.values()) if isinstance(own, dict) else own
+    for name in variables:
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            what = f"the chat template knows no variable {name!r}"
+            raise UserError(what, where="chat_template_kwargs", fix="give one that the template uses")
 
 
 def load_model(plan: LoadPlan, config: TrainConfig) -> torch.nn.Module:

@@ -88,8 +88,11 @@ class _Collect(argparse.Action):
         namespace.entries = [*entries, Entry(option_string, values, f"command line, {option_string}")]
 
 
-def parse(argv: Sequence[str], *, prog: str, launch: bool) -> CommandLine:
+def parse(argv: Sequence[str], *, prog: str, launch: bool, more: Sequence[str] = ()) -> CommandLine:
     """Read a command line.
+
+    Args:
+        more: further options of the command, to name as the nearest of an unknown one.
 
     Raises:
         UserError: an unknown option, or two recipes.
@@ -99,8 +102,8 @@ def parse(argv: Sequence[str], *, prog: str, launch: bool) -> CommandLine:
         stray = unknown[0].split("=")[0]
         if not stray.startswith("-"):
             raise UserError(f"two recipes: {found.recipe} and {stray}", where="command line", fix="keep one of them")
-        launch_flags = {item.name for item in fields(Where)} if launch else set()
-        raise unknown_key(Entry(stray, None, "command line"), more=launch_flags)
+        launch_flags = [item.name for item in fields(Where)] if launch else []
+        raise unknown_key(Entry(stray, None, "command line"), more=[*launch_flags, *more])
     if found.recipe and found.config and find_recipe(found.recipe) != find_recipe(found.config):
         raise UserError(
             f"two recipes: {found.recipe} and --config {found.config}", where="command line", fix="keep one of them"

@@ -15,6 +15,7 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import pairwise
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -53,6 +54,22 @@ class RenderOptions:
     stop_tokens: tuple[str, ...] = ()
 
 
+class Notice(StrEnum):
+    """What a user should know of a conversation."""
+
+    SPECIAL_TEXT = "special_text"  # text of a special token became plain text
+    DROPPED_THINKING = "dropped_thinking"  # the template dropped earlier thinking
+    LOOSE_END = "loose_end"  # the tokenizer does not know the end of turn as a token
+
+
+@dataclass(frozen=True)
+class Note:
+    """A notice, and its words for people."""
+
+    kind: Notice
+    text: str
+
+
 @dataclass(frozen=True)
 class Rendered:
     """One conversation as the model sees it.
@@ -62,15 +79,14 @@ class Rendered:
         input_ids: its tokens.
         labels: the token id where supervised, IGNORE elsewhere; as long as input_ids.
         supervised_texts: the text of each maximal supervised run, end-of-turn token included.
-        notes: what a user should know: special-token text that became plain text, thinking that the template dropped,
-            an end of turn that the tokenizer does not know as a token.
+        notes: what a user should know.
     """
 
     text: str
     input_ids: list[int]
     labels: list[int]
     supervised_texts: list[str]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 _TEMPLATES: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> {(source, variables, ...): Template}
@@ -102,11 +118,14 @@ def render(
         runs.append(_read_back(tokenizer, tokens.ids[first:last], layout.text[start:end]))
     if options.train_on_prompt:
         labels, runs = list(tokens.ids), [tokenizer.decode(tokens.ids)]
-    notes = [
-        f"{text} in the text is not read as a special token" for text in sorted({layout.text[a:b] for a, b in plain})
+    said = sorted({layout.text[start:end] for start, end in plain})
+    notes = [Note(Notice.SPECIAL_TEXT, f"{word} in the text is not read as a special token") for word in said]
+    notes += [
+        Note(Notice.DROPPED_THINKING, f"the chat template drops the thinking of message {index + 1}")
+        for index in layout.dropped_thinking
     ]
-    notes += [f"the chat template drops the thinking of message {index + 1}" for index in layout.dropped_thinking]
-    notes += [f"the end of turn {stop} is no token" for stop in template.stops if not template.tokens.search(stop)]
+    loose = [stop for stop in template.stops if not template.tokens.search(stop)]
+    notes += [Note(Notice.LOOSE_END, f"the end of turn {stop} is no token") for stop in loose]
     return Rendered(layout.text, tokens.ids, labels, runs, tuple(notes))
 
 

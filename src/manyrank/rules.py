@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from .config import Resolved, TrainConfig
 from .errors import UserError
-from .formats import PLAIN_FORMATS, BadRow, detect, to_sample
+from .formats import BadRow, needs_template, to_sample
 from .hardware import Hardware
 from .schema import DataSource
-from .sources import read_rows, source_of
+from .sources import known_format, read_rows, source_of
+from .turns import bad_rows_error
 
+LOOKED_AT = 100  # rows of a source before the launch
 NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
 SHARDED = ("fsdp", "fsdp_offload", "zero3", "zero3_offload")
 ZERO = ("zero2", "zero3", "zero3_offload")
@@ -40,6 +44,10 @@ class Situation:
     def config(self) -> TrainConfig:
         return self.resolved.config
 
+    @property
+    def gpus(self) -> int:
+        return len(self.hardware.gpus)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -47,7 +55,7 @@ class Rule:
 
     name: str
     keys: tuple[str, ...]
-    broken: Callable[[Situation], str | None]
+    broken: Callable[[Situation | Resolved], str | None]
     fix: str
 
 
@@ -81,10 +89,35 @@ def _tracker(s: Situation) -> str | None:
 
 
 def _unless(wrong: Callable[[Situation], bool], what: str) -> Callable[[Situation], str | None]:
-    return lambda s: what.format(s=s, c=s.config, gpus=len(s.hardware.gpus)) if wrong(s) else None
+    return lambda s: what.format(s=s, c=s.config) if wrong(s) else None
 
 
+# These look at nothing but the recipe, so `data inspect` checks them too.
+SOURCE_RULES = (
+    Rule(
+        "one validation set", ("eval_data_path", "eval_split"),
+        _unless(lambda s: bool(s.config.eval_data_path and s.config.eval_split), "eval_data_path and eval_split together"),
+        "keep one of them",
+    ),
+    Rule(
+        "validation sees every row once", ("eval_data_path",),
+        _unless(
+            lambda s: any(source.weight != 1 for source in s.config.eval_data_path or []),
+            "a source of eval_data_path has a weight, and validation takes every row once",
+        ),
+        "leave the weight out",
+    ),
+    Rule(
+        "packs of whole sources", ("packing", "data_path"),
+        _unless(
+            lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
+            "packing: dataset needs the same examples in every epoch, and a weight is not a whole number",
+        ),
+        "use packing: step, or whole weights",
+    ),
+)  # fmt: skip
 RULES = (
+    *SOURCE_RULES,
     Rule(
         "one process for single", ("strategy",),
         _unless(lambda s: s.strategy == "single" and s.world_size > 1, "strategy single with {s.world_size} processes"),
@@ -93,8 +126,8 @@ RULES = (
     Rule(
         "a GPU for each process", ("nproc",),
         _unless(
-            lambda s: bool(s.hardware.gpus) and s.nproc > len(s.hardware.gpus),
-            "{s.nproc} processes on a machine with {gpus} GPUs",
+            lambda s: bool(s.gpus) and s.nproc > s.gpus,
+            "{s.nproc} processes on a machine with {s.gpus} GPUs",
         ),
         "start at most one process for each GPU (--nproc)",
     ),
@@ -106,7 +139,7 @@ RULES = (
     Rule(
         "offload needs a GPU", ("strategy",),
         _unless(
-            lambda s: s.strategy == "fsdp_offload" and not s.hardware.gpus,
+            lambda s: s.strategy == "fsdp_offload" and not s.gpus,
             "fsdp_offload moves shards between host and GPU memory, and there is no GPU",
         ),
         "use fsdp on CPUs",
@@ -147,27 +180,6 @@ RULES = (
         "say how often with --eval_steps",
     ),
     Rule(
-        "one validation set", ("eval_data_path", "eval_split"),
-        _unless(lambda s: bool(s.config.eval_data_path and s.config.eval_split), "eval_data_path and eval_split together"),
-        "keep one of them",
-    ),
-    Rule(
-        "validation sees every row once", ("eval_data_path",),
-        _unless(
-            lambda s: any(source.weight != 1 for source in s.config.eval_data_path or []),
-            "a source of eval_data_path has a weight, and validation takes every row once",
-        ),
-        "leave the weight out",
-    ),
-    Rule(
-        "packs of whole sources", ("packing", "data_path"),
-        _unless(
-            lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
-            "packing: dataset needs the same examples in every epoch, and a weight is not a whole number",
-        ),
-        "use packing: step, or whole weights",
-    ),
-    Rule(
         "the best needs validation", ("load_best_model_at_end", "early_stopping_patience"),
         _unless(
             lambda s: (s.config.load_best_model_at_end or bool(s.config.early_stopping_patience)) and not s.config.eval_steps,
@@ -177,6 +189,17 @@ RULES = (
     ),
     Rule("trackers are there", ("report_to",), _tracker, "install the package, or choose another tracker"),
 )  # fmt: skip
+
+
+def check_sources(resolved: Resolved) -> None:
+    """Check what a recipe says of its sources, wherever it is to run.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    for rule in SOURCE_RULES:
+        if problem := rule.broken(resolved):
+            raise UserError(problem, where=resolved.where(*rule.keys), fix=rule.fix)
 
 
 def check(situation: Situation) -> None:
@@ -197,33 +220,33 @@ def _file_problems(resolved: Resolved) -> Iterator[UserError]:
     config = resolved.config
     formats = {check_data(source, config) for source in [*config.data_path, *(config.eval_data_path or [])]}
     yield from _template_problems(resolved)
-    yield from _model_problems(resolved, needs_template=bool(formats - PLAIN_FORMATS))
+    asked = bool(config.sample_questions)
+    yield from _model_problems(resolved, chats=asked or any(map(needs_template, formats)))
 
 
 def check_data(source: DataSource, config: TrainConfig) -> str:
-    """Read the first row as the run will.
+    """Read the start of a source as the run will, up to the first good row.
 
     Returns:
         Its format.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or its first LOOKED_AT rows are all bad. Later bad rows are found by the run,
+            which tells of all of them.
     """
-    found = source_of(source, config)
-    columns, format_type = found.columns, found.format_type
-    row = next(read_rows(found), None)
-    if row is None:
-        raise UserError("the file has no rows", where=source.path, fix="give a file with rows")
-    try:
-        if isinstance(row.value, BadRow):
-            raise row.value
-        if format_type == "auto":
-            format_type = detect(row.value, where=row.place, columns=columns)
-        to_sample(row.value, format_type, columns)
-    except BadRow as problem:
-        if config.on_bad_row == "error":
-            raise UserError(str(problem), where=row.place, fix="mend or remove the row, or set format_type") from None
-    return format_type
+    found = known_format(source_of(source, config))
+    bad: list[tuple[str, BadRow]] = []
+    for row in islice(read_rows(found), LOOKED_AT):
+        try:
+            to_sample(row.readable(), found.format_type, found.columns)
+            return found.format_type
+        except BadRow as problem:
+            bad.append((row.place, problem))
+    if config.on_bad_row == "error":
+        reasons = Counter(problem.reason for _, problem in bad)
+        first = ((place, str(problem)) for place, problem in bad)
+        raise bad_rows_error(first, reasons, out_of=f"the first {len(bad):,} rows")
+    return found.format_type
 
 
 def _template_problems(resolved: Resolved) -> Iterator[UserError]:
@@ -233,7 +256,7 @@ def _template_problems(resolved: Resolved) -> Iterator[UserError]:
         yield UserError(f"there is no file {name}", where=resolved.where("chat_template"), fix="name a Jinja file")
 
 
-def _model_problems(resolved: Resolved, *, needs_template: bool) -> Iterator[UserError]:
+def _model_problems(resolved: Resolved, *, chats: bool) -> Iterator[UserError]:
     name, where = resolved.config.model_name_or_path, resolved.where("model_name_or_path")
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -246,7 +269,7 @@ def _model_problems(resolved: Resolved, *, needs_template: bool) -> Iterator[Use
         yield UserError(
             f"{name} has no weights", where=where, fix="it needs model*.safetensors (or pytorch_model*.bin)"
         )
-    if needs_template and not resolved.config.chat_template and not _has_chat_template(folder):
+    if chats and not resolved.config.chat_template and not _has_chat_template(folder):
         yield UserError("the tokenizer has no chat template", where=where, fix=NO_TEMPLATE_FIX)
 
 

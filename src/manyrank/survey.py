@@ -8,21 +8,21 @@ With eval_split one reading gives both parts; with eval_data_path each part has 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .batches import StepLoader, epoch_order
 from .config import TrainConfig
-from .data import SHOWN, Examples, prepare
+from .data import Examples, bad_reasons, prepare
 from .errors import UserError
 from .packing import dataset_layout
 from .render import IGNORE
 from .schema import DataSource
+from .turns import SHOWN
 
 RANKS = (1, 2, 4, 8)
 BARS = 16  # of a histogram, at most
@@ -211,14 +211,13 @@ def _prepared(sources: Sequence[DataSource], tokenizer, config: TrainConfig) -> 
 
 
 def _reading(name: str, sources: Sequence[DataSource], examples: Examples) -> Reading:
-    bad = examples.report.bad
     return Reading(
         name=name,
         sources=tuple(_source(number, source, examples) for number, source in enumerate(sources)),
         rows=sum(examples.report.rows),
         counts=dict(examples.report.counts),
-        reasons=dict(Counter(row["reason"] for row in bad).most_common()),
-        bad=tuple(BadFacts(row["place"], row["reason"], row["detail"]) for row in bad[:SHOWN]),
+        reasons=dict(bad_reasons(examples.report).most_common()),
+        bad=tuple(BadFacts(row["place"], row["reason"], row["detail"]) for row in islice(examples.report.bad(), SHOWN)),
     )
 
 

@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from enum import IntEnum
-from itertools import islice
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .dedup import MinHash, digest, texts
 from .errors import UserError
-from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, detect, load_function, to_sample
-from .render import IGNORE, RenderOptions, render
-from .sources import Row, Source, fingerprint, read_rows
+from .files import Row
+from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, load_function, to_sample
+from .render import IGNORE, Note, Notice, RenderOptions, render
+from .sources import Source, fingerprint, read_rows
 
-CACHE_VERSION = 7  # raise it when the same input gives other tokens
+CACHE_VERSION = 8  # raise it when the same input gives other tokens
 NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same
 PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
 
@@ -54,10 +55,9 @@ FEATURES = Features(
         "supervised": Value("int32"),
         "row": Value("int64"),  # its number in the source
         "content": Value("int64"),  # hash of what is said, before any template
+        "tokens": Value("int64"),  # hash of input_ids and labels
         "fate": Value("int8"),
-        "special_text": Value("bool"),
-        "dropped_thinking": Value("bool"),
-        "loose_end": Value("bool"),
+        **{notice: Value("bool") for notice in Notice},
         "problem": Value("string"),  # JSON of a bad row: reason, detail, place, row
     }
 )
@@ -81,8 +81,9 @@ class Choice:
     count: int
     seed: int
 
-    def numbers(self) -> set[int]:
-        return set((np.random.default_rng([self.seed, self.rows]).permutation(self.rows)[: self.count] + 1).tolist())
+    def mask(self) -> np.ndarray:
+        """(rows,), whether each is read."""
+        return np.random.default_rng([self.seed, self.rows]).permutation(self.rows) < self.count
 
 
 def tokenise(
@@ -99,48 +100,50 @@ def tokenise(
     time-out, and read the result.
 
     Args:
-        source: with a format that is known (`known_format`).
+        source: with its format (`sources.known_format`).
         processes: that tokenise; None: one, or up to eight for a large source.
 
     Raises:
         UserError: the source cannot be read.
     """
-    disable_progress_bars()
     processes = processes or _processes(source)
+    what = {"source": source, "tokenizer": tokenizer, "options": options, "choice": choice}
+    key = _fingerprint(source, tokenizer, options, choice)
     try:
-        return Dataset.from_generator(
-            _records,
-            features=FEATURES,
-            gen_kwargs={
-                "source": source,
-                "tokenizer": tokenizer,
-                "options": options,
-                "choice": choice,
-                "shards": [(part, processes) for part in range(processes)],
-            },
-            num_proc=processes if processes > 1 else None,
-            fingerprint=_fingerprint(source, tokenizer, options, choice),
-        )
+        shards = [(part, processes) for part in range(processes)]
+        return _cached(_records, FEATURES, key, processes if processes > 1 else None, **what, shards=shards)
+    except DatasetGenerationError:
+        if processes == 1:
+            raise
+        # What a process raised is a text by now: one process raises it as it is.
+        return _cached(_records, FEATURES, key, **what, shards=[(0, 1)])
+
+
+def count_rows(source: Source) -> int:
+    """The rows of a source, counted once.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    key = hashlib.sha256(f"rows of {fingerprint(source)}".encode()).hexdigest()[:32]
+    return _cached(_row_count, Features({"rows": Value("int64")}), key, source=source)[0]["rows"]
+
+
+def _row_count(source: Source) -> Iterator[dict]:
+    yield {"rows": sum(1 for _ in read_rows(source))}
+
+
+def _cached(
+    make: Callable[..., Iterator[dict]], features: Features, key: str, processes: int | None = None, **what: object
+) -> Dataset:
+    """What `make(**what)` yields, or what it yielded before under the same key."""
+    disable_progress_bars()
+    try:
+        return Dataset.from_generator(make, features=features, gen_kwargs=what, num_proc=processes, fingerprint=key)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        if processes > 1:  # what a process raised is a text by now: one process raises it as it is
-            return tokenise(source, tokenizer, options, choice=choice, processes=1)
         raise
-
-
-def known_format(source: Source) -> Source:
-    """The source with its format, found out from its first row that can be read.
-
-    Raises:
-        UserError: no row, or no format fits.
-    """
-    row = next((row for row in islice(read_rows(source), 100) if not isinstance(row.value, BadRow)), None)
-    if row is None:
-        raise UserError("no row can be read", where=source.path, fix="give a file with rows")
-    if source.format_type != "auto":
-        return source
-    return replace(source, format_type=detect(row.value, where=row.place, columns=source.columns))
 
 
 def _processes(source: Source) -> int:
@@ -180,42 +183,38 @@ def _records(
 
 
 def _chosen(source: Source, choice: Choice | None) -> Iterator[Row]:
-    wanted = choice.numbers() if choice else None
-    return (row for order, row in enumerate(read_rows(source), 1) if wanted is None or order in wanted)
+    return compress(read_rows(source), choice.mask()) if choice else read_rows(source)
 
 
 def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) -> Iterator[dict]:
-    blank = {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "row": row.number, "content": 0, "fate": 0}
-    blank |= {"special_text": False, "dropped_thinking": False, "loose_end": False, "problem": ""}
+    blank = {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "row": row.number, "content": 0, "tokens": 0}
+    blank |= {"fate": 0, "problem": ""} | dict.fromkeys(Notice, False)
     try:
         sample = _sample(row, source)
         blank["content"] = content_hash(sample)
         ids, labels, notes = _ids_and_labels(sample, tokenizer, options.render)
-        blank["special_text"] = any("special token" in note for note in notes)
-        blank["dropped_thinking"] = any("thinking" in note for note in notes)
-        blank["loose_end"] = any("is no token" in note for note in notes)
+        blank |= {note.kind: True for note in notes}
         pieces = list(_fitted(ids, labels, options))
     except BadRow as problem:
-        told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row.value)}
+        told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row)}
         yield {**blank, "fate": Fate.BAD, "problem": json.dumps(told)}
         return
     for ids, labels, fate in pieces:
         learned = sum(label != IGNORE for label in labels)
-        yield {**blank, "input_ids": ids, "labels": labels, "length": len(ids), "supervised": learned, "fate": fate}
+        found = {"input_ids": ids, "labels": labels, "tokens": _tokens_hash(ids, labels), "fate": fate}
+        yield {**blank, **found, "length": len(ids), "supervised": learned}
 
 
 def _sample(row: Row, source: Source) -> Sample:
-    if isinstance(row.value, BadRow):
-        raise row.value
-    return to_sample(row.value, source.format_type, source.columns)
+    return to_sample(row.readable(), source.format_type, source.columns)
 
 
-def _writable(value: object) -> str:
+def _writable(row: Row) -> str:
     """The row as text for the quarantine file; half surrogate pairs and the like are escaped."""
-    return "" if isinstance(value, BadRow) else json.dumps(value, default=str)
+    return row.text if isinstance(row.value, BadRow) else json.dumps(row.value, default=str)
 
 
-def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[list[int], list[int], tuple[str, ...]]:
+def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[list[int], list[int], tuple[Note, ...]]:
     if isinstance(sample, TokenIds):
         strange = next((token for token in sample.input_ids if not 0 <= token < len(tokenizer)), None)
         if strange is not None:
@@ -260,10 +259,13 @@ def _fitted(ids: list[int], labels: list[int], options: TokeniseOptions) -> Iter
 def content_hash(sample: Sample) -> int:
     """64 bits of what is said: the same for the same conversation, in any file and format."""
     if isinstance(sample, TokenIds):
-        told = hashlib.blake2b(np.array([sample.input_ids, sample.labels], dtype=np.int64).tobytes()).digest()
-    else:
-        told = digest(said(sample))
-    return int.from_bytes(told[:8], "little", signed=True)
+        return _tokens_hash(sample.input_ids)
+    return int.from_bytes(digest(said(sample))[:8], "little", signed=True)
+
+
+def _tokens_hash(*lists: list[int]) -> int:
+    numbers = np.array(lists, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(numbers, digest_size=8).digest(), "little", signed=True)
 
 
 def said(sample: Sample) -> object:
@@ -288,11 +290,12 @@ def near_doubles(sources: list[Source], choices: list[Choice | None]) -> Dataset
     """
     key = [[fingerprint(source), source.format_type, source.columns, _code(source.format_type)] for source in sources]
     key += [[asdict(choice) if choice else None for choice in choices], NEAR, CACHE_VERSION]
-    return Dataset.from_generator(
+    return _cached(
         _near_doubles,
-        features=Features({"source": Value("int64"), "row": Value("int64"), "near": Value("bool")}),
-        gen_kwargs={"sources": tuple(sources), "choices": tuple(choices)},
-        fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
+        Features({"source": Value("int64"), "row": Value("int64"), "near": Value("bool")}),
+        hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
+        sources=tuple(sources),
+        choices=tuple(choices),
     )
 
 

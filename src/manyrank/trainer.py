@@ -177,7 +177,7 @@ class Trainer:
         self.seen_tokens += result.tokens
         self.state.global_step += 1
         self.state.num_input_tokens_seen += result.tokens
-        self.state.epoch = self.state.global_step / self.loader.steps_per_epoch * self.loader.examples.report.share
+        self.state.epoch = self.state.global_step / self.loader.steps_per_epoch * self.loader.examples.report.needed
         self._event("on_step_end")
         if self.control.should_log:
             self._log(self._measured(result))

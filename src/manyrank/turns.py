@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
+
+from .errors import UserError
 
 Message = dict[str, Any]  # role, content, and optionally tool_calls, reasoning_content, weight, name, tool_call_id
 
@@ -48,6 +52,28 @@ class BadRow(ValueError):
 
     def __str__(self) -> str:
         return self.detail
+
+
+SHOWN = 10  # bad rows in an error
+
+
+def bad_rows_error(
+    first: Iterable[tuple[str, str]], reasons: Counter[str], *, out_of: str, fix: str = "mend these rows"
+) -> UserError:
+    """The error that tells of all bad rows: the first SHOWN with their places, and how many by reason.
+
+    Args:
+        first: the place and detail of each, or only of the first SHOWN.
+        out_of: how many rows there are, "20 rows".
+    """
+    shown = [f"{place}: {detail}" for place, detail in islice(first, SHOWN)]
+    more = [f"and {reasons.total() - len(shown):,} more"] if reasons.total() > len(shown) else []
+    counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return UserError(
+        f"{reasons.total():,} of {out_of} cannot be used ({counted})",
+        where="\n       ".join([*shown, *more]),
+        fix=f"{fix}; or set on_bad_row: skip, which puts such rows aside and counts them",
+    )
 
 
 # Values
