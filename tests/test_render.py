@@ -192,9 +192,7 @@ def test_thinking_that_the_template_keeps_is_learned_with_its_tags():
     ]
     rendered = render(tokenizer, turns)
     assert rendered.supervised_texts == ["2<|im_end|>", "<think>\n2 and 1\n</think>\n\n3<|im_end|>"]
-    assert [note.text for note in [note.text for note in rendered.notes]] == [
-        "the chat template drops the thinking of message 2"
-    ]
+    assert [note.text for note in rendered.notes] == ["the chat template drops the thinking of message 2"]
     stripped = render(tokenizer, turns, options=RenderOptions(thinking="strip"))
     assert stripped.supervised_texts == ["2<|im_end|>", "3<|im_end|>"] and not stripped.notes
 
