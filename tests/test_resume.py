@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, launch
 
-from manyrank import checkpoint
+from manyrank import run_folder
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3"])
@@ -56,20 +56,20 @@ def test_full_fine_tuning_resumes(embedded_model, tmp_path):
 
 def test_damage_is_found(whole_run, tmp_path):
     good = whole_run.folder / "checkpoint-3"
-    assert checkpoint.damage(good) is None
+    assert run_folder.damage(good) is None
     for name in ("adapter_model.safetensors", "optimizer-00001.safetensors", "trainer_state.json"):
         folder = tmp_path / name / "checkpoint-3"
         shutil.copytree(good, folder)
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
-        assert checkpoint.damage(folder) == f"{folder / name} is damaged"
+        assert run_folder.damage(folder) == f"{folder / name} is damaged"
         (folder / name).unlink()
-        assert checkpoint.damage(folder) == f"{folder / name} is missing"
+        assert run_folder.damage(folder) == f"{folder / name} is missing"
     shutil.copytree(good, tmp_path / "run" / "checkpoint-3")
     shutil.copytree(good, tmp_path / "run" / "checkpoint-6")
     (tmp_path / "run" / "checkpoint-6" / "manifest.json").unlink()
-    assert checkpoint.find(tmp_path / "run", "auto") == tmp_path / "run" / "checkpoint-3"
+    assert run_folder.find(tmp_path / "run", "auto").folder == tmp_path / "run" / "checkpoint-3"
     run = launch(tmp_path / "new", f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-6'}", "--max_steps=6")
     assert run.code == 2 and "manifest.json" in run.stderr and "Traceback" not in run.stderr
 
@@ -85,8 +85,8 @@ def test_a_changed_recipe_is_refused(whole_run, tmp_path):
 def test_retention_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoint.retain(tmp_path, 2, best=str(tmp_path / "checkpoint-1"))
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
+    run_folder.retain(tmp_path, 2, keep=[tmp_path / "checkpoint-1", tmp_path / "checkpoint-4"])
+    assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
 
 
 def test_nothing_in_a_checkpoint_is_pickled(whole_run):
@@ -113,7 +113,7 @@ def test_sigterm_saves_and_exits_with_75(embedded_model, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-    (saved,) = checkpoint.checkpoints(folder)
-    assert checkpoint.damage(saved) is None
+    (saved,) = run_folder.checkpoints(folder)
+    assert run_folder.damage(saved) is None
     state = json.loads((saved / "trainer_state.json").read_text())
     assert state["global_step"] == len(log.read_text().splitlines())

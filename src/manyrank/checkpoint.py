@@ -1,4 +1,4 @@
-"""Checkpoints that any strategy can read: full tensors by name, and complete or absent.
+"""Checkpoints that any strategy can read: full tensors by name. How they become complete is in `run_folder`.
 
     checkpoint-100/
     ├── adapter_config.json, adapter_model.safetensors    or the whole model, when all of it is trained
@@ -8,30 +8,53 @@
     ├── run.json                                          what must not change on a resume
     └── manifest.json                                     size and hash of every other file; written last
 
-The folder is filled under a name that ends in ".partial", then renamed. Nothing in it is pickled. The position in the
-data and the learning rate follow from the step alone.
+Nothing in it is pickled. The position in the data and the learning rate follow from the step alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .errors import UserError
+from . import run_folder
+from .errors import SaveError
 from .runtime import OptimizerState, Runtime
 
-NAME = re.compile(r"checkpoint-(\d+)")
-MANIFEST = "manifest.json"
 FILE_BYTES = 2 * 1024**3  # host memory that rank 0 needs while it writes
+
+
+class _Attempt:
+    """Writes that may fail on one rank while all ranks go on to meet in the next collective."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.problem = runtime, None
+
+    def run(self, work: Callable, *args, only_main: bool = False):
+        """Do it, unless something has failed here before."""
+        if self.problem or (only_main and not self.runtime.accelerator.is_main_process):
+            return None
+        try:
+            return work(*args)
+        except (OSError, SafetensorError) as error:
+            self.problem = f"rank {self.runtime.accelerator.process_index}: {error}"
+        return None
+
+    def agree(self) -> None:
+        """Wait for all ranks.
+
+        Raises:
+            SaveError: something failed on one of them.
+        """
+        problems = [problem for problem in gather_object([self.problem]) if problem]
+        if problems:
+            raise SaveError("; ".join(problems))
 
 
 class FullWriter:
@@ -62,21 +85,29 @@ def save_weights(runtime: Runtime, folder: Path, *, dtype: torch.dtype | None = 
         dtype: cast to this type; None keeps the optimizer's precision.
 
     Raises:
+        SaveError: the disk is full, or something of the kind; on every rank.
         RuntimeError: tensors are missing in the written file; some wrappers of some versions lose them silently.
     """
+    attempt = _Attempt(runtime)
+    _write_weights(runtime, folder, attempt, dtype)
+    attempt.agree()
+
+
+def _write_weights(runtime: Runtime, folder: Path, attempt: _Attempt, dtype: torch.dtype | None = None) -> None:
     model, main = runtime.model, runtime.accelerator.is_main_process
-    names = list(runtime.trainable)
-    state = {}
+    names, state = list(runtime.trainable), {}
     for name, tensor in runtime.full_parameters(names):
         if main:
             state[name] = tensor.to(dtype) if dtype else tensor.clone()
     if not main:
         return
     adapter = hasattr(model, "peft_config")
-    model.save_pretrained(folder, state_dict=state, **({"save_embedding_layers": False} if adapter else {}))
-    written = sum(len(safe_open(file, "pt").keys()) for file in folder.glob("*model*.safetensors"))
-    if written != len(names):
-        raise RuntimeError(f"{folder} has {written} tensors, not {len(names)}")
+    more = {"save_embedding_layers": False} if adapter else {}
+    attempt.run(lambda: model.save_pretrained(folder, state_dict=state, **more))
+    if not attempt.problem:
+        written = sum(len(safe_open(file, "pt").keys()) for file in folder.glob("*model*.safetensors"))
+        if written != len(names):
+            raise RuntimeError(f"{folder} has {written} tensors, not {len(names)}")
 
 
 def load_weights(runtime: Runtime, folder: Path) -> None:
@@ -95,29 +126,38 @@ def save(runtime: Runtime, output_dir: Path, step: int, *, state: dict, run: dic
     Args:
         state: what the trainer wants back, as JSON values.
         run: what must be the same when the run is resumed.
+
+    Raises:
+        SaveError: it could not be written; on every rank.
     """
-    final = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f"{final.name}.partial"
-    main = runtime.accelerator.is_main_process
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    runtime.accelerator.wait_for_everyone()
-    save_weights(runtime, partial)
+    attempt = _Attempt(runtime)
+    partial = output_dir / f"checkpoint-{step}{run_folder.PARTIAL}"
+    try:
+        attempt.run(run_folder.begin, output_dir, step, only_main=True)
+        attempt.agree()
+        _write_weights(runtime, partial, attempt)
+        _write_optimizer(runtime, partial, attempt)
+        own = partial / f"rng-{runtime.accelerator.process_index:05d}.safetensors"
+        attempt.run(save_file, _generators(), own)
+        attempt.run(run_folder.sync, own)  # by the rank that wrote it: the machine of rank 0 may be another one
+        for name, content in {"trainer_state.json": state, "run.json": run}.items():
+            attempt.run(run_folder.write, partial / name, json.dumps(content, indent=1), only_main=True)
+        attempt.agree()
+        attempt.run(run_folder.seal, partial, only_main=True)
+        attempt.agree()
+    except SaveError:
+        if runtime.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output_dir / f"checkpoint-{step}"
+
+
+def _write_optimizer(runtime: Runtime, partial: Path, attempt: _Attempt) -> None:
     writer = FullWriter(partial, "optimizer")
     for name, moments in runtime.optimizer_state():
-        if main:
-            for key, tensor in moments.items():
-                writer.add(f"{name}|{key}", tensor)
-    writer.flush()
-    save_file(_generators(), partial / f"rng-{runtime.accelerator.process_index:05d}.safetensors")
-    runtime.accelerator.wait_for_everyone()
-    if main:
-        (partial / "trainer_state.json").write_text(json.dumps(state, indent=1))
-        (partial / "run.json").write_text(json.dumps(run, indent=1))
-        _seal(partial, final)
-    runtime.accelerator.wait_for_everyone()
-    return final
+        for key, tensor in moments.items():
+            attempt.run(writer.add, f"{name}|{key}", tensor, only_main=True)
+    attempt.run(writer.flush, only_main=True)
 
 
 def load(runtime: Runtime, folder: Path, dry_step) -> dict:
@@ -137,107 +177,6 @@ def load(runtime: Runtime, folder: Path, dry_step) -> dict:
     if mine.exists():  # more processes than before: the new ones keep their fresh generators
         _set_generators(load_file(mine))
     return json.loads((folder / "trainer_state.json").read_text())
-
-
-def find(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint to resume from.
-
-    Args:
-        wanted: "auto" for the newest complete one of the run, or a checkpoint's folder.
-
-    Returns:
-        Its folder; None if "auto" finds a run that has not saved yet.
-
-    Raises:
-        UserError: a named checkpoint is not complete, or "auto" finds only damaged ones or a finished run.
-    """
-    if wanted != "auto":
-        problem = damage(Path(wanted))
-        if problem:
-            raise UserError(
-                problem, where=f"resume_from_checkpoint {wanted}", fix="name a complete checkpoint, or auto"
-            )
-        return Path(wanted)
-    found = checkpoints(output_dir)
-    newest = next((folder for folder in reversed(found) if not damage(folder)), None)
-    if newest is None and (found or (output_dir / "final_model").exists()):
-        raise UserError(
-            damage(found[-1]) if found else f"{output_dir} is a finished run without checkpoints",
-            where="resume_from_checkpoint auto",
-            fix="choose another --output_dir for a new run",
-        )
-    return newest
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    found = [path for path in output_dir.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used; None if it is complete, by the size and hash of every file."""
-    if not (folder / MANIFEST).is_file():
-        return f"{folder} is not a complete checkpoint: it has no {MANIFEST}"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
-        return f"{folder / MANIFEST} is damaged"
-    for name, entry in manifest.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != entry["bytes"] or _hash(file) != entry["sha256"]:
-            return f"{file} is damaged"
-    return None
-
-
-def changes(folder: Path, run: dict) -> list[str]:
-    """What a resume would change, as 'key: before -> now'."""
-    before = json.loads((folder / "run.json").read_text())
-    return [f"{key}: {before.get(key)} -> {value}" for key, value in run.items() if before.get(key) != value]
-
-
-def retain(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints over `limit`; never the newest, never the best."""
-    if limit is None:
-        return
-    removable = [path for path in checkpoints(output_dir)[:-1] if str(path) != best]
-    for path in removable[: max(0, len(checkpoints(output_dir)) - limit)]:
-        shutil.rmtree(path)
-
-
-def _seal(partial: Path, final: Path) -> None:
-    manifest = {}
-    for file in _files(partial):
-        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
-        _sync(file)
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync(partial / MANIFEST)
-    _sync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _sync(final.parent)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST)
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _generators() -> dict[str, torch.Tensor]:

@@ -35,6 +35,10 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not a finite number; raised before the optimizer has stepped."""
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
 class Preempted(SystemExit):
     """A signal asked the run to stop; its checkpoint is complete."""
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from .config import TrainConfig, asset
 from .errors import EXIT_FAILED, UserError
 from .hardware import Hardware
+from .interrupts import pass_on_while
 from .options import CommandLine, Where
 from .topology import default_strategy
 
@@ -163,14 +164,17 @@ def run(launch: LaunchPlan) -> int:
     sys.stdout.flush()
     if launch.argv[0] == sys.executable:
         os.execv(sys.executable, launch.argv)
+    return pass_on_while(lambda: _launched(launch.argv))
+
+
+def _launched(argv: tuple[str, ...]) -> int:
     logging.disable(logging.ERROR)  # the agents report a worker's failure in 30 lines; the worker has said it in three
     from subprocess import CalledProcessError
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        _run_in_process(launch.argv)
+        _run_in_process(argv)
     except ChildFailedError as failed:
         code = failed.get_first_failure()[1].exitcode
     except CalledProcessError as failed:
@@ -178,8 +182,6 @@ def run(launch: LaunchPlan) -> int:
     except ConnectionError as error:  # accelerate looks before it starts anything
         fix = "choose another port in rdzv_endpoint, or end what listens there"
         raise UserError(str(error).split(". ")[0], where="the rendezvous port", fix=fix) from None
-    except SignalException as signalled:  # the agent has passed it on to the workers and waited for them
-        code = -signalled.sigval
     else:
         return 0
     return code if code > 0 else EXIT_FAILED if code == 0 else 128 - code

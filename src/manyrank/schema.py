@@ -198,6 +198,13 @@ class TrainConfig(BaseModel):
     resume_from_checkpoint: str | None = Field(
         None, min_length=1, description="a checkpoint folder, or 'auto' for the run's newest"
     )
+    resume_changes: Strings = Field(
+        [],
+        description="what a resumed run may have otherwise than its checkpoint: learning_rate, max_steps, data_path, ...",
+    )
+    hang_timeout: Float = Field(
+        600, gt=0, description="seconds without a sign of life after which a rank is named and its stacks are written"
+    )
     callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
     sample_questions: Strings = Field([], description="questions answered before and after the training")
     sample_max_new_tokens: Int = Field(64, gt=0, description="tokens of such an answer")

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,25 +17,14 @@ from transformers.utils import logging as transformers_logging
 from . import checkpoint, metrics, strategy
 from .config import TrainConfig
 from .data import Examples, prepare, render_options, write_quarantine
-from .errors import UserError
 from .generate import answers
-from .model import evaluation_mode, load_model, load_tokenizer, plan_load
+from .model import evaluation_mode, load_model, load_tokenizer, plan_load, resolve_name
 from .optim import build_optimizer
+from .resume import Start, base_fingerprint, find_start, identity, refuse_changes
 from .runtime import Runtime
 from .runtime import prepare as prepare_runtime
 from .topology import Topology
 from .trainer import Trainer
-
-# What shapes the result; a resumed run must not differ in it.
-IDENTITY = (
-    "model_name_or_path", "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length",
-    "packing", "chat_template_kwargs", "train_on_last_turn", "train_on_prompt", "train_on_opening", "thinking", "stop_tokens",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
-    "seed",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)  # fmt: skip
 
 
 @dataclass
@@ -47,7 +36,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     trainer: Trainer
     output_dir: Path
-    resume_from: Path | None
+    start: Start
 
     @property
     def accelerator(self) -> Accelerator:
@@ -72,11 +61,11 @@ class Session:
 
     def run(self) -> None:
         """Train, save final_model, show the answers to the recipe's questions before and after."""
-        if self.config.resume_from_checkpoint and not self.resume_from:
-            self.say(f"{self.output_dir} has no checkpoint yet: starting from the beginning")
-        if self.resume_from:
-            self.trainer.resume(self.resume_from)
-            self.say(f"resumed from {self.resume_from}, step {self.trainer.state.global_step}")
+        for note in self.start.notes:
+            self.say(note)
+        if self.start.folder:
+            self.trainer.resume(self.start.folder)
+            self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
         self._write_facts()
         before = self._answers()
         self.trainer.train()
@@ -139,12 +128,11 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
         UserError: something that only shows now is wrong: a row, the model, a checkpoint.
     """
     _prepare_environment(config, output_dir)
-    resume_from = checkpoint.find(output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    if resume_from and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
-        batch = json.loads((resume_from / "run.json").read_text())["global_batch_size"]
-        config = config.model_copy(update={"global_batch_size": batch})
     tokenizer = load_tokenizer(config)
     accelerator = strategy.start(config, place, bf16=bf16)
+    start = find_start(config, output_dir, accelerator)
+    if start.folder and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
+        config = config.model_copy(update={"global_batch_size": start.global_batch_size})
     train, evaluation = _data(config, tokenizer, accelerator.num_processes)
     if accelerator.is_main_process:
         print(f"training data: {train.describe()}", flush=True)
@@ -155,22 +143,25 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
     model = load_model(plan_load(config, accelerator, bf16=bf16), config)
     runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
-    run = {key: getattr(config, key) for key in IDENTITY} | {
-        "data": train.fingerprint,
-        "global_batch_size": config.batch(accelerator.num_processes),
-        "examples": len(train),
-        "tokens": int(train.lengths.sum()),
-        "bf16": bf16,
-    }
+    run = identity(
+        config,
+        model=base_fingerprint(resolve_name(config.model_name_or_path), getattr(model.config, "_commit_hash", None)),
+        data=train.fingerprint,
+        global_batch_size=config.batch(accelerator.num_processes),
+        examples=len(train),
+        tokens=int(train.lengths.sum()),
+        bf16=bf16,
+    )
     trainer = Trainer(config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run)
-    if resume_from:
-        _refuse_changes(resume_from, trainer.run)
+    if start.folder:
+        changed = refuse_changes(start.folder, trainer.run, allowed=config.resume_changes)
+        start = replace(start, notes=(*start.notes, *(f"changed, as allowed: {change}" for change in changed)))
     if accelerator.is_main_process and accelerator.num_processes > 1 and config.packing != "none":
         print(
             f"packing: {config.packing}; {trainer.loader.imbalance():.1%} between the longest rank and the mean",
             flush=True,
         )
-    return Session(config, runtime, tokenizer, trainer, output_dir, resume_from)
+    return Session(config, runtime, tokenizer, trainer, output_dir, start)
 
 
 def _data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, world: int) -> tuple[Examples, Examples | None]:
@@ -190,16 +181,6 @@ def _prepare_environment(config: TrainConfig, output_dir: Path) -> None:
         os.environ.setdefault("WANDB_DIR", str(output_dir))
         if config.wandb_project:
             os.environ["WANDB_PROJECT"] = config.wandb_project
-
-
-def _refuse_changes(folder: Path, run: dict) -> None:
-    changed = checkpoint.changes(folder, run)
-    if changed:
-        raise UserError(
-            f"the resumed run would not be the same: {'; '.join(changed)}",
-            where=str(folder),
-            fix="give the values of the checkpoint, or start a new run",
-        )
 
 
 def _one_line(text: str) -> str:

@@ -47,6 +47,11 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Topology:
     )
 
 
+def restarts(environ: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun has started the workers anew after a failure."""
+    return _count(environ, "TORCHELASTIC_RESTART_COUNT", 0)
+
+
 def _count(environ: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
     value = environ.get(name, str(default))
     if not (value.isascii() and value.isdigit() and int(value) >= least):

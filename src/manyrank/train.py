@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from . import hardware, rules, topology
 from .config import Resolved, resolve
-from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, UserError
+from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, SaveError, UserError
+from .interrupts import STOP
 from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE, default_output_dir
 from .options import CommandLine, parse
 from .topology import Topology
@@ -50,6 +51,9 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
     except NonFiniteError as error:
         _say(f"stopped before the optimizer used it: {error}", place)
         return EXIT_FAILED
+    except SaveError as error:
+        _say(f"stopped: {error}", place)
+        return EXIT_FAILED
     except Preempted as stop:
         return stop.code
     except Exception:
@@ -71,6 +75,7 @@ def _say(message: object, place: Topology) -> None:
 
 
 def _train(line: CommandLine, place: Topology) -> None:
+    STOP.listen()
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
     output_dir = Path(config.output_dir or default_output_dir(line))
@@ -103,7 +108,7 @@ def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.H
     rules.check(
         rules.Situation(resolved, strategy, nproc=place.local_world_size, world_size=place.world_size, hardware=machine)
     )
-    if place.is_main:
+    if place.is_main and not topology.restarts():
         rules.check_output_dir(resolved.config, output_dir)
 
 

@@ -8,8 +8,8 @@ transformers' callbacks are driven from here: progress bar, trackers, early stop
 
 from __future__ import annotations
 
+import json
 import math
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +19,34 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from . import checkpoint
+from . import checkpoint, run_folder
 from .batches import Step, StepLoader
 from .callbacks import build_callbacks, training_arguments
 from .config import TrainConfig
 from .data import Examples
 from .errors import NonFiniteError, Preempted, UserError
+from .interrupts import STOP
 from .loss import token_loss_sum
 from .metrics import peak_memory
 from .model import evaluation_mode
 from .optim import advance, build_schedule
 from .runtime import Runtime
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from .saver import Saver
+from .watchdog import Heart, Watchdog
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the step's supervised tokens on all ranks, in nats. grad_norm: before clipping."""
+    """loss: mean over the step's supervised tokens on all ranks, in nats. grad_norm: before clipping.
+
+    Whether a signal on any rank asked to stop, and whether a file asked to save, is the same on all ranks.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
-    stop_requested: bool
+    stop_requested: bool = False
+    save_requested: bool = False
 
 
 class Trainer:
@@ -83,7 +88,8 @@ class Trainer:
         )
         self.losses: list[float] = []  # since the last line of metrics, as are the next two
         self.seen_tokens, self.seconds = 0, 0.0
-        self.signalled = False
+        self.saver = Saver(runtime, output_dir, run=self.run, limit=config.save_total_limit)
+        self.heart: Heart | None = None  # while the loop runs
 
     # The loop
 
@@ -92,14 +98,22 @@ class Trainer:
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the optimizer has not used it.
+            SaveError: two checkpoints in a row could not be written.
             Preempted: a signal came; the checkpoint is complete.
         """
-        handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        self.heart = Heart(self.output_dir, self.runtime.accelerator.process_index)
+        watchdog = Watchdog(self.heart, patience=self.config.hang_timeout)
+        watchdog.start()
         try:
             self._loop()
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            watchdog.stop()
+            self.heart.stop()
+            self.heart = None
+
+    def _in_phase(self, phase: str) -> None:
+        if self.heart:
+            self.heart.beat(self.state.global_step + 1, phase)
 
     def _loop(self) -> None:
         self._event("on_train_begin")
@@ -107,33 +121,38 @@ class Trainer:
             number = self.state.global_step
             if number % self.loader.steps_per_epoch == 0:
                 self._event("on_epoch_begin")
+            self._in_phase("callbacks")
             self._event("on_step_begin")
             started = time.perf_counter()
+            self._in_phase("reading")
             result = self.train_step(self.loader.step(number))
             advance(self.schedule)
             self.seconds += time.perf_counter() - started
             self._after_step(result)
             if result.stop_requested:
-                self._save()
+                self._save(must=True)
                 raise Preempted
-        if self.config.load_best_model_at_end and self.state.best_model_checkpoint:
-            checkpoint.load_weights(self.runtime, Path(self.state.best_model_checkpoint))
+        if best := self._best():
+            checkpoint.load_weights(self.runtime, best)
         self._event("on_train_end")
 
     def train_step(self, step: Step) -> StepResult:
         """One optimizer step over this rank's micro-batches."""
         losses = self._forward_backward(step)
         local = torch.stack(losses).sum()
-        total, stops = self.runtime.sum(torch.stack([local, local.new_tensor(float(self.signalled))])).tolist()
+        wishes = local.new_tensor([float(STOP.requested), float(self.main and self.saver.wished)])
+        self._in_phase("waiting for the others")
+        total, stops, saves = self.runtime.sum(torch.cat([local[None], wishes])).tolist()
         if not math.isfinite(total):
-            raise NonFiniteError(f"the loss is {total} in {self._rows_of_bad(step, losses)}")
+            raise self._non_finite(f"the loss is {total}", self._bad_rows(step, losses))
+        self._in_phase("optimizer")
         try:
             norm = self.runtime.step(
                 learning_rate=self.schedule.get_last_lr()[0], max_grad_norm=self.config.max_grad_norm
             )
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error} in {self._rows_of_all(step)}") from None
-        return StepResult(total / step.supervised, norm, step.tokens, stops > 0)
+            raise self._non_finite(str(error), sum((micro.rows for micro in step.micro_batches), [])) from None
+        return StepResult(total / step.supervised, norm, step.tokens, stops > 0, saves > 0)
 
     def _forward_backward(self, step: Step) -> list[torch.Tensor]:
         losses = []
@@ -141,6 +160,7 @@ class Trainer:
         scale = self.world / step.supervised
         for index, micro in enumerate(step.micro_batches):
             last = index + 1 == len(step.micro_batches)
+            self._in_phase(f"forward and backward of micro-batch {index + 1}")
             with self.runtime.forward_backward(last=last):
                 micro = micro.to(self.device)
                 loss = token_loss_sum(self.runtime.wrapped, micro.inputs, micro.positions, micro.targets)
@@ -154,7 +174,7 @@ class Trainer:
         losses = self._forward_backward(step)
         self.runtime.discard_gradients()
         total = self.runtime.sum(torch.stack(losses).sum()).item()
-        return StepResult(total / step.supervised, math.nan, step.tokens, False)
+        return StepResult(total / step.supervised, math.nan, step.tokens)
 
     # Validation
 
@@ -178,12 +198,14 @@ class Trainer:
         self.state.global_step += 1
         self.state.num_input_tokens_seen += result.tokens
         self.state.epoch = self.state.global_step / self.loader.steps_per_epoch * self.loader.examples.report.needed
+        self._in_phase("callbacks")
         self._event("on_step_end")
+        self._agree()
         if self.control.should_log:
             self._log(self._measured(result))
         if self.control.should_evaluate:
             self._evaluate_and_compare()
-        if self.control.should_save:
+        if self.control.should_save or result.save_requested:
             self._save()
         if self.state.global_step % self.loader.steps_per_epoch == 0:
             self._event("on_epoch_end")
@@ -217,30 +239,40 @@ class Trainer:
         value, best = metrics[self.config.metric_for_best_model], self.state.best_metric
         if best is None or (value > best if self.config.greater_is_better else value < best):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-            if self.config.load_best_model_at_end:
-                self.state.best_model_checkpoint = str(self.output_dir / f"checkpoint-{self.state.global_step}")
-                self.control.should_save = True
+            self.control.should_save |= self.config.load_best_model_at_end
 
     def _event(self, name: str, **kwargs) -> None:
         self.control = getattr(self.handler, name)(self.args, self.state, self.control, **kwargs)
 
+    def _agree(self) -> None:
+        """What one rank's callback asks for, all do: a user's callback may look at the clock."""
+        if self.config.callbacks:
+            flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+            asked = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
+            vars(self.control).update(zip(flags, (self.runtime.sum(asked) > 0).tolist()))
+
     # Saving and resuming
 
-    def _save(self) -> None:
+    def _save(self, *, must: bool = False) -> None:
+        """Write a checkpoint; `must` makes it an error that it cannot be written."""
+        self._in_phase("saving")
         state = {
             "global_step": self.state.global_step,
             "epoch": self.state.epoch,
             "num_input_tokens_seen": self.state.num_input_tokens_seen,
             "best_metric": self.state.best_metric,
             "best_global_step": self.state.best_global_step,
-            "best_model_checkpoint": self.state.best_model_checkpoint,
             "log_history": self.state.log_history,
+            "window": {"losses": self.losses, "seen_tokens": self.seen_tokens, "seconds": self.seconds},
             "callbacks": {type(c).__name__: c.state()["attributes"] for c in self._exportable()},
         }
-        checkpoint.save(self.runtime, self.output_dir, self.state.global_step, state=state, run=self.run)
-        if self.main:
-            checkpoint.retain(self.output_dir, self.config.save_total_limit, self.state.best_model_checkpoint)
+        self.saver.save(self.state.global_step, state, best=self._best(), must=must)
         self._event("on_save")
+
+    def _best(self) -> Path | None:
+        """The checkpoint that load_best_model_at_end takes."""
+        step = self.state.best_global_step
+        return self.output_dir / f"checkpoint-{step}" if step and self.config.load_best_model_at_end else None
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
@@ -249,7 +281,13 @@ class Trainer:
             for callback in self._exportable():
                 if type(callback).__name__ == name:
                     vars(callback).update(attributes)
+        vars(self).update(state.pop("window"))
         vars(self.state).update(state)
+        if folder.parent.resolve() == self.output_dir.resolve():
+            self.saver.saved = self.state.global_step
+        else:  # another run's best checkpoint is not in this one's folder
+            self.state.best_metric = self.state.best_global_step = None
+        self.schedule = build_schedule(self.config, self.total_steps)
         advance(self.schedule, self.state.global_step)
 
     def _zero_step(self) -> None:
@@ -258,9 +296,6 @@ class Trainer:
         with self.runtime.forward_backward(last=True):
             nothing = micro.positions[:0]
             self.runtime.backward(token_loss_sum(self.runtime.wrapped, micro.inputs, nothing, nothing), last=True)
-
-    def _on_signal(self, number, frame) -> None:
-        self.signalled = True
 
     # Pieces
 
@@ -293,21 +328,24 @@ class Trainer:
             is_world_process_zero=self.main,
         )
 
-    def _rows_of_bad(self, step: Step, losses: list[torch.Tensor]) -> str:
+    def _bad_rows(self, step: Step, losses: list[torch.Tensor]) -> list[tuple[str, int]]:
         bad = [micro.rows for micro, loss in zip(step.micro_batches, losses) if not torch.isfinite(loss)]
-        return self._named(sum(bad, []))
+        return sum(bad, [])
 
-    def _rows_of_all(self, step: Step) -> str:
-        return self._named(sum((micro.rows for micro in step.micro_batches), []))
-
-    def _named(self, rows: list[tuple[str, int]]) -> str:
+    def _non_finite(self, what: str, rows: list[tuple[str, int]]) -> NonFiniteError:
+        """The error that names the rows of each rank; they are written to logs/non_finite.json too."""
         everyone = gather_object([(self.runtime.accelerator.process_index, rows)])
+        number = self.state.global_step + 1
+        if self.main:
+            told = [{"rank": rank, "rows": [list(row) for row in rows]} for rank, rows in everyone if rows]
+            file = self.output_dir / "logs" / "non_finite.json"
+            run_folder.write(file, json.dumps({"step": number, "what": what, "ranks": told}, indent=1))
         named = [
             f"rank {rank}: rows {sorted(row for path, row in rows if path == source)} of {source}"
             for rank, rows in everyone
             for source in sorted({path for path, _ in rows})
         ]
-        return f"step {self.state.global_step + 1} ({'; '.join(named)})"
+        return NonFiniteError(f"{what} in step {number} ({'; '.join(named)}); see logs/non_finite.json")
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:

@@ -1,0 +1,85 @@
+"""Signals that ask a run to stop: a worker remembers them until the step's end, the launcher passes them on. No torch.
+
+SIGTERM, SIGUSR1 and SIGINT stop a run after a checkpoint; a second SIGINT stops it at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME = (
+    1.0  # seconds in which a second SIGINT is the first one that came on two ways, from the terminal and the launcher
+)
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interrupted: float | None = None
+        self._process = 0
+
+    def listen(self) -> None:
+        """Take over the signals of this process; only its main thread can."""
+        self._process = os.getpid()
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:  # a forked helper, that tokenises for instance; its parent ends it so
+            os._exit(128 + number)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted > SAME:
+                os._exit(128 + signal.SIGINT)
+            self._interrupted = self._interrupted or now
+        self.requested = True
+
+
+STOP = StopRequest()  # of this process
+
+
+def pass_on_while(work: Callable[[], int]) -> int:
+    """Run `work`, which starts processes, in a thread, and pass every stop signal on to them.
+
+    In the main thread torch's agent would take the signals itself: it ends its workers 30 s after SIGTERM, in the
+    middle of a save, and does not know SIGUSR1.
+
+    Returns:
+        What `work` returned; 128 plus the signal if one came before there was a process.
+    """
+    results: list[int | BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # raised again below
+            results.append(error)
+
+    before = {number: signal.signal(number, _pass_on) for number in SIGNALS}
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
+
+
+def _pass_on(number: int, frame: object) -> None:
+    import psutil
+
+    children = psutil.Process().children()
+    if not children:
+        os._exit(128 + number)
+    for child in children:
+        child.send_signal(number)

@@ -1,0 +1,168 @@
+"""Whether and where a run goes on: rank 0 looks, every rank hears the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from . import run_folder
+from .config import FIELDS, TrainConfig
+from .errors import UserError
+from .topology import restarts
+
+T = TypeVar("T")
+
+# What shapes the result; a resumed run must not differ in it.
+IDENTITY = (
+    "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length",
+    "packing", "chat_template_kwargs", "train_on_last_turn", "train_on_prompt", "train_on_opening", "thinking", "stop_tokens",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "seed",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)  # fmt: skip
+# What a run's identity calls otherwise than the recipe does.
+CALLED = {
+    "data_path": ("data", "examples", "tokens"),
+    "model_name_or_path": ("model",),
+    "num_train_epochs": ("total_steps",),
+    "max_steps": ("total_steps",),
+}
+FIXED = ("method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: None at its first step. `notes` are for the user."""
+
+    folder: Path | None
+    notes: tuple[str, ...] = ()
+    global_batch_size: int | None = None
+
+
+def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) -> Start:
+    """Clear away what a killed run left, and find the checkpoint to go on from. All ranks together.
+
+    A run that a launcher has started anew after a failure goes on from its newest checkpoint without being told.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or the machines do not share the run's folder; on every rank.
+    """
+    wanted = config.resume_from_checkpoint
+    if any(gather_object([restarts()])):
+        wanted = wanted or "auto"
+    start = from_main(accelerator, lambda: _start(output_dir, wanted, dry_run=config.dry_run))
+    _check_shared(output_dir, start.folder, accelerator)
+    return start
+
+
+def _start(output_dir: Path, wanted: str | None, *, dry_run: bool) -> Start:
+    notes = [] if dry_run else run_folder.tidy(output_dir)
+    if not wanted:
+        return Start(None, tuple(notes))
+    found = run_folder.find(output_dir, wanted)
+    notes += [f"passed over: {problem}" for problem in found.passed_over]
+    if not found.folder:
+        return Start(None, (*notes, f"{output_dir} has no checkpoint yet: starting from the beginning"))
+    run = json.loads((found.folder / "run.json").read_text())
+    return Start(found.folder, tuple(notes), run["global_batch_size"])
+
+
+def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; a UserError too."""
+    told: list = [None]
+    if accelerator.is_main_process:
+        try:
+            told = [work()]
+        except UserError as error:
+            told = [error]
+    broadcast_object_list(told)
+    if isinstance(told[0], UserError):
+        raise told[0]
+    return told[0]
+
+
+def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerator) -> None:
+    """Every machine must see what rank 0 writes: found now, and not at the first save.
+
+    Raises:
+        UserError: one of them does not; on every rank.
+    """
+    token = output_dir / f".shared-{from_main(accelerator, lambda: secrets.token_hex(8))}"
+    several = accelerator.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    if not several:
+        return
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    accelerator.wait_for_everyone()
+    sees = token.exists() and (folder is None or (folder / run_folder.MANIFEST).exists())
+    blind = [host for host, sees in gather_object([(os.uname().nodename, sees)]) if not sees]
+    if accelerator.is_main_process:
+        token.unlink()
+    if blind:
+        what = f"{', '.join(sorted(set(blind)))} cannot see {output_dir} of machine 0"
+        raise UserError(what, where="output_dir", fix="give a folder that all machines share")
+
+
+def identity(config: TrainConfig, **facts: object) -> dict:
+    """What must be the same when the run is resumed."""
+    return {key: getattr(config, key) for key in IDENTITY} | facts
+
+
+def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
+    """Compare a run with the checkpoint that it goes on from.
+
+    Args:
+        allowed: keys of the recipe that may differ.
+
+    Returns:
+        What differs and is allowed to, as 'key: before -> now'.
+
+    Raises:
+        UserError: something else differs, or a key cannot be allowed.
+    """
+    names = {name for key in allowed for name in CALLED.get(key, (key,))}
+    for key in allowed:
+        if key not in FIELDS or not set(CALLED.get(key, (key,))) <= run.keys():
+            known = sorted({*IDENTITY, *CALLED, "global_batch_size", "bf16"} - set(FIXED))
+            raise UserError(f"{key} is nothing that a resume compares", where="resume_changes", fix=f"known: {known}")
+        if key in FIXED:
+            fix = "start a new run"
+            raise UserError(f"{key} cannot change: it shapes the saved state", where="resume_changes", fix=fix)
+    if changed := run_folder.changes(folder, run, allowed=names):
+        raise UserError(
+            f"the resumed run would not be the same: {'; '.join(changed)}",
+            where=str(folder),
+            fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
+        )
+    return run_folder.changes(folder, run, allowed=run.keys() - names)
+
+
+def base_fingerprint(name: str, commit: str | None) -> str:
+    """What tells a base model from others, wherever it lies: its config, and a piece of each file of weights.
+
+    Args:
+        name: a folder, or a name on the hub.
+        commit: of the hub.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{commit}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            stream.seek(size // 2)
+            digest.update(b"%d" % size + stream.read(1 << 16))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,198 @@
+"""A run's folder on disk: which checkpoints are complete, and how one becomes complete. No torch.
+
+    checkpoint-100.partial/    being written; sealed by manifest.json, then renamed
+    checkpoint-100/            complete: every file has the size and hash that manifest.json says
+    checkpoint-50.removed/     being removed
+    SAVE_NOW                   a wish of the user: save at the next step
+
+A killed save leaves only what the next start removes, or what it can finish: a sealed folder that is not renamed yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+
+NAME = re.compile(r"checkpoint-(\d+)")
+MANIFEST, SAVE_NOW = "manifest.json", "SAVE_NOW"
+PARTIAL, REMOVED = ".partial", ".removed"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What to resume from: None for a run that has not saved yet. `passed_over`: newer ones, and why."""
+
+    folder: Path | None
+    passed_over: tuple[str, ...] = ()
+
+
+def find(output_dir: Path, wanted: str) -> Found:
+    """The checkpoint to resume from.
+
+    Args:
+        wanted: "auto" for the newest complete one of the run, or a checkpoint's folder.
+
+    Raises:
+        UserError: a named checkpoint is not complete, or "auto" finds only damaged ones or a finished run.
+    """
+    if wanted != "auto":
+        if problem := damage(Path(wanted)):
+            fix = "name a complete checkpoint, or auto"
+            raise UserError(problem, where=f"resume_from_checkpoint {wanted}", fix=fix)
+        return Found(Path(wanted))
+    problems = []
+    for folder in reversed(checkpoints(output_dir)):
+        problem = damage(folder)
+        if not problem:
+            return Found(folder, tuple(problems))
+        problems.append(problem)
+    if problems or (output_dir / "final_model").exists():
+        raise UserError(
+            problems[0] if problems else f"{output_dir} is a finished run without checkpoints",
+            where="resume_from_checkpoint auto",
+            fix="choose another --output_dir for a new run",
+        )
+    return Found(None)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    return sorted((path for path in output_dir.iterdir() if NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used; None if it is complete, by the size and hash of every file."""
+    if not (folder / MANIFEST).is_file():
+        return f"{folder} is not a complete checkpoint: it has no {MANIFEST}"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{folder / MANIFEST} is damaged"
+    for name, (size, digest) in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != size or _hash(file) != digest:
+            return f"{file} is damaged"
+    return None
+
+
+def changes(folder: Path, run: dict, *, allowed: Iterable[str] = ()) -> list[str]:
+    """What a resume would change, as 'key: before -> now', without what is allowed to."""
+    before = json.loads((folder / "run.json").read_text())
+    differing = [key for key, value in run.items() if before.get(key) != value and key not in set(allowed)]
+    return [f"{key}: {before.get(key)} -> {run[key]}" for key in differing]
+
+
+# Writing
+
+
+def begin(output_dir: Path, step: int) -> Path:
+    """An empty folder for a new checkpoint."""
+    partial = output_dir / f"checkpoint-{step}{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def seal(partial: Path) -> Path:
+    """Make a folder that is written complete: manifest, fsync, rename.
+
+    Returns:
+        Its final name.
+    """
+    manifest = {}
+    for file in sorted(path for path in partial.iterdir() if path.name != MANIFEST):
+        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        sync(file)
+    write(partial / MANIFEST, json.dumps(manifest, indent=1))
+    sync(partial)
+    return _rename_to_final(partial)
+
+
+def _rename_to_final(partial: Path) -> Path:
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    if final.exists():  # a damaged one that was passed over; the new one is sealed already, so nothing can get lost
+        _remove(final)
+    partial.rename(final)
+    sync(final.parent)
+    return final
+
+
+def write(file: Path, text: str) -> None:
+    """Write a small file, to the disk."""
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Removing
+
+
+def retain(output_dir: Path, limit: int | None, *, keep: Iterable[Path]) -> None:
+    """Remove checkpoints over `limit`: first those without a manifest, then the oldest; never one of `keep`."""
+    kept = {path.name for path in keep}
+    found = checkpoints(output_dir)
+    removable = [path for path in found if path.name not in kept]
+    removable.sort(key=lambda path: ((path / MANIFEST).is_file(), step_of(path)))
+    for path in removable[: max(0, len(found) - limit) if limit else 0]:
+        _remove(path)
+
+
+def tidy(output_dir: Path) -> list[str]:
+    """Clear away what a killed run left: finish a sealed checkpoint, remove the rest.
+
+    Returns:
+        What was done, in words.
+    """
+    done = []
+    for path in list(_leftovers(output_dir)):
+        if NAME.fullmatch(path.name.removesuffix(PARTIAL)) and damage(path) is None:
+            done.append(f"finished {_rename_to_final(path)}, which was written but not yet renamed")
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            done.append(f"removed {path}, which a killed run left")
+    return done
+
+
+def _leftovers(output_dir: Path) -> Iterator[Path]:
+    if output_dir.is_dir():
+        yield from sorted(path for path in output_dir.iterdir() if path.is_dir() and path.suffix in (PARTIAL, REMOVED))
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: a removal that is killed half way leaves no damaged checkpoint."""
+    removed = folder.with_name(folder.name + REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,154 @@
+"""A run that is asked to stop saves at the step's end and says so with its exit code, whoever gets the signal."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import psutil
+import pytest
+from conftest import ROOT, launch
+
+from manyrank import run_folder, watchdog
+
+
+@contextmanager
+def running(folder, *args, steps=2):
+    """`manyrank train` after its first steps."""
+    argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}", "--logging_steps=1"]
+    process = subprocess.Popen(
+        [*argv, "--max_steps=5000", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = folder / "logs" / "metrics.jsonl"
+    try:
+        wait_until(lambda: log.exists() and log.read_text().count("\n") >= steps or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.communicate()
+
+
+def wait_until(true, seconds=90):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def saved_step(folder) -> int:
+    (saved,) = run_folder.checkpoints(folder)
+    assert run_folder.damage(saved) is None
+    return json.loads((saved / "trainer_state.json").read_text())["global_step"]
+
+
+def workers(process) -> list[psutil.Process]:
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if "manyrank.train" in p.cmdline()]
+
+
+@pytest.mark.parametrize(
+    ("number", "receiver", "args"),
+    [
+        (signal.SIGTERM, "launcher", ("--strategy=ddp", "--nproc=2")),
+        (signal.SIGUSR1, "launcher", ("--strategy=zero3", "--nproc=2", "--via=torchrun")),
+        (signal.SIGINT, "launcher", ("--strategy=fsdp", "--nproc=2")),
+        (signal.SIGUSR1, "rank 1", ("--strategy=ddp", "--nproc=2")),
+        (signal.SIGINT, "launcher", ("--strategy=single",)),
+    ],
+)
+def test_a_signal_saves_and_exits_with_75(embedded_model, tmp_path, number, receiver, args):
+    folder = tmp_path / "run"
+    with running(folder, *args) as process:
+        if receiver == "launcher":
+            process.send_signal(number)
+        else:
+            by_rank = {p.environ()["RANK"]: p for p in workers(process)}
+            by_rank["1"].send_signal(number)
+        assert process.wait(60) == 75, process.communicate()
+        assert not workers_alive(folder)
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert saved_step(folder) == len(lines) == json.loads(lines[-1])["step"]
+    assert not (folder / "final_model").exists()
+
+
+def workers_alive(folder) -> list[psutil.Process]:
+    found = [p for p in psutil.process_iter(["cmdline"]) if f"--output_dir={folder}" in (p.info["cmdline"] or [])]
+    return [p for p in found if "manyrank.train" in p.info["cmdline"] and p.status() != psutil.STATUS_ZOMBIE]
+
+
+SLEEPER = """
+import os, time
+from transformers import TrainerCallback
+class Sleep(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and os.environ.get("RANK", "0") == os.environ["SLEEPER"]:
+            time.sleep(float(os.environ["SECONDS"]))
+"""
+
+
+@pytest.fixture
+def sleeper(tmp_path, monkeypatch):
+    """A callback in which one rank sleeps at the third step."""
+
+    def make(rank: int, seconds: float) -> str:
+        (tmp_path / "sleeping.py").write_text(SLEEPER)
+        for name, value in {"PYTHONPATH": tmp_path, "SLEEPER": rank, "SECONDS": seconds}.items():
+            monkeypatch.setenv(name, str(value))
+        return "--callbacks=sleeping:Sleep"
+
+    return make
+
+
+def test_a_second_interrupt_stops_at_once(embedded_model, tmp_path, sleeper):
+    folder = tmp_path / "run"
+    with running(folder, "--strategy=ddp", "--nproc=2", sleeper(1, 600)) as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    assert not run_folder.checkpoints(folder) and not workers_alive(folder)
+
+
+def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sleeper):
+    run = launch(tmp_path / "run", "--strategy=ddp", "--nproc=2", "--max_steps=4", "--hang_timeout=3", sleeper(1, 9))
+    assert run.code == 0, run.stderr  # a slow rank may come back, and did
+    (named,) = [line for line in run.stderr.splitlines() if "no sign of life" in line]
+    assert re.search(r"WARNING: rank 1 \(host .*\) has given no sign of life for \d+ s: step 3, callbacks", named)
+    assert "rank 0 in waiting for the others" in named or "rank 0 in forward and backward" in named
+    stacks = (run.folder / "logs" / "heartbeats" / "stacks-00001.txt").read_text()
+    assert "sleeping.py" in stacks and "in on_step_begin" in stacks
+    assert [beat.phase for beat in watchdog.beats(run.folder / "logs" / "heartbeats")] == ["done", "done"]
+
+
+def test_save_now_saves_at_the_next_step(embedded_model, tmp_path):
+    folder = tmp_path / "run"
+    with running(folder, "--strategy=ddp", "--nproc=2"):
+        (folder / "SAVE_NOW").touch()
+        wait_until(lambda: run_folder.checkpoints(folder) and not (folder / "SAVE_NOW").exists())
+        step = saved_step(folder)
+        log = folder / "logs" / "metrics.jsonl"
+        wait_until(lambda: log.read_text().count("\n") > step)  # and goes on
+
+
+def test_a_preempted_run_ends_as_the_uninterrupted_one(whole_run, tmp_path):
+    """The stop comes from a callback that sends the signal, so that it is the same step every time."""
+    (tmp_path / "stopping.py").write_text(
+        "import os, signal\nfrom transformers import TrainerCallback\n"
+        "class Stop(TrainerCallback):\n"
+        "    def on_step_begin(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 3:\n            os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    common = ("--max_steps=6", "--strategy=ddp", "--nproc=2")
+    env = {"PYTHONPATH": str(tmp_path)}
+    first = launch(tmp_path / "run", *common, "--callbacks=stopping:Stop", **env)
+    assert first.code == 75, first.stderr
+    assert [path.name for path in run_folder.checkpoints(first.folder)] == ["checkpoint-4"]
+    again = launch(tmp_path / "run", *common, "--resume_from_checkpoint=auto")
+    assert again.code == 0, again.stderr
+    assert again.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
