@@ -441,7 +441,7 @@ def test_the_command_line_comes_last(prepare, tmp_path):
         ({"filters": "dedup"}, "filters: 'dedup' is not right", "README"),
         ({"filters": ["dedupe"]}, "there is no filter 'dedupe'", "did you mean dedup?"),
         ({"data_path": {"path": "a", "weight": 2}}, "there is no option 'weight'", "there are path"),
-        ({"data_path": {"paht": "a"}}, "path must be given", "add path:"),
+        ({"data_path": {"paht": "a"}}, "there is no option 'paht'", "did you mean path?"),
         ({"data_path": []}, "data_path: [] is not right", "README"),
         ({"data_path": 5}, "5 is no mapping of options", "path"),
     ],

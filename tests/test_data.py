@@ -169,17 +169,55 @@ def test_no_row_left(examples_of, file):
 
 
 def test_tokens_that_the_model_does_not_have(examples_of, file):
-    path = file({"input_ids": [5, 6, 7]}, {"input_ids": [5, 999_999]}, {"input_ids": [5, -1]})
-    with pytest.raises(UserError, match=r"2 of 3 rows .*unknown token"):
+    labels = {"input_ids": [5, 6], "labels": [-100, 999_999]}
+    path = file({"input_ids": [5, 6, 7]}, {"input_ids": [5, 999_999]}, {"input_ids": [5, -1]}, labels)
+    with pytest.raises(UserError, match=r"3 of 4 rows .*2 unknown token"):
         examples_of(data_path=path)
 
 
 def test_a_template_that_does_not_fit_is_named_as_the_cause(examples_of, file, tmp_path):
-    broken = tmp_path / "broken.jinja"
-    broken.write_text("{% for m in messages %}{{ m.content }}")
+    picky = tmp_path / "picky.jinja"
+    picky.write_text("{{ raise_exception('no') }}")
     with pytest.raises(UserError, match="refused by template") as caught:
-        examples_of(data_path=file(qa("a")), chat_template=str(broken))
+        examples_of(data_path=file(qa("a")), chat_template=str(picky))
     assert "--chat_template" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "where"),
+    [
+        (b"{% for m in messages %}\n{{ m.content }", "the chat template is no Jinja: ", "t.jinja, line 2"),
+        (b"\xff\xfe\0", "not text in UTF-8", "t.jinja"),
+        (b" \n", "an empty template", "t.jinja"),
+    ],
+)
+def test_a_template_that_is_none(examples_of, file, tmp_path, content, what, where):
+    (tmp_path / "t.jinja").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        examples_of(data_path=file(qa("a")), chat_template=str(tmp_path / "t.jinja"))
+    assert caught.value.what.startswith(what) and caught.value.where.endswith(where)
+
+
+def test_variables_of_the_template(examples_of, file, tmp_path):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ day }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (tmp_path / "t.jinja").write_text(template)
+    given = {"data_path": file(qa("a")), "chat_template": str(tmp_path / "t.jinja")}
+    dated = examples_of(**given, chat_template_kwargs="{day: 2024-07-26}")
+    assert (
+        dated[0]["input_ids"] == examples_of(**given, chat_template_kwargs="{day: '2024-07-26'}")[0]["input_ids"]
+    ).all()
+    for wrong, what in {"messages": "not the recipe's to set", "dai": "knows no variable 'dai'"}.items():
+        with pytest.raises(UserError, match=what):
+            examples_of(**given, chat_template_kwargs=f"{{{wrong}: x}}")
+
+
+def test_the_fix_fits_the_reason(examples_of, file):
+    with pytest.raises(UserError) as caught:
+        examples_of(data_path=file(qa("a " * 50)), max_length=8, on_bad_row="skip")
+    assert caught.value.fix == "raise max_length if the answers lie behind it, or mend these rows"
+    with pytest.raises(UserError) as caught:
+        examples_of(data_path=file(qa("a " * 50)), max_length=8, overlong="error")
+    assert caught.value.fix.startswith("raise max_length, or set overlong") and "on_bad_row: skip" in caught.value.fix
 
 
 def test_an_end_of_turn_that_is_no_token_is_told(examples_of, file):
@@ -249,6 +287,15 @@ def test_near_duplicates_are_dropped_by_option(examples_of, file):
     assert rows_of(examples_of(data_path=path)) == [1, 2, 3]
     near = examples_of(data_path=path, duplicates="drop_near")
     assert rows_of(near) == [1, 3] and near.report.counts == {"duplicates, left out": 1}
+
+
+def test_a_row_that_is_left_out_has_no_near_duplicates(examples_of, file):
+    text = " ".join(f"word{i}" for i in range(80))
+    path = file(qa(text + " and much more" * 40), qa(text + " and much more" * 38), qa("short"))
+    given = {"data_path": path, "duplicates": "drop_near", "overlong": "drop"}
+    lengths = examples_of(data_path=path, max_length=2000).lengths
+    assert lengths[0] > lengths[1] and rows_of(examples_of(**given, max_length=2000)) == [1, 3]
+    assert rows_of(examples_of(**given, max_length=int(lengths[1]))) == [2, 3]
 
 
 def test_the_split_is_by_content_and_rows_never_move(examples_of, file):

@@ -114,6 +114,11 @@ def test_tool_calls_that_others_wrote():
 CONVERSATIONS = [
     ("question_answer", ROW, turns(("user", "q"), ("assistant", "a"))),
     ("question_answer", ROW | {"source": "s"}, turns(("user", "q"), ("assistant", "a\n\nSource: s"))),
+    (
+        "question_answer",
+        ROW | {"system": "be brief", "history": [["x", "y"]]},
+        turns(("system", "be brief"), ("user", "x"), ("assistant", "y"), ("user", "q"), ("assistant", "a")),
+    ),
     ("question_answer", ROW | {"source": ""}, turns(("user", "q"), ("assistant", "a"))),
     ("question_answer", ROW | {"source": None}, turns(("user", "q"), ("assistant", "a"))),
     ("alpaca", {"instruction": "i", "output": "o"}, turns(("user", "i"), ("assistant", "o"))),

@@ -24,7 +24,7 @@ def running(folder, *args, steps=2):
     )
     log = folder / "logs" / "metrics.jsonl"
     try:
-        wait_until(lambda: log.exists() and log.read_text().count("\n") >= steps or process.poll() is not None)
+        wait_until(lambda: (log.exists() and log.read_text().count("\n") >= steps) or process.poll() is not None)
         assert process.poll() is None, process.communicate()
         yield process
     finally:

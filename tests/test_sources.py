@@ -278,6 +278,25 @@ def test_a_quote_that_is_not_closed(file):
     assert caught.where == f"{path}, line 3"
 
 
+def test_a_quote_that_takes_other_rows_with_it(file):
+    """What of it is a row nobody knows, so nothing is skipped."""
+    caught = read_error(path := file('q,a\nq1,a1\n"q2,a2\nq3,a3\n"q5",a5\nq6,a6\n', "rows.csv"))
+    assert caught.what.startswith("broken CSV: ") and caught.where == f"{path}, line 3"
+
+
+def test_what_stands_in_a_broken_row_is_kept(file):
+    table = read_rows(Source(str(file(b'a,b\n1\n"x"y,2\n1,\xff\n', "rows.csv"))))
+    assert [row.text for row in table] == ["1", '"x"y,2', "1,\\xff"]
+    array = read_rows(Source(str(file('[{"a": 1}, "text", [2]]', "rows.json"))))
+    assert [row.text for row in array] == ["", '"text"', "[2]"]
+    lines = read_rows(Source(str(file('{"a": {\n{"a": 2}\n'))))
+    assert [row.text for row in lines] == ['{"a": {', ""]
+
+
+def test_semicolons(file):
+    assert read_error(file("a;b\n1;2\n", "rows.csv")).what == "the cells are parted by semicolons"
+
+
 def test_columns_of_the_same_name(file):
     assert read_error(file("a,b,a\n1,2,3\n", "rows.csv")).what == "two columns are called 'a'"
 
@@ -362,6 +381,15 @@ def test_a_folder_whose_files_would_not_all_be_read(tmp_path):
     (tmp_path / "extra.jsonl").rename(tmp_path / "test.jsonl")
     (tmp_path / "README.md").write_text("about the data")
     assert [row for _, row in read(tmp_path)] == [{"text": "a"}]
+
+
+def test_a_folder_with_a_card_that_names_its_files(tmp_path):
+    for name in ("main", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "other"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert read(tmp_path, name="other") == [(1, {"text": "other"})]
 
 
 def test_a_folder_without_data_files(tmp_path):

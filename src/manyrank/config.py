@@ -221,7 +221,8 @@ def _located(config: TrainConfig) -> TrainConfig:
 
     def found(path: str) -> str:
         own = asset(path)
-        return str(own) if not Path(path).exists() and own.is_file() else path
+        home = str(Path(path).expanduser())
+        return str(own) if not Path(home).exists() and own.is_file() else home
 
     sources = {
         key: [source.model_copy(update={"path": found(source.path)}) for source in getattr(config, key)]

@@ -227,11 +227,11 @@ class Preparation:
                 self.read += 1
                 state["rows"] += 1
                 if isinstance(row.value, BadRow):
-                    self.refuse(Item(row.place, {}), "reading", row.value)
+                    self.refuse(Item(row.place, {}), "reading", row.value, text=row.text)
                 else:
                     yield Item(row.place, row.value, self.config.fields, number)
 
-    def refuse(self, item: Item, stage: str, error: BadRow) -> None:
+    def refuse(self, item: Item, stage: str, error: BadRow, *, text: str = "") -> None:
         """Put a broken row aside, or stop.
 
         Raises:
@@ -240,7 +240,13 @@ class Preparation:
         if self.config.on_bad_row == "error":
             fix = "mend the row, or put such rows aside with on_bad_row: skip"
             raise UserError(str(error), where=f"{item.place}, {stage}", fix=fix)
-        entry = {"place": item.place, "stage": stage, "reason": error.reason, "detail": str(error), "row": item.row}
+        entry = {
+            "place": item.place,
+            "stage": stage,
+            "reason": error.reason,
+            "detail": str(error),
+            "row": text or item.row,
+        }
         self.writer.put_aside(entry)
         self.aside[error.reason] += 1
 

@@ -25,7 +25,7 @@ from .render import TEMPLATE_REASONS, RenderOptions
 from .schema import DataSource
 from .sources import Source, known_format, source_of
 from .tokenise import TABLE, USED, Choice, Fate, TokeniseOptions, count_rows, near_doubles, tokenise
-from .turns import bad_rows_error
+from .turns import bad_rows_error, usual_fix
 
 FATES = {
     Fate.CUT: "cut at max_length",
@@ -191,7 +191,7 @@ def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, co
     used = np.isin(fate, USED)
     double = _is_double(columns["content"] ^ columns["tokens"], numbers, used)
     if config.duplicates == "drop_near":
-        double |= used & _is_near(near_doubles(sources, choices), columns)
+        double |= used & _is_near(near_doubles(sources, choices, _unused(columns, used, len(sources))), columns)
     keep = np.flatnonzero(used & ~double if config.duplicates != "keep" else used)
     report = Report(
         formats=tuple(source.format_type for source in sources),
@@ -219,7 +219,7 @@ def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, co
 
 def _nothing_left(examples: Examples) -> UserError:
     if len(examples.report.problems):
-        bad = _bad_rows(examples.report)
+        bad = _bad_rows(examples.report, skippable=False)
         return UserError(f"no row is left to train on: {bad.what}", where=bad.where, fix=bad.fix)
     return UserError("no row is left to train on", where=examples.paths[0], fix="raise max_length")
 
@@ -236,6 +236,12 @@ def _is_double(what: np.ndarray, rows: np.ndarray, used: np.ndarray) -> np.ndarr
     _, first, inverse = np.unique(what[used], return_index=True, return_inverse=True)
     double[used] = rows[used] != rows[used][first][inverse]
     return double
+
+
+def _unused(columns: dict[str, np.ndarray], used: np.ndarray, sources: int) -> list[set[int]]:
+    """By source, the numbers of rows of which nothing is used."""
+    own = [columns["source"] == source for source in range(sources)]
+    return [set(columns["row"][here & ~used].tolist()) - set(columns["row"][here & used].tolist()) for here in own]
 
 
 def _is_near(found: Dataset, columns: dict[str, np.ndarray]) -> np.ndarray:
@@ -256,16 +262,14 @@ def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str)
     return {what: count for what, count in counts.items() if count}
 
 
-def _bad_rows(report: Report) -> UserError:
+def _bad_rows(report: Report, *, skippable: bool = True) -> UserError:
     reasons = bad_reasons(report)
-    by_template = sum(reasons[reason] for reason in TEMPLATE_REASONS) > reasons.total() / 2
-    fix = "choose a chat template that knows such rows (--chat_template), or mend it"
-    return bad_rows_error(
-        ((row["place"], row["detail"]) for row in report.bad()),
-        reasons,
-        out_of=f"{sum(report.rows):,} rows",
-        **({"fix": fix} if by_template else {}),
-    )
+    if sum(reasons[reason] for reason in TEMPLATE_REASONS) > reasons.total() / 2:
+        fix = "choose a chat template that knows such rows (--chat_template), or mend it"
+    else:
+        fix = usual_fix(reasons)
+    first = ((row["place"], row["detail"]) for row in report.bad())
+    return bad_rows_error(first, reasons, out_of=f"{sum(report.rows):,} rows", fix=fix, skippable=skippable)
 
 
 def bad_reasons(report: Report) -> Counter[str]:

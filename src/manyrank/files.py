@@ -146,7 +146,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Row]:
         if not line:
             continue
         value = _line_value(line)
-        if first and isinstance(value, BadRow) and line.endswith((b"{", b"[")):
+        if first and isinstance(value, BadRow) and (line == b"{" or line.endswith(b"[")):
             fix = "a JSONL file has one whole object a line, a JSON file one array of objects"
             raise UserError("one object over several lines", where=f"{name}, line {number}", fix=fix)
         first = False
@@ -175,12 +175,14 @@ def _object(value: Any) -> dict[str, Any] | BadRow:
 def _array(file: BinaryIO, name: str) -> Iterator[Row]:
     for number, (value, text) in enumerate(items(_as_text(file), name), 1):
         whole = _object(value) if _is_text(text) else BadRow("not UTF-8", "not UTF-8")
-        yield Row(number, f"{name}, item {number}", whole)
+        broken = _printable(text) if isinstance(whole, BadRow) else ""
+        yield Row(number, f"{name}, item {number}", whole, broken)
 
 
 def _table(file: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # of the whole process; its default is too little for a long answer
-    reader = csv.reader(_as_text(file), delimiter=delimiter, strict=True)
+    lines = _Remembered(_as_text(file))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         number = reader.line_num + 1
@@ -190,21 +192,41 @@ def _table(file: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            if not header or "unexpected end of data" in str(error):  # a quote that is not closed took all the rest
+            # A quote that is not closed took other lines with it: which of them are rows nobody knows.
+            if not header or reader.line_num > number or "unexpected end of data" in str(error):
                 raise UserError(f"broken CSV: {error}", where=place, fix="close the quote") from None
-            yield Row(number, place, BadRow(f"broken CSV: {error}", "not CSV"))
+            yield Row(number, place, BadRow(f"broken CSV: {error}", "not CSV"), _printable(lines.last.rstrip("\r\n")))
             continue
         if cells and header:
             record = _record(header, cells)
-            yield Row(number, place, record, _printable(cells) if isinstance(record, BadRow) else "")
+            yield Row(
+                number, place, record, _printable(lines.last.rstrip("\r\n")) if isinstance(record, BadRow) else ""
+            )
         header = header or _header(cells, place)
 
 
-def _printable(cells: list[str]) -> str:
-    return json.dumps([cell.encode(errors="surrogateescape").decode(errors="backslashreplace") for cell in cells])
+class _Remembered:
+    """The lines of a file, and the last one that was read."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines, self.last = iter(lines), ""
+
+    def __iter__(self) -> _Remembered:
+        return self
+
+    def __next__(self) -> str:
+        self.last = next(self.lines)
+        return self.last
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _header(cells: list[str], place: str) -> list[str]:
+    if len(cells) == 1 and ";" in cells[0]:
+        fix = "write commas between the cells, or name the file .tsv and write tabs"
+        raise UserError("the cells are parted by semicolons", where=place, fix=fix)
     if twice := [cell for cell in cells if cells.count(cell) > 1]:
         raise UserError(f"two columns are called {twice[0]!r}", where=place, fix="give each column its own name")
     return cells

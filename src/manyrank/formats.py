@@ -1,14 +1,14 @@
 """One row of a data file, turned into one sample. Pure: no files, no torch.
 
-    question_answer    {"question", "answer", "source"?}                the source becomes the answer's last line
-    alpaca             {"instruction", "input"?, "output", "history"?}  and system, tools, documents
-    sharegpt           {"conversations"} or {"conversation"}            and system, tools, documents
-    messages           {"messages"}                                     and system, tools, documents
-    prompt_completion  {"prompt", "completion"}, two texts or two lists of messages; and system, tools, documents
+    question_answer    {"question", "answer", "source"?, "history"?}    the source becomes the answer's last line
+    alpaca             {"instruction", "input"?, "output", "history"?}
+    sharegpt           {"conversations"} or {"conversation"}
+    messages           {"messages"}
+    prompt_completion  {"prompt", "completion"}, two texts or two lists of messages
     tokens             {"input_ids", "labels"?, "attention_mask"?}
     text               {"text"}
 
-Further columns of a row are ignored. Where several formats fit, the first of this list is taken. `columns` renames:
+All but the last two also read system, tools and documents. Further columns of a row are ignored. Where several formats fit, the first of this list is taken. `columns` renames:
 {"instruction": "q"} reads the field "instruction" from the column "q". A format can also be a user's function,
 "module:function", which turns a row into a row of one of these. How turns are read is in `turns`.
 """
@@ -94,7 +94,8 @@ def _exchange(question: str, answer: str) -> list[Message]:
 def _question_answer(row: Values) -> Conversation:
     question, answer = text(row.get("question"), "'question'"), text(row.get("answer"), "'answer'")
     source = optional(row.get("source"), "'source'")
-    return Conversation(_exchange(question, f"{answer}\n\nSource: {source}" if source else answer))
+    answer = f"{answer}\n\nSource: {source}" if source else answer
+    return _conversation(row, _history(row) + _exchange(question, answer))
 
 
 def _alpaca(row: Values) -> Conversation:
@@ -196,7 +197,7 @@ def _format(read: Callable[[Values], Sample], told_by: str, also: str = "") -> F
 
 
 FORMATS = {
-    "question_answer": _format(_question_answer, "question answer", "source"),
+    "question_answer": _format(_question_answer, "question answer", "source history system tools documents"),
     "alpaca": _format(_alpaca, "instruction output", "input history system tools documents"),
     "sharegpt": _format(_sharegpt, "conversations | conversation", "system tools documents"),
     "messages": _format(_messages, "messages", "system tools documents"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
+from jinja2 import TemplateError, TemplateSyntaxError
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
@@ -85,6 +87,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
+    _check_template(tokenizer, where=config.chat_template or name)
     _check_variables(config.chat_template_kwargs, tokenizer)
     if not tokenizer.is_fast:
         raise UserError("the tokenizer has no fast version", where=name, fix="convert it to a tokenizer.json")
@@ -100,18 +103,44 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return own[name]
     for file in (Path(name), asset("data", "templates", f"{name}.jinja")):
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return _text(file)
     known = sorted({*own, *(path.stem for path in asset("data", "templates").glob("*.jinja"))})
     raise UserError(
         f"there is no chat template {name!r}", where="chat_template", fix=f"a file, or one of {', '.join(known)}"
     )
 
 
+def _text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError("not text in UTF-8", where=str(file), fix="give a Jinja template") from None
+    if not text.strip():
+        raise UserError("an empty template", where=str(file), fix="give a Jinja template")
+    return text
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
+    """A template that is no Jinja would make every row a bad one."""
+    if not tokenizer.chat_template:
+        return
+    with contextlib.suppress(TemplateError, ValueError, TypeError):  # it may well refuse this conversation
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            place = f"{where}, line {error.lineno}"
+            raise UserError(f"the chat template is no Jinja: {error}", where=place, fix="mend the template") from None
+
+
 def _check_variables(variables: dict, tokenizer: PreTrainedTokenizerBase) -> None:
     """A template ignores a variable that it does not know, and so would a misspelt one be."""
     own = tokenizer.chat_template or ""
     text = "\n".join(own.values()) if isinstance(own, dict) else own
+    taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
     for name in variables:
+        if name in taken:
+            what = f"{name!r} is not the recipe's to set"
+            raise UserError(what, where="chat_template_kwargs", fix="leave it out")
         if not re.search(rf"\b{re.escape(name)}\b", text):
             what = f"the chat template knows no variable {name!r}"
             raise UserError(what, where="chat_template_kwargs", fix="give one that the template uses")

@@ -17,7 +17,7 @@ from .formats import BadRow, needs_template, to_sample
 from .hardware import Hardware
 from .schema import DataSource
 from .sources import known_format, read_rows, source_of
-from .turns import bad_rows_error
+from .turns import bad_rows_error, usual_fix
 
 LOOKED_AT = 100  # rows of a source before the launch
 NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
@@ -245,7 +245,7 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
     if config.on_bad_row == "error":
         reasons = Counter(problem.reason for _, problem in bad)
         first = ((place, str(problem)) for place, problem in bad)
-        raise bad_rows_error(first, reasons, out_of=f"the first {len(bad):,} rows")
+        raise bad_rows_error(first, reasons, out_of=f"the first {len(bad):,} rows", fix=usual_fix(reasons))
     return found.format_type
 
 

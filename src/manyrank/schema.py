@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -48,6 +49,13 @@ def _mapped(value: Any) -> Any:
         raise ValueError("not a mapping like {a: b}") from None
 
 
+def _dates_as_text(value: Any) -> Any:
+    """YAML makes dates of what templates want as text."""
+    if isinstance(value, dict):
+        return {key: _dates_as_text(inner) for key, inner in value.items()}
+    return value.isoformat() if isinstance(value, date) else value
+
+
 def _sources(value: Any) -> Any:
     """One path stands for itself; text in brackets is a YAML list of paths and sources."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
@@ -64,7 +72,7 @@ def _format(value: str) -> str:
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Strings = Annotated[list[str], BeforeValidator(_listed)]
-Mapping = Annotated[dict[str, Any], BeforeValidator(_mapped)]
+Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
 Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
 Format = Annotated[str, AfterValidator(_format)]
 

@@ -215,14 +215,15 @@ def _loaded(source: Source) -> Iterable[dict[str, Any]]:
         return load_dataset(source.path, source.name, split=wanted, streaming=True, revision=_commit(source.path))
     builder = load_dataset_builder(source.path, source.name)
     read = {Path(file).resolve() for files in (builder.config.data_files or {}).values() for file in files}
-    others = sorted(file for file in folder.rglob("*") if _has_rows(file) and file.resolve() not in read)
-    if others and read:
+    others = sorted(file for file in folder.rglob("*") if _has_rows(file, folder) and file.resolve() not in read)
+    by_card = set(builder.builder_configs) != {"default"}  # a card that names the files of each configuration
+    if others and read and not by_card:
         what = f"{len(others)} data files in it would not be read, {others[0].name} the first: datasets goes by names"
         fix = "give each file as a source of its own, or put a part of them into another folder"
         raise UserError(what, where=source.path, fix=fix)
     return builder.as_streaming_dataset(split=wanted)
 
 
-def _has_rows(path: Path) -> bool:
-    hidden = path.name.startswith((".", "_"))
+def _has_rows(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
     return path.is_file() and not hidden and kind_of(path)[0] in SUFFIXES and path.name != "dataset_infos.json"

@@ -38,7 +38,8 @@ def validated(model: type[Model], values: Any, *, where: str) -> Model:
     try:
         return model(**{str(key): value for key, value in values.items()})
     except ValidationError as invalid:
-        problem = invalid.errors()[0]
+        problems = invalid.errors()
+        problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])  # a typo first
     key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
     if problem["type"] == "extra_forbidden":
         raise unknown(key, model.model_fields, where=where)

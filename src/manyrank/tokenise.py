@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, load_fun
 from .render import IGNORE, Note, Notice, RenderOptions, render
 from .sources import Source, fingerprint, read_rows
 
-CACHE_VERSION = 8  # raise it when the same input gives other tokens
+CACHE_VERSION = 9  # raise it when the same input gives other tokens
 NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same
 PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
 
@@ -216,7 +216,8 @@ def _writable(row: Row) -> str:
 
 def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[list[int], list[int], tuple[Note, ...]]:
     if isinstance(sample, TokenIds):
-        strange = next((token for token in sample.input_ids if not 0 <= token < len(tokenizer)), None)
+        labels = (label for label in sample.labels if label != IGNORE)
+        strange = next((token for token in chain(sample.input_ids, labels) if not 0 <= token < len(tokenizer)), None)
         if strange is not None:
             raise BadRow(f"{strange} is not in the vocabulary of {len(tokenizer)} tokens", reason="unknown token")
         return list(sample.input_ids), list(sample.labels), ()
@@ -283,28 +284,32 @@ def _words(sample: Sample) -> str:
     return " ".join(message["content"] for message in sample.messages if message["role"] in ("user", "assistant"))
 
 
-def near_doubles(sources: list[Source], choices: list[Choice | None]) -> Dataset:
+def near_doubles(sources: list[Source], choices: list[Choice | None], unused: list[set[int]]) -> Dataset:
     """For every row its source, its number, and whether it is nearly the same as an earlier one of any source.
 
     One process reads all rows for this, and remembers a signature of each.
+
+    Args:
+        unused: by source, the numbers of rows that are left out anyway.
     """
     key = [[fingerprint(source), source.format_type, source.columns, _code(source.format_type)] for source in sources]
-    key += [[asdict(choice) if choice else None for choice in choices], NEAR, CACHE_VERSION]
+    key += [[asdict(choice) if choice else None for choice in choices], [sorted(rows) for rows in unused]]
+    key += [NEAR, CACHE_VERSION]
     return _cached(
         _near_doubles,
         Features({"source": Value("int64"), "row": Value("int64"), "near": Value("bool")}),
         hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
         sources=tuple(sources),
         choices=tuple(choices),
+        unused=tuple(unused),
     )
 
 
-def _near_doubles(sources: tuple[Source, ...], choices: tuple[Choice | None, ...]) -> Iterator[dict]:
+def _near_doubles(
+    sources: tuple[Source, ...], choices: tuple[Choice | None, ...], unused: tuple[set[int], ...]
+) -> Iterator[dict]:
     before = MinHash(NEAR)
-    for number, (source, choice) in enumerate(zip(sources, choices)):
+    for number, (source, choice, left_out) in enumerate(zip(sources, choices, unused)):
         for row in _chosen(source, choice):
-            try:
-                near = before.seen(_words(_sample(row, source)))
-            except BadRow:  # told of when it is tokenised
-                near = False
+            near = row.number not in left_out and before.seen(_words(_sample(row, source)))
             yield {"source": number, "row": row.number, "near": near}

@@ -58,13 +58,14 @@ SHOWN = 10  # bad rows in an error
 
 
 def bad_rows_error(
-    first: Iterable[tuple[str, str]], reasons: Counter[str], *, out_of: str, fix: str = "mend these rows"
+    first: Iterable[tuple[str, str]], reasons: Counter[str], *, out_of: str, fix: str, skippable: bool = True
 ) -> UserError:
     """The error that tells of all bad rows: the first SHOWN with their places, and how many by reason.
 
     Args:
         first: the place and detail of each, or only of the first SHOWN.
         out_of: how many rows there are, "20 rows".
+        skippable: whether it helps to leave them out.
     """
     shown = [f"{place}: {detail}" for place, detail in islice(first, SHOWN)]
     more = [f"and {reasons.total() - len(shown):,} more"] if reasons.total() > len(shown) else []
@@ -72,8 +73,22 @@ def bad_rows_error(
     return UserError(
         f"{reasons.total():,} of {out_of} cannot be used ({counted})",
         where="\n       ".join([*shown, *more]),
-        fix=f"{fix}; or set on_bad_row: skip, which puts such rows aside and counts them",
+        fix=f"{fix}; or set on_bad_row: skip, which puts such rows aside and counts them" if skippable else fix,
     )
+
+
+FIXES = {
+    "too long": "raise max_length, or set overlong: truncate, drop or split",
+    "nothing to learn": "raise max_length if the answers lie behind it, or mend these rows",
+    "missing column": "name in `columns` the columns that the rows have",
+    "missing field": "mend these rows, or say how they are to be read with format_type and columns",
+    "not JSON": "give one whole JSON object a line, or an array of them; or mend these rows",
+}
+
+
+def usual_fix(reasons: Counter[str]) -> str:
+    """What helps against the most frequent reason."""
+    return FIXES.get(reasons.most_common(1)[0][0], "mend these rows")
 
 
 # Values

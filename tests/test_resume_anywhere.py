@@ -1,0 +1,144 @@
+"""Any adapter checkpoint resumes on any strategy, exactly: what one saves, each other one continues."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, Run, launch
+from safetensors.torch import load_file
+
+from manyrank import run_folder
+
+STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
+STEPS, SAVED = 6, 3
+
+
+def processes(strategy: str) -> int:
+    return 1 if strategy == "single" else 2
+
+
+def followed(strategy: str, folders: list, tmp_path, *args: str) -> dict[str, list]:
+    """Losses and gradient norms after each checkpoint, resumed on this strategy."""
+    out = tmp_path / f"{strategy}.json"
+    head = (
+        [sys.executable]
+        if strategy == "single"
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    )
+    argv = [*head, str(ROOT / "tests" / "resume_worker.py"), str(out), str(tmp_path / strategy), *map(str, folders)]
+    argv += ["--", "verify", f"--strategy={strategy}", f"--max_steps={STEPS}", "--logging_steps=1", *args]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / strategy / "logs" / "strategy.json").read_text())
+    assert facts["world_size"] == processes(strategy)
+    return json.loads(out.read_text())
+
+
+def sources(tmp_path_factory, strategies, *args: str) -> dict[str, Run]:
+    made = {}
+    for strategy in strategies:
+        folder = tmp_path_factory.mktemp("sources") / strategy
+        common = (f"--strategy={strategy}", f"--nproc={processes(strategy)}", f"--max_steps={STEPS}")
+        made[strategy] = launch(folder, *common, f"--save_steps={SAVED}", *args)
+        assert made[strategy].code == 0, made[strategy].stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def lora(embedded_model, tmp_path_factory):
+    return sources(tmp_path_factory, STRATEGIES)
+
+
+@pytest.fixture(scope="module")
+def qlora(embedded_model, tmp_path_factory):
+    return sources(tmp_path_factory, ("single", "fsdp", "zero3"), "--method=qlora")
+
+
+def check(made: dict[str, Run], target: str, tmp_path, *args: str) -> None:
+    folders = {name: run.folder / f"checkpoint-{SAVED}" for name, run in made.items()}
+    found = followed(target, list(folders.values()), tmp_path, *args)
+    whole = made["single"]
+    expected = list(zip(whole.metrics()[SAVED:], whole.metrics("grad_norm")[SAVED:]))
+    for name, folder in folders.items():
+        after = found[str(folder)]
+        assert len(after) == STEPS - SAVED, name
+        for (loss, norm), (loss_then, norm_then) in zip(after, expected):
+            assert abs(loss - loss_then) < 1e-5 and abs(norm - norm_then) < 1e-5 * max(1, norm_then), (name, target)
+
+
+@pytest.mark.parametrize("target", STRATEGIES)
+def test_lora_continues_from_every_strategy_on_this_one(lora, target, tmp_path):
+    check(lora, target, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["ddp", "fsdp", "zero3"])
+def test_qlora_continues_from_every_strategy_on_this_one(qlora, target, tmp_path):
+    check(qlora, target, tmp_path, "--method=qlora")
+
+
+def test_all_strategies_write_the_same_names_and_shapes(lora):
+    """And nearly the same numbers: one format, not five."""
+    folders = [run.folder / f"checkpoint-{SAVED}" for run in lora.values()]
+    for file in ("adapter_model.safetensors", "optimizer-00001.safetensors"):
+        first, *others = [load_file(folder / file) for folder in folders]
+        for other in others:
+            assert {name: tensor.shape for name, tensor in other.items()} == {n: t.shape for n, t in first.items()}
+            assert all((other[name] - tensor).abs().max() < 1e-4 for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"])
+def test_other_optimizers_resume_to_the_bit(optim, embedded_model, tmp_path):
+    """With their quantisation state: the losses after it are those of the uninterrupted run."""
+    common = (f"--optim={optim}", "--max_steps=4", "--lora_r=64", "--strategy=single")
+    whole = launch(tmp_path / "a", *common, "--save_steps=2")
+    assert whole.code == 0, whole.stderr
+    saved = load_file(whole.folder / "checkpoint-2" / "optimizer-00001.safetensors") if optim != "sgd" else {}
+    if "8bit" in optim:
+        assert {name.rpartition("|")[2] for name in saved} >= {"state1", "absmax1", "qmap1", "step"}
+    part = launch(tmp_path / "b", *common, f"--resume_from_checkpoint={whole.folder / 'checkpoint-2'}")
+    assert part.code == 0, part.stderr
+    assert part.metrics() == whole.metrics()[2:]
+    ends = [load_file(run.folder / "final_model" / "adapter_model.safetensors") for run in (whole, part)]
+    assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
+
+
+def test_rows_are_seen_once_over_three_topologies(embedded_model, tmp_path):
+    """An epoch of 160 rows in steps of 16, with interruptions: each row is seen once, whoever trains."""
+    (tmp_path / "counting.py").write_text(COUNTER)
+    env = {"PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path / "seen")}
+    common = ("--data_path=data/sample.jsonl", "--num_train_epochs=1", "--max_steps=-1", "--save_steps=1")
+    common += ("--callbacks=counting:Count", "--global_batch_size=16", "--gradient_accumulation_steps=none")
+    stages = [("ddp", 2, 3), ("single", 1, 5), ("fsdp", 2, 8), ("ddp", 3, 99)]
+    for strategy, nproc, last in stages:
+        where = (f"--strategy={strategy}", f"--nproc={nproc}", "--resume_from_checkpoint=auto")
+        run = launch(tmp_path / "run", *common, *where, STOP_AT=str(last), **env)
+        assert run.code == (0 if last == 99 else 75), run.stderr
+    seen = [json.loads(line) for file in tmp_path.glob("seen-*") for line in file.read_text().splitlines()]
+    rows = sorted(row for entry in seen for row in entry["rows"])
+    assert rows == list(range(1, 161))
+    assert sorted({entry["step"] for entry in seen}) == list(range(10))
+    assert [path.name for path in run_folder.checkpoints(tmp_path / "run")][-1] == "checkpoint-10"
+
+
+COUNTER = """
+import json, os, signal
+from manyrank import batches
+from transformers import TrainerCallback
+
+original = batches.StepLoader.step
+def step(self, number):
+    made = original(self, number)
+    if self.seed is not None:
+        rows = [row for micro in made.micro_batches if len(micro.targets) for _, row in micro.rows]
+        with open(f"{os.environ['SEEN']}-{self.ranks}-{self.rank}", "a") as file:
+            file.write(json.dumps({"step": number, "rows": rows}) + chr(10))
+    return made
+batches.StepLoader.step = step
+
+class Count(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == int(os.environ["STOP_AT"]):
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
