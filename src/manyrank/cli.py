@@ -74,7 +74,9 @@ def _train(argv: Sequence[str]) -> int:
     output_dir = launcher.output_dir(config, line)
     rules.check(rules.Situation(resolved, strategy, nproc, nproc * line.where.nnodes, machine))
     rules.check_output_dir(config, Path(output_dir))
-    launch = launcher.plan(line, strategy=strategy, nproc=nproc, output_dir=output_dir, hardware=machine)
+    launch = launcher.plan(
+        line, strategy=strategy, nproc=nproc, output_dir=output_dir, hardware=machine, elastic=config.elastic
+    )
     print(launch, flush=True)
     return 0 if line.where.print else launcher.run(launch)
 

@@ -67,22 +67,37 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
     return config.strategy or default_strategy(nproc * where.nnodes), nproc
 
 
-def plan(line: CommandLine, *, strategy: str, nproc: int, output_dir: str, hardware: Hardware) -> LaunchPlan:
+def plan(
+    line: CommandLine, *, strategy: str, nproc: int, output_dir: str, hardware: Hardware, elastic: bool = False
+) -> LaunchPlan:
     """The command of one machine.
+
+    Args:
+        elastic: whether fewer machines may go on.
 
     Raises:
         UserError: several machines without an endpoint, or `via python` for more than one process.
     """
     where = line.where
-    _check_nodes(where)
-    via = where.via or ("python" if strategy == "single" and nproc * where.nnodes == 1 else "accelerate")
+    _check_nodes(where, elastic=elastic)
+    usual = "torchrun" if elastic else "accelerate"
+    via = where.via or ("python" if strategy == "single" and nproc * where.nnodes == 1 else usual)
+    if elastic and via != "torchrun":
+        raise UserError(f"via {via} with elastic", where="via", fix="use torchrun, which can go on with fewer machines")
     if via == "python" and (strategy != "single" or nproc * where.nnodes > 1):
         raise UserError(
             "via python starts one process of strategy single", where="via", fix="use accelerate or torchrun"
         )
     train = ["-m", "manyrank.train", *_train_arguments(line, strategy, output_dir)]
-    head = {"python": _python, "accelerate": _accelerate, "torchrun": _torchrun}[via](strategy, nproc, where)
+    head = {
+        "python": lambda: [sys.executable],
+        "accelerate": lambda: _accelerate(strategy, nproc, where),
+        "torchrun": lambda: _torchrun(nproc, where, elastic=elastic),
+    }[via]()
     env = {"OMP_NUM_THREADS": str(max(1, hardware.cpu_cores // nproc)), **({} if hardware.gpus else CPU_VARIABLES)}
+    if where.nnodes > 1:
+        # Where a machine comes back, the address of the shared store is that of the first round (torch 2.13, c10d).
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return LaunchPlan(
         argv=(*head, *train),
         env={key: os.environ.get(key, value) for key, value in env.items()},  # what the user has set stands
@@ -90,7 +105,9 @@ def plan(line: CommandLine, *, strategy: str, nproc: int, output_dir: str, hardw
     )
 
 
-def _check_nodes(where: Where) -> None:
+def _check_nodes(where: Where, *, elastic: bool) -> None:
+    if elastic and where.nnodes == 1:
+        raise UserError("elastic on one machine", where="elastic", fix="leave it out, or give --nnodes")
     if where.nnodes == 1 and (where.node_rank or where.rdzv_endpoint):
         raise UserError(
             "node_rank and rdzv_endpoint are for several machines", where="command line", fix="give --nnodes, too"
@@ -124,10 +141,6 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _python(strategy: str, nproc: int, where: Where) -> list[str]:
-    return [sys.executable]
-
-
 def _accelerate(strategy: str, nproc: int, where: Where) -> list[str]:
     config, *deepspeed = _files(strategy)
     argv = ["accelerate", "launch", "--config_file", str(config)]
@@ -135,21 +148,28 @@ def _accelerate(strategy: str, nproc: int, where: Where) -> list[str]:
         argv += ["--deepspeed_config_file", str(deepspeed[0])]
     argv += ["--num_processes", str(nproc * where.nnodes), "--num_machines", str(where.nnodes)]
     if where.nnodes == 1:
-        return [*argv, "--main_process_port", "0"]  # any free one: several runs may share a machine
+        return [*argv, "--main_process_port", "0", *_restarts(where)]  # any free one: several runs may share a machine
     host, _, port = where.rdzv_endpoint.rpartition(":")
     return [
         *argv, "--machine_rank", str(where.node_rank), "--main_process_ip", host, "--main_process_port", port,
-        "--rdzv_backend", "c10d",
+        "--rdzv_backend", "c10d", "--rdzv_conf", f"join_timeout={where.rdzv_timeout}", *_restarts(where),
     ]  # fmt: skip
 
 
-def _torchrun(strategy: str, nproc: int, where: Where) -> list[str]:
-    argv = ["torchrun", "--nproc_per_node", str(nproc), "--nnodes", str(where.nnodes)]
+def _restarts(where: Where) -> list[str]:
+    """A worker that fails alike every time is no reason to try again; a machine that went away is."""
+    count = where.max_restarts if where.max_restarts is not None else 3 if where.nnodes > 1 else 0
+    return ["--max_restarts", str(count)] if count else []
+
+
+def _torchrun(nproc: int, where: Where, *, elastic: bool) -> list[str]:
+    nnodes = f"1:{where.nnodes}" if elastic else str(where.nnodes)
+    argv = ["torchrun", "--nproc_per_node", str(nproc), "--nnodes", nnodes, *_restarts(where)]
     if where.nnodes == 1:
         return [*argv, "--standalone"]
     return [
         *argv, "--node_rank", str(where.node_rank), "--rdzv_backend", "c10d", "--rdzv_id", "manyrank",
-        "--rdzv_endpoint", where.rdzv_endpoint,
+        "--rdzv_endpoint", where.rdzv_endpoint, "--rdzv_conf", f"join_timeout={where.rdzv_timeout}",
     ]  # fmt: skip
 
 
@@ -172,6 +192,7 @@ def _launched(argv: tuple[str, ...]) -> int:
     from subprocess import CalledProcessError
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
     try:
         _run_in_process(argv)
@@ -179,6 +200,14 @@ def _launched(argv: tuple[str, ...]) -> int:
         code = failed.get_first_failure()[1].exitcode
     except CalledProcessError as failed:
         code = failed.returncode
+    except RendezvousTimeoutError:
+        print(
+            "error: a machine is gone, or never came: the others have waited for it as long as --rdzv_timeout says\n"
+            "where: the rendezvous\n"
+            "fix:   start the same command on it, with --resume_from_checkpoint auto; or go on without: --elastic",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
     except ConnectionError as error:  # accelerate looks before it starts anything
         fix = "choose another port in rdzv_endpoint, or end what listens there"
         raise UserError(str(error).split(". ")[0], where="the rendezvous port", fix=fix) from None

@@ -22,6 +22,11 @@ class Where:
     nnodes: int = field(default=1, metadata={"help": "machines"})
     node_rank: int = field(default=0, metadata={"help": "number of this machine, from 0"})
     rdzv_endpoint: str | None = field(default=None, metadata={"help": "HOST:PORT of machine 0, for several machines"})
+    max_restarts: int | None = field(
+        default=None,
+        metadata={"help": "times that the workers are started anew after a failure (default: 3 with several machines)"},
+    )
+    rdzv_timeout: int = field(default=600, metadata={"help": "seconds that the machines wait for each other"})
     via: Via | None = field(default=None, metadata={"help": "python (one process), accelerate or torchrun"})
     print: bool = field(default=False, metadata={"help": "show the command and its environment, start nothing"})
 
@@ -119,8 +124,9 @@ def _typed(name: str, value: Any) -> Any:
         raise UserError(
             f"--{name} {value!r} is none of {', '.join(choices[name])}", where="command line", fix="choose one"
         )
-    if name in ("nproc", "nnodes", "node_rank"):
-        if not str(value).isascii() or not str(value).isdigit() or (int(value) == 0 and name != "node_rank"):
+    if name in ("nproc", "nnodes", "node_rank", "max_restarts", "rdzv_timeout"):
+        may_be_zero = name in ("node_rank", "max_restarts")
+        if not str(value).isascii() or not str(value).isdigit() or (int(value) == 0 and not may_be_zero):
             raise UserError(f"--{name} {value!r} is not a count", where="command line", fix="give a whole number")
         return int(value)
     return value

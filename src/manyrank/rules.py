@@ -187,6 +187,14 @@ RULES = (
         ),
         "give --eval_data_path and --eval_steps",
     ),
+    Rule(
+        "elastic runs resume", ("elastic", "resume_from_checkpoint"),
+        _unless(
+            lambda s: s.config.elastic and s.config.resume_from_checkpoint != "auto",
+            "an elastic run starts its workers anew when a machine comes or goes, and they would begin at step 0",
+        ),
+        "give --resume_from_checkpoint auto, and --save_steps",
+    ),
     Rule("trackers are there", ("report_to",), _tracker, "install the package, or choose another tracker"),
 )  # fmt: skip
 

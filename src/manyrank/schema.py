@@ -188,6 +188,8 @@ class TrainConfig(BaseModel):
     # Where it runs
     strategy: Strategy | None = Field(None, description="an accelerate_configs/ name; one process: single, more: ddp")
 
+    elastic: bool = Field(False, description="go on with the machines that are left when others are gone")
+
     # Logging, validation, saving
     output_dir: str | None = Field(
         None, min_length=1, description="the run's folder; made from the recipe's name when not given"

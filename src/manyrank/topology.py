@@ -52,6 +52,11 @@ def restarts(environ: Mapping[str, str] = os.environ) -> int:
     return _count(environ, "TORCHELASTIC_RESTART_COUNT", 0)
 
 
+def may_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun would start the workers anew."""
+    return _count(environ, "TORCHELASTIC_MAX_RESTARTS", 0) > 0
+
+
 def _count(environ: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
     value = environ.get(name, str(default))
     if not (value.isascii() and value.isdigit() and int(value) >= least):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from . import hardware, rules, topology
 from .config import Resolved, resolve
-from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, SaveError, UserError
+from .errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, NonFiniteError, Preempted, SaveError, UserError
 from .interrupts import STOP
 from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE, default_output_dir
 from .options import CommandLine, parse
@@ -31,14 +32,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 the user's input is wrong, 75 preempted after a complete checkpoint.
     """
+    if (code := _last_word()) is not None:
+        return code
     try:
         place = topology.from_environment()
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
-    return guarded(
-        lambda: _train(parse(argv or sys.argv[1:], prog="python -m manyrank.train", launch=False), place), place
-    )
+    line = argv or sys.argv[1:]
+    code = guarded(lambda: _train(parse(line, prog="python -m manyrank.train", launch=False), place), place)
+    if code in (EXIT_USER, EXIT_PREEMPTED) and topology.may_restart():
+        _word_file().write_text(str(code))
+    return code
+
+
+def _word_file() -> Path:
+    return Path(tempfile.gettempdir()) / f"manyrank-{os.getppid()}-{os.environ['TORCHELASTIC_RUN_ID']}"
+
+
+def _last_word() -> int | None:
+    """With what a worker of this agent has ended for good; a run that was told to stop is not to be started anew.
+
+    torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
+    """
+    if not topology.restarts() or not _word_file().exists():
+        return None
+    import psutil
+
+    since = psutil.Process(os.getppid()).create_time()
+    return int(_word_file().read_text()) if _word_file().stat().st_mtime > since else None
 
 
 def guarded(work: Callable[[], None], place: Topology) -> int:
