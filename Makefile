@@ -6,9 +6,10 @@ RECIPE   ?= quickstart
 STRATEGY ?=
 NPROC    ?=
 ARGS     ?=
+KILLS    ?= 50
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train test verify bench lint clean
+.PHONY: setup train test test-slurm test-faults verify bench lint clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions
 
@@ -24,6 +25,13 @@ train: setup  ## fine-tune: RECIPE=, STRATEGY=, NPROC=, ARGS="--lr 1e-4 ..."
 
 test: setup  ## every test that needs no GPU
 	pytest $(ARGS)
+
+test-slurm: setup  ## a real SLURM job over two nodes on this machine; as root on Debian, it installs SLURM first
+	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }
+	pytest tests/test_slurm.py
+
+test-faults: setup  ## a run of two processes that is killed KILLS times
+	MANYRANK_KILLS=$(KILLS) pytest tests/test_faults.py
 
 verify: setup  ## every strategy against one process
 	manyrank verify $(ARGS)

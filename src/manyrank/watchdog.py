@@ -105,6 +105,8 @@ class Watchdog(threading.Thread):
             os.close(os.open(self.heart.folder / name, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
+        except OSError:  # a full disk: rather said twice than not at all
+            return True
         return True
 
 
