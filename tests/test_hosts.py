@@ -34,7 +34,12 @@ def long_run(embedded_model, tmp_path_factory) -> Run:
 def slow(tmp_path):
     """Options of a run that takes its time and saves every other step, and the environment for it."""
     (tmp_path / "slowly.py").write_text(SLOWLY)
-    options = (f"--output_dir={tmp_path / 'run'}", f"--max_steps={STEPS}", "--save_steps=2", "--callbacks=slowly:Slowly")
+    options = (
+        f"--output_dir={tmp_path / 'run'}",
+        f"--max_steps={STEPS}",
+        "--save_steps=2",
+        "--callbacks=slowly:Slowly",
+    )
     return [*options, "--strategy=ddp", "--resume_from_checkpoint=auto"], {"PYTHONPATH": str(tmp_path)}
 
 

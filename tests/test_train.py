@@ -196,6 +196,9 @@ def test_a_non_finite_gradient_stops_before_the_optimizer(strategy, embedded_mod
     assert "stopped before the optimizer used it: the gradient's norm is" in run.stderr
     assert "in step 2 (" in run.stderr and "rank 0: rows [" in run.stderr
     assert len(run.metrics()) == 1 and not (run.folder / "final_model").exists()
+    told = json.loads((run.folder / "logs" / "non_finite.json").read_text())
+    assert told["step"] == 2 and [entry["rank"] for entry in told["ranks"]] == list(range(nproc))
+    assert all(0 < row <= 160 and path.endswith(".jsonl") for entry in told["ranks"] for path, row in entry["rows"])
 
 
 def test_a_non_finite_loss_names_its_rows(embedded_model, tmp_path):

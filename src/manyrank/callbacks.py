@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -22,10 +25,14 @@ from .errors import UserError
 
 
 class RunLog(TrainerCallback):
-    """Appends every logged dictionary to metrics.jsonl (for machines) and training_log.txt (for people)."""
+    """Appends every logged dictionary to metrics.jsonl (for machines) and training_log.txt (for people).
+
+    Lines that cannot be written, on a full disk for instance, are kept and written with a later one.
+    """
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "logs"
+        self.unwritten: dict[str, list[str]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -34,13 +41,27 @@ class RunLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
+        self._append("metrics.jsonl", json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}))
         shown = "  ".join(
             f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items()
         )
-        with (self.folder / "training_log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  step {state.global_step}/{state.max_steps}  {shown}\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._append("training_log.txt", f"{now}  step {state.global_step}/{state.max_steps}  {shown}")
+
+    def _append(self, name: str, line: str) -> None:
+        lines, file = self.unwritten.setdefault(name, []), self.folder / name
+        lines.append(line + "\n")
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(file, size)  # no half lines
+            if len(lines) == 1:
+                print(f"WARNING: cannot write {file}: {error}. The training goes on", file=sys.stderr, flush=True)
+            return
+        lines.clear()
 
 
 def build_callbacks(config: TrainConfig, output_dir: Path) -> list[TrainerCallback]:

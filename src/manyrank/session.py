@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from . import checkpoint, metrics, strategy
 from .config import TrainConfig
 from .data import Examples, prepare, render_options, write_quarantine
+from .errors import SaveError
 from .generate import answers
 from .model import evaluation_mode, load_model, load_tokenizer, plan_load, resolve_name
 from .optim import build_optimizer
@@ -83,9 +84,13 @@ class Session:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         bf16 = self.runtime.facts().precision == "bf16"
-        checkpoint.save_weights(
-            self.runtime, partial, dtype=torch.bfloat16 if self.config.method == "full" and bf16 else None
-        )
+        dtype = torch.bfloat16 if self.config.method == "full" and bf16 else None
+        try:
+            checkpoint.save_weights(self.runtime, partial, dtype=dtype)
+        except SaveError as error:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise SaveError(f"final_model could not be written: {error}") from None
         if main:
             self.tokenizer.save_pretrained(partial)
             shutil.rmtree(final, ignore_errors=True)
