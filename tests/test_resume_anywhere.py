@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import lru_cache
 
 import pytest
+import torch
 from conftest import ROOT, Run, launch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from manyrank import run_folder
 
@@ -15,24 +19,27 @@ STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 STEPS, SAVED = 6, 3
 
 
+FULL = ("--method=full", "--learning_rate=1e-4")
+
+
 def processes(strategy: str) -> int:
     return 1 if strategy == "single" else 2
 
 
-def followed(strategy: str, folders: list, tmp_path, *args: str) -> dict[str, list]:
+def followed(strategy: str, folders: list, tmp_path, *args: str, nproc: int = 2) -> dict[str, list]:
     """Losses and gradient norms after each checkpoint, resumed on this strategy."""
     out = tmp_path / f"{strategy}.json"
     head = (
         [sys.executable]
         if strategy == "single"
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     )
     argv = [*head, str(ROOT / "tests" / "resume_worker.py"), str(out), str(tmp_path / strategy), *map(str, folders)]
     argv += ["--", "verify", f"--strategy={strategy}", f"--max_steps={STEPS}", "--logging_steps=1", *args]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / strategy / "logs" / "strategy.json").read_text())
-    assert facts["world_size"] == processes(strategy)
+    assert facts["world_size"] == (1 if strategy == "single" else nproc)
     return json.loads(out.read_text())
 
 
@@ -56,9 +63,14 @@ def qlora(embedded_model, tmp_path_factory):
     return sources(tmp_path_factory, ("single", "fsdp", "zero3"), "--method=qlora")
 
 
-def check(made: dict[str, Run], target: str, tmp_path, *args: str) -> None:
+@pytest.fixture(scope="module")
+def full(embedded_model, tmp_path_factory):
+    return sources(tmp_path_factory, ("single", "fsdp", "zero3"), *FULL)
+
+
+def check(made: dict[str, Run], target: str, tmp_path, *args: str, nproc: int = 2) -> None:
     folders = {name: run.folder / f"checkpoint-{SAVED}" for name, run in made.items()}
-    found = followed(target, list(folders.values()), tmp_path, *args)
+    found = followed(target, list(folders.values()), tmp_path, *args, nproc=nproc)
     whole = made["single"]
     expected = list(zip(whole.metrics()[SAVED:], whole.metrics("grad_norm")[SAVED:]))
     for name, folder in folders.items():
@@ -76,6 +88,32 @@ def test_lora_continues_from_every_strategy_on_this_one(lora, target, tmp_path):
 @pytest.mark.parametrize("target", ["ddp", "fsdp", "zero3"])
 def test_qlora_continues_from_every_strategy_on_this_one(qlora, target, tmp_path):
     check(qlora, target, tmp_path, "--method=qlora")
+
+
+@pytest.mark.parametrize(("target", "nproc"), [("single", 1), ("fsdp", 3), ("zero3", 2)])
+def test_full_fine_tuning_continues_from_every_strategy_on_this_one(full, target, nproc, tmp_path):
+    check(full, target, tmp_path, *FULL, nproc=nproc)
+
+
+def test_weights_of_a_checkpoint_load_as_they_are(full, lora, embedded_model):
+    """Whole weights as a model, an adapter with its base; nothing has to be put together first."""
+    for name, run in full.items():
+        loaded = AutoModelForCausalLM.from_pretrained(run.folder / "checkpoint-6", dtype="float32")
+        final = AutoModelForCausalLM.from_pretrained(run.folder / "final_model", dtype="float32")
+        assert same(loaded.state_dict(), final.state_dict()), name
+    base = AutoModelForCausalLM.from_pretrained(embedded_model, dtype="float32")
+    adapted = PeftModel.from_pretrained(base, str(lora["fsdp"].folder / "checkpoint-6")).merge_and_unload()
+    moved = [n for n, t in adapted.state_dict().items() if not torch.equal(t, embedded(embedded_model)[n])]
+    assert moved and all("proj" in name for name in moved)
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@lru_cache
+def embedded(folder) -> dict:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict()
 
 
 def test_all_strategies_write_the_same_names_and_shapes(lora):

@@ -63,10 +63,14 @@ class FullWriter:
     def __init__(self, folder: Path, prefix: str) -> None:
         self.folder, self.prefix = folder, prefix
         self.tensors: dict[str, torch.Tensor] = {}
+        self.held: set[int] = set()  # their addresses
         self.bytes, self.files = 0, 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors[name] = tensor.contiguous().clone()  # safetensors refuses tensors that share memory
+        tensor = tensor.contiguous()
+        own = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() not in self.held
+        self.tensors[name] = tensor if own else tensor.clone()  # safetensors refuses tensors that share memory
+        self.held.add(tensor.data_ptr())
         self.bytes += tensor.numel() * tensor.element_size()
         if self.bytes >= FILE_BYTES:
             self.flush()
@@ -75,7 +79,7 @@ class FullWriter:
         if self.tensors:
             self.files += 1
             save_file(self.tensors, self.folder / f"{self.prefix}-{self.files:05d}.safetensors")
-        self.tensors, self.bytes = {}, 0
+        self.tensors, self.held, self.bytes = {}, set(), 0
 
 
 def save_weights(runtime: Runtime, folder: Path, *, dtype: torch.dtype | None = None) -> None:
