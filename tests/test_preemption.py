@@ -152,3 +152,39 @@ def test_a_preempted_run_ends_as_the_uninterrupted_one(whole_run, tmp_path):
     again = launch(tmp_path / "run", *common, "--resume_from_checkpoint=auto")
     assert again.code == 0, again.stderr
     assert again.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+CRASH = """
+import os
+from transformers import TrainerCallback
+class Crash(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("via", ["accelerate", "torchrun"])
+def test_workers_that_are_started_anew_resume_by_themselves(via, whole_run, tmp_path):
+    (tmp_path / "crashing.py").write_text(CRASH)
+    common = ("--strategy=ddp", "--nproc=2", "--max_steps=6", "--save_steps=2", f"--via={via}", "--max_restarts=1")
+    run = launch(tmp_path / "run", *common, "--callbacks=crashing:Crash", PYTHONPATH=str(tmp_path))
+    assert run.code == 0, run.stderr
+    assert f"resumed from {run.folder / 'checkpoint-2'}, step 2" in run.stdout
+    assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+def test_a_run_that_was_told_to_stop_is_not_started_anew(embedded_model, tmp_path):
+    folder = tmp_path / "run"
+    with running(folder, "--strategy=ddp", "--nproc=2", "--max_restarts=3") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75, process.communicate()
+    log = folder / "logs" / "metrics.jsonl"
+    assert saved_step(folder) == log.read_text().count("\n")
+
+
+def test_a_users_error_is_not_tried_again(embedded_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c"}\n')
+    options = (f"--data_path={tmp_path / 'rows.jsonl'}", "--strategy=ddp", "--nproc=2", "--max_restarts=3")
+    run = launch(tmp_path / "run", *options)
+    assert run.code == 2 and run.stderr.count("error: 1 of 2 rows cannot be used") == 1, run.stderr

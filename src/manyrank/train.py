@@ -91,8 +91,11 @@ def _say(message: object, place: Topology) -> None:
     The others give it time: the first process that ends makes the launcher end all. One that is still there after that
     failed alone.
     """
-    if place.local_rank:
-        time.sleep(PATIENCE)
+    end = time.monotonic() + PATIENCE
+    while place.local_rank and time.monotonic() < end:
+        if STOP.requested:  # by the launcher, since another one has ended
+            return
+        time.sleep(0.1)
     print(message, file=sys.stderr, flush=True)
 
 
