@@ -80,10 +80,13 @@ def plan(
     """
     where = line.where
     _check_nodes(where, elastic=elastic)
-    usual = "torchrun" if elastic else "accelerate"
+    usual = "torchrun" if elastic or where.max_restarts else "accelerate"
     via = where.via or ("python" if strategy == "single" and nproc * where.nnodes == 1 else usual)
     if elastic and via != "torchrun":
         raise UserError(f"via {via} with elastic", where="via", fix="use torchrun, which can go on with fewer machines")
+    if where.max_restarts and where.nnodes == 1 and via != "torchrun":
+        # accelerate meets on one machine in a store that keeps the dead workers' addresses (torch 2.13, static_tcp_rendezvous.py).
+        raise UserError(f"max_restarts via {via} on one machine", where="max_restarts", fix="use --via torchrun")
     if via == "python" and (strategy != "single" or nproc * where.nnodes > 1):
         raise UserError(
             "via python starts one process of strategy single", where="via", fix="use accelerate or torchrun"
@@ -95,8 +98,9 @@ def plan(
         "torchrun": lambda: _torchrun(nproc, where, elastic=elastic),
     }[via]()
     env = {"OMP_NUM_THREADS": str(max(1, hardware.cpu_cores // nproc)), **({} if hardware.gpus else CPU_VARIABLES)}
-    if where.nnodes > 1:
-        # Where a machine comes back, the address of the shared store is that of the first round (torch 2.13, c10d).
+    if where.nnodes > 1 or where.max_restarts:
+        # The shared store keeps the addresses of the first round, and workers that are started anew call dead ones
+        # (torch 2.13, dynamic_rendezvous.py).
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return LaunchPlan(
         argv=(*head, *train),
@@ -148,7 +152,7 @@ def _accelerate(strategy: str, nproc: int, where: Where) -> list[str]:
         argv += ["--deepspeed_config_file", str(deepspeed[0])]
     argv += ["--num_processes", str(nproc * where.nnodes), "--num_machines", str(where.nnodes)]
     if where.nnodes == 1:
-        return [*argv, "--main_process_port", "0", *_restarts(where)]  # any free one: several runs may share a machine
+        return [*argv, "--main_process_port", "0"]  # any free one: several runs may share a machine
     host, _, port = where.rdzv_endpoint.rpartition(":")
     return [
         *argv, "--machine_rank", str(where.node_rank), "--main_process_ip", host, "--main_process_port", port,
