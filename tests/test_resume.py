@@ -117,3 +117,27 @@ def test_sigterm_saves_and_exits_with_75(embedded_model, tmp_path):
     assert run_folder.damage(saved) is None
     state = json.loads((saved / "trainer_state.json").read_text())
     assert state["global_step"] == len(log.read_text().splitlines())
+
+
+ONE_SIDED = """
+import os
+from transformers import TrainerCallback
+class OneSided(TrainerCallback):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1":
+            control.should_save = True
+    def on_save(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "0" and state.global_step == 4:
+            control.should_training_stop = True
+"""
+
+
+def test_what_one_ranks_callback_asks_for_all_do(embedded_model, tmp_path):
+    """Two epochs of two steps: rank 1 wants to save at the end of each, and rank 0 to stop after the second."""
+    (tmp_path / "sided.py").write_text(ONE_SIDED)
+    sources = "[{path: data/sample.jsonl, max_rows: 16}]"
+    common = ("--strategy=ddp", "--nproc=2", "--num_train_epochs=5", f"--data_path={sources}")
+    run = launch(tmp_path / "run", *common, "--callbacks=sided:OneSided", PYTHONPATH=str(tmp_path))
+    assert run.code == 0, run.stderr
+    assert [path.name for path in run_folder.checkpoints(run.folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert len(run.metrics()) == 4

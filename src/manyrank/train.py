@@ -23,6 +23,9 @@ from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE, default_output_dir
 from .options import CommandLine, parse
 from .topology import Topology
 
+# Sessions live until the process ends: after the process group has ended, torch 2.13 sometimes hangs where it takes
+# DistributedDataParallel apart.
+_KEPT: list[object] = []
 PATIENCE = 5.0  # seconds that a rank leaves to local rank 0 to say what is wrong
 
 
@@ -117,6 +120,7 @@ def _train(line: CommandLine, place: Topology) -> None:
 
     bf16 = config.bf16 is True or (config.bf16 == "auto" and bool(machine.gpus) and machine.has_bf16)
     session = open_session(config, place, output_dir=output_dir, bf16=bf16)
+    _KEPT.append(session)
     try:
         if config.dry_run:
             session.dry_run()

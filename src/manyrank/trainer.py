@@ -200,15 +200,23 @@ class Trainer:
         self.state.epoch = self.state.global_step / self.loader.steps_per_epoch * self.loader.examples.report.needed
         self._in_phase("callbacks")
         self._event("on_step_end")
-        self._agree()
-        if self.control.should_log:
-            self._log(self._measured(result))
-        if self.control.should_evaluate:
-            self._evaluate_and_compare()
-        if self.control.should_save or result.save_requested:
+        self._do_what_is_asked(result)
+        if result.save_requested:
             self._save()
         if self.state.global_step % self.loader.steps_per_epoch == 0:
             self._event("on_epoch_end")
+            self._do_what_is_asked(result)
+        self._agree()  # on whether to stop
+
+    def _do_what_is_asked(self, result: StepResult) -> None:
+        """Log, validate and save as the callbacks want it."""
+        self._agree()
+        if self.control.should_log and self.losses:
+            self._log(self._measured(result))
+        if self.control.should_evaluate and self.eval_loader:
+            self._evaluate_and_compare()
+        if self.control.should_save:
+            self._save()
 
     def _measured(self, result: StepResult) -> dict[str, float]:
         logs = {
