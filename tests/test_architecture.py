@@ -21,7 +21,7 @@ LEVEL = {
     "config": 1, "topology": 1, "interrupts": 1, "run_folder": 1, "hardware": 1, "formats": 1, "sources": 1.2, "packing": 1, "sandbox": 1, "dedup": 1,
     "options": 1.5,
     "rules": 2, "launcher": 2, "filters": 2, "marks": 2, "endings": 2, "export": 2,
-    "spans": 2.5, "templates": 2.7, "render": 3, "stages": 3, "loss": 3, "attention": 3, "optim": 3, "metrics": 3, "callbacks": 3, "watchdog": 3, "fsdp_on_cpu": 3,
+    "spans": 2.5, "templates": 2.7, "render": 3, "stages": 3, "loss": 3, "attention": 3, "optim": 3, "metrics": 3, "callbacks": 3, "watchdog": 3, "non_finite": 3, "fsdp_on_cpu": 3,
     "embedded": 3,
     "strategy": 3.5, "runtime": 3.5, "tokenise": 3.5,
     "data": 4, "batches": 4.5, "curate": 4, "model": 4, "checkpoint": 4, "saver": 4.5, "resume": 4, "generate": 4,

@@ -251,16 +251,18 @@ def test_every_strategy_has_its_file(strategy):
         (["--model=embedded", "--train-data=data/sample.jsonl"], "output/run"),
         (["quickstart", "--output-dir=mine"], "mine"),
         (["quickstart", "--resume-from=output/other/checkpoint-5"], "output/other"),
-        (["quickstart", "--resume-from=auto"], "output/quickstart"),
+        (["quickstart", "--resume-from=auto"], "output/quickstart-2"),
         (["quickstart", "--nnodes=2"], "output/quickstart"),
+        (["quickstart", "--resume-from=latest"], "output/other"),
     ],
 )
 def test_output_dir(tmp_path, monkeypatch, argv, folder):
     monkeypatch.chdir(tmp_path)
     for taken in ("quickstart", "quickstart-2"):
         (tmp_path / "output" / taken).mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(tmp_path / "output" / "other" / "checkpoint-5")
     line = parse(argv, prog="", launch=True)
-    assert output_dir(resolve(line.recipe, line.overrides).config, line) == folder
+    assert output_dir(resolve(line.recipe, line.overrides).config, line) in (folder, str(tmp_path / folder))
 
 
 # What is shown is what runs

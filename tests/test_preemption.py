@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -104,15 +105,51 @@ def sleeper(tmp_path, monkeypatch):
     return make
 
 
-def test_a_second_interrupt_stops_at_once(embedded_model, tmp_path, sleeper):
+STUCK = """
+import os
+import torch
+from transformers import TrainerCallback
+class Stuck(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and os.environ["RANK"] == "1":
+            torch.distributed.recv(torch.zeros(1), src=0)
+"""
+
+
+def test_a_second_interrupt_stops_at_once(embedded_model, tmp_path, monkeypatch):
+    """Also ranks that wait in C++, where Python hears no signal."""
     folder = tmp_path / "run"
-    with running(folder, "--strategy=ddp", "--nproc=2", sleeper(1, 600)) as process:
+    (tmp_path / "stuck.py").write_text(STUCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with running(folder, "--strategy=ddp", "--nproc=2", "--callbacks=stuck:Stuck") as process:
         process.send_signal(signal.SIGINT)
         time.sleep(1.5)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
     assert not run_folder.checkpoints(folder) and not workers_alive(folder)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.0])
+def test_a_signal_that_comes_early_is_not_lost(embedded_model, tmp_path, seconds):
+    """Before there are workers nothing was begun; workers that do not listen yet get it when they do."""
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}", "--max_steps=5000"]
+    process = subprocess.Popen(
+        [*argv, "--strategy=ddp", "--nproc=2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: listens(process.pid))
+    time.sleep(seconds)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(90) == 75, process.communicate()
+    for checkpoint in run_folder.checkpoints(folder):
+        assert run_folder.damage(checkpoint) is None
+
+
+def listens(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line for line in status if line.startswith("SigCgt")).split()[1]
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sleeper):
@@ -189,3 +226,31 @@ def test_a_users_error_is_not_tried_again(embedded_model, tmp_path):
     options = (f"--data_path={tmp_path / 'rows.jsonl'}", "--strategy=ddp", "--nproc=2", "--max_restarts=3")
     run = launch(tmp_path / "run", *options)
     assert run.code == 2 and run.stderr.count("error: 1 of 2 rows cannot be used") == 1, run.stderr
+
+
+def test_started_anew_from_a_named_checkpoint_it_goes_on_from_its_own(whole_run, tmp_path):
+    (tmp_path / "crashing.py").write_text(CRASH.replace("== 3", "== 5"))
+    common = ("--strategy=ddp", "--nproc=2", "--max_steps=6", "--save_steps=1", "--max_restarts=1")
+    named = whole_run.folder / "checkpoint-3"
+    options = ("--callbacks=crashing:Crash", f"--resume_from_checkpoint={named}")
+    run = launch(tmp_path / "run", *common, *options, PYTHONPATH=str(tmp_path))
+    assert run.code == 0, run.stderr
+    assert f"resumed from {named}, step 3" in run.stdout
+    assert f"resumed from {run.folder / 'checkpoint-5'}, step 5" in run.stdout
+    assert run.metrics() == pytest.approx(whole_run.metrics()[3:], abs=1e-5)
+
+
+NAN = """
+from transformers import TrainerCallback
+class Nan(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+"""
+
+
+def test_a_loss_that_is_not_finite_is_not_tried_again(embedded_model, tmp_path):
+    (tmp_path / "nan.py").write_text(NAN)
+    common = ("--strategy=ddp", "--nproc=2", "--max_steps=6", "--save_steps=1", "--max_restarts=2")
+    run = launch(tmp_path / "run", *common, "--callbacks=nan:Nan", PYTHONPATH=str(tmp_path))
+    assert run.code == 1 and run.stderr.count("stopped before the optimizer used it") == 1, run.stderr

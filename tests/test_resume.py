@@ -141,3 +141,99 @@ def test_what_one_ranks_callback_asks_for_all_do(embedded_model, tmp_path):
     assert run.code == 0, run.stderr
     assert [path.name for path in run_folder.checkpoints(run.folder)] == ["checkpoint-2", "checkpoint-4"]
     assert len(run.metrics()) == 4
+
+
+BEST = """
+from pathlib import Path
+from transformers import TrainerCallback
+class Block(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / "checkpoint-1.partial"
+        folder.write_text("in the way") if state.global_step == 0 else folder.unlink(missing_ok=True)
+"""
+EVAL = ("--eval_data_path=data/validation.jsonl", "--eval_steps=1", "--max_steps=3", "--strategy=single")
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_the_best(embedded_model, tmp_path):
+    (tmp_path / "best.py").write_text(BEST)
+    options = (
+        "--load_best_model_at_end",
+        "--greater_is_better",
+        "--callbacks=best:Block",
+    )  # the first loss is the greatest
+    run = launch(tmp_path / "run", *EVAL, *options, PYTHONPATH=str(tmp_path))
+    assert run.code == 0, run.stderr
+    assert "WARNING: checkpoint-1 could not be written" in run.stderr
+    assert [path.name for path in run_folder.checkpoints(run.folder)] == ["checkpoint-2"]
+
+
+def test_a_best_that_the_run_did_not_keep(embedded_model, tmp_path):
+    first = launch(tmp_path / "run", *EVAL, "--save_steps=3", "--greater_is_better")
+    assert first.code == 0, first.stderr
+    shutil.rmtree(first.folder / "final_model")
+    options = ("--load_best_model_at_end", "--greater_is_better", "--resume_from_checkpoint=auto", "--save_steps=3")
+    run = launch(tmp_path / "run", *EVAL, *options)
+    assert run.code == 0 and (run.folder / "final_model").is_dir(), run.stderr
+
+
+STOPPING = """
+import os, signal
+from transformers import TrainerCallback
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            control.should_training_stop = control.should_save = True
+"""
+
+
+def test_a_run_that_has_ended_early_stays_ended(embedded_model, tmp_path):
+    (tmp_path / "stopping.py").write_text(STOPPING)
+    common = ("--max_steps=5", "--strategy=single", "--callbacks=stopping:Stop")
+    first = launch(tmp_path / "run", *common, PYTHONPATH=str(tmp_path))
+    assert first.code == 0 and len(first.metrics()) == 2, first.stderr
+    shutil.rmtree(first.folder / "final_model")
+    again = launch(tmp_path / "run", *common, "--resume_from_checkpoint=auto", PYTHONPATH=str(tmp_path))
+    assert again.code == 0 and len(again.metrics()) == 2 and (again.folder / "final_model").is_dir(), again.stderr
+
+
+def test_a_changed_batch_is_refused(embedded_model, tmp_path):
+    common = ("--max_steps=4", "--global_batch_size=none", "--per_device_train_batch_size=2")
+    first = launch(tmp_path / "run", *common, "--save_steps=2", "--strategy=single")
+    assert first.code == 0, first.stderr
+    resume = f"--resume_from_checkpoint={first.folder / 'checkpoint-2'}"
+    run = launch(tmp_path / "new", *common, resume, "--gradient_accumulation_steps=8")
+    assert run.code == 2 and "batch_per_process: 2 -> 16" in run.stderr
+    run = launch(tmp_path / "new", *common, resume, "--strategy=ddp", "--nproc=2")
+    assert run.code == 0, run.stderr  # more processes, the same batch
+    assert run.metrics() == pytest.approx(first.metrics()[2:], abs=1e-5)
+
+
+def test_more_steps_than_before(embedded_model, tmp_path):
+    """The rows stay those that the shorter run had chosen."""
+    first = launch(tmp_path / "run", "--max_steps=2", "--save_steps=2", "--strategy=single")
+    assert first.code == 0, first.stderr
+    resume = ("--max_steps=4", "--strategy=single", "--resume_from_checkpoint=auto")
+    run = launch(tmp_path / "run", *resume)
+    assert run.code == 2 and "total_steps: 2 -> 4" in run.stderr
+    run = launch(tmp_path / "run", *resume, "--resume_changes=max_steps")
+    assert run.code == 0 and len(run.metrics()) == 4, run.stderr
+    assert "changed, as allowed: total_steps: 2 -> 4" in run.stdout
+
+
+def test_only_what_a_run_has_left_is_cleared_away(tmp_path):
+    for name in (
+        "mydata.partial",
+        "old.removed",
+        "checkpoint-3.partial",
+        "checkpoint-1.removed",
+        "final_model.partial",
+    ):
+        (tmp_path / name).mkdir()
+    assert len(run_folder.tidy(tmp_path)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mydata.partial", "old.removed"]
+
+
+def test_a_manifest_that_names_nothing_is_damaged(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "manifest.json").write_text("{}")
+    assert "is damaged" in run_folder.damage(tmp_path / "checkpoint-1")

@@ -64,7 +64,12 @@ CASES = [
     ("validation data needs steps", {"eval_data_path": DATA}, {"eval_steps": 5}),
     ("the best needs validation", {"load_best_model_at_end": True}, {**EVAL, "save_steps": 5}),
     ("the best needs validation", {"early_stopping_patience": 2}, EVAL),
-    ("elastic runs resume", {"elastic": True}, {"resume_from_checkpoint": "auto"}),
+    ("elastic runs resume", {"elastic": True, "global_batch_size": 8}, {"resume_from_checkpoint": "auto"}),
+    (
+        "elastic runs keep their batch",
+        {"elastic": True, "resume_from_checkpoint": "auto"},
+        {"global_batch_size": 8, "gradient_accumulation_steps": "none"},
+    ),
     ("trackers are there", {"report_to": "wandbb"}, {"report_to": "none"}),
     ("trackers are there", {"report_to": "wandb,nonsense"}, {"report_to": "wandb"}),
 ]  # fmt: skip

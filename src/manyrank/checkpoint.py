@@ -82,11 +82,14 @@ class FullWriter:
         self.tensors, self.held, self.bytes = {}, set(), 0
 
 
-def save_weights(runtime: Runtime, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def save_weights(
+    runtime: Runtime, folder: Path, *, dtype: torch.dtype | None = None, also: Callable[[], object] | None = None
+) -> None:
     """Write what was trained, as a folder that peft or transformers load. All ranks together; rank 0 writes.
 
     Args:
         dtype: cast to this type; None keeps the optimizer's precision.
+        also: writes more, on rank 0.
 
     Raises:
         SaveError: the disk is full, or something of the kind; on every rank.
@@ -94,6 +97,8 @@ def save_weights(runtime: Runtime, folder: Path, *, dtype: torch.dtype | None = 
     """
     attempt = _Attempt(runtime)
     _write_weights(runtime, folder, attempt, dtype)
+    if also:
+        attempt.run(also, only_main=True)
     attempt.agree()
 
 
@@ -147,13 +152,20 @@ def save(runtime: Runtime, output_dir: Path, step: int, *, state: dict, run: dic
         for name, content in {"trainer_state.json": state, "run.json": run}.items():
             attempt.run(run_folder.write, partial / name, json.dumps(content, indent=1), only_main=True)
         attempt.agree()
-        attempt.run(run_folder.seal, partial, only_main=True)
+        attempt.run(_seal, partial, runtime.accelerator.num_processes, only_main=True)
         attempt.agree()
     except SaveError:
         if runtime.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return output_dir / f"checkpoint-{step}"
+
+
+def _seal(partial: Path, ranks: int) -> None:
+    found = len(list(partial.glob("rng-*.safetensors")))
+    if found != ranks:  # of another machine, and not seen here
+        raise OSError(f"{found} of the files of {ranks} ranks can be seen in {partial}")
+    run_folder.seal(partial)
 
 
 def _write_optimizer(runtime: Runtime, partial: Path, attempt: _Attempt) -> None:

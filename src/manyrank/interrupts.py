@@ -5,16 +5,19 @@ SIGTERM, SIGUSR1 and SIGINT stop a run after a checkpoint; a second SIGINT stops
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+from .errors import EXIT_PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME = (
-    1.0  # seconds in which a second SIGINT is the first one that came on two ways, from the terminal and the launcher
-)
+STARTING = 20.0  # seconds that a worker has to start listening
+SAME = 1.0  # seconds in which a second SIGINT is the first one, which came from the terminal and from the launcher
 
 
 class StopRequest:
@@ -52,7 +55,8 @@ def pass_on_while(work: Callable[[], int]) -> int:
     middle of a save, and does not know SIGUSR1.
 
     Returns:
-        What `work` returned; 128 plus the signal if one came before there was a process.
+        What `work` returned. A signal that comes before there is a process ends this one: with 75, since nothing was
+        begun that could be lost, or 130 after an interrupt.
     """
     results: list[int | BaseException] = []
 
@@ -62,7 +66,8 @@ def pass_on_while(work: Callable[[], int]) -> int:
         except BaseException as error:  # raised again below
             results.append(error)
 
-    before = {number: signal.signal(number, _pass_on) for number in SIGNALS}
+    passing = _Passing()
+    before = {number: signal.signal(number, passing) for number in SIGNALS}
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
@@ -75,11 +80,39 @@ def pass_on_while(work: Callable[[], int]) -> int:
     return results[0]
 
 
-def _pass_on(number: int, frame: object) -> None:
-    import psutil
+class _Passing:
+    """The handler of the launcher's signals."""
 
-    children = psutil.Process().children()
-    if not children:
-        os._exit(128 + number)
-    for child in children:
-        child.send_signal(number)
+    def __init__(self) -> None:
+        self.interrupts = 0
+
+    def __call__(self, number: int, frame: object) -> None:
+        import psutil
+
+        self.interrupts += number == signal.SIGINT
+        children = psutil.Process().children()
+        if not children:
+            os._exit(128 + number if number == signal.SIGINT else EXIT_PREEMPTED)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if self.interrupts > 1:  # it may wait for another one in C++, where it hears no signal
+                    child.kill()
+                else:
+                    _wait_until_it_listens(child.pid, number)
+                    child.send_signal(number)
+        if self.interrupts > 1:
+            os._exit(128 + signal.SIGINT)
+
+
+def _wait_until_it_listens(pid: int, number: int) -> None:
+    """A worker that has just started would be ended by the signal, and not stopped."""
+    end = time.monotonic() + STARTING
+    while time.monotonic() < end:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return
+        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        if caught >> (number - 1) & 1:
+            return
+        time.sleep(0.02)

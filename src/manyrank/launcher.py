@@ -237,17 +237,19 @@ def default_output_dir(line: CommandLine) -> Path:
 
 
 def output_dir(config: TrainConfig, line: CommandLine) -> str:
-    """The run's folder: as given, else that of the resumed checkpoint, else output/NAME, output/NAME-2, ... that is free."""
+    """The run's folder: as given, else that of the resumed checkpoint, else output/NAME, output/NAME-2, ... that is free,
+    or with auto the last one that is there."""
     if config.output_dir:
         return config.output_dir
     resume = config.resume_from_checkpoint
     if resume and resume != "auto":
-        return str(Path(resume).parent)
+        folder = Path(resume)
+        return str((folder.resolve() if folder.is_symlink() or not folder.name else folder).parent)
     base = default_output_dir(line)
-    if resume or line.where.nnodes > 1:  # every machine must come to the same name
+    if line.where.nnodes > 1:  # every machine must come to the same name
         return str(base)
-    folder, number = base, 1
+    last, folder, number = base, base, 1
     while folder.exists():
-        number += 1
+        last, number = folder, number + 1
         folder = base.with_name(f"{base.name}-{number}")
-    return str(folder)
+    return str(last if resume else folder)

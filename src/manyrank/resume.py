@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +33,8 @@ IDENTITY = (
 )  # fmt: skip
 # What a run's identity calls otherwise than the recipe does.
 CALLED = {
+    "per_device_train_batch_size": ("batch_per_process",),
+    "gradient_accumulation_steps": ("batch_per_process",),
     "data_path": ("data", "examples", "tokens"),
     "model_name_or_path": ("model",),
     "num_train_epochs": ("total_steps",),
@@ -43,11 +45,11 @@ FIXED = ("method", "lora_r", "lora_target_modules", "optim")  # the shape of the
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: None at its first step. `notes` are for the user."""
+    """Where a run begins: None at its first step. `notes` are for the user, `run` is the checkpoint's identity."""
 
     folder: Path | None
     notes: tuple[str, ...] = ()
-    global_batch_size: int | None = None
+    run: dict = field(default_factory=dict)
 
 
 def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) -> Start:
@@ -58,24 +60,26 @@ def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) 
     Raises:
         UserError: the checkpoint cannot be used, or the machines do not share the run's folder; on every rank.
     """
-    wanted = config.resume_from_checkpoint
-    if any(gather_object([restarts()])):
-        wanted = wanted or "auto"
-    start = from_main(accelerator, lambda: _start(output_dir, wanted, dry_run=config.dry_run))
+    places = [config.resume_from_checkpoint] if config.resume_from_checkpoint else []
+    if any(gather_object([restarts()])) and places != ["auto"]:
+        places = ["auto", *places]  # what this run has saved itself comes before where it began
+    start = from_main(accelerator, lambda: _start(output_dir, places, dry_run=config.dry_run))
     _check_shared(output_dir, start.folder, accelerator)
     return start
 
 
-def _start(output_dir: Path, wanted: str | None, *, dry_run: bool) -> Start:
-    notes = [] if dry_run else run_folder.tidy(output_dir)
-    if not wanted:
-        return Start(None, tuple(notes))
-    found = run_folder.find(output_dir, wanted)
-    notes += [f"passed over: {problem}" for problem in found.passed_over]
-    if not found.folder:
-        return Start(None, (*notes, f"{output_dir} has no checkpoint yet: starting from the beginning"))
-    run = json.loads((found.folder / "run.json").read_text())
-    return Start(found.folder, tuple(notes), run["global_batch_size"])
+def _start(output_dir: Path, places: list[str], *, dry_run: bool) -> Start:
+    notes: list[str] = []
+    if places and not dry_run:  # without them the folder is new
+        notes += run_folder.tidy(output_dir)
+    for place in places:
+        found = run_folder.find(output_dir, place)
+        notes += [f"passed over: {problem}" for problem in found.passed_over]
+        if found.folder:
+            return Start(found.folder, tuple(notes), json.loads((found.folder / "run.json").read_text()))
+    if places:
+        notes.append(f"{output_dir} has no checkpoint yet: starting from the beginning")
+    return Start(None, tuple(notes))
 
 
 def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -195,6 +195,14 @@ RULES = (
         ),
         "give --resume_from_checkpoint auto, and --save_steps",
     ),
+    Rule(
+        "elastic runs keep their batch", ("elastic", "global_batch_size", "gradient_accumulation_steps"),
+        _unless(
+            lambda s: s.config.elastic and (not s.config.global_batch_size or bool(s.config.gradient_accumulation_steps)),
+            "an elastic run has more processes at one time than at another, and its batch would follow their number",
+        ),
+        "give global_batch_size, and leave gradient_accumulation_steps out",
+    ),
     Rule("trackers are there", ("report_to",), _tracker, "install the package, or choose another tracker"),
 )  # fmt: skip
 

@@ -24,6 +24,8 @@ from .errors import UserError
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST, SAVE_NOW = "manifest.json", "SAVE_NOW"
 PARTIAL, REMOVED = ".partial", ".removed"
+NEEDED = ("run.json", "trainer_state.json")
+LEFTOVER = re.compile(rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.escape(REMOVED)})")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+        if not set(NEEDED) <= sizes.keys():
+            return f"{folder / MANIFEST} is damaged"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{folder / MANIFEST} is damaged"
     for name, (size, digest) in sizes.items():
@@ -182,7 +186,7 @@ def tidy(output_dir: Path) -> list[str]:
 
 def _leftovers(output_dir: Path) -> Iterator[Path]:
     if output_dir.is_dir():
-        yield from sorted(path for path in output_dir.iterdir() if path.is_dir() and path.suffix in (PARTIAL, REMOVED))
+        yield from sorted(path for path in output_dir.iterdir() if path.is_dir() and LEFTOVER.fullmatch(path.name))
 
 
 def _remove(folder: Path) -> None:

@@ -31,29 +31,32 @@ class Saver:
         """Whether there is a file SAVE_NOW in the run's folder."""
         return (self.output_dir / run_folder.SAVE_NOW).exists()
 
-    def save(self, step: int, state: dict, *, best: Path | None, must: bool = False) -> None:
-        """Write a checkpoint, unless this step has one. All ranks together.
+    def save(self, step: int, state: dict, *, best: Path | None, must: bool = False) -> bool:
+        """Write a checkpoint. All ranks together.
 
         One that cannot be written is told, and the training goes on; the checkpoints before it are untouched.
+
+        Returns:
+            Whether it is written.
 
         Raises:
             SaveError: it is the second one in a row, or it must not fail.
         """
         main = self.runtime.accelerator.is_main_process
-        if step != self.saved:
-            try:
-                folder = checkpoint.save(self.runtime, self.output_dir, step, state=state, run=self.run)
-            except SaveError as error:
-                if must:
-                    raise
-                self._failed(step, error)
-                return
-            self.saved, self.failures = step, 0
-            if main:
-                run_folder.retain(self.output_dir, self.limit, keep=[folder, *([best] if best else [])])
+        try:
+            folder = checkpoint.save(self.runtime, self.output_dir, step, state=state, run=self.run)
+        except SaveError as error:
+            if must:
+                raise
+            self._failed(step, error)
+            return False
+        self.saved, self.failures = step, 0
         if main:
+            with contextlib.suppress(OSError):  # an old one that stays does no harm
+                run_folder.retain(self.output_dir, self.limit, keep=[folder, *([best] if best else [])])
             with contextlib.suppress(OSError):
                 (self.output_dir / run_folder.SAVE_NOW).unlink()
+        return True
 
     def _failed(self, step: int, error: SaveError) -> None:
         self.failures += 1

@@ -68,10 +68,12 @@ class Session:
             self.trainer.resume(self.start.folder)
             self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
         self._write_facts()
-        before = self._answers()
-        self.trainer.train()
-        final = self.save_final_model()
-        for question, old, new in zip(self.config.sample_questions, before, self._answers()):
+        with self.trainer.watched():
+            before = self._answers()
+            self.trainer.train()
+            final = self.save_final_model()
+            after = self._answers()
+        for question, old, new in zip(self.config.sample_questions, before, after):
             self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
         self.say(f"\nfinal model: {final}")
         self.accelerator.wait_for_everyone()
@@ -86,13 +88,14 @@ class Session:
         bf16 = self.runtime.facts().precision == "bf16"
         dtype = torch.bfloat16 if self.config.method == "full" and bf16 else None
         try:
-            checkpoint.save_weights(self.runtime, partial, dtype=dtype)
+            checkpoint.save_weights(
+                self.runtime, partial, dtype=dtype, also=lambda: self.tokenizer.save_pretrained(partial)
+            )
         except SaveError as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise SaveError(f"final_model could not be written: {error}") from None
         if main:
-            self.tokenizer.save_pretrained(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         self.accelerator.wait_for_everyone()
@@ -136,9 +139,11 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
     tokenizer = load_tokenizer(config)
     accelerator = strategy.start(config, place, bf16=bf16)
     start = find_start(config, output_dir, accelerator)
+    per_process = _batch_per_process(config)
     if start.folder and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
-        config = config.model_copy(update={"global_batch_size": start.global_batch_size})
-    train, evaluation = _data(config, tokenizer, accelerator.num_processes)
+        config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
+    needed = start.run["needed"] if start.folder else _needed(config, accelerator.num_processes)
+    train, evaluation = _data(config, tokenizer, needed)
     if accelerator.is_main_process:
         print(f"training data: {train.describe()}", flush=True)
         if evaluation:
@@ -153,6 +158,9 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
         model=base_fingerprint(resolve_name(config.model_name_or_path), getattr(model.config, "_commit_hash", None)),
         data=train.fingerprint,
         global_batch_size=config.batch(accelerator.num_processes),
+        # What stands beside a global batch is only how it is laid out.
+        batch_per_process=per_process or start.run.get("batch_per_process"),
+        needed=needed,
         examples=len(train),
         tokens=int(train.lengths.sum()),
         bf16=bf16,
@@ -169,12 +177,24 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
     return Session(config, runtime, tokenizer, trainer, output_dir, start)
 
 
-def _data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, world: int) -> tuple[Examples, Examples | None]:
-    """The examples to train on and to validate with. A short run does not tokenise more than it will see."""
+def _batch_per_process(config: TrainConfig) -> int | None:
+    """Examples of one process in a step, where that is what the recipe says."""
+    if config.global_batch_size:
+        return None
+    return config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
+
+
+def _needed(config: TrainConfig, world: int) -> int | None:
+    """The examples that a short run will see: it does not tokenise more. None: all."""
     whole = config.eval_split or config.packing == "dataset" or config.max_steps <= 0
-    train = prepare(
-        config.data_path, tokenizer, config, needed=None if whole else config.max_steps * config.batch(world)
-    )
+    return None if whole else config.max_steps * config.batch(world)
+
+
+def _data(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None
+) -> tuple[Examples, Examples | None]:
+    """The examples to train on and to validate with."""
+    train = prepare(config.data_path, tokenizer, config, needed=needed)
     if config.eval_split:
         return train.split(config.eval_split)
     return train, prepare(config.eval_data_path, tokenizer, config) if config.eval_data_path else None

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from . import hardware, rules, topology
 from .config import Resolved, resolve
-from .errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, NonFiniteError, Preempted, SaveError, UserError
+from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, SaveError, UserError
 from .interrupts import STOP
 from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE, default_output_dir
 from .options import CommandLine, parse
@@ -43,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return EXIT_USER
     line = argv or sys.argv[1:]
-    code = guarded(lambda: _train(parse(line, prog="python -m manyrank.train", launch=False), place), place)
-    if code in (EXIT_USER, EXIT_PREEMPTED) and topology.may_restart():
+    return guarded(lambda: _train(parse(line, prog="python -m manyrank.train", launch=False), place), place)
+
+
+def _for_good(code: int) -> int:
+    """An end that would be the same the next time: workers that are started anew hear of it, see `_last_word`."""
+    if topology.may_restart():
         _word_file().write_text(str(code))
     return code
 
@@ -72,15 +76,15 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
         work()
     except UserError as error:
         _say(error, place)
-        return EXIT_USER
+        return _for_good(EXIT_USER)
     except NonFiniteError as error:
         _say(f"stopped before the optimizer used it: {error}", place)
-        return EXIT_FAILED
+        return _for_good(EXIT_FAILED)
     except SaveError as error:
         _say(f"stopped: {error}", place)
-        return EXIT_FAILED
+        return _for_good(EXIT_FAILED)
     except Preempted as stop:
-        return stop.code
+        return _for_good(stop.code)
     except Exception:
         print(f"rank {place.rank} failed:", file=sys.stderr)
         traceback.print_exc()

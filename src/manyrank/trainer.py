@@ -8,18 +8,19 @@ transformers' callbacks are driven from here: progress bar, trackers, early stop
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from . import checkpoint, run_folder
+from . import checkpoint
 from .batches import Step, StepLoader
 from .callbacks import build_callbacks, training_arguments
 from .config import TrainConfig
@@ -29,6 +30,7 @@ from .interrupts import STOP
 from .loss import token_loss_sum
 from .metrics import peak_memory
 from .model import evaluation_mode
+from .non_finite import name_rows
 from .optim import advance, build_schedule
 from .runtime import Runtime
 from .saver import Saver
@@ -89,7 +91,9 @@ class Trainer:
         self.losses: list[float] = []  # since the last line of metrics, as are the next two
         self.seen_tokens, self.seconds = 0, 0.0
         self.saver = Saver(runtime, output_dir, run=self.run, limit=config.save_total_limit)
-        self.heart: Heart | None = None  # while the loop runs
+        self.stopped = False  # whether the resumed run had come to its end
+        self.heart: Heart | None = None
+        self._check_callback_states()
 
     # The loop
 
@@ -101,23 +105,30 @@ class Trainer:
             SaveError: two checkpoints in a row could not be written.
             Preempted: a signal came; the checkpoint is complete.
         """
+        self._loop()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While this lasts, a rank that gives no sign of life is named."""
         self.heart = Heart(self.output_dir, self.runtime.accelerator.process_index)
         watchdog = Watchdog(self.heart, patience=self.config.hang_timeout)
         watchdog.start()
         try:
-            self._loop()
+            yield
         finally:
             watchdog.stop()
             self.heart.stop()
             self.heart = None
 
     def _in_phase(self, phase: str) -> None:
+        """A sign of life. Each rank gives the same ones, one at the latest before it waits for the others."""
         if self.heart:
             self.heart.beat(self.state.global_step + 1, phase)
 
     def _loop(self) -> None:
         self._event("on_train_begin")
-        while self.state.global_step < self.total_steps and not self.control.should_training_stop:
+        self.control.should_training_stop |= self.stopped
+        while not self._is_over():
             number = self.state.global_step
             if number % self.loader.steps_per_epoch == 0:
                 self._event("on_epoch_begin")
@@ -129,12 +140,15 @@ class Trainer:
             advance(self.schedule)
             self.seconds += time.perf_counter() - started
             self._after_step(result)
-            if result.stop_requested:
+            if result.stop_requested and not self._is_over():
                 self._save(must=True)
                 raise Preempted
         if best := self._best():
             checkpoint.load_weights(self.runtime, best)
         self._event("on_train_end")
+
+    def _is_over(self) -> bool:
+        return self.state.global_step >= self.total_steps or self.control.should_training_stop
 
     def train_step(self, step: Step) -> StepResult:
         """One optimizer step over this rank's micro-batches."""
@@ -183,6 +197,7 @@ class Trainer:
         total, supervised = torch.zeros((), device=self.device), 0
         with evaluation_mode(self.runtime.wrapped):
             for number in range(self.eval_loader.steps_per_epoch):
+                self._in_phase(f"step {number + 1} of the validation")
                 step = self.eval_loader.step(number)
                 supervised += step.supervised
                 for micro in (micro.to(self.device) for micro in step.micro_batches):
@@ -246,14 +261,17 @@ class Trainer:
             )
         value, best = metrics[self.config.metric_for_best_model], self.state.best_metric
         if best is None or (value > best if self.config.greater_is_better else value < best):
+            before = self.state.best_metric, self.state.best_global_step
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-            self.control.should_save |= self.config.load_best_model_at_end
+            if self.config.load_best_model_at_end and not self._save():
+                self.state.best_metric, self.state.best_global_step = before  # what is not on the disk cannot be loaded
 
     def _event(self, name: str, **kwargs) -> None:
         self.control = getattr(self.handler, name)(self.args, self.state, self.control, **kwargs)
 
     def _agree(self) -> None:
         """What one rank's callback asks for, all do: a user's callback may look at the clock."""
+        self._in_phase("after the callbacks")
         if self.config.callbacks:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
             asked = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
@@ -261,8 +279,10 @@ class Trainer:
 
     # Saving and resuming
 
-    def _save(self, *, must: bool = False) -> None:
-        """Write a checkpoint; `must` makes it an error that it cannot be written."""
+    def _save(self, *, must: bool = False) -> bool:
+        """Write a checkpoint, and say whether this step has one; `must` makes it an error that it cannot be written."""
+        if self.saver.saved == self.state.global_step:
+            return True
         self._in_phase("saving")
         state = {
             "global_step": self.state.global_step,
@@ -272,10 +292,14 @@ class Trainer:
             "best_global_step": self.state.best_global_step,
             "log_history": self.state.log_history,
             "window": {"losses": self.losses, "seen_tokens": self.seen_tokens, "seconds": self.seconds},
-            "callbacks": {type(c).__name__: c.state()["attributes"] for c in self._exportable()},
+            "callbacks": self._callback_states(),
+            "stopped": self.control.should_training_stop and self.state.global_step < self.total_steps,
         }
-        self.saver.save(self.state.global_step, state, best=self._best(), must=must)
-        self._event("on_save")
+        saved = self.saver.save(self.state.global_step, state, best=self._best(), must=must)
+        self._in_phase("after the save")
+        if saved:
+            self._event("on_save")
+        return saved
 
     def _best(self) -> Path | None:
         """The checkpoint that load_best_model_at_end takes."""
@@ -285,15 +309,20 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
         state = checkpoint.load(self.runtime, folder, self._zero_step)
-        for name, attributes in state.pop("callbacks").items():
-            for callback in self._exportable():
-                if type(callback).__name__ == name:
-                    vars(callback).update(attributes)
+        saved = state.pop("callbacks")
+        for callback in self._exportable():  # those of one class in their order
+            mine = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)
+            if mine:
+                saved.remove(mine)
+                vars(callback).update(mine["attributes"])
         vars(self).update(state.pop("window"))
+        self.stopped = state.pop("stopped")
         vars(self.state).update(state)
         if folder.parent.resolve() == self.output_dir.resolve():
             self.saver.saved = self.state.global_step
         else:  # another run's best checkpoint is not in this one's folder
+            self.state.best_metric = self.state.best_global_step = None
+        if (best := self._best()) and not best.is_dir():  # the run did not keep its best one until now
             self.state.best_metric = self.state.best_global_step = None
         self.schedule = build_schedule(self.config, self.total_steps)
         advance(self.schedule, self.state.global_step)
@@ -324,6 +353,18 @@ class Trainer:
     def _exportable(self) -> list[ExportableState]:
         return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
 
+    def _callback_states(self) -> list[dict]:
+        return [{"name": type(c).__name__, "attributes": c.state()["attributes"]} for c in self._exportable()]
+
+    def _check_callback_states(self) -> None:
+        for state in self._callback_states():
+            try:
+                json.dumps(state)
+            except TypeError as error:
+                what = f"the state of {state['name']} cannot be saved: {error}"
+                fix = "let its state() give what JSON can hold"
+                raise UserError(what, where="callbacks", fix=fix) from None
+
     def _state(self) -> TrainerState:
         return TrainerState(
             max_steps=self.total_steps,
@@ -341,19 +382,8 @@ class Trainer:
         return sum(bad, [])
 
     def _non_finite(self, what: str, rows: list[tuple[str, int]]) -> NonFiniteError:
-        """The error that names the rows of each rank; they are written to logs/non_finite.json too."""
-        everyone = gather_object([(self.runtime.accelerator.process_index, rows)])
         number = self.state.global_step + 1
-        if self.main:
-            told = [{"rank": rank, "rows": [list(row) for row in rows]} for rank, rows in everyone if rows]
-            file = self.output_dir / "logs" / "non_finite.json"
-            run_folder.write(file, json.dumps({"step": number, "what": what, "ranks": told}, indent=1))
-        named = [
-            f"rank {rank}: rows {sorted(row for path, row in rows if path == source)} of {source}"
-            for rank, rows in everyone
-            for source in sorted({path for path, _ in rows})
-        ]
-        return NonFiniteError(f"{what} in step {number} ({'; '.join(named)}); see logs/non_finite.json")
+        return name_rows(what, rows, step=number, rank=self.runtime.accelerator.process_index, folder=self.output_dir)
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:

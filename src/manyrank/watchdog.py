@@ -11,6 +11,7 @@ come back, and a dead one ends with the collective's time-out.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -46,7 +47,7 @@ class Heart:
         self.folder, self.rank, self.host = output_dir / "logs" / "heartbeats", rank, socket.gethostname()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = os.open(self.folder / f"rank-{rank:05d}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self.stacks = (self.folder / f"stacks-{rank:05d}.txt").open("w")
+        self.stacks = (self.folder / f"stacks-{rank:05d}.txt").open("a")
         self.count = 0
         faulthandler.register(signal.SIGUSR2, file=self.stacks, all_threads=True)
 
@@ -91,12 +92,14 @@ class Watchdog(threading.Thread):
             return None
         for beat in found:
             if beat.host == self.heart.host:
-                os.kill(beat.pid, signal.SIGUSR2)
-        others = ", ".join(f"rank {beat.rank} in {beat.phase}" for beat in found if beat.rank != last.rank)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(beat.pid, signal.SIGUSR2)
+        named = [beat for beat in found if beat.count == last.count]  # of several none can be told from the others
+        who = " or ".join(f"rank {beat.rank} (host {beat.host}, pid {beat.pid})" for beat in named)
+        others = ", ".join(f"rank {beat.rank} in {beat.phase}" for beat in found if beat not in named)
         return (
-            f"\nWARNING: rank {last.rank} (host {last.host}, pid {last.pid}) has given no sign of life for "
-            f"{now - last.time:.0f} s: step {last.step}, {last.phase}. Waiting: {others or 'nobody'}. "
-            f"Stacks: {self.heart.folder}/stacks-*.txt"
+            f"\nWARNING: {who} has given no sign of life for {now - last.time:.0f} s: step {last.step}, {last.phase}. "
+            f"Waiting: {others or 'nobody'}. Stacks: {self.heart.folder}/stacks-*.txt"
         )
 
     def _first_to_say(self, last: Beat) -> bool:
