@@ -56,8 +56,8 @@ def test_a_job_is_signalled_requeued_and_resumed(embedded_model, tmp_path):
         (saved,) = run_folder.checkpoints(folder)
         assert run_folder.damage(saved) is None and run_folder.step_of(saved) < STEPS
         assert not (folder / "final_model").exists()
-        # SLURM waits two minutes before it tries again.
-        tool("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # SLURM waits two minutes before it tries again. At once would be too soon: the nodes still refuse the job's old credential.
+        tool("scontrol", "update", f"JobId={job}", "StartTime=now+10")
         wait(lambda: "JobState=COMPLETED" in tool("scontrol", "show", "job", job), "the end", log, seconds=240)
     assert f"resumed from {saved}" in log.read_text()
     run = Run(0, "", "", folder)
