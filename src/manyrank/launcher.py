@@ -196,7 +196,7 @@ def _launched(argv: tuple[str, ...]) -> int:
     from subprocess import CalledProcessError
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
     try:
         _run_in_process(argv)
@@ -204,6 +204,14 @@ def _launched(argv: tuple[str, ...]) -> int:
         code = failed.get_first_failure()[1].exitcode
     except CalledProcessError as failed:
         code = failed.returncode
+    except RendezvousConnectionError:
+        print(
+            "error: machine 0, where the machines meet, is gone or cannot be reached\n"
+            "where: the rendezvous\n"
+            "fix:   start the same command on all machines, with --resume_from_checkpoint auto",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
     except RendezvousTimeoutError:
         print(
             "error: a machine is gone, or never came: the others have waited for it as long as --rdzv_timeout says\n"
