@@ -7,8 +7,11 @@ What transformers needs for the same text and tokens, without any mask, is the m
 
 import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -76,5 +79,38 @@ def packing(lengths: np.ndarray) -> None:
         print(f"{name:<42} {statistics.mean(over):>7.2%}  {max(over):.2%}")
 
 
+def preparing(numbers: tuple[int, ...] = (25_000, 50_000, 100_000)) -> None:
+    """From a file of rows to the table of masked tokens, each in a process of its own and without a cache."""
+    print(f"\n{'rows prepared from scratch':<42} {'seconds':>7}  GiB of the largest process")
+    chats = conversations()
+    for number in numbers:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.jsonl"
+            with file.open("w", encoding="utf-8") as lines:
+                for index in range(number):
+                    (asked, told), row = chats[index % len(chats)], f"{index}: "
+                    lines.write(json.dumps({"question": row + asked["content"], "answer": told["content"]}) + "\n")
+            environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache", "MANYRANK_BENCH_ROWS": str(file)}
+            started = time.perf_counter()
+            subprocess.run([sys.executable, __file__, "--prepare"], env=environment, check=True, capture_output=True)
+            seconds = time.perf_counter() - started
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        print(f"{number:<42,} {seconds:>7.1f}  {peak:.2f}")
+
+
+def prepare_rows() -> None:
+    from manyrank.config import Entry, resolve
+    from manyrank.data import prepare
+    from manyrank.model import load_tokenizer
+
+    given = {"model_name_or_path": "embedded", "data_path": os.environ["MANYRANK_BENCH_ROWS"]}
+    config = resolve(None, [Entry(key, value, "bench") for key, value in given.items()]).config
+    prepare(config.data_path, load_tokenizer(config), config)
+
+
 if __name__ == "__main__":
-    packing(rendering())
+    if "--prepare" in sys.argv:
+        prepare_rows()
+    else:
+        packing(rendering())
+        preparing()

@@ -3,14 +3,14 @@
     tokens      [ a a a a | b b | c c c ]          one row, no padding
     cu_seq_lens [ 0         4     6       9 ]      where documents begin and end
 
-On CUDA in 16 bits this is one variable-length flash attention call; elsewhere one sdpa call per document. The function
+On CUDA in 16 bits this is one variable-length flash attention call; elsewhere one call per document. The function
 is registered with transformers under PACKED; a model uses it after `model.set_attn_implementation(PACKED)`.
 transformers builds no mask for a name it has no mask function for, so nothing of size tokens x tokens ever exists.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ from .errors import UserError
 
 logger = logging.get_logger(__name__)
 
-PACKED = "manyrank_packed"
+PACKED, PACKED_PLAIN = "manyrank_packed", "manyrank_packed_plain"
+# Tokens of a document up to which plain products are taken on a CPU in bf16. sdpa of torch 2.13 needs twice as long
+# there; in float32 it is the faster one.
+SHORT = 1024
 
 
 def packed_attention(
@@ -36,6 +39,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    short: int = SHORT,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document of a packed row.
@@ -46,6 +51,7 @@ def packed_attention(
         attention_mask: None; the document bounds say everything.
         cu_seq_lens_q: (documents + 1,), int32, from 0 to tokens.
         max_length_q: tokens of the longest document.
+        short: tokens up to which a document may be computed by plain products, see SHORT.
 
     Returns:
         (1, tokens, heads, head_dim), and None for the weights.
@@ -53,21 +59,23 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # a norm may have given float32 queries, beside 16-bit values
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and not softcap:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     if query.is_cuda:
-        logger.warning_once(f"attention takes one document at a time: {query.dtype}, dropout {dropout} (slower)")
-    bounds = cu_seq_lens_q.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)]
+        why = f"{query.dtype}, dropout {dropout}, soft-cap {softcap}"
+        logger.warning_once(f"attention takes one document at a time (slower, more memory): {why}")
+    lengths = cu_seq_lens_q.diff().tolist()
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-    outputs = [_document(q, k, v, scaling, dropout, sliding_window) for q, k, v in documents]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    options = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "short": short}
+    return torch.cat([_document(q, k, v, **options) for q, k, v in documents], dim=2).transpose(1, 2), None
 
 
-def _document(query, key, value, scaling, dropout, sliding_window) -> torch.Tensor:
+def _document(query, key, value, *, scaling, window, dropout, softcap, short) -> torch.Tensor:
     tokens = query.shape[2]
-    windowed = sliding_window is not None and tokens > sliding_window
-    mask = _window_mask(tokens, sliding_window, query.device) if windowed else None
+    plain = query.dtype == torch.bfloat16 and query.device.type == "cpu" and tokens <= short
+    if softcap or (plain and not dropout):
+        return _products(query, key, value, scaling=scaling, window=window, softcap=softcap, dropout=dropout)
+    mask = _allowed(tokens, window, query.device) if window is not None and tokens > window else None
     return F.scaled_dot_product_attention(
         query, key, value,
         attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling,
@@ -75,10 +83,27 @@ def _document(query, key, value, scaling, dropout, sliding_window) -> torch.Tens
     )  # fmt: skip
 
 
-def _window_mask(tokens: int, window: int, device: torch.device) -> torch.Tensor:
+def _products(query, key, value, *, scaling, window, softcap, dropout) -> torch.Tensor:
+    """Plain products of matrices, the heads that share a key one below the other."""
+    _, heads, tokens, size = query.shape
+    groups, times = key.shape[1], heads // key.shape[1]
+    hidden = ~_allowed(tokens, window, query.device)
+    mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -torch.inf).repeat(times, 1)
+    queries, keys = query.reshape(groups, times * tokens, size), key.squeeze(0).transpose(1, 2)
+    scaling = size**-0.5 if scaling is None else scaling
+    if softcap:
+        scores = torch.tanh(queries @ keys * (scaling / softcap)) * softcap + mask
+    else:
+        scores = torch.baddbmm(mask, queries, keys, alpha=scaling)
+    shares = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
+    return torch.bmm(shares, value.squeeze(0)).view(1, heads, tokens, -1)
+
+
+def _allowed(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(tokens, tokens), which keys a query sees."""
     position = torch.arange(tokens, device=device)
     distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+    return (distance >= 0) & (distance < (window or tokens))
 
 
 def _varlen(query, key, value, bounds, longest, scaling, sliding_window) -> torch.Tensor:
@@ -93,8 +118,11 @@ def _varlen(query, key, value, bounds, longest, scaling, sliding_window) -> torc
     return out.unsqueeze(0)
 
 
-def use_packed_attention(model: PreTrainedModel) -> None:
+def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None:
     """Make `model` attend inside documents only.
+
+    Args:
+        plain: by sdpa alone, where there is no kernel for packed documents.
 
     Raises:
         UserError: the architecture mixes tokens in a way that document bounds do not stop.
@@ -102,7 +130,6 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention", "sliding_attention"}
     reasons = [f"{kind} layers" for kind in sorted(kinds)]
-    reasons += ["attention soft-capping"] if getattr(config, "attn_logit_softcapping", None) else []
     reasons += ["attention sinks"] if config.model_type == "gpt_oss" else []
     reasons += ["no pluggable attention"] if not model._supports_attention_backend else []
     if reasons:
@@ -111,7 +138,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
             where="packing",
             fix="set packing: none, which pads instead",
         )
-    model.set_attn_implementation(PACKED)
+    model.set_attn_implementation(PACKED_PLAIN if plain else PACKED)
 
 
 AttentionInterface.register(PACKED, packed_attention)
+AttentionInterface.register(PACKED_PLAIN, partial(packed_attention, short=0))

@@ -8,7 +8,8 @@ so any number of processes sees the same steps, and the step number is all that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -26,7 +27,7 @@ class MicroBatch:
 
     Attributes:
         inputs: the model's keyword arguments; input_ids is (1, tokens) when packed, (rows, longest) when padded.
-        positions, targets: (supervised,), as `loss.token_loss_sum` takes them.
+        positions, targets: (supervised,), as `loss.TokenLoss` takes them.
         rows: the source of each row and its number there, to name them in an error.
     """
 
@@ -42,11 +43,19 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: this rank's micro-batches, and token counts over *all* ranks."""
+    """One optimizer step: this rank's micro-batches, and counts over *all* ranks.
+
+    Attributes:
+        slots: tokens that are computed: also padding, and what a rank without an example forwards.
+        squares: the squared lengths of the examples, added up.
+    """
 
     micro_batches: list[MicroBatch]
+    examples: int
     supervised: int
     tokens: int
+    slots: int
+    squares: int
 
 
 @dataclass(frozen=True)
@@ -81,11 +90,16 @@ class StepLoader:
         epoch, turn = divmod(number, self.steps_per_epoch)
         units = self._units(epoch, slice(turn * self.batch_size, (turn + 1) * self.batch_size))
         chosen = np.concatenate(units)
-        build = self._padded if self.packing == "none" else _packed
+        build = self._padded if self.packing == "none" else side_by_side
+        dealt = self._deal(units)
+        lengths = self.examples.lengths[chosen]
         return Step(
-            micro_batches=[build(self._read(chosen[0], members)) for members in self._deal(units)[self.rank]],
+            micro_batches=[build(self._read(chosen[0], members)) for members in dealt[self.rank]],
+            examples=len(chosen),
             supervised=int(self.examples.supervised[chosen].sum()),
-            tokens=int(self.examples.lengths[chosen].sum()),
+            tokens=int(lengths.sum()),
+            slots=sum(self._slots(members or [chosen[0]]) for micro_batches in dealt for members in micro_batches),
+            squares=int((lengths**2).sum()),
         )
 
     def imbalance(self, steps: int = 20) -> float:
@@ -123,6 +137,10 @@ class StepLoader:
             return padded_layout(len(lengths), ranks=self.ranks, batch_size=self.micro_batch_size)
         return step_layout(lengths, ranks=self.ranks, token_budget=self.micro_batch_size * self.max_length)
 
+    def _slots(self, members: list[int]) -> int:
+        lengths = self.examples.lengths[members]
+        return int(lengths.max()) * len(members) if self.packing == "none" else int(lengths.sum())
+
     def _read(self, first: int, members: list[int]) -> list[dict]:
         if members:
             return [self.examples[example] for example in members]
@@ -141,6 +159,23 @@ class StepLoader:
             labels[index, :length] = torch.as_tensor(row["labels"])
             mask[index, :length] = 1
         return _micro_batch({"input_ids": ids, "attention_mask": mask}, labels.flatten(), rows)
+
+
+class Ahead:
+    """The steps of a loader in their order, each read by a thread while the one before it trains."""
+
+    def __init__(self, loader: StepLoader) -> None:
+        self.loader = loader
+        self.reader = ThreadPoolExecutor(1, "reader")
+        self.number, self.coming = -1, None
+
+    def step(self, number: int, *, last: int) -> Step:
+        """The step of this number; the next one is read unless it is after `last`."""
+        coming = self.coming if self.number == number else self.reader.submit(self.loader.step, number)
+        step = coming.result()
+        self.number = number + 1
+        self.coming = self.reader.submit(self.loader.step, number + 1) if number < last else None
+        return step
 
 
 @lru_cache(maxsize=2)
@@ -180,7 +215,8 @@ def epoch_order(examples: Examples, seed: int, epoch: int) -> np.ndarray:
     return together[_permutation(seed, epoch, len(together))]
 
 
-def _packed(rows: list[dict]) -> MicroBatch:
+def side_by_side(rows: list[dict]) -> MicroBatch:
+    """Rows side by side, as documents of one row."""
     lengths = [len(row["input_ids"]) for row in rows]
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     inputs = {
@@ -192,6 +228,13 @@ def _packed(rows: list[dict]) -> MicroBatch:
         "max_length_k": max(lengths),
     }
     return _micro_batch(inputs, torch.as_tensor(np.concatenate([row["labels"] for row in rows])).long(), rows)
+
+
+def trial(*, packed: bool) -> MicroBatch:
+    """A few tokens to try a model with, the same on every rank."""
+    ids = np.arange(4)
+    micro = side_by_side([{"input_ids": ids, "labels": np.where(ids, ids, IGNORE), "source": "trial", "row": 0}])
+    return micro if packed else replace(micro, inputs={"input_ids": micro.inputs["input_ids"]})
 
 
 def _micro_batch(inputs: dict, labels: torch.Tensor, rows: list[dict]) -> MicroBatch:

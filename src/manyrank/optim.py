@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
@@ -30,7 +32,7 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
         "eps": config.adam_epsilon,
     }
     if config.optim == "adamw_torch":
-        return torch.optim.AdamW(groups, **adam)
+        return torch.optim.AdamW(groups, fused=True, **adam)
     from bitsandbytes import optim as bnb
 
     cls = {
@@ -56,3 +58,8 @@ def advance(schedule: LambdaLR, steps: int = 1) -> None:
     for _ in range(steps):
         schedule.optimizer.step()  # the stand-in has no gradient; torch warns if it never steps
         schedule.step()
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)

@@ -1,0 +1,154 @@
+"""The head and the loss in one: logits exist for one chunk of tokens at a time, and their gradient is used at once.
+
+    hidden (n, h) --select supervised--> chunks --> logits (c, vocabulary) --> softmax --> loss
+                                                                      '--> gradient of hidden (and of the weight)
+
+The gradient of the hidden states is computed in the forward pass, while a chunk's logits are there: nothing of size
+n x vocabulary is kept or computed again, and a frozen head costs two matrix products instead of three. Backward only
+scales. `fuse` does this to a model's own head, so that whatever shards or gathers its weight works as before.
+
+The idea of taking the gradient in the forward pass is Liger's (Hsu et al. 2024, arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.autograd.function import once_differentiable
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Bytes of logits in one chunk. On CPUs they should stay in the cache, also when other ranks share it.
+CHUNK = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of a linear head, with all gradients computed in the forward pass.
+
+    Args of `apply`:
+        hidden: (n, h). weight: (vocabulary, h). bias: (vocabulary,) or None. targets: (n,), token ids.
+
+    Returns:
+        A scalar, float32 (float64 for such a head).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            wanted = ctx.needs_input_grad[:3]
+            loss, *gradients = _loss_and_gradients(
+                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets, wanted
+            )
+        ctx.gradients, ctx.dtypes = gradients, [getattr(t, "dtype", None) for t in (hidden, weight, bias)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale):
+        # Scaled where they are: the one of a trained head is as large as the head, in float32.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the loss of a fused head goes backward once")
+        return (*(g if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None)
+
+
+def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Times the scale, which in 16 bits would be rounded: an error that all elements share."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).mul_(scale)
+
+
+def _autocast(tensor: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
+def _loss_and_gradients(hidden, weight, bias, targets, wanted):
+    """The loss, and the gradients that are wanted of hidden, weight and bias (those of the head's own in float32)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    of_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
+    size = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // (weight.shape[0] * hidden.element_size()))
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        part = hidden[rows]
+        logits = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
+        shares = torch.softmax(logits, -1)
+        at_target = torch.arange(len(part), device=part.device) * len(weight) + targets[rows]
+        plain = (logits.amax(-1) - shares.amax(-1).to(wide).log() - logits.take(at_target)).to(wide)
+        del logits
+        sure = shares.take(at_target) > 0.5
+        # In 16 bits a share near one is so coarse that a small loss, and its gradient, would drown: the sum of the
+        # other shares tells it well.
+        others = shares.view(-1).index_fill_(0, at_target, 0).view_as(shares).sum(-1)
+        loss += torch.where(sure, -torch.log1p(-others.to(wide)), plain).sum()
+        if not any(wanted):
+            continue
+        gradient = shares.view(-1).index_copy_(0, at_target, -others).view_as(shares)
+        if wanted[0]:
+            torch.mm(gradient, weight, out=of_hidden[rows])
+        if wanted[1]:
+            of_weight += gradient.T @ part
+        if wanted[2]:
+            of_bias += gradient.sum(0, dtype=wide)
+        del shares, gradient  # before the next chunk's logits are made
+    return loss, of_hidden, of_weight, of_bias
+
+
+class FusedHead:
+    """A model's head that gives the loss in place of logits while `losing` lasts."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        self.head, self.plain = head, head.forward
+        self.wanted: tuple[torch.Tensor, torch.Tensor, list[int] | None] | None = None
+        self.loss: torch.Tensor | None = None
+        # On the instance: the hooks with which a strategy gathers the weight stay around it.
+        head.forward = self._forward
+
+    def release(self) -> None:
+        """Give the head its own forward again."""
+        self.head.forward = self.plain
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.wanted is None:
+            return self.plain(hidden)
+        positions, targets, rows = self.wanted
+        chosen = hidden.flatten(0, -2)[positions]
+        tensors = (chosen, self.head.weight, self.head.bias)
+        if not torch.is_grad_enabled():  # else what requires gradients would get them computed all the same
+            tensors = [t if t is None else t.detach() for t in tensors]
+        if rows is None:
+            loss = HeadLoss.apply(*tensors, targets)
+        else:
+            parts = zip(tensors[0].split(rows), targets.split(rows))
+            loss = torch.stack([HeadLoss.apply(part, *tensors[1:], wanted) for part, wanted in parts])
+        self.loss = loss.detach()
+        return loss
+
+    @contextlib.contextmanager
+    def losing(self, positions: torch.Tensor, targets: torch.Tensor, rows: list[int] | None = None) -> Iterator[None]:
+        """While this lasts, the head gives the loss; of each row apart, where `rows` has their numbers of targets."""
+        self.wanted = positions, targets, rows
+        try:
+            yield
+        finally:
+            self.wanted = None
+
+
+def fuse(model: torch.nn.Module) -> FusedHead | None:
+    """Fuse the head of a model with the loss; None, with a line in the log, where its logits are not a plain product."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    changes = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    changed = [f"{key} {getattr(config, key)}" for key in changes if getattr(config, key, None) not in (None, 1.0)]
+    if head is None:
+        changed.append("no head is known")
+    elif type(head).forward is not torch.nn.Linear.forward:  # quantised, or with adapters of its own
+        changed.append(f"a head of type {type(head).__name__}")
+    if changed:
+        logger.warning("the loss is computed from whole logits (slower, more memory): %s", ", ".join(changed))
+        return None
+    return FusedHead(head)

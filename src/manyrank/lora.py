@@ -1,0 +1,111 @@
+"""A faster forward and backward for peft's LoRA layers; values, parameters and saved adapters stay peft's.
+
+    y = x W' + scaling (x A') B'        one autograd node a layer, which keeps x and the thin x A'
+
+peft's own way is four nodes and two casts to float32 with copies of x, and adds the parts in passes of their own. Here
+the adapter is computed in the type of the activations from float32 master weights, which is what autocast comes to, and
+sums are made inside the matrix products. A quantised base keeps its own forward; the adapter is added to its result.
+Under ZeRO-3 DeepSpeed gathers what is read outside of its own module, too ("external parameters").
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+QUANTISED = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes, and peft's layers around them
+
+
+class _Adapted(torch.autograd.Function):
+    """y = base + scaling (x A') B', where base is x W' + bias of a frozen weight, or given.
+
+    Args of `apply`:
+        x: (tokens, in). dropped: the same after dropout, None without. weight: (out, in), frozen; None with `base`.
+        base: (tokens, out), or None; the bias of a weight is (out,). down: A, (rank, in). up: B, (out, rank).
+    """
+
+    @staticmethod
+    def forward(ctx, x, dropped, weight, bias, base, down, up, scaling):
+        entry = x if dropped is None else dropped
+        thin = (entry @ down.to(x.dtype).T).mul_(scaling)
+        if weight is not None:
+            base = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+            y = base.addmm_(thin, up.to(x.dtype).T)
+        else:
+            y = torch.addmm(base, thin, up.to(x.dtype).T)
+        ctx.save_for_backward(entry, thin, weight, down, up)
+        ctx.split, ctx.scaling = dropped is not None, scaling
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        entry, thin, weight, down, up = ctx.saved_tensors
+        of_x, of_dropped, _, _, of_base, *_ = ctx.needs_input_grad
+        dthin = (dy @ up.to(dy.dtype)).mul_(ctx.scaling)
+        ddown, dup = (dthin.T @ entry).to(down.dtype), (dy.T @ thin).to(up.dtype)
+        dentry = dthin @ down.to(dy.dtype) if of_dropped or (of_x and not ctx.split) else None
+        dx = None
+        if of_x:
+            if weight is None:  # the base gives its own part
+                dx = None if ctx.split else dentry
+            else:
+                dx = dy @ weight if ctx.split else dentry.addmm_(dy, weight)
+        return dx, dentry if of_dropped else None, None, None, dy if of_base else None, ddown, dup, None
+
+
+def speed_up(model: torch.nn.Module) -> int:
+    """Give a model's plain LoRA layers the fast way; the others keep peft's, with a line in the log.
+
+    Returns:
+        How many layers have it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    reasons = [_reason(layer) for layer in layers]
+    for layer, reason in zip(layers, reasons):
+        if not reason:
+            layer.forward = functools.partial(_forward, layer, layer.forward)
+    for reason in sorted(set(filter(None, reasons))):
+        logger.warning("%d LoRA layers run as peft has them (slower): %s", reasons.count(reason), reason)
+    return reasons.count(None)
+
+
+def _reason(layer: LoraLayer) -> str | None:
+    """Why a layer cannot be computed here; None where it can."""
+    base, name = layer.get_base_layer(), type(layer).__name__
+    if type(layer) is not Linear and name not in QUANTISED:
+        return f"they are of type {name}"
+    if type(layer) is Linear and (type(base).forward is not torch.nn.Linear.forward or layer.fan_in_fan_out):
+        return f"their base is of type {type(base).__name__}"
+    if layer.lora_variant or any(layer.lora_bias.values()) or len(layer.active_adapters) != 1:
+        return "variants, biases or several adapters"
+    return None
+
+
+def _forward(layer: LoraLayer, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    if layer.disable_adapters or layer.merged or args or kwargs:
+        return plain(x, *args, **kwargs)
+    (name,) = layer.active_adapters
+    base, down, up = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
+    kind, whole = x.device.type, type(layer) is Linear
+    shape = x.shape
+    given = None if whole else base(x).flatten(0, -2)
+    dtype = given.dtype if given is not None else x.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    x, given = x.flatten(0, -2).to(dtype), _cast(given, dtype)
+    dropout = layer.lora_dropout[name]
+    dropped = dropout(x) if layer.training and getattr(dropout, "p", 0) else None
+    weight, bias = (_cast(base.weight, dtype), _cast(base.bias, dtype)) if whole else (None, None)
+    with torch.autocast(kind, enabled=False):
+        y = _Adapted.apply(x, dropped, weight, bias, given, down, up, layer.scaling[name])
+    return y.unflatten(0, shape[:-1])
+
+
+def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return tensor if tensor is None else tensor.to(dtype)

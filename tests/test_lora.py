@@ -1,0 +1,134 @@
+"""The fast way through LoRA layers against peft's own: values, gradients, saved adapters, and what is left to peft."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from manyrank.lora import speed_up
+
+IDS = torch.arange(48).view(2, 24) % 200
+
+
+def adapted(base, **options):
+    torch.manual_seed(0)
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+    model = get_peft_model(base, lora).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def results(model, bf16=False):
+    """Loss, and the gradients of adapters and of the embedded tokens."""
+    model.zero_grad()
+    torch.manual_seed(7)
+    entry = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(inputs_embeds=entry, labels=IDS).loss
+    loss.backward()
+    return loss.item(), {
+        "entry": entry.grad,
+        **{name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad},
+    }
+
+
+def assert_same(model, *, layers, loss=1e-6, gradient=1e-5, bf16=False):
+    fast = copy.deepcopy(model)
+    assert speed_up(fast) == layers
+    wanted, wanted_grads = results(model, bf16)
+    found, grads = results(fast, bf16)
+    assert found == pytest.approx(wanted, rel=loss) and set(grads) == set(wanted_grads)
+    for name, want in wanted_grads.items():
+        assert grads[name].dtype == want.dtype and (grads[name] - want).norm() <= gradient * want.norm(), name
+    return fast
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}, {"use_rslora": True}], ids=str)
+def test_same_loss_and_gradients_as_peft(base, options):
+    assert_same(adapted(base, **options), layers=14)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_same_under_autocast_within_its_rounding(base, dropout):
+    base = base.to(torch.bfloat16)
+    model = adapted(base, lora_dropout=dropout)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert_same(model, layers=14, loss=1e-3, gradient=0.03, bf16=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}], ids=str
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_same_over_a_quantised_base(embedded_model, options, dropout):
+    base = AutoModelForCausalLM.from_pretrained(
+        embedded_model, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+    )
+    assert_same(adapted(base, lora_dropout=dropout), layers=28, gradient=1e-4)
+
+
+def test_float32_activations_over_a_quantised_base_under_autocast(embedded_model):
+    """Some norms give float32 under autocast, and the base answers in it."""
+    base = AutoModelForCausalLM.from_pretrained(
+        embedded_model, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    )
+    layer = adapted(base).get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(5, 192)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = layer(x)
+        speed_up(layer)
+        assert torch.allclose(layer(x).float(), wanted.float(), atol=0.1)
+
+
+def test_variants_stay_with_peft(base):
+    model = adapted(base, use_dora=True)
+    before = {name: module.forward for name, module in model.named_modules() if name.endswith("q_proj")}
+    assert speed_up(model) == 0
+    assert all(model.get_submodule(name).forward == forward for name, forward in before.items())
+
+
+def test_less_is_kept_for_the_backward(base):
+    def kept(model):
+        held = []  # also keeps an address from being used twice
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor
+        ):
+            with torch.autocast("cpu", torch.bfloat16):
+                model(input_ids=IDS).logits.sum()
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+
+    model = adapted(base.to(torch.bfloat16))
+    fast = copy.deepcopy(model)
+    speed_up(fast)
+    assert kept(fast) < 0.95 * kept(model)
+
+
+def test_disabled_merged_and_saved_adapters_are_as_peft_has_them(base, tmp_path):
+    plain = copy.deepcopy(base).eval()
+    model = adapted(base).eval()
+    speed_up(model)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        with model.disable_adapter():
+            assert torch.equal(model(IDS).logits, plain(IDS).logits)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(plain, tmp_path).eval()
+        assert torch.allclose(again(IDS).logits, wanted, atol=1e-5)
+        model.merge_adapter()
+        assert torch.allclose(model(IDS).logits, wanted, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.allclose(model.merge_and_unload()(IDS).logits, wanted, atol=1e-5)
