@@ -23,13 +23,21 @@ GOLDEN = Path(__file__).parent / "golden"
 ROOT = asset()
 CPU = Hardware(gpus=(), cpu_cores=16, cpu_bf16=False)
 GPUS = Hardware(gpus=(Gpu("H100", 80 << 30, (9, 0)),) * 8, cpu_cores=96, cpu_bf16=False)
-STRATEGIES = ("ddp", "fsdp", "fsdp_offload", "zero2", "zero3", "zero3_offload")
+STRATEGIES = ("ddp", "fsdp", "fsdp_offload", "hsdp", "zero2", "zero3", "zero3_offload")
 LAUNCHERS = ("accelerate", "torchrun")
 SECOND_OF_TWO = ("--nproc", "4", "--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "node0:29500")
 
+HALVES = ("--nproc", "4", "--hsdp-shard-size", "2")
+
 # file, strategy, via, node flags, hardware. There is no `single` on two machines.
 ONE = [
-    ("one_machine.txt", strategy, via, ("--nproc", "2"), GPUS if strategy.endswith("offload") else CPU)
+    (
+        "one_machine.txt",
+        strategy,
+        via,
+        HALVES if strategy == "hsdp" else ("--nproc", "2"),
+        GPUS if strategy.endswith("offload") else CPU,
+    )
     for strategy in STRATEGIES
     for via in LAUNCHERS
 ] + [("one_machine.txt", "single", via, ("--nproc", "1"), CPU) for via in ("python", *LAUNCHERS)]
@@ -64,7 +72,8 @@ def title(case) -> str:
 
 def shown(case) -> str:
     made = planned(case)
-    text = str(made).replace(shlex.quote(sys.executable), "python")
+    commands = "\n".join(f"# node {node}\n{made.command(node)}" for node in range(len(made.nodes)))
+    text = commands.replace(shlex.quote(sys.executable), "python")
     return f"# {title(case)}\n# reads {', '.join(made.files)}\n{text}\n"
 
 
@@ -87,10 +96,11 @@ def test_golden_files_name_no_folder_of_this_machine(file):
     assert sys.prefix not in text
 
 
-def golden(case) -> list[str]:
-    """The command of a case, read back from its golden file, without the variables in front of it."""
+def golden(case, node: int | None = None) -> list[str]:
+    """The command of a case (on its last machine), read back from its golden file, without the variables in front of it."""
     text = (GOLDEN / case[0]).read_text(encoding="utf-8")
-    block = text.split(f"# {title(case)}\n")[1].split("\n\n")[0]
+    last = processes(case)[1] - 1 if node is None else node
+    block = text.split(f"# {title(case)}\n")[1].split("\n\n")[0].split(f"# node {last}\n")[1].split("# node")[0]
     words = shlex.split(block.replace("\\\n", " "), comments=True)
     return words[next(index for index, word in enumerate(words) if "=" not in word) :]
 
@@ -99,7 +109,7 @@ def processes(case) -> tuple[int, int]:
     """Processes of a machine, and machines."""
     if case[0] == "two_machines.txt":
         return 4, 2
-    return (1 if case[1] == "single" else 2), 1
+    return {"single": 1, "hsdp": 4}.get(case[1], 2), 1
 
 
 @functools.cache
@@ -123,7 +133,7 @@ def test_accelerate_understands_the_golden_commands(case):
     assert args.training_script_args[0] == "quickstart"
     if nnodes == 2:
         assert (args.machine_rank, args.main_process_ip, args.main_process_port) == (1, "node0", 29500)
-        assert args.rdzv_backend == "c10d"
+        assert (args.rdzv_backend, args.rdzv_conf) == ("c10d", "join_timeout=600,is_host=false")
 
 
 @pytest.mark.parametrize("case", [case for case in ONE + TWO if case[2] == "torchrun"], ids=title)
@@ -140,6 +150,22 @@ def test_torchrun_understands_the_golden_commands(case):
     assert args.standalone is (nnodes == 1)
     if nnodes == 2:
         assert (args.node_rank, args.rdzv_backend, args.rdzv_endpoint) == (1, "c10d", "node0:29500")
+
+
+@pytest.mark.parametrize("case", [case for case in TWO if case[2] == "torchrun"], ids=title)
+def test_torch_takes_machine_0_as_the_one_with_the_store(case):
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
+    from torch.distributed.run import get_args_parser
+
+    def hosts(node: int) -> bool:
+        args = get_args_parser().parse_args(golden(case, node)[1:])
+        conf = _parse_rendezvous_config(args.rdzv_conf)
+        found = RendezvousParameters("c10d", args.rdzv_endpoint, args.rdzv_id, 1, 2, **conf)
+        assert found.get_as_int("join_timeout") == 600
+        return found.get_as_bool("is_host")
+
+    assert [hosts(0), hosts(1)] == [True, False]
 
 
 @pytest.mark.parametrize("case", ONE + TWO, ids=title)
@@ -241,6 +267,25 @@ def test_every_strategy_has_its_file(strategy):
     assert all(Path(file).is_file() for file in files)
 
 
+# What --print shows
+
+
+def test_every_machine_and_every_file_is_shown():
+    launch = make("quickstart", "--strategy=zero3", *SECOND_OF_TWO, hardware=GPUS)
+    first, second, *files = launch.text().split("\n# ")
+    assert first.startswith("# node 0\n") and " --machine_rank 0 " in first
+    assert second.startswith("node 1\n") and " --machine_rank 1 " in second
+    assert second.split("\n", 1)[1] == str(launch) + "\n"
+    names = ["accelerate_configs/zero3.yaml", "ds_configs/zero3.json"]
+    assert "\n# ".join(files) == "\n".join(f"# file {n}\n{(ROOT / n).read_text()}" for n in names).removeprefix("# ")
+
+
+def test_a_plan_for_hundreds_of_machines_fits_into_a_variable():
+    launch = make("quickstart", "--nnodes=1000", "--nproc=8", "--rdzv-endpoint=node0:29500", hardware=GPUS)
+    assert len(launch.packed()) < 128 << 10
+    assert LaunchPlan.unpacked(launch.packed()) == launch
+
+
 # The run's folder
 
 
@@ -297,9 +342,10 @@ def worker(folder: Path, end: str) -> str:
     ],
 )  # fmt: skip
 def test_the_worker_s_exit_code_is_ours(tmp_path, head, end, code):
-    launch = LaunchPlan(argv=(*head, worker(tmp_path, end), "--seed=1"), env={"OMP_NUM_THREADS": "3"}, files=("f",))
+    nodes = ((*head, worker(tmp_path, end), "--seed=1"),)
+    launch = LaunchPlan(nodes=nodes, env={"OMP_NUM_THREADS": "3"}, files={"f": "content\n"})
     done = launched(launch)
     given = json.loads((tmp_path / "given.json").read_text())
     assert (given["argv"], given["omp"]) == (["--seed=1"], "3")
-    assert json.loads(given["plan"]) == {"argv": list(launch.argv), "env": launch.env, "files": ["f"]}
+    assert LaunchPlan.unpacked(given["plan"]) == launch
     assert done.returncode == code, done.stderr

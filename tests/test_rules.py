@@ -1,113 +1,651 @@
-"""Each known-bad combination is refused with its reason, place and fix, and its mended form is not."""
+"""Each rule is broken by a command line and mended by its fix; all that is wrong is told at once; good recipes are quiet."""
 
 import json
+import re
+import shutil
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from manyrank.config import Entry, Resolved, asset, resolve
-from manyrank.errors import UserError
+from manyrank import cli, hardware, recipe_rules, strategy_files
+from manyrank.config import Entry, Resolved, asset, presets, resolve
+from manyrank.errors import UserError, UserErrors
 from manyrank.hardware import Gpu, Hardware
-from manyrank.rules import RULES, TRACKERS, Situation, check, check_data, check_output_dir
+from manyrank.recipe_rules import TRACKERS, filesystem
+from manyrank.rules import (
+    RULES,
+    Situation,
+    as_markdown,
+    check,
+    check_data,
+    check_output_dir,
+    violations,
+    warnings_of_length,
+)
 
 CPU = Hardware(gpus=(), cpu_cores=4, cpu_bf16=False)
 CPU_WITH_BF16 = Hardware(gpus=(), cpu_cores=4, cpu_bf16=True)
 GPUS = Hardware(gpus=(Gpu("H100", 80 << 30, (9, 0)),) * 2, cpu_cores=4, cpu_bf16=False)
 OLD_GPUS = Hardware(gpus=(Gpu("V100", 32 << 30, (7, 0)),) * 2, cpu_cores=4, cpu_bf16=True)
-DATA = str(asset("data", "sample.jsonl"))
+DATA, OTHER = str(asset("data", "sample.jsonl")), str(asset("data", "validation.jsonl"))
 BY_NAME = {rule.name: rule for rule in RULES}
 
 
-def resolved(**values) -> Resolved:
+def resolved(recipe=None, **values) -> Resolved:
     values = {"model_name_or_path": "embedded", "data_path": DATA} | values
-    return resolve(None, [Entry(key, value, f"command line, --{key}") for key, value in values.items()])
+    return resolve(recipe, [Entry(key, value, f"command line, --{key}") for key, value in values.items()])
 
 
-def situation(*, strategy="ddp", nproc=2, world_size=None, hardware=CPU, **values) -> Situation:
-    return Situation(resolved(**values), strategy, nproc, world_size or nproc, hardware)
+def situation(*, strategy="ddp", nproc=2, world_size=None, hardware=CPU, output_dir=None, **values) -> Situation:
+    return Situation(resolved(**values), strategy, nproc, world_size or nproc, hardware, output_dir=output_dir)
 
 
 BATCH = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-EVAL = {"eval_data_path": DATA, "eval_steps": 5}
+IN_TWO_HOURS = "in two hours"  # of when the test runs
+HSDP = {"strategy": "hsdp", "nproc": 4}
+EVAL = {"eval_data_path": OTHER, "eval_steps": 5}
+NODES = {"world_size": 4, "save_steps": 5}
+ELASTIC = {"elastic": True, "resume_from_checkpoint": "auto", "global_batch_size": 8, **NODES}
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 512,
+}  # fmt: skip
+WEIGHTS = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "uint8"}
+ENDS = {"eos_token": "<end>", "chat_template": "{{ messages }}<end>"}
+TOKENS = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "<end>", "id": 7}, {"content": "<turn>", "id": 8}]}
+RUN = {"learning_rate": 2e-4, "batch_per_process": 4, "bf16": False}
 
-# name of the rule, a situation that breaks it, what mends it
+
+def llama(**values) -> dict:
+    return {"config.json": LLAMA | values}
+
+
+def quantised(**values) -> dict:
+    return llama(quantization_config=BNB | values)
+
+
+# name of the rule, a situation that breaks it, what mends it. Besides options of the recipe: where it runs, and
+# `model`: files of a base model, `yaml` and `json`: keys of the strategy's files, `env`: variables, `run`: a checkpoint.
 CASES = [
-    ("one process for single", {"strategy": "single"}, {"nproc": 1}),
-    ("one process for single", {"strategy": "single", "nproc": 1, "world_size": 2}, {"strategy": "ddp"}),
-    ("a GPU for each process", {"hardware": GPUS, "nproc": 3}, {"nproc": 2}),
-    ("a GPU for each process", {"hardware": GPUS, "nproc": 3}, {"hardware": CPU}),
-    ("a GPU for each process", {"hardware": GPUS, "nproc": 4}, {"nproc": 2, "world_size": 4}),
-    ("bf16 where it is native", {"bf16": True}, {"bf16": "auto"}),
-    ("bf16 where it is native", {"bf16": True}, {"hardware": CPU_WITH_BF16}),
-    ("bf16 where it is native", {"bf16": True, "hardware": OLD_GPUS}, {"hardware": GPUS}),
-    ("offload needs a GPU", {"strategy": "fsdp_offload"}, {"strategy": "fsdp"}),
-    ("offload needs a GPU", {"strategy": "fsdp_offload"}, {"hardware": GPUS}),
-    ("no 8-bit base in shards", {"method": "int8", "strategy": "fsdp"}, {"method": "qlora"}),
-    ("no 8-bit base in shards", {"method": "int8", "strategy": "zero3"}, {"strategy": "zero2"}),
-    ("torch optimizers in shards", {"optim": "adamw_8bit", "strategy": "fsdp"}, {"strategy": "ddp"}),
-    ("torch optimizers in shards", {"optim": "paged_adamw_8bit", "strategy": "zero2"}, {"optim": "sgd"}),
-    ("torch optimizers in shards", {"optim": "paged_adamw_32bit", "strategy": "zero3"}, {"optim": "adamw_torch"}),
-    ("AdamW under offload", {"optim": "sgd", "strategy": "zero3_offload"}, {"optim": "adamw_torch"}),
-    ("AdamW under offload", {"optim": "sgd", "strategy": "zero3_offload"}, {"strategy": "zero3"}),
-    ("batch adds up", {**BATCH, "global_batch_size": 4}, {"global_batch_size": 8}),
-    ("batch adds up", {**BATCH, "global_batch_size": 4}, {"nproc": 1}),
-    ("batch adds up", {**BATCH, "global_batch_size": 4}, {"gradient_accumulation_steps": None}),
-    ("batch divides", {"global_batch_size": 6, "packing": "none"}, {"global_batch_size": 8}),
-    ("batch divides", {"global_batch_size": 6, "packing": "none"}, {"packing": "step"}),
-    ("validation needs data", {"eval_steps": 5}, {"eval_data_path": DATA}),
-    ("validation needs data", {"eval_steps": 5}, {"eval_split": 0.1}),
-    ("validation data needs steps", {"eval_split": 0.1}, {"eval_steps": 5}),
-    ("one validation set", {**EVAL, "eval_split": 0.1}, {"eval_split": 0}),
-    ("validation sees every row once", {"eval_data_path": f"{{path: {DATA}, weight: 2}}", "eval_steps": 5}, EVAL),
-    ("packs of whole sources", {"packing": "dataset", "data_path": f"[{{path: {DATA}, weight: 1.5}}]"}, {"packing": "step"}),
-    ("packs of whole sources", {"packing": "dataset", "data_path": f"{{path: {DATA}, weight: 0.5}}"}, {"data_path": DATA}),
-    ("validation data needs steps", {"eval_data_path": DATA}, {"eval_steps": 5}),
-    ("the best needs validation", {"load_best_model_at_end": True}, {**EVAL, "save_steps": 5}),
-    ("the best needs validation", {"early_stopping_patience": 2}, EVAL),
-    ("elastic runs resume", {"elastic": True, "global_batch_size": 8}, {"resume_from_checkpoint": "auto"}),
-    (
-        "elastic runs keep their batch",
-        {"elastic": True, "resume_from_checkpoint": "auto"},
-        {"global_batch_size": 8, "gradient_accumulation_steps": "none"},
-    ),
-    ("trackers are there", {"report_to": "wandbb"}, {"report_to": "none"}),
-    ("trackers are there", {"report_to": "wandb,nonsense"}, {"report_to": "wandb"}),
+    ("shard-size-without-hsdp", {"strategy": "fsdp", "hsdp_shard_size": 2}, {"hsdp_shard_size": "none"}),
+    ("shard-size-without-hsdp", {"strategy": "fsdp", "hsdp_shard_size": 2}, {"strategy": "hsdp", "nproc": 4}),
+    ("hsdp-without-shards", {"strategy": "hsdp", "nproc": 1, "world_size": 2}, {"nproc": 2, "world_size": 4}),
+    ("hsdp-without-shards", {"strategy": "hsdp", "nproc": 1, "world_size": 2}, {"strategy": "ddp"}),
+    ("hsdp-copies-in-machines", {**HSDP, "hsdp_shard_size": 3}, {"hsdp_shard_size": 2}),
+    ("hsdp-copies-in-machines", {**HSDP, "nproc": 2, "world_size": 4, "hsdp_shard_size": 4}, {"hsdp_shard_size": 2}),
+    ("hsdp-of-one-copy", HSDP, {"strategy": "fsdp"}),
+    ("hsdp-of-one-copy", HSDP, {"world_size": 8}),
+    ("hsdp-of-one-copy", {**HSDP, "hsdp_shard_size": 4}, {"hsdp_shard_size": 2}),
+    ("elastic-hsdp", {**HSDP, **ELASTIC, "world_size": 8}, {"strategy": "fsdp"}),
+    ("elastic-hsdp", {**HSDP, **ELASTIC, "world_size": 8}, {"elastic": False}),
+    ("elastic-hsdp", {**HSDP, **ELASTIC, "world_size": 8}, {"hsdp_shard_size": 2}),
+    ("int8-in-shards", {**HSDP, "world_size": 8, "method": "int8"}, {"method": "full"}),
+    ("optimizer-in-shards", {**HSDP, "world_size": 8, "optim": "adamw_8bit"}, {"optim": "adamw_torch"}),
+    ("processes-of-single", {"strategy": "single"}, {"nproc": 1}),
+    ("processes-of-single", {"strategy": "single", "nproc": 1, "world_size": 2, "save_steps": 5}, {"strategy": "ddp"}),
+    ("processes-beyond-gpus", {"hardware": GPUS, "nproc": 3}, {"nproc": 2}),
+    ("processes-beyond-gpus", {"hardware": GPUS, "nproc": 3}, {"hardware": CPU}),
+    ("processes-beyond-gpus", {"hardware": GPUS, "nproc": 4}, NODES | {"nproc": 2}),
+    ("bf16-not-native", {"bf16": True}, {"bf16": "auto"}),
+    ("bf16-not-native", {"bf16": True}, {"hardware": CPU_WITH_BF16}),
+    ("bf16-not-native", {"bf16": True, "hardware": OLD_GPUS}, {"hardware": GPUS}),
+    ("float32-on-gpus", {"hardware": OLD_GPUS}, {"hardware": GPUS}),
+    ("float32-on-gpus", {"hardware": GPUS, "bf16": False}, {"bf16": "auto"}),
+    ("compile-on-cpu", {"torch_compile": True}, {"hardware": GPUS}),
+    ("paged-optimizer-on-cpu", {"optim": "paged_adamw_8bit"}, {"optim": "adamw_8bit"}),
+    ("paged-optimizer-on-cpu", {"optim": "paged_adamw_32bit"}, {"hardware": GPUS}),
+    ("accumulation-in-environment",
+     {"env": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}}, {"env": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}}),
+    # Sharding
+    ("offload-without-gpu", {"strategy": "fsdp_offload"}, {"strategy": "fsdp"}),
+    ("offload-without-gpu", {"strategy": "fsdp_offload"}, {"hardware": GPUS}),
+    ("shards-of-one", {"strategy": "fsdp", "nproc": 1}, {"nproc": 2}),
+    ("shards-of-one", {"strategy": "zero3", "nproc": 1}, {"strategy": "zero2"}),
+    ("int8-in-shards", {"method": "int8", "strategy": "fsdp"}, {"method": "qlora"}),
+    ("int8-in-shards", {"method": "int8", "strategy": "zero3"}, {"strategy": "zero2"}),
+    ("optimizer-in-shards", {"optim": "adamw_8bit", "strategy": "fsdp"}, {"strategy": "ddp"}),
+    ("optimizer-in-shards", {"optim": "paged_adamw_8bit", "strategy": "zero2"}, {"optim": "sgd"}),
+    ("optimizer-in-shards", {"optim": "paged_adamw_32bit", "strategy": "zero3"}, {"optim": "adamw_torch"}),
+    ("sgd-under-offload", {"optim": "sgd", "strategy": "zero3_offload"}, {"optim": "adamw_torch"}),
+    ("sgd-under-offload", {"optim": "sgd", "strategy": "zero3_offload"}, {"strategy": "zero3"}),
+    ("qlora-under-zero-offload", {"method": "qlora", "strategy": "zero3_offload"}, {"strategy": "zero3"}),
+    ("qlora-under-zero-offload", {"method": "qlora", "strategy": "zero3_offload"}, {"method": "lora"}),
+    # Files of strategies
+    ("fp16", {"yaml": {"mixed_precision": "fp16"}}, {"yaml": {}}),
+    ("fp16", {"strategy": "zero2", "json": {"fp16": {"enabled": True}}}, {"json": {"fp16": {"enabled": False}}}),
+    ("precision-against-recipe", {"yaml": {"mixed_precision": "bf16"}}, {"hardware": CPU_WITH_BF16}),
+    ("precision-against-recipe", {"strategy": "zero3", "json": {"bf16": {"enabled": True}}}, {"json": {}}),
+    ("precision-against-recipe",
+     {"strategy": "zero3", "hardware": GPUS, "json": {"bf16": {"enabled": False}}}, {"bf16": False}),
+    ("checkpointing-twice",
+     {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_activation_checkpointing": True}, "gradient_checkpointing": 2},
+     {"yaml": {}}),
+    ("fsdp-checkpointing", {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_activation_checkpointing": True}}, {"yaml": {}}),
+    ("fsdp-version", {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_version": 1}}, {"yaml": {}}),
+    ("fsdp-version", {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_version": None}}, {"yaml": {}}),
+    ("one-fsdp-unit", {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_auto_wrap_policy": "NO_WRAP"}}, {"yaml": {}}),
+    ("processes-of-multi-cpu", {"yaml": {"distributed_type": "MULTI_CPU"}}, {"yaml": {}}),
+    ("cpu-beside-gpus", {"yaml": {"use_cpu": True}, "hardware": GPUS}, {"hardware": CPU}),
+    ("node-facts-in-config", {"yaml": {"num_processes": 8, "machine_rank": 0}}, {"yaml": {}}),
+    ("compiled-twice",
+     {"yaml": {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "torch_compile": True, "hardware": GPUS},
+     {"torch_compile": False}),
+    ("keys-beside-deepspeed-json", {"strategy": "zero2", "yaml": {"mixed_precision": "bf16"}, "hardware": GPUS}, {"yaml": {}}),
+    ("keys-beside-deepspeed-json", {"strategy": "zero3", "yaml": {"deepspeed_config.zero_stage": 3}}, {"yaml": {}}),
+    ("batch-in-deepspeed-json", {"strategy": "zero2", "json": {"train_batch_size": 8}}, {"json": {}}),
+    ("batch-in-deepspeed-json", {"strategy": "zero2", "json": {"gradient_clipping": 0.5}}, {"json": {}}),
+    ("optimizer-in-deepspeed-json", {"strategy": "zero3", "json": {"optimizer": {"type": "AdamW"}}}, {"json": {}}),
+    ("optimizer-in-deepspeed-json", {"strategy": "zero3", "json": {"scheduler": {"type": "WarmupLR"}}}, {"json": {}}),
+    ("files-of-another-name", {"strategy": "fsdp", "yaml": {"distributed_type": "MULTI_GPU"}}, {"yaml": {}}),
+    ("files-of-another-name", {"strategy": "zero2", "json": {"zero_optimization.stage": 1}}, {"json": {}}),
+    # The batch
+    ("batch-product", {**BATCH, "global_batch_size": 4}, {"global_batch_size": 8}),
+    ("batch-product", {**BATCH, "global_batch_size": 4}, {"nproc": 1}),
+    ("batch-product", {**BATCH, "global_batch_size": 4}, {"gradient_accumulation_steps": None}),
+    ("batch-division", {"global_batch_size": 6, "packing": "none"}, {"global_batch_size": 8}),
+    ("batch-division", {"global_batch_size": 6, "packing": "none"}, {"packing": "step"}),
+    ("idle-ranks", {"global_batch_size": 1}, {"nproc": 1}),
+    ("idle-ranks", {"global_batch_size": 1}, {"global_batch_size": 2}),
+    ("changed-since-checkpoint",
+     {"run": RUN | {"learning_rate": 1e-4}, "resume_from_checkpoint": "auto"}, {"resume_changes": ["learning_rate"]}),
+    ("changed-since-checkpoint",
+     {"run": RUN, "resume_from_checkpoint": "auto", "per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4}),
+    ("changed-since-checkpoint",
+     {"run": RUN | {"global_batch_size": 8}, "resume_from_checkpoint": "auto", "global_batch_size": 16},
+     {"global_batch_size": 8}),
+    ("changed-since-checkpoint",
+     {"run": RUN | {"bf16": True}, "resume_from_checkpoint": "auto"}, {"hardware": CPU_WITH_BF16}),
+    # Steps
+    ("validation-without-data", {"eval_steps": 5}, {"eval_data_path": OTHER}),
+    ("validation-without-data", {"eval_steps": 5}, {"eval_split": 0.1}),
+    ("validation-without-steps", {"eval_split": 0.1}, {"eval_steps": 5}),
+    ("validation-without-steps", {"eval_data_path": OTHER}, {"eval_steps": 5}),
+    ("one-validation-set", {**EVAL, "eval_split": 0.1}, {"eval_split": 0}),
+    ("weighted-validation", {"eval_data_path": f"{{path: {OTHER}, weight: 2}}", "eval_steps": 5}, EVAL),
+    ("packs-of-parts", {"packing": "dataset", "data_path": f"[{{path: {DATA}, weight: 1.5}}]"}, {"packing": "step"}),
+    ("packs-of-parts", {"packing": "dataset", "data_path": f"{{path: {DATA}, weight: 0.5}}"}, {"data_path": DATA}),
+    ("best-without-validation", {"load_best_model_at_end": True}, {**EVAL, "save_steps": 5}),
+    ("best-without-validation", {"early_stopping_patience": 2}, EVAL),
+    ("validated-with-training-rows", {"eval_data_path": DATA, "eval_steps": 5}, EVAL),
+    ("never-validated", {**EVAL, "max_steps": 4}, {"max_steps": 5}),
+    ("never-saved", {"save_steps": 10, "max_steps": 4}, {"save_steps": 2}),
+    ("save-interval-beyond-limit", {"env": {"SLURM_JOB_END_TIME": IN_TWO_HOURS}}, {"save_steps": 5}),
+    ("save-interval-beyond-limit",
+     {"env": {"SLURM_JOB_END_TIME": IN_TWO_HOURS}, "run": RUN, "resume_from_checkpoint": "auto", "save_steps": 99},
+     {"save_steps": 9}),
+    ("machines-without-saves", {"world_size": 4}, {"save_steps": 5}),
+    ("machine-local-output", {**NODES, "mounts": "ext4"}, {"mounts": "nfs4"}),
+    ("elastic-without-resume", ELASTIC | {"resume_from_checkpoint": None}, {"resume_from_checkpoint": "auto"}),
+    ("elastic-batch", ELASTIC | {"global_batch_size": None}, {"global_batch_size": 8}),
+    # Optimisation and reports
+    ("warmup-beyond-end", {"warmup_steps": 20, "max_steps": 10}, {"max_steps": 100}),
+    ("warmup-of-constant",
+     {"warmup_steps": 5, "lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant_with_warmup"}),
+    ("unusual-learning-rate", {"method": "full", "learning_rate": 2e-3}, {"learning_rate": 2e-5}),
+    ("unusual-learning-rate", {"learning_rate": 2e-7}, {"method": "full"}),
+    ("unusual-adapter-scale", {"lora_r": 4, "lora_alpha": 256}, {"lora_alpha": 8}),
+    ("unused-options", {"method": "full", "lora_r": 64, "learning_rate": 1e-5}, {"method": "lora"}),
+    ("unused-options", {"resume_changes": ["learning_rate"]}, {"resume_changes": []}),
+    ("unused-options", {"optim": "sgd", "adam_beta1": 0.8}, {"optim": "adamw_torch"}),
+    ("unknown-tracker", {"report_to": "wandbb"}, {"report_to": "none"}),
+    ("unknown-tracker", {"report_to": "wandb,nonsense"}, {"report_to": "wandb"}),
+    ("wandb-without-login", {"report_to": "wandb", "env": {"WANDB_MODE": "online"}}, {"env": {"WANDB_MODE": "offline"}}),
+    ("wandb-without-login",
+     {"report_to": "wandb", "env": {"WANDB_MODE": "online"}}, {"env": {"WANDB_MODE": "online", "WANDB_API_KEY": "x"}}),
+    # The model
+    ("adapter-as-base", {"model": {"adapter_config.json": {}}}, {"model": llama()}),
+    ("base-not-causal", {"model": llama(is_encoder_decoder=True)}, {"model": llama()}),
+    ("base-not-causal", {"model": llama(architectures=["BertForMaskedLM"])}, {"model": llama()}),
+    ("quantised-base", {"model": quantised(), "method": "full", "learning_rate": 1e-5}, {"method": "qlora"}),
+    ("quantised-base", {"model": quantised(), "method": "lora"}, {"method": "qlora"}),
+    ("quantised-base", {"model": quantised(), "method": "int8"}, {"model": quantised(load_in_4bit=False, load_in_8bit=True)}),
+    ("untried-quantisation", {"model": llama(quantization_config={"quant_method": "gptq"})}, {"model": llama()}),
+    ("quant-storage-in-shards", {"model": quantised(), "method": "qlora", "strategy": "fsdp"}, {"strategy": "zero3"}),
+    ("quant-storage-in-shards",
+     {"model": quantised(), "method": "qlora", "strategy": "fsdp"}, {"model": quantised(bnb_4bit_quant_storage="float32")}),
+    ("experts-not-quantised", {"model": llama(num_local_experts=8), "method": "qlora"}, {"method": "lora"}),
+    ("packing-unknown-layers", {"model": llama(layer_types=["conv", "full_attention"])}, {"packing": "none"}),
+    ("packing-unknown-layers", {"model": llama(model_type="gpt_oss")}, {"packing": "none"}),
+    ("packing-unknown-layers", {"model": llama(model_type="bloom")}, {"model": llama()}),
+    ("attention-by-documents", {"model": llama(attention_dropout=0.1), "hardware": GPUS}, {"model": llama()}),
+    ("attention-by-documents", {"model": llama(attn_logit_softcapping=50.0), "hardware": GPUS}, {"hardware": CPU}),
+    ("fp16-model-in-bf16", {"model": llama(torch_dtype="float16"), "hardware": GPUS}, {"model": llama(dtype="bfloat16")}),
+    ("length-beyond-positions", {"model": llama(), "max_length": 1024}, {"max_length": 512}),
+    ("length-beyond-positions",
+     {"model": llama(), "max_length": 2048},
+     {"model": llama(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512})}),
+    ("layers-beyond-model", {"model": llama(), "gradient_checkpointing": 3}, {"gradient_checkpointing": 2}),
+    ("layers-beyond-model", {"model": llama(), "gradient_checkpointing": 3}, {"gradient_checkpointing": "full"}),
+    ("tokens-beyond-vocabulary",
+     {"model": llama() | {"tokenizer_config.json": {"eos_token": "<turn>", "chat_template": "x"}, "tokenizer.json": TOKENS}},
+     {"model": llama(vocab_size=9) | {"tokenizer_config.json": {"eos_token": "<turn>", "chat_template": "<turn>"},
+                                      "tokenizer.json": TOKENS}}),
+    ("tokens-beyond-vocabulary",
+     {"model": llama() | {"tokenizer_config.json": {**ENDS, "chat_template": "<turn><end>"}, "tokenizer.json": TOKENS}},
+     {"model": llama() | {"tokenizer_config.json": ENDS, "tokenizer.json": TOKENS}}),
+    ("tokens-beyond-vocabulary",
+     {"model": llama(vocab_size=9) | {"tokenizer_config.json": {**ENDS, "pad_token": {"content": "[PAD]"}}, "tokenizer.json": TOKENS}},
+     {"model": llama(vocab_size=10) | {"tokenizer_config.json": {**ENDS, "pad_token": {"content": "[PAD]"}}, "tokenizer.json": TOKENS}}),
+    ("unknown-stop",
+     {"model": llama() | {"tokenizer_config.json": {**ENDS, "chat_template": "<im_end>"}, "tokenizer.json": TOKENS}},
+     {"model": llama(vocab_size=9) | {"tokenizer_config.json": {**ENDS, "chat_template": "<turn>"}, "tokenizer.json": TOKENS,
+                                      "generation_config.json": {"eos_token_id": [7, 8]}}}),
+    ("unknown-stop",
+     {"model": llama() | {"tokenizer_config.json": ENDS, "tokenizer.json": TOKENS}, "chat_template": "chatml"},
+     {"chat_template": "zephyr"}),
+    ("remote-code-from-hub", {"model_name_or_path": "someone/a-model", "trust_remote_code": True}, {"trust_remote_code": False}),
+    # Adapters
+    ("adapters-on-tied-head-under-fsdp",
+     {"model": llama(tie_word_embeddings=True), "lora_target_modules": ["lm_head"], "strategy": "fsdp"}, {"strategy": "zero3"}),
+    ("adapters-on-tied-head",
+     {"model": llama(tie_word_embeddings=True), "lora_target_modules": ["lm_head"]}, {"model": llama(tie_word_embeddings=False)}),
+    ("adapters-on-head", {"lora_target_modules": ["lm_head", "q_proj"]}, {"lora_target_modules": ["q_proj"]}),
+    ("adapters-on-embeddings", {"lora_target_modules": ["embed_tokens"]}, {"lora_target_modules": "all-linear"}),
+    ("unknown-targets", {"model": llama(), "lora_target_modules": ["q_proj", "v_prjo"]}, {"lora_target_modules": ["q_proj"]}),
+    ("rank-beyond-layers", {"model": llama(), "lora_r": 64, "lora_alpha": 64}, {"lora_r": 32}),
+    ("dropout-on-experts", {"model": llama(model_type="mixtral"), "lora_dropout": 0.1}, {"lora_dropout": 0}),
+    ("dropout-on-experts", {"model": llama(model_type="qwen3_moe"), "lora_dropout": 0.1}, {"lora_target_modules": ["q_proj"]}),
 ]  # fmt: skip
+IDS = [f"{name}-{number}" for number, (name, _, _) in enumerate(CASES)]
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    """No login, and none of the variables that rules look at."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    for name in ("WANDB_API_KEY", "SLURM_JOB_END_TIME", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def put(content: dict, changes: dict) -> dict:
+    """The content with other values under dotted keys; None takes a key away."""
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        inner = content
+        for key in path:
+            inner = inner[key]
+        if value is None:
+            del inner[last]
+        else:
+            inner[last] = value
+    return content
+
+
+def strategy_folder(folder: Path, strategy: str, changes: dict, kind: str) -> None:
+    """Copies of the project's strategy files, with changes in that of one strategy."""
+    for name in ("accelerate_configs", "ds_configs"):
+        if not (folder / name).exists():
+            shutil.copytree(asset(name), folder / name)
+    file = folder / ("accelerate_configs" if kind == "yaml" else "ds_configs") / f"{strategy}.{kind}"
+    content = put(yaml.safe_load(file.read_text()), changes)  # JSON is YAML
+    file.write_text(json.dumps(content))
+
+
+def model_folder(folder: Path, files: dict) -> str:
+    """A base model: what a check looks for, and `files`."""
+    folder.mkdir(parents=True)
+    header = json.dumps({name: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]} for name in WEIGHTS}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    for name, content in {"tokenizer_config.json": ENDS, **files}.items():
+        (folder / name).write_text(json.dumps(content))
+    return str(folder)
+
+
+def run_folder(folder: Path, run: dict) -> Path:
+    """A run with a checkpoint that has `run` as its identity, and steps that took ten minutes each."""
+    checkpoint = folder / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    same = {
+        key: getattr(resolved().config, key) for key in ("method", "lora_r", "packing", "seed", "max_length", "optim")
+    }
+    before = {key: value for key, value in identity_of(resolved()).items()} | same | run
+    (checkpoint / "run.json").write_text(json.dumps(before))
+    for name in ("trainer_state.json", "manifest.json"):
+        (checkpoint / name).write_text("{}")
+    (folder / "logs").mkdir()
+    lines = [{"step": 1 + n, "time": 1e9 + 600 * n, "loss": 1.0} for n in range(3)]
+    (folder / "logs" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def identity_of(recipe: Resolved) -> dict:
+    from manyrank.run_identity import identity
+
+    return identity(recipe.config)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A situation of CASES, with its files and variables; `number` keeps several apart."""
+
+    def make(case: dict, number: int = 0) -> tuple[dict, dict]:
+        case, folder = dict(case), tmp_path / f"case{number}"
+        places = {"strategy": case.pop("strategy", "ddp"), "nproc": case.pop("nproc", 2)}
+        places |= {"world_size": case.pop("world_size", places["nproc"]), "hardware": case.pop("hardware", CPU)}
+        places["output_dir"] = folder / "run"
+        for kind in ("yaml", "json"):
+            if changes := case.pop(kind, None):
+                strategy_folder(folder, places["strategy"], changes, kind)
+        changed = (folder / "accelerate_configs").exists()
+        monkeypatch.setattr(strategy_files, "asset", lambda *parts: (folder.joinpath if changed else asset)(*parts))
+        for name, value in case.pop("env", {}).items():
+            monkeypatch.setenv(name, str(int(time.time()) + 7200) if value == IN_TWO_HOURS else value)
+        if "model" in case:
+            case["model_name_or_path"] = model_folder(folder / "model", case.pop("model"))
+        if "run" in case:
+            run_folder(places["output_dir"], case.pop("run"))
+        folder.mkdir(exist_ok=True)
+        mounts = folder / "mounts"
+        mounts.write_text(f"root / {case.pop('mounts', 'nfs4')} rw 0 0\n")
+        monkeypatch.setattr(recipe_rules, "MOUNTS", mounts)
+        return places, case
+
+    return make
+
+
+def arguments(places: dict, values: dict) -> list[str]:
+    """The command line of a situation."""
+    nodes = places["world_size"] // places["nproc"]
+    given = [f"--strategy={places['strategy']}", f"--nproc={places['nproc']}", f"--output_dir={places['output_dir']}"]
+    given += [f"--nnodes={nodes}", "--rdzv_endpoint=first:29500"] if nodes > 1 else []
+    values = {"model_name_or_path": "embedded", "data_path": DATA} | {k: v for k, v in values.items() if v is not None}
+    return ["train", "--print", *given, *(f"--{key}={value}" for key, value in values.items())]
+
+
+def names(found) -> set[str]:
+    return {violation.rule.name for violation in found}
 
 
 def test_every_rule_is_covered():
-    assert len(BY_NAME) == len(RULES)
+    assert len(BY_NAME) == len(RULES) >= 25
     assert {name for name, _, _ in CASES} == set(BY_NAME)
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in BY_NAME)
 
 
-@pytest.mark.parametrize("name, broken, mend", CASES)
-def test_a_rule_broken_and_mended(name, broken, mend):
-    rule, broken_situation = BY_NAME[name], situation(**broken)
-    problem = rule.broken(broken_situation)
-    with pytest.raises(UserError) as caught:
-        check(broken_situation)
-    assert (caught.value.what, caught.value.fix) == (problem, rule.fix)
-    assert all(key in caught.value.where for key in rule.keys)
-    check(situation(**(broken | mend)))
+@pytest.mark.parametrize("name, broken, mend", CASES, ids=IDS)
+def test_a_rule_broken_on_the_command_line(name, broken, mend, made, monkeypatch, capsys):
+    places, values = made(broken)
+    monkeypatch.setattr(hardware, "probe", lambda: places["hardware"])
+    code = cli.main(arguments(places, values))
+    printed, rule = capsys.readouterr(), BY_NAME[name]
+    assert code == (2 if rule.severity == "error" else 0), printed.err
+    blocks = [dict(line.split(": ", 1) for line in block.splitlines()) for block in told(printed.err)]
+    (block,) = [block for block in blocks if block.get("why", "").strip().startswith(rule.reason)]
+    assert block[rule.severity] and block["where"] and block["fix"].strip().startswith(rule.fix)
+    assert (rule.upstream or "") in block["why"]
+    assert printed.out == "" if code else "manyrank.train" in printed.out
+
+
+def told(printed: str) -> list[str]:
+    return [block for block in printed.strip().split("\n\n") if not block.endswith("things are wrong")]
+
+
+@pytest.mark.parametrize("name, broken, mend", CASES, ids=IDS)
+def test_a_rule_mended(name, broken, mend, made):
+    places, values = made(broken)
+    assert name in names(violations(Situation(resolved(**values), **{**places})))
+    places, values = made(broken | mend, 1)
+    found = violations(Situation(resolved(**values), **places))
+    assert name not in names(found)
+    assert not [violation.what for violation in found if violation.rule.severity == "error"]
 
 
 def test_a_rule_says_where_its_values_came_from():
     with pytest.raises(UserError) as caught:
         check(situation(optim="adamw_8bit", strategy="zero2"))
-    assert caught.value.what == "adamw_8bit keeps 8-bit or paged state that zero2 cannot shard"
+    assert caught.value.what == "adamw_8bit under zero2"
     assert caught.value.where == "optim (command line, --optim), strategy (default)"
+    lines = str(caught.value).splitlines()
+    assert [line[:7] for line in lines] == ["error: ", "where: ", "why:   ", "fix:   "]
+    assert lines[2].endswith("(https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1633)")
+
+
+def test_a_rule_names_the_file_and_key(made):
+    places, values = made({"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_version": 1}})
+    (violation,) = violations(Situation(resolved(**values), **places))
+    assert violation.where == "accelerate_configs/fsdp.yaml, fsdp_config.fsdp_version"
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "q", "answer": ""}\n')
+    with pytest.raises(UserErrors) as caught:
+        check(
+            situation(
+                method="int8", strategy="fsdp", optim="adamw_8bit", data_path=str(rows), model_name_or_path="./no"
+            )
+        )
+    whats = [problem.what for problem in caught.value.problems]
+    assert whats == [
+        "method int8 under fsdp", "adamw_8bit under fsdp", "1 of the first 1 rows cannot be used (1 empty field)",
+        "there is no folder ./no",
+    ]  # fmt: skip
+    text = str(caught.value)
+    assert text.startswith("4 things are wrong\n\nerror: method int8")
+    assert all(f"error: {what}\n" in text for what in whats)
+
+
+def test_warnings_are_switched_off_by_name(capsys):
+    doubtful = {"learning_rate": 0.5, "warmup_steps": 9, "max_steps": 3}
+    check(situation(**doubtful))
+    assert [block.split("\n")[0] for block in told(capsys.readouterr().err)] == [
+        "warning: warmup_steps 9, and the run has 3 steps",
+        "warning: learning_rate 0.5, where method lora usually takes 1e-05 to 0.001",
+    ]
+    check(situation(**doubtful, ignore_warnings="[unusual-learning-rate]"))
+    printed = capsys.readouterr().err
+    assert (
+        "warmup" in printed and "ignore_warnings: [warmup-beyond-end]" in printed and "learning_rate 0.5" not in printed
+    )
+    check(situation(**doubtful, ignore_warnings="unusual-learning-rate,warmup-beyond-end"))
+    check(situation(**doubtful), warn=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_the_number_of_steps_decides_is_told_once_it_is_known():
+    recipe = {"warmup_steps": 20, "save_steps": 50, **EVAL, "num_train_epochs": 1}
+    config = resolved(**recipe).config
+    save, warmup = warnings_of_length(config, 12)
+    assert warmup.splitlines()[:2] == [
+        "warning: warmup_steps 20, and the run has 12 steps", "where: warmup_steps, num_train_epochs"
+    ]  # fmt: skip
+    assert save.startswith("warning: save_steps 50, and the run has 12 steps\n")
+    assert warnings_of_length(config, 100) == []
+    assert warnings_of_length(resolved(**recipe, max_steps=12).config, 12) == []
+    quiet = resolved(**recipe, ignore_warnings="never-saved").config
+    assert warnings_of_length(quiet, 12) == [warmup]
+
+
+@pytest.mark.parametrize(
+    "name, what, fix",
+    [
+        ("unusual-lerning-rate", "there is no warning 'unusual-lerning-rate'", "did you mean unusual-learning-rate?"),
+        ("zzz", "there is no warning 'zzz'", "`manyrank rules` lists all"),
+        ("int8-in-shards", "int8-in-shards is an error and cannot be ignored", "mend what it tells of"),
+    ],
+)
+def test_a_warning_that_cannot_be_ignored(name, what, fix):
+    caught = error(ignore_warnings=name)
+    assert (caught.what, caught.fix) == (what, fix)
+    assert caught.where == "ignore_warnings (command line, --ignore_warnings)"
+
+
+def test_docs_are_the_table(capsys):
+    assert Path(__file__).parents[1].joinpath("docs", "rules.md").read_text(encoding="utf-8") == as_markdown()
+    assert cli.main(["rules"]) == 0
+    assert capsys.readouterr().out == as_markdown()
 
 
 def test_a_tracker_whose_package_is_not_installed(monkeypatch):
     monkeypatch.setitem(TRACKERS, "mlflow", "no_such_package")
-    problem = BY_NAME["trackers are there"].broken(situation(report_to="mlflow"))
+    problem = BY_NAME["unknown-tracker"].broken(situation(report_to="mlflow"))
     assert problem == "tracker mlflow needs the package no_such_package, which is not installed"
+
+
+def test_a_login_in_netrc(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    file = tmp_path / "netrc"
+    file.write_text("machine api.wandb.ai login user password key\n")
+    monkeypatch.setenv("NETRC", str(file))
+    rule = BY_NAME["wandb-without-login"]
+    assert rule.broken(situation(report_to="wandb")) is None
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
+    assert rule.broken(situation(report_to="wandb")) == "report_to wandb, and no login for it was found"
+
+
+def test_the_file_system_of_a_folder_that_is_not_there_yet(tmp_path, monkeypatch):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"a / overlay rw 0 0\nb {tmp_path}/a\\040b nfs4 rw 0 0\nc {tmp_path}/c ext4 rw 0 0\n")
+    monkeypatch.setattr(recipe_rules, "MOUNTS", mounts)
+    folders = [tmp_path / "a b" / "run", tmp_path / "c", tmp_path / "cd"]
+    assert [filesystem(folder) for folder in folders] == ["nfs4", "ext4", "overlay"]
+
+
+# Good recipes
+
+INTENDED = {
+    ("deepseek_32b_qlora", "CPU"): {"paged-optimizer-on-cpu"},
+    ("verify", "GPUS"): {"float32-on-gpus"},
+}
+STRATEGIES = ["single", "ddp", "fsdp", "zero2", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("recipe", presets())
+def test_shipped_recipes_are_quiet(recipe, strategy, embedded_model):
+    if recipe == "deepseek_32b_qlora" and strategy not in ("single", "ddp"):
+        pytest.skip("it is for one GPU")
+    nproc, given = 1 if strategy == "single" else 2, resolved(recipe)
+    if "model_name_or_path" in yaml.safe_load(asset("launch", "recipes", f"{recipe}.yaml").read_text()):
+        given = resolve(recipe, [Entry("data_path", DATA, "test")])
+    for name, machine in (("CPU", CPU), ("GPUS", GPUS)):
+        found = violations(Situation(given, strategy, nproc, nproc, machine))
+        intended = INTENDED.get((recipe, name), set())
+        if recipe == "qlora_fsdp" and strategy == "zero3_offload":
+            intended = intended | {"qlora-under-zero-offload"}
+        assert names(found) == intended, [violation.what for violation in found]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3", "zero3_offload"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_what_the_table_does_not_name_is_allowed(strategy, method):
     check(situation(strategy=strategy, method=method))
+
+
+# Facts
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "fsdp_offload"])
+def test_what_accelerate_launch_passes_on_says_what_the_files_say(strategy):
+    from manyrank.strategy import config_environment
+
+    read, passed = strategy_files.read(strategy), config_environment(strategy, 2)
+    found = strategy_files.from_environment(passed | {"WORLD_SIZE": "1" if strategy == "single" else "2"})
+    for fact in ("kind", "zero_stage", "sharded", "offloads_parameters", "offloads_optimizer", "strategy"):
+        assert getattr(found, fact) == getattr(read, fact), fact
+    assert found.strategy == (None if strategy in ("single", "ddp") else strategy)
+    launched = Situation(resolved(), strategy, 2, 2, GPUS, launched=found)
+    assert not [violation for violation in violations(launched) if violation.rule in strategy_files_rules()]
+    assert strategy_files.from_environment({}) is None
+
+
+def strategy_files_rules():
+    from manyrank.strategy_rules import FILE_RULES
+
+    return FILE_RULES
+
+
+def test_a_config_that_accelerate_launch_was_given(tmp_path):
+    """The rules see it in the launched process, whatever --strategy says or does not say."""
+    import subprocess
+    import sys
+
+    argv = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(asset("accelerate_configs", "fsdp.yaml")),
+    ]
+    argv += ["--num_processes=1", "--num_machines=1", "--main_process_port=0", "-m", "manyrank.train"]
+    argv += [
+        "--model=embedded",
+        f"--data_path={DATA}",
+        "--method=int8",
+        f"--output_dir={tmp_path}/run",
+        "--learning_rate=9",
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "error: method int8 under fsdp\n" in done.stderr
+    assert "Traceback" not in done.stderr.split("error: ")[1].split("fix: ")[0]
+
+
+def test_a_file_that_is_no_config_is_told_with_the_rest(made):
+    places, values = made({"strategy": "zero2", "json": {"fp16": {}}})
+    file = Path(strategy_files.asset("ds_configs", "zero2.json"))
+    file.write_text("{")
+    with pytest.raises(UserErrors) as caught:
+        check(Situation(resolved(**values | {"model_name_or_path": "./no"}), **places))
+    assert caught.value.problems[0].where == "ds_configs/zero2.json"
+
+
+def test_the_embedded_model_has_facts(embedded_model):
+    model = situation().model
+    assert (model.layers, model.positions, model.ties_embeddings, model.dtype) == (4, 2048, False, "float32")
+    assert model.stops() == {"<|im_end|>", "<|endoftext|>"}
+    assert model.has_module("q_proj") and not model.has_module("proj")
+    assert list(model.mixing()) == [] and model.experts == 0
+
+
+def test_a_hub_name_in_the_cache_has_facts(tmp_path, monkeypatch):
+    """And one that is not has none: no network is asked."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    found = violations(situation(model_name_or_path="some/model", gradient_checkpointing=3))
+    assert "layers-beyond-model" in names(found)
+    assert situation(model_name_or_path="some/other").model is None
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3", "gemma2", "gpt_oss", "bloom", "falcon", "mpt", "mamba", "qwen3_next"]
+)
+def test_pluggable_attention_is_what_the_class_says(model_type):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from manyrank.model_facts import _takes_attention
+
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    assert _takes_attention(model_type) == bool(cls._supports_attention_backend)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])
+def test_peft_refuses_dropout_on_these_experts(model_type):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from manyrank.model_rules import PARAMETER_EXPERTS
+
+    assert model_type in PARAMETER_EXPERTS
+    small = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    small |= dict(num_key_value_heads=2, num_experts=2, num_local_experts=2, moe_intermediate_size=16)
+    small |= dict(shared_expert_intermediate_size=16, num_experts_per_tok=1)
+    lora = dict(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = AutoConfig.for_model(model_type, **small)
+    with pytest.raises(ValueError, match="lora_dropout"):
+        get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(**lora, lora_dropout=0.1))
+    get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(**lora))
 
 
 # Data

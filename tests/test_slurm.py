@@ -1,5 +1,6 @@
 """A real SLURM job over two nodes: the signal before the time limit, the requeue, the resume, the right losses."""
 
+import os
 import re
 import subprocess
 import sys
@@ -30,18 +31,25 @@ def wait(true, what: str, log: Path, seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
+def tools(env: dict[str, str]):
+    """Runs a command in an environment and returns what it says."""
+
+    def tool(*argv: str) -> str:
+        done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return tool
+
+
 def test_a_job_is_signalled_requeued_and_resumed(embedded_model, tmp_path):
     whole = launch(tmp_path / "whole", f"--max_steps={STEPS}", "--strategy=single")
     (tmp_path / "slowly.py").write_text(SLOWLY)
     folder, log = tmp_path / "run", tmp_path / "job.log"
     with slurm_cluster.cluster() as env:
-        env |= {"NPROC": "1", "PYTHONPATH": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
-
-        def tool(*argv: str) -> str:
-            done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
-
+        path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        env |= {"NPROC": "1", "PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+        tool = tools(env)
         # Both nodes are this machine, where accelerate's look at the port finds the other node's agent.
         options = ("--via=torchrun", f"--max_steps={STEPS}", "--logging_steps=1", "--callbacks=slowly:Slowly")
         said = tool("sbatch", "--nodes=2", "--time=10", "--gpus-per-node=0", f"--output={log}", "launch/slurm.sbatch", "verify", "ddp",
@@ -63,3 +71,35 @@ def test_a_job_is_signalled_requeued_and_resumed(embedded_model, tmp_path):
     run = Run(0, "", "", folder)
     assert run.facts()["world_size"] == 2
     assert run.metrics() == pytest.approx(whole.metrics(), abs=1e-5)
+
+
+def test_a_job_is_written_submitted_and_trained(embedded_model, whole_run, tmp_path):
+    folder = tmp_path / "a run"  # SLURM must understand how its script quotes
+    where = (
+        "--via=slurm",
+        "--nnodes=2",
+        "--nproc=1",
+        "--gpus=0",
+        "--cpus=1",
+        "--time=10",
+        "--partition=all",
+        "--grace=60",
+    )
+    train = (sys.executable, "-m", "manyrank.cli", "train", "verify", *where, "--submit", "--strategy=ddp")
+    with slurm_cluster.cluster() as env:
+        tool = tools(env)
+        said = tool(*train, "--max_steps=6", "--logging_steps=1", f"--output_dir={folder}")
+        job = re.fullmatch(r"SLURM job (\d+)", said.splitlines()[-1])[1]
+        log = folder / "launch" / f"job-{job}.log"
+        asked = tool("scontrol", "show", "job", job)
+        wait(lambda: "JobState=COMPLETED" in tool("scontrol", "show", "job", job), "the end", log, seconds=240)
+    for fact in ("JobName=a-run", "NumNodes=2", "CPUs/Task=1", "TimeLimit=00:10:00", "Requeue=1", f"StdOut={log}"):
+        assert fact in asked
+    run = Run(0, "", "", folder)
+    assert run.facts()["world_size"] == 2 and run.facts()["wrapper"] == "DistributedDataParallel"
+    assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+    plan, shown = (folder / "launch" / "plan.txt").read_text(), (folder / "launch" / "job.txt").read_text()
+    endpoint = re.search(r"--rdzv_endpoint (\S+)", plan)[1]
+    assert endpoint == f"{slurm_cluster.NODES[0]}:{29500 + int(job)}"
+    assert shown.replace('"$ENDPOINT"', endpoint).startswith(plan), "what was shown is what ran"
+    assert (folder / "launch" / "submitted").read_text() == f"SLURM job {job}\n"

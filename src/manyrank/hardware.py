@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 # Instruction sets that multiply bf16 matrices natively; elsewhere torch emulates them.
@@ -23,11 +25,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The visible GPUs and the CPU of one machine."""
+    """The visible GPUs, the CPU and the memory (bytes; None: not known) of one machine."""
 
     gpus: tuple[Gpu, ...]
     cpu_cores: int
     cpu_bf16: bool
+    memory: int | None = None
 
     @property
     def has_bf16(self) -> bool:
@@ -35,9 +38,127 @@ class Hardware:
         return all(gpu.has_bf16 for gpu in self.gpus) if self.gpus else self.cpu_bf16
 
 
+@dataclass(frozen=True)
+class GpuKind:
+    """What a kind of GPU is known for, by its maker's figures.
+
+    Attributes:
+        memory: bytes, as the driver tells them.
+        flops: of dense 16-bit matrix products with float32 sums, a second.
+        float32_flops: the same in float32, without TF32.
+        bandwidth: of its memory, bytes a second.
+        link: to the other GPUs of its machine, bytes a second in one direction (NVLink, else PCIe).
+        network: its share of the machine's network, bytes a second, in the machines it is usually sold in.
+        price: about what an hour costs to rent, in dollars.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    float32_flops: float
+    bandwidth: float
+    link: float
+    network: float
+    price: float
+    has_bf16: bool = True
+
+
+def _kind(
+    name: str,
+    mib: int,
+    bf16: float,
+    float32: float,
+    gb_s: float,
+    link: float,
+    gbit: float,
+    price: float,
+    has_bf16: bool = True,
+) -> GpuKind:
+    return GpuKind(
+        name, mib * 2**20, bf16 * 1e12, float32 * 1e12, gb_s * 1e9, link * 1e9, gbit / 8 * 1e9, price, has_bf16
+    )
+
+
+# MiB, TFLOP/s in 16 and in 32 bits, GB/s of memory, GB/s of the link, Gbit/s of network for each GPU, $ an hour.
+GPU_KINDS = (
+    _kind("B200", 183359, 2250, 75, 8000, 900, 400, 5.5),
+    _kind("H200", 143771, 989, 67, 4800, 450, 400, 3.5),
+    _kind("H100-80GB", 81559, 989, 67, 3350, 450, 400, 2.9),
+    _kind("H100-NVL", 95830, 835, 60, 3900, 300, 200, 2.8),
+    _kind("H100-PCIe", 81559, 756, 51, 2000, 50, 100, 2.4),
+    _kind("GH200", 97871, 989, 67, 4000, 50, 200, 2.5),
+    _kind("A100-80GB", 81920, 312, 19.5, 2039, 300, 200, 1.8),
+    _kind("A100-40GB", 40960, 312, 19.5, 1555, 300, 100, 1.3),
+    _kind("L40S", 46068, 362, 91.6, 864, 25, 50, 1.0),
+    _kind("L40", 46068, 181, 90.5, 864, 25, 50, 0.9),
+    _kind("L4", 23034, 121, 30.3, 300, 25, 12.5, 0.7),
+    _kind("A40", 46068, 150, 37.4, 696, 25, 25, 0.5),
+    _kind("A30", 24576, 165, 10.3, 933, 25, 25, 0.6),
+    _kind("A10G", 23028, 70, 31.5, 600, 25, 12.5, 1.0),
+    _kind("A10", 23028, 125, 31.2, 600, 25, 25, 0.75),
+    _kind("RTX-PRO-6000", 97887, 503, 125, 1792, 50, 25, 1.8),
+    _kind("RTX6000-Ada", 49140, 364, 91.1, 960, 25, 12.5, 0.8),
+    _kind("A6000", 49140, 155, 38.7, 768, 25, 12.5, 0.5),
+    _kind("A5000", 24564, 111, 27.8, 768, 25, 12.5, 0.3),
+    _kind("RTX5090", 32607, 209, 105, 1792, 50, 12.5, 0.7),
+    _kind("RTX4090", 24564, 165, 82.6, 1008, 25, 12.5, 0.4),
+    _kind("RTX4080", 16376, 97, 48.7, 717, 25, 12.5, 0.3),
+    _kind("RTX4060Ti", 16380, 44, 22, 288, 12, 12.5, 0.15),
+    _kind("RTX3090", 24576, 71, 35.6, 936, 25, 12.5, 0.25),
+    _kind("RTX3080", 10240, 60, 29.8, 760, 25, 12.5, 0.2),
+    _kind("RTX3060", 12288, 25, 12.7, 360, 12, 12.5, 0.1),
+    _kind("V100-32GB", 32768, 125, 15.7, 900, 150, 25, 0.6, False),
+    _kind("V100-16GB", 16384, 125, 15.7, 900, 150, 25, 0.4, False),
+    _kind("T4", 15360, 65, 8.1, 320, 12, 12.5, 0.35, False),
+)
+
+
+def find_kind(name: str, memory: int | None = None) -> GpuKind | None:
+    """A kind by its name in any spelling, also as the driver tells it (`NVIDIA H100 80GB HBM3`); None: not known.
+
+    Args:
+        memory: bytes, which tell kinds of one name apart.
+    """
+
+    words = _words(name)
+    better = {end for end in ("ti", "super") if any(re.fullmatch(f"[0-9]*{end}", word) for word in words)}
+    found = []
+    for order, kind in enumerate(GPU_KINDS):
+        model, *rest = _words_of_kind(kind.name)
+        missing = [word for word in rest if word not in words and not re.fullmatch("[0-9]+gb", word)]
+        if model in words and not missing and better == {end for end in ("ti", "super") if model.endswith(end)}:
+            near = abs(kind.memory - memory) if memory else 0
+            found.append((-sum(word in words for word in rest), near, order, kind))
+    best = min(found)[-1] if found else None
+    far = best and memory and abs(best.memory - memory) > 0.12 * memory
+    return None if far else best
+
+
+def _words(name: str) -> set[str]:
+    """`NVIDIA GeForce RTX 4060 Ti` has the words rtx, 4060, ti and 4060ti, among others."""
+    words = re.findall("[a-z0-9]+", re.sub("rtx(?=[0-9])", "rtx ", name.lower()))
+    return {*words, *(a + b for a, b in pairwise(words))}
+
+
+def _words_of_kind(name: str) -> list[str]:
+    words = re.findall("[a-z0-9]+", re.sub("rtx-?", "", name.lower()).replace("6000ada", "6000-ada"))
+    return words[::-1] if words[0] == "pro" else words
+
+
+def with_network(kind: GpuKind, *, gbit: float, gpus: int) -> GpuKind:
+    """The kind in machines with `gbit` Gbit/s of network for `gpus` GPUs."""
+    return replace(kind, network=gbit / 8 * 1e9 / gpus)
+
+
+def computes_in_bf16(setting: bool | str, machine: Hardware) -> bool:
+    """What the recipe's `bf16` (true, false, auto) comes to here."""
+    return setting is True or (setting == "auto" and machine.has_bf16)
+
+
 def probe() -> Hardware:
     """Look at this machine: NVML for GPUs (as narrowed by CUDA_VISIBLE_DEVICES), /proc for the CPU."""
-    return Hardware(gpus=_gpus(), cpu_cores=len(os.sched_getaffinity(0)), cpu_bf16=_cpu_bf16())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(gpus=_gpus(), cpu_cores=len(os.sched_getaffinity(0)), cpu_bf16=_cpu_bf16(), memory=memory)
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -4,16 +4,22 @@
     accelerate   `accelerate launch --config_file accelerate_configs/NAME.yaml ... -m manyrank.train`
     torchrun     `torchrun ... -m manyrank.train --strategy NAME`; the train module applies the same file
 
-The launchers of accelerate and torch run inside this process, so that a worker's exit code is ours.
+The launchers of accelerate and torch run inside this process, so that a worker's exit code is ours. `submission` makes
+jobs of the torchrun plan.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
 import shlex
+import subprocess
 import sys
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,10 +27,10 @@ from .config import TrainConfig, asset
 from .errors import EXIT_FAILED, UserError
 from .hardware import Hardware
 from .interrupts import pass_on_while
-from .options import CommandLine, Where
+from .options import JOBS, CommandLine, Where
 from .topology import default_strategy
 
-LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the plan as JSON, for launch.json in the run's folder
+LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the packed plan, which the run writes into its folder
 
 CPU_VARIABLES = {
     # Threads that wait in a spin slow a step down 10 to 40 times when anything else runs on the machine.
@@ -37,15 +43,45 @@ CPU_VARIABLES = {
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """argv and environment of the launch on one machine, and the files it reads."""
+    """The launch on every machine: the argv of each, the environment, and the files that are read with their content."""
 
-    argv: tuple[str, ...]
-    env: dict[str, str]
-    files: tuple[str, ...]
+    nodes: tuple[tuple[str, ...], ...]
+    env: dict[str, str]  # as it is on a machine like this one
+    files: dict[str, str]
+    node_rank: int = 0  # of this machine
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """What runs on this machine."""
+        return self.nodes[self.node_rank]
 
     def __str__(self) -> str:
+        return self.command(self.node_rank)
+
+    def command(self, node: int) -> str:
+        """The command of a machine as a shell takes it."""
         variables = "".join(f"{key}={shlex.quote(value)} \\\n" for key, value in self.env.items())
-        return variables + shlex.join(self.argv)
+        return variables + shlex.join(self.nodes[node])
+
+    def text(self) -> str:
+        """Everything: the command of every machine, and the files."""
+        commands = [f"# node {node}\n{self.command(node)}\n" for node in range(len(self.nodes))]
+        return "\n".join([*commands, *(file_text(name, content) for name, content in self.files.items())])
+
+    def packed(self) -> str:
+        """As one environment variable, of which Linux takes 128 KiB: the command of hundreds of machines."""
+        return base64.b64encode(zlib.compress(json.dumps(asdict(self)).encode())).decode()
+
+    @classmethod
+    def unpacked(cls, text: str) -> LaunchPlan:
+        """What `packed` has made."""
+        values = json.loads(zlib.decompress(base64.b64decode(text)))
+        return cls(**values | {"nodes": tuple(map(tuple, values["nodes"]))})
+
+
+def file_text(name: str, content: str) -> str:
+    """A file as it is shown."""
+    return f"# file {name}\n{content}"
 
 
 def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tuple[str, int]:
@@ -68,18 +104,41 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
 
 
 def plan(
-    line: CommandLine, *, strategy: str, nproc: int, output_dir: str, hardware: Hardware, elastic: bool = False
+    line: CommandLine,
+    *,
+    strategy: str,
+    nproc: int,
+    output_dir: str,
+    hardware: Hardware,
+    elastic: bool = False,
+    program: Sequence[str] = (),
 ) -> LaunchPlan:
-    """The command of one machine.
+    """The command of every machine.
 
     Args:
         elastic: whether fewer machines may go on.
+        program: what each process runs, as a module and its arguments; the train module with the line's recipe unless given.
 
     Raises:
         UserError: several machines without an endpoint, or `via python` for more than one process.
     """
     where = line.where
-    _check_nodes(where, elastic=elastic)
+    check_elastic(where, elastic=elastic)
+    _check_nodes(where)
+    via = _via(where, strategy, nproc, elastic=elastic)
+    return lay_out(
+        line,
+        via,
+        strategy=strategy,
+        nproc=nproc,
+        output_dir=output_dir,
+        hardware=hardware,
+        elastic=elastic,
+        program=program,
+    )
+
+
+def _via(where: Where, strategy: str, nproc: int, *, elastic: bool) -> str:
     usual = "torchrun" if elastic or where.max_restarts else "accelerate"
     via = where.via or ("python" if strategy == "single" and nproc * where.nnodes == 1 else usual)
     if elastic and via != "torchrun":
@@ -91,27 +150,54 @@ def plan(
         raise UserError(
             "via python starts one process of strategy single", where="via", fix="use accelerate or torchrun"
         )
-    train = ["-m", "manyrank.train", *_train_arguments(line, strategy, output_dir)]
-    head = {
-        "python": lambda: [sys.executable],
-        "accelerate": lambda: _accelerate(strategy, nproc, where),
-        "torchrun": lambda: _torchrun(nproc, where, elastic=elastic),
-    }[via]()
+    return via
+
+
+def lay_out(
+    line: CommandLine,
+    via: str,
+    *,
+    strategy: str,
+    nproc: int,
+    output_dir: str,
+    hardware: Hardware,
+    elastic: bool,
+    program: Sequence[str] = (),
+) -> LaunchPlan:
+    """The plan of a launch whose flags are checked.
+
+    Args:
+        via: python, accelerate or torchrun.
+        nproc: processes on each machine.
+        hardware: of each machine.
+    """
+    where = line.where
+    head: Callable[[int], list[str]] = {
+        "python": lambda node: [sys.executable],
+        "accelerate": lambda node: _accelerate(strategy, nproc, where, node),
+        "torchrun": lambda node: _torchrun(nproc, where, node, elastic=elastic),
+    }[via]
+    program = program or ("manyrank.train", *train_arguments(line, strategy, output_dir))
     env = {"OMP_NUM_THREADS": str(max(1, hardware.cpu_cores // nproc)), **({} if hardware.gpus else CPU_VARIABLES)}
     if where.nnodes > 1 or where.max_restarts:
         # The shared store keeps the addresses of the first round, and workers that are started anew call dead ones
         # (torch 2.13, dynamic_rendezvous.py).
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return LaunchPlan(
-        argv=(*head, *train),
+        nodes=tuple((*head(node), "-m", *program) for node in range(where.nnodes)),
         env={key: os.environ.get(key, value) for key, value in env.items()},  # what the user has set stands
-        files=tuple(str(file) for file in _files(strategy)),
+        files={str(file): file.read_text(encoding="utf-8") for file in _files(strategy)},
+        node_rank=where.node_rank,
     )
 
 
-def _check_nodes(where: Where, *, elastic: bool) -> None:
+def check_elastic(where: Where, *, elastic: bool) -> None:
+    """Refuse to go on with fewer machines than one."""
     if elastic and where.nnodes == 1:
         raise UserError("elastic on one machine", where="elastic", fix="leave it out, or give --nnodes")
+
+
+def _check_nodes(where: Where) -> None:
     if where.nnodes == 1 and (where.node_rank or where.rdzv_endpoint):
         raise UserError(
             "node_rank and rdzv_endpoint are for several machines", where="command line", fix="give --nnodes, too"
@@ -128,7 +214,8 @@ def _check_nodes(where: Where, *, elastic: bool) -> None:
         )
 
 
-def _train_arguments(line: CommandLine, strategy: str, output_dir: str) -> list[str]:
+def train_arguments(line: CommandLine, strategy: str, output_dir: str) -> list[str]:
+    """The recipe and every override, with the strategy and the folder that were chosen."""
     given = {entry.split("=")[0] for entry in line.argv}
     extra = [f"--strategy={strategy}"] if "--strategy" not in given else []
     extra += [f"--output_dir={output_dir}"] if "--output_dir" not in given else []
@@ -145,7 +232,7 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _accelerate(strategy: str, nproc: int, where: Where) -> list[str]:
+def _accelerate(strategy: str, nproc: int, where: Where, node: int) -> list[str]:
     config, *deepspeed = _files(strategy)
     argv = ["accelerate", "launch", "--config_file", str(config)]
     if deepspeed:  # the YAML names it relative to the project's root
@@ -155,8 +242,8 @@ def _accelerate(strategy: str, nproc: int, where: Where) -> list[str]:
         return [*argv, "--main_process_port", "0"]  # any free one: several runs may share a machine
     host, _, port = where.rdzv_endpoint.rpartition(":")
     return [
-        *argv, "--machine_rank", str(where.node_rank), "--main_process_ip", host, "--main_process_port", port,
-        "--rdzv_backend", "c10d", "--rdzv_conf", f"join_timeout={where.rdzv_timeout}", *_restarts(where),
+        *argv, "--machine_rank", str(node), "--main_process_ip", host, "--main_process_port", port,
+        "--rdzv_backend", "c10d", "--rdzv_conf", _rendezvous(where, node), *_restarts(where),
     ]  # fmt: skip
 
 
@@ -166,28 +253,35 @@ def _restarts(where: Where) -> list[str]:
     return ["--max_restarts", str(count)] if count else []
 
 
-def _torchrun(nproc: int, where: Where, *, elastic: bool) -> list[str]:
+def _rendezvous(where: Where, node: int) -> str:
+    """Machine 0 has the store; by itself torch compares names, which a machine's DNS may not know yet."""
+    return f"join_timeout={where.rdzv_timeout},is_host={str(node == 0).lower()}"
+
+
+def _torchrun(nproc: int, where: Where, node: int, *, elastic: bool) -> list[str]:
     nnodes = f"1:{where.nnodes}" if elastic else str(where.nnodes)
     argv = ["torchrun", "--nproc_per_node", str(nproc), "--nnodes", nnodes, *_restarts(where)]
     if where.nnodes == 1:
         return [*argv, "--standalone"]
     return [
-        *argv, "--node_rank", str(where.node_rank), "--rdzv_backend", "c10d", "--rdzv_id", "manyrank",
-        "--rdzv_endpoint", where.rdzv_endpoint, "--rdzv_conf", f"join_timeout={where.rdzv_timeout}",
+        *argv, "--node_rank", str(node), "--rdzv_backend", "c10d", "--rdzv_id", "manyrank",
+        "--rdzv_endpoint", where.rdzv_endpoint, "--rdzv_conf", _rendezvous(where, node),
     ]  # fmt: skip
 
 
-def run(launch: LaunchPlan) -> int:
-    """Run a plan in this process; `python` replaces it.
+def run(launch: LaunchPlan, *, stay: bool = False) -> int:
+    """Run a plan in this process; `python` replaces it, unless it is to `stay`.
 
     Returns:
         The exit code of the worker that ended first with an error, or 0.
     """
     os.environ.update(launch.env)
-    os.environ[LAUNCH_VARIABLE] = json.dumps(asdict(launch))
+    os.environ[LAUNCH_VARIABLE] = launch.packed()
     sys.stdout.flush()
     if launch.argv[0] == sys.executable:
-        os.execv(sys.executable, launch.argv)
+        if not stay:
+            os.execv(sys.executable, launch.argv)
+        return pass_on_while(lambda: subprocess.run(launch.argv).returncode)
     return pass_on_while(lambda: _launched(launch.argv))
 
 
@@ -199,14 +293,14 @@ def _launched(argv: tuple[str, ...]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
     try:
-        _run_in_process(argv)
+        run_in_process(argv)
     except ChildFailedError as failed:
         code = failed.get_first_failure()[1].exitcode
     except CalledProcessError as failed:
         code = failed.returncode
     except RendezvousConnectionError:
         print(
-            "error: machine 0, where the machines meet, is gone or cannot be reached\n"
+            "error: machine 0, where the machines meet, is gone, cannot be reached, or has another use for the port\n"
             "where: the rendezvous\n"
             "fix:   start the same command on all machines, with --resume_from_checkpoint auto",
             file=sys.stderr,
@@ -228,7 +322,8 @@ def _launched(argv: tuple[str, ...]) -> int:
     return code if code > 0 else EXIT_FAILED if code == 0 else 128 - code
 
 
-def _run_in_process(argv: tuple[str, ...]) -> None:
+def run_in_process(argv: tuple[str, ...]) -> None:
+    """Run torchrun or accelerate launch; they raise what ends their workers."""
     if argv[0] == "torchrun":
         from torch.distributed.run import main
 
@@ -237,6 +332,15 @@ def _run_in_process(argv: tuple[str, ...]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     launch_command(launch_command_parser().parse_args(list(argv[2:])))
+
+
+def before_imports(machine: Hardware) -> None:
+    """No telemetry, no remarks that every rank would repeat and nobody can act on, and no spinning threads."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package is not there
+    if not machine.gpus:
+        os.environ.setdefault("OMP_WAIT_POLICY", CPU_VARIABLES["OMP_WAIT_POLICY"])
 
 
 def default_output_dir(line: CommandLine) -> Path:
@@ -254,7 +358,8 @@ def output_dir(config: TrainConfig, line: CommandLine) -> str:
         folder = Path(resume)
         return str((folder.resolve() if folder.is_symlink() or not folder.name else folder).parent)
     base = default_output_dir(line)
-    if line.where.nnodes > 1:  # every machine must come to the same name
+    # Every machine must come to the same name; and a job that was written first is the one that is submitted then.
+    if line.where.nnodes > 1 or line.where.via in JOBS:
         return str(base)
     last, folder, number = base, base, 1
     while folder.exists():

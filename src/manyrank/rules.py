@@ -1,243 +1,158 @@
-"""Combinations that are known not to work, checked before a process starts. One table, no torch."""
+"""What is known to go wrong, checked before a process starts and all told at once. No torch.
+
+    RULES               one table: recipe_rules, strategy_rules, model_rules; docs/rules.md is printed from it
+    check               errors end the start together; warnings are printed, and `ignore_warnings` switches them off
+    check_data, ...     files that the recipe names: rows, templates, models, the output folder
+
+`manyrank rules` prints the table.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import difflib
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from .config import Resolved, TrainConfig
-from .errors import UserError
+from .errors import UserError, UserErrors
 from .formats import BadRow, needs_template, to_sample
-from .hardware import Hardware
+from .model_facts import find_facts
+from .model_rules import MODEL_RULES
+from .recipe_rules import LENGTH_RULES, RECIPE_RULES, SOURCE_RULES
+from .run_folder import LAUNCH_FOLDER
 from .schema import DataSource
+from .situation import Rule, Situation, Violation
 from .sources import known_format, read_rows, source_of
+from .strategy_rules import STRATEGY_RULES
 from .turns import bad_rows_error, usual_fix
+
+__all__ = [
+    "RULES",
+    "Situation",
+    "as_markdown",
+    "check",
+    "check_data",
+    "check_output_dir",
+    "check_sources",
+    "violations",
+]
 
 LOOKED_AT = 100  # rows of a source before the launch
 NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
-SHARDED = ("fsdp", "fsdp_offload", "zero3", "zero3_offload")
-ZERO = ("zero2", "zero3", "zero3_offload")
-# The trackers of transformers, by the package that each needs.
-TRACKERS = {
-    "wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "comet_ml": "comet_ml", "neptune": "neptune",
-    "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio", "codecarbon": "codecarbon",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Situation:
-    """A resolved recipe and where it is to run."""
-
-    resolved: Resolved
-    strategy: str
-    nproc: int  # on this machine
-    world_size: int
-    hardware: Hardware
-
-    @property
-    def config(self) -> TrainConfig:
-        return self.resolved.config
-
-    @property
-    def gpus(self) -> int:
-        return len(self.hardware.gpus)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`broken` says what is wrong, or None. `keys` are the options that the user set or may set."""
-
-    name: str
-    keys: tuple[str, ...]
-    broken: Callable[[Situation | Resolved], str | None]
-    fix: str
-
-
-def _batch_product(s: Situation) -> str | None:
-    c = s.config
-    if not (c.global_batch_size and c.gradient_accumulation_steps):
-        return None
-    product = c.per_device_train_batch_size * c.gradient_accumulation_steps * s.world_size
-    if product == c.global_batch_size:
-        return None
-    return (
-        f"{c.per_device_train_batch_size} examples x {c.gradient_accumulation_steps} accumulation x {s.world_size} "
-        f"processes = {product}, not global_batch_size {c.global_batch_size}"
-    )
-
-
-def _batch_divides(s: Situation) -> str | None:
-    batch, micro = s.config.batch(s.world_size), s.config.per_device_train_batch_size
-    if s.config.packing == "none" and batch % (micro * s.world_size):
-        return f"a global batch of {batch} examples does not divide into {s.world_size} processes x {micro} padded rows"
-    return None
-
-
-def _tracker(s: Situation) -> str | None:
-    for name in s.config.report_to:
-        if name not in TRACKERS:
-            return f"there is no tracker {name!r}; known: none, {', '.join(TRACKERS)}"
-        if importlib.util.find_spec(TRACKERS[name]) is None:
-            return f"tracker {name} needs the package {TRACKERS[name]}, which is not installed"
-    return None
-
-
-def _unless(wrong: Callable[[Situation], bool], what: str) -> Callable[[Situation], str | None]:
-    return lambda s: what.format(s=s, c=s.config) if wrong(s) else None
-
-
-# These look at nothing but the recipe, so `data inspect` checks them too.
-SOURCE_RULES = (
-    Rule(
-        "one validation set", ("eval_data_path", "eval_split"),
-        _unless(lambda s: bool(s.config.eval_data_path and s.config.eval_split), "eval_data_path and eval_split together"),
-        "keep one of them",
-    ),
-    Rule(
-        "validation sees every row once", ("eval_data_path",),
-        _unless(
-            lambda s: any(source.weight != 1 for source in s.config.eval_data_path or []),
-            "a source of eval_data_path has a weight, and validation takes every row once",
-        ),
-        "leave the weight out",
-    ),
-    Rule(
-        "packs of whole sources", ("packing", "data_path"),
-        _unless(
-            lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
-            "packing: dataset needs the same examples in every epoch, and a weight is not a whole number",
-        ),
-        "use packing: step, or whole weights",
-    ),
-)  # fmt: skip
-RULES = (
-    *SOURCE_RULES,
-    Rule(
-        "one process for single", ("strategy",),
-        _unless(lambda s: s.strategy == "single" and s.world_size > 1, "strategy single with {s.world_size} processes"),
-        "use ddp, or one process",
-    ),
-    Rule(
-        "a GPU for each process", ("nproc",),
-        _unless(
-            lambda s: bool(s.gpus) and s.nproc > s.gpus,
-            "{s.nproc} processes on a machine with {s.gpus} GPUs",
-        ),
-        "start at most one process for each GPU (--nproc)",
-    ),
-    Rule(
-        "bf16 where it is native", ("bf16",),
-        _unless(lambda s: s.config.bf16 is True and not s.hardware.has_bf16, "bf16 is not supported by this machine"),
-        "set bf16: false",
-    ),
-    Rule(
-        "offload needs a GPU", ("strategy",),
-        _unless(
-            lambda s: s.strategy == "fsdp_offload" and not s.gpus,
-            "fsdp_offload moves shards between host and GPU memory, and there is no GPU",
-        ),
-        "use fsdp on CPUs",
-    ),
-    Rule(
-        "no 8-bit base in shards", ("method", "strategy"),
-        _unless(lambda s: s.config.method == "int8" and s.strategy in SHARDED, "int8 weights cannot be sharded ({s.strategy})"),
-        "use method qlora, or strategy ddp or zero2",
-    ),
-    Rule(
-        "torch optimizers in shards", ("optim", "strategy"),
-        _unless(
-            lambda s: s.config.optim not in ("adamw_torch", "sgd") and s.strategy in (*SHARDED, *ZERO),
-            "{c.optim} keeps 8-bit or paged state that {s.strategy} cannot shard",
-        ),
-        "use optim adamw_torch: sharding makes its state small already",
-    ),
-    Rule(
-        "AdamW under offload", ("optim", "strategy"),
-        _unless(
-            lambda s: s.config.optim == "sgd" and s.strategy == "zero3_offload",
-            "zero3_offload steps on the CPU with DeepSpeed's AdamW; {c.optim} is not known there",
-        ),
-        "use optim adamw_torch",
-    ),
-    Rule("batch adds up", ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"), _batch_product,
-         "leave one of the three away"),
-    Rule("batch divides", ("global_batch_size", "per_device_train_batch_size"), _batch_divides,
-         "choose a multiple"),
-    Rule(
-        "validation needs data", ("eval_steps", "eval_data_path"),
-        _unless(lambda s: bool(s.config.eval_steps) and not s.config.has_validation, "eval_steps without validation data"),
-        "give --eval_data_path or --eval_split",
-    ),
-    Rule(
-        "validation data needs steps", ("eval_steps", "eval_data_path", "eval_split"),
-        _unless(lambda s: s.config.has_validation and not s.config.eval_steps, "validation data without eval_steps"),
-        "say how often with --eval_steps",
-    ),
-    Rule(
-        "the best needs validation", ("load_best_model_at_end", "early_stopping_patience"),
-        _unless(
-            lambda s: (s.config.load_best_model_at_end or bool(s.config.early_stopping_patience)) and not s.config.eval_steps,
-            "the best model and early stopping need validation",
-        ),
-        "give --eval_data_path and --eval_steps",
-    ),
-    Rule(
-        "elastic runs resume", ("elastic", "resume_from_checkpoint"),
-        _unless(
-            lambda s: s.config.elastic and s.config.resume_from_checkpoint != "auto",
-            "an elastic run starts its workers anew when a machine comes or goes, and they would begin at step 0",
-        ),
-        "give --resume_from_checkpoint auto, and --save_steps",
-    ),
-    Rule(
-        "elastic runs keep their batch", ("elastic", "global_batch_size", "gradient_accumulation_steps"),
-        _unless(
-            lambda s: s.config.elastic and (not s.config.global_batch_size or bool(s.config.gradient_accumulation_steps)),
-            "an elastic run has more processes at one time than at another, and its batch would follow their number",
-        ),
-        "give global_batch_size, and leave gradient_accumulation_steps out",
-    ),
-    Rule("trackers are there", ("report_to",), _tracker, "install the package, or choose another tracker"),
-)  # fmt: skip
+RULES: tuple[Rule, ...] = (*RECIPE_RULES, *STRATEGY_RULES, *MODEL_RULES)
 
 
 def check_sources(resolved: Resolved) -> None:
     """Check what a recipe says of its sources, wherever it is to run.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: what is wrong.
     """
-    for rule in SOURCE_RULES:
-        if problem := rule.broken(resolved):
-            raise UserError(problem, where=resolved.where(*rule.keys), fix=rule.fix)
+    found = ((rule, rule.broken(resolved)) for rule in SOURCE_RULES)
+    _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in found if what])
 
 
-def check(situation: Situation) -> None:
-    """Check the table, then the files that the recipe names.
+def violations(situation: Situation) -> list[Violation]:
+    """Every rule of the table that is broken, in its order.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: a file that the rules look at cannot be read.
     """
-    for rule in RULES:
-        problem = rule.broken(situation)
-        if problem:
-            raise UserError(problem, where=situation.resolved.where(*rule.keys), fix=rule.fix)
-    for problem in _file_problems(situation.resolved):
-        raise problem
+    found = ((rule, rule.broken(situation)) for rule in RULES)
+    return [Violation(rule, what, situation.where(*rule.keys)) for rule, what in found if what]
 
 
-def _file_problems(resolved: Resolved) -> Iterator[UserError]:
-    config = resolved.config
-    formats = {check_data(source, config) for source in [*config.data_path, *(config.eval_data_path or [])]}
-    yield from _template_problems(resolved)
-    asked = bool(config.sample_questions)
-    yield from _model_problems(resolved, chats=asked or any(map(needs_template, formats)))
+def check(situation: Situation, *, warn: bool = True, files: bool = True) -> None:
+    """Check the table, and the files that the recipe names; print the warnings.
+
+    Args:
+        warn: whether to print them; a launched process leaves it to the command that launched it.
+        files: whether those that the recipe names are here; those of a Kubernetes job are on its volume.
+
+    Raises:
+        UserError: what is wrong; a UserErrors where it is more than one thing.
+    """
+    ignored = situation.config.ignore_warnings
+    problems = list(_unknown_warnings(situation.resolved))
+    found: list[Violation] = []
+    try:
+        found = violations(situation)
+    except UserError as problem:
+        problems.append(problem)
+    problems += [violation.error() for violation in found if violation.rule.severity == "error"]
+    _raise([*problems, *(_file_problems(situation.resolved) if files else [])])
+    for violation in found if warn else []:
+        if violation.rule.severity == "warning" and violation.rule.name not in ignored:
+            print(f"{violation.warning()}\n", file=sys.stderr, flush=True)
+
+
+def warnings_of_length(config: TrainConfig, total_steps: int) -> list[str]:
+    """The warnings that wait for the number of steps, where the recipe has no max_steps, as they are printed."""
+    if config.max_steps > 0:  # told before the start
+        return []
+    counted = Resolved(config.model_copy(update={"max_steps": total_steps}))
+    found = ((rule, rule.broken(counted)) for rule in LENGTH_RULES if rule.name not in config.ignore_warnings)
+    return [Violation(rule, what, f"{rule.keys[0]}, num_train_epochs").warning() for rule, what in found if what]
+
+
+def _raise(problems: Sequence[UserError]) -> None:
+    different = list({str(problem): problem for problem in problems}.values())
+    if different:
+        raise different[0] if len(different) == 1 else UserErrors(different)
+
+
+def _unknown_warnings(resolved: Resolved) -> Iterator[UserError]:
+    severities, where = {rule.name: rule.severity for rule in RULES}, resolved.where("ignore_warnings")
+    for name in resolved.config.ignore_warnings:
+        if severities.get(name) == "error":
+            yield UserError(f"{name} is an error and cannot be ignored", where=where, fix="mend what it tells of")
+        elif name not in severities:
+            known = [warning for warning, severity in severities.items() if severity == "warning"]
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            fix = f"did you mean {close[0]}?" if close else "`manyrank rules` lists all"
+            yield UserError(f"there is no warning {name!r}", where=where, fix=fix)
+
+
+def as_markdown() -> str:
+    """The table for people: docs/rules.md."""
+    parts = [
+        "# Rules\n\n"
+        "Checked by `manyrank train` before a process starts, and by the train module. All that is wrong is told at once, "
+        "each with\nits place, its reason and its fix. A warning is switched off by its name, in the recipe or on the "
+        "command line:\n\n```yaml\nignore_warnings: [unusual-learning-rate]\n```\n\n"
+        "`yaml:` is a key of the strategy's file in `accelerate_configs/`, `json:` one of its file in `ds_configs/`, "
+        "`model:` a file of the\nbase model. Rules about the model count where its files are on this machine: a folder, or a "
+        "hub name in the cache.\n\n`manyrank rules > docs/rules.md` writes this file.\n"
+    ]
+    for severity in ("error", "warning"):
+        rules = [rule for rule in RULES if rule.severity == severity]
+        parts.append(f"\n## {severity.capitalize()}s ({len(rules)})\n")
+        parts += [_entry(rule) for rule in rules]
+    return "".join(parts)
+
+
+def _entry(rule: Rule) -> str:
+    keys = ", ".join(f"`{key.rstrip(':')}`" for key in rule.keys)
+    upstream = f" See <{rule.upstream}>." if rule.upstream else ""
+    fix = rule.fix[0].upper() + rule.fix[1:]
+    return f"\n### {rule.name}\n\n{keys}\n\n{rule.reason}{upstream}\n\n*{fix}.*\n"
+
+
+# Files
+
+
+def _file_problems(resolved: Resolved) -> list[UserError]:
+    problems, chats = [], bool(resolved.config.sample_questions)
+    for source in [*resolved.config.data_path, *(resolved.config.eval_data_path or [])]:
+        try:
+            chats |= needs_template(check_data(source, resolved.config))
+        except UserError as problem:
+            problems.append(problem)
+    return [*problems, *_template_problems(resolved), *_model_problems(resolved, chats=chats)]
 
 
 def check_data(source: DataSource, config: TrainConfig) -> str:
@@ -279,24 +194,27 @@ def _model_problems(resolved: Resolved, *, chats: bool) -> Iterator[UserError]:
         if name.startswith((".", "/", "~")):
             yield UserError(f"there is no folder {name}", where=where, fix="check the path")
         return
+    if (folder / "adapter_config.json").is_file():  # a rule of the table tells what that is
+        return
     if not (folder / "config.json").is_file():
         yield UserError(f"{name} has no config.json", where=where, fix="name the folder of a whole model")
     if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         yield UserError(
             f"{name} has no weights", where=where, fix="it needs model*.safetensors (or pytorch_model*.bin)"
         )
-    if chats and not resolved.config.chat_template and not _has_chat_template(folder):
+    try:
+        bare = chats and not resolved.config.chat_template and not _has_chat_template(name)
+    except UserError as problem:
+        yield problem
+        return
+    if bare:
         yield UserError("the tokenizer has no chat template", where=where, fix=NO_TEMPLATE_FIX)
 
 
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    config = folder / "tokenizer_config.json"
-    try:
-        return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
-    except (ValueError, AttributeError):
-        raise UserError("not a JSON object", where=str(config), fix="give the tokenizer of a whole model") from None
+def _has_chat_template(name: str) -> bool:
+    """Whether a folder's tokenizer has one; where it has no config.json either, that is told alone."""
+    facts = find_facts(name)
+    return facts is None or bool(facts.has_template)
 
 
 def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
@@ -312,7 +230,7 @@ def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
         raise UserError(f"{above} cannot be written to", where="output_dir", fix="choose another --output_dir")
     if config.dry_run or config.resume_from_checkpoint or not output_dir.exists():
         return
-    if any(output_dir.iterdir()):
+    if any(path.name != LAUNCH_FOLDER for path in output_dir.iterdir()):
         raise UserError(
             f"the output folder {output_dir} is not empty",
             where="output_dir",
