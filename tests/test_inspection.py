@@ -3,17 +3,16 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
-from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import Page, browse, needs_chromium
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,15 +23,13 @@ from manyrank.data import prepare
 from manyrank.errors import UserError
 from manyrank.formats import to_sample
 from manyrank.inspection_html import page
-from manyrank.inspection_tables import visible
 from manyrank.options import Entry
 from manyrank.render import render
 from manyrank.sources import Source, read_rows
 from manyrank.survey import Piece, bars, gather, padding, pieces, spread
+from manyrank.tables import visible
 
 SAMPLE, VALIDATION = (str(asset("data", name)) for name in ("sample.jsonl", "validation.jsonl"))
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="Debian's chromium is not installed")
 
 
 def chat(question: str, *answers: str) -> dict:
@@ -349,59 +346,6 @@ def test_help_has_its_own_options_and_the_recipes(capsys):
 # The page
 
 
-class Page(HTMLParser):
-    """What a browser made of the page: figures by section, supervised runs, elements."""
-
-    def __init__(self, dom: str) -> None:
-        super().__init__()
-        self.figures: dict[str, list[str]] = {}
-        self.texts: dict[str, str] = {}
-        self.learned: list[str] = []
-        self.samples: list[str] = []
-        self.tags: set[str] = set()
-        self.title, self.section, self.open, self.depth = "", "", [], 0
-        self.feed(dom)
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        self.tags.add(tag)
-        self.open.append(tag)
-        if tag == "section":
-            self.section = values["id"]
-        if tag == "article":
-            self.section = "sample"
-        if tag == "pre":
-            self.samples.append("")
-        if tag == "data":
-            self.figures.setdefault(self.section, []).append(values["value"])
-        if tag == "span" and self.section == "sample" and (self.depth or values.get("class") == "learned"):
-            self.learned += [] if self.depth else [""]
-            self.depth += 1
-
-    def handle_endtag(self, tag):
-        self.depth -= tag == "span" and self.depth > 0
-        self.section = "" if tag in ("section", "article") else self.section
-        while self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        self.texts[self.section] = self.texts.get(self.section, "") + data
-        if "pre" in self.open:
-            self.samples[-1] += data
-        if self.open[-1:] == ["title"]:
-            self.title += data
-        if self.depth:
-            self.learned[-1] += data
-
-
-def browse(path: Path, folder: Path, *more: str) -> str:
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-sync", "--hide-scrollbars", "--virtual-time-budget=2000", f"--user-data-dir={folder}"]
-    done = subprocess.run([CHROMIUM, *flags, *more, path.as_uri()], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def shown(tokenizer, tmp_path_factory):
     """A survey with everything in it, and its page."""
@@ -410,7 +354,7 @@ def shown(tokenizer, tmp_path_factory):
     text = write(folder / "text.jsonl", {"text": "\n\nPlain"})  # shorter than the others, so it is a sample
     sources = [rows, text, {"path": SAMPLE, "max_rows": 20}]
     found = survey(tokenizer, 9, data_path=sources, eval_data_path=VALIDATION)
-    inspection.write_page(found, folder / "page.html")
+    inspection.write_page(page(found), folder / "page.html")
     assert sorted(file.name for file in folder.iterdir()) == ["<i>rows.jsonl", "page.html", "text.jsonl"]
     return found, folder / "page.html"
 
@@ -487,7 +431,7 @@ def test_rows_are_text_and_nothing_is_fetched(tokenizer, tmp_path):
         assert {"/img", "/js"} <= set(asked)  # unescaped it would be fetched and run
         asked.clear()
         made = survey(tokenizer, data_path=write(tmp_path / "rows.jsonl", chat(attack, attack)), max_length=1024)
-        inspection.write_page(made, tmp_path / "page.html")
+        inspection.write_page(page(made), tmp_path / "page.html")
         dom = Page(browse(tmp_path / "page.html", tmp_path / "b", "--dump-dom"))
     finally:
         server.shutdown()

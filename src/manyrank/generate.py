@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import broadcast
 from transformers import PreTrainedTokenizerBase
 
-from .attention import PACKED
+from .attention import PACKED, PACKED_PLAIN
 from .render import RenderOptions, stop_ids
 
 
@@ -30,12 +30,12 @@ def answers(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    if before == PACKED:
-        base.set_attn_implementation("sdpa")  # packed attention knows no key-value cache
+    if before in (PACKED, PACKED_PLAIN):  # which know no key-value cache
+        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     try:
         return [_answer(wrapped, tokenizer, question, options, max_new_tokens) for question in questions]
     finally:
-        if before == PACKED:
+        if before in (PACKED, PACKED_PLAIN):
             base.set_attn_implementation(before)
 
 

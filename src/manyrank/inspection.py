@@ -10,23 +10,14 @@ from itertools import groupby
 from pathlib import Path
 
 from .config import resolve
-from .errors import UserError
 from .inspection_html import page
-from .inspection_tables import (
-    Table,
-    bad_rows_note,
-    one_line,
-    overlap,
-    part_tables,
-    reading_tables,
-    sample_line,
-    settings,
-    visible,
-)
+from .inspection_tables import bad_rows_note, overlap, part_tables, reading_tables, sample_line, settings
 from .model import load_tokenizer
 from .options import Parser, parse, parser
+from .pages import check_page, write_page
 from .rules import check_sources
-from .survey import Bar, Part, Piece, SampleFacts, Survey, gather
+from .survey import Part, Piece, SampleFacts, Survey, gather
+from .tables import Bar, Table, one_line, visible
 
 PROG = "manyrank data inspect"
 GREEN, DIM, BOLD, OFF = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -44,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         print(_help())
         return 0
     if own.html:
-        _check_page(own.html)
+        check_page(own.html)
     line = parse(rest, prog=PROG, launch=False, more=("samples", "html"))
     resolved = resolve(line.recipe, line.overrides)
     check_sources(resolved)
@@ -53,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
     survey = gather(config, load_tokenizer(config), recipe=recipe, samples=own.samples)
     lines = [*text(survey, colour=_has_colour())]
     if own.html:
-        write_page(survey, own.html)
+        write_page(page(survey), own.html)
         lines += ["", f"written to {own.html}"]
-    _print("\n".join(lines))
+    print("\n".join(lines))
     return 0
 
 
@@ -81,30 +72,8 @@ def _whole(given: str) -> int:
     return int(given)
 
 
-def _check_page(path: Path) -> None:
-    fix = "name a file like page.html in a folder that is there"
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"{path} is not named as a page", where="--html", fix=fix)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"a page cannot be written to {path}", where="--html", fix=fix)
-
-
-def write_page(survey: Survey, path: Path) -> None:
-    """The page, complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(survey), encoding="utf-8")
-    partial.replace(path)
-
-
 def _has_colour() -> bool:
     return not os.environ.get("NO_COLOR") and (bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty())
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `head` has seen enough; what is left in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # The text view

@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from .survey import STEPS, Part, Reading, SampleFacts, Survey
+from .tables import Table, count, decimal, one_line, share, word
 
-# What a terminal or a browser would obey, or cannot show: control characters but newline and tab, half surrogate pairs,
-# and the marks that turn the direction of text.
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 PACKING = {
     "step": "each step's examples side by side, no padding",
     "dataset": "examples put together into packs before steps are made of them",
     "none": "padded rows",
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A text, and where it is a figure also the exact number, as `repr` writes it."""
-
-    text: str
-    value: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under column heads; a table of `facts` has none, and each row is a label and its value."""
-
-    key: str
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    note: str = ""
-
-    @property
-    def facts(self) -> bool:
-        return not self.head
-
-
-def visible(text: str) -> str:
-    """The text with what would not be seen, or would do something, written out: \\x1b."""
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def one_line(text: str) -> str:
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def word(text: str) -> Cell:
-    return Cell(one_line(text))
-
-
-def count(number: int) -> Cell:
-    return Cell(f"{number:,}", repr(number))
-
-
-def decimal(number: float) -> Cell:
-    return Cell(f"{number:,.1f}".removesuffix(".0"), repr(number))
-
-
-def share(part: float) -> Cell:
-    return Cell(f"{part:.1%}", repr(part))
 
 
 def settings(survey: Survey) -> Table:

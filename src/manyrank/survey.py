@@ -9,7 +9,7 @@ With eval_split one reading gives both parts; with eval_data_path each part has 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 
 import numpy as np
@@ -22,6 +22,7 @@ from .errors import UserError
 from .packing import dataset_layout
 from .render import IGNORE
 from .schema import DataSource
+from .tables import Bar
 from .turns import SHOWN
 
 RANKS = (1, 2, 4, 8)
@@ -69,15 +70,6 @@ class Reading:
     counts: dict[str, int]
     reasons: dict[str, int]
     bad: tuple[BadFacts, ...]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """So many examples of `first` to `last` tokens."""
-
-    first: int
-    last: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -189,6 +181,25 @@ def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: s
         parts.append(_part("validation", evaluation, tokenizer, config, seed=None, samples=samples))
     overlap = int(np.isin(evaluation.content, train.content).sum()) if evaluation else None
     return Survey(recipe, _settings(config), tuple(readings), tuple(parts), overlap)
+
+
+def of_run(config: TrainConfig, train: Examples, evaluation: Examples | None) -> dict:
+    """What a run learns from, for JSON: readings and parts as in a survey, without what only an inspection asks."""
+    readings = [_reading("data_path", config.data_path, train)]
+    if evaluation and not config.eval_split:
+        readings.append(_reading("eval_data_path", config.eval_data_path or (), evaluation))
+    parts = {"training": train} | ({"validation": evaluation} if evaluation else {})
+    return {
+        "readings": [asdict(reading) for reading in readings],
+        "parts": [
+            {
+                "name": name, "examples": len(part), "tokens": int(part.lengths.sum()),
+                "supervised": int(part.supervised.sum()), "lengths": asdict(_lengths(part.lengths)),
+                "read": sum(part.report.rows), "out_of": sum(part.report.out_of),
+            }
+            for name, part in parts.items()
+        ],
+    }  # fmt: skip
 
 
 def _settings(config: TrainConfig) -> dict[str, str]:

@@ -1,0 +1,103 @@
+"""What can be named to be used: a base model, a run's folder, a checkpoint, an adapter or a merged model. No torch.
+
+output/run/               final_model/ of a run, or its newest complete checkpoint
+output/run/checkpoint-50  an adapter or a whole model
+adapter/                  adapter_config.json, which names the base
+model/, org/name          config.json and weights, on disk or on the hub
+embedded                  the small model of the examples
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import run_folder
+from .config import resolve
+from .errors import UserError
+from .schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model to load.
+
+    Attributes:
+        name: as it was asked for.
+        base: a folder or a hub name.
+        adapter: the folder of the adapter on it, or None.
+        run: the folder of the run that it comes from, or None.
+    """
+
+    name: str
+    base: str
+    adapter: Path | None = None
+    run: Path | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is: with the adapter, where that has one."""
+        has_one = self.adapter and (self.adapter / "tokenizer_config.json").is_file()
+        return str(self.adapter) if has_one else self.base
+
+
+def find(name: str, *, base: str | None = None) -> Artifact:
+    """What a name stands for.
+
+    Args:
+        base: for an adapter, another base than the one that it names.
+
+    Raises:
+        UserError: a folder that is none of these, a run that has saved nothing, or a base for what is no adapter.
+    """
+    folder = Path(name).expanduser()
+    found = _in_folder(name, folder, base) if folder.is_dir() else Artifact(name, name)
+    if base and not found.adapter:
+        raise UserError(f"a base for {name}, which is no adapter", where="--base", fix="leave it out")
+    return found
+
+
+def recipe_of(found: Artifact) -> TrainConfig | None:
+    """The recipe of the run that an artifact comes from."""
+    file = found.run / "config.yaml" if found.run else None
+    return resolve(str(file)).config if file and file.is_file() else None
+
+
+def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:
+    chosen = _of_run(name, folder)
+    run = chosen.parent if chosen != folder or run_folder.NAME.fullmatch(folder.name) else None
+    run = folder.parent if folder.name == "final_model" else run
+    if (chosen / "adapter_config.json").is_file():
+        return Artifact(name, base or _base(chosen), chosen, run)
+    if (chosen / "config.json").is_file():
+        return Artifact(name, str(chosen), None, run)
+    raise UserError(
+        "neither a model, an adapter nor a run", where=name,
+        fix="give a folder with config.json or adapter_config.json, a run's folder, or a hub name",
+    )  # fmt: skip
+
+
+def _of_run(name: str, folder: Path) -> Path:
+    """The folder itself; of a run what it has saved last."""
+    if (folder / "final_model").is_dir():
+        return folder / "final_model"
+    if saved := run_folder.checkpoints(folder):
+        complete = next((checkpoint for checkpoint in reversed(saved) if not run_folder.damage(checkpoint)), None)
+        if complete is None:
+            raise UserError("no checkpoint of this run is complete", where=name, fix="train it again, or name another")
+        return complete
+    if (folder / "launch.json").is_file():
+        raise UserError("this run has saved nothing yet", where=name, fix="wait for its first checkpoint")
+    return folder
+
+
+def _base(adapter: Path) -> str:
+    file = adapter / "adapter_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
+    if not found:
+        raise UserError("names no base model", where=str(file), fix="say --base NAME")
+    return found

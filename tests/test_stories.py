@@ -1,0 +1,125 @@
+"""The stories of docs/stories.md, run as a user runs them."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
+
+from manyrank.metrics import read_metrics
+
+MAKE = runpy.run_path(str(ROOT / "data" / "stories" / "make.py"))
+NO_SLURM = slurm_cluster.available()
+
+
+def story(name: str, folder: Path, *argv: str, **variables: str) -> str:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [ROOT / "launch" / "stories" / f"{name}.sh", *argv], cwd=ROOT, capture_output=True, text=True, timeout=400,
+        env={**os.environ, "PATH": path, "OUT": str(folder), **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_raw_data_is_what_its_script_makes():
+    written = [json.loads(line) for line in (ROOT / "data" / "stories" / "traces.jsonl").read_text().splitlines()]
+    assert written == MAKE["traces"]()
+    right = [row["175b_verification"]["is_correct"] for row in written]
+    for row, is_right in zip(written, right):
+        answers = [text.rsplit("#### ", 1)[1] for text in (row["ground_truth"], row["175b_verification"]["solution"])]
+        assert (answers[0] == answers[1]) == is_right
+    assert 0.6 < sum(right) / len(right) < 0.9
+
+
+def interrupted(name: str, folder: Path) -> int:
+    """Send a story and all it has started SIGUSR1 once the training logs, as SLURM does before the time limit."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-c", f"trap : USR1; bash launch/stories/{name}.sh", "story"]
+    env = {**os.environ, "PATH": path, "OUT": str(folder)}
+    metrics = folder / "run" / "logs" / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL) as job:
+        end = time.monotonic() + 200
+        while job.poll() is None and not metrics.exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        os.killpg(job.pid, signal.SIGUSR1)
+    return job.returncode
+
+
+def test_traces(tmp_path, embedded_model):
+    assert interrupted("traces", tmp_path) == 75 and not (tmp_path / "run" / "final_model").exists()
+    said = story("traces", tmp_path)
+    assert "resumed from" in said
+    kept = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    wrong = {
+        row["question"] + row["175b_verification"]["solution"]
+        for row in MAKE["traces"]()
+        if not row["175b_verification"]["is_correct"]
+    }
+    assert kept and not wrong & {row["question"] + row["answer"] for row in kept}
+    assert "method: qlora" in (tmp_path / "run" / "config.yaml").read_text()
+    base, tuned = json.loads((tmp_path / "evaluation" / "eval_results.json").read_text())["models"].values()
+    assert tuned["metrics"]["loss"]["mean"] < 0.5 * base["metrics"]["loss"]["mean"]
+    again = story("traces", tmp_path)  # nothing is left to do
+    assert "final model" not in again
+
+
+def test_pairs(tmp_path, embedded_model):
+    said = story("pairs", tmp_path / "run", "--max_steps=4")
+    assert said.index("training sample 1") < said.index("nothing was saved") < said.index("final model")
+    assert (tmp_path / "run" / "report.html").is_file() and len(read_metrics(tmp_path / "run")) >= 1
+
+
+def test_code(tmp_path, embedded_model):
+    story("code", tmp_path)
+    rows = [
+        json.loads(line)
+        for name in ("train", "validation")
+        for line in (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()
+    ]
+    right = {row["prompt"] for number, row in enumerate(MAKE["code"]()) if number % 4 != number // 4 % 4}
+    assert {row["prompt"] for row in rows} == right
+    losses = [line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert any("answers" in row for row in answers)
+    assert all(row["answers"][0]["finish"] in ("stop", "length") for row in answers if "answers" in row)
+
+
+def test_chat(tmp_path, embedded_model):
+    said = story("chat", tmp_path / "run")
+    assert "stopped with 75; going on" in said and "resumed from" in said
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 30
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+
+
+@pytest.mark.skipif(bool(NO_SLURM), reason=str(NO_SLURM))
+def test_traces_as_a_job(tmp_path, embedded_model):
+    log = tmp_path / "job.log"
+    with slurm_cluster.cluster() as env:
+        env |= {"OUT": str(tmp_path / "out"), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+        job = [
+            "sbatch",
+            "--wait",
+            "--gpus-per-node=0",
+            "--time=10",
+            f"--output={log}",
+            "launch/stories/traces.sbatch",
+            "--max_steps=2",
+        ]
+        done = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr + log.read_text()
+    assert (
+        re.search(r"numeric +21", log.read_text()) and (tmp_path / "out" / "evaluation" / "eval_results.json").is_file()
+    )
