@@ -6,10 +6,11 @@ RECIPE   ?= quickstart
 STRATEGY ?=
 NPROC    ?=
 ARGS     ?=
+RUN      ?= output/$(RECIPE)
 KILLS    ?= 50
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train test test-slurm test-faults verify bench lint clean
+.PHONY: setup train plan test test-slurm test-faults doctor verify chat merge bench bench-data lint clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions
 
@@ -23,6 +24,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 train: setup  ## fine-tune: RECIPE=, STRATEGY=, NPROC=, ARGS="--lr 1e-4 ..."
 	manyrank train $(RECIPE) $(if $(STRATEGY),--strategy $(STRATEGY)) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
+plan: setup  ## memory and speed of RECIPE on every strategy: ARGS="--gpu H100-80GB --nproc 8"
+	manyrank plan $(RECIPE) $(ARGS)
+
+chat: setup  ## talk to what RUN has trained: ARGS="--compare"
+	manyrank chat $(RUN) $(ARGS)
+
+merge: setup  ## RUN's adapter into its base: ARGS="--dtype bfloat16"
+	manyrank merge $(RUN) $(ARGS)
+
 test: setup  ## every test that needs no GPU
 	pytest $(ARGS)
 
@@ -33,12 +43,20 @@ test-slurm: setup  ## a real SLURM job over two nodes on this machine; as root o
 test-faults: setup  ## a run of two processes that is killed KILLS times
 	MANYRANK_KILLS=$(KILLS) pytest tests/test_faults.py
 
+doctor: setup  ## examine this machine: NPROC=, ARGS="my.yaml --json"
+	manyrank doctor $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
 verify: setup  ## every strategy against one process
 	manyrank verify $(ARGS)
 
-bench: setup  ## one step against transformers' Trainer, and the preparation of data, as tables
-	python tests/bench_trainer.py $(ARGS)
-	python tests/bench_data.py
+bench: setup  ## speed, memory and losses against trl and bare loops: ARGS="--rounds 5 --output docs/bench"
+	manyrank bench $(ARGS)
+
+story-%: setup launch/stories/%.sh  ## a whole story: traces, pairs, code or chat; RAW=, MODEL=, ARGS=, see docs/stories.md
+	launch/stories/$*.sh $(ARGS)
+
+bench-data: setup  ## the preparation of data, as tables
+	python tests/bench_data.py $(ARGS)
 
 lint: setup
 	ruff check . && ruff format --check .

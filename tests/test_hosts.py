@@ -1,10 +1,16 @@
-"""Two hosts that share a folder: the losses of one, and what happens when one of them dies."""
+"""Two hosts that share a folder: the losses of one, what happens when one of them dies, and how the doctor sees them."""
 
+import json
+import os
+import signal
+import sys
 import time
+from pathlib import Path
 
 import hosts
 import pytest
 from conftest import Run, launch
+from test_submission import POD, pod, prepare
 
 pytestmark = pytest.mark.skipif(bool(hosts.available()), reason=str(hosts.available()))
 STEPS = 14
@@ -40,7 +46,9 @@ def slow(tmp_path):
         "--save_steps=2",
         "--callbacks=slowly:Slowly",
     )
-    return [*options, "--strategy=ddp", "--resume_from_checkpoint=auto"], {"PYTHONPATH": str(tmp_path)}
+    return [*options, "--strategy=ddp", "--resume_from_checkpoint=auto"], {
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    }
 
 
 def wait_for_steps(folder, count: int) -> None:
@@ -65,6 +73,19 @@ def test_the_losses_of_one_host(strategy, via, pair, whole_run, tmp_path):
         assert code == 0, said
     run = Run(0, "", "", folder)
     assert run.facts()["world_size"] == 2
+    assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+@pytest.mark.parametrize("via", ["accelerate", "torchrun"])
+def test_hsdp_has_a_copy_of_the_model_on_each_host(via, pair, whole_run, tmp_path):
+    folder = tmp_path / "run"
+    args = ("--strategy=hsdp", "--nproc=2", f"--via={via}", "--max_steps=6", f"--output_dir={folder}")
+    running = [host.train(*args) for host in pair]
+    for process in running:
+        code, said = finished(process)
+        assert code == 0, said
+    run = Run(0, "", "", folder)
+    assert run.facts()["mesh"] == [2, 2] and max(run.facts()["base_bytes_here"]) == run.facts()["base_bytes"] / 2
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
 
 
@@ -102,3 +123,78 @@ def test_an_elastic_run_goes_on_alone(pair, slow, long_run, tmp_path):
     run = Run(0, "", "", tmp_path / "run")
     assert run.facts()["world_size"] == 1
     assert run.metrics() == pytest.approx(long_run.metrics(), abs=1e-5)
+
+
+def test_two_pods_that_are_evicted_and_replaced(pair, slow, long_run, tmp_path):
+    """What Kubernetes does with the pods of a job, on two hosts that know pod 0 by its name."""
+    args, env = slow
+    args = [arg for arg in args if not arg.startswith("--output_dir")]
+    asked = ("--nproc=1", "--gpus=0", "--nnodes=2", f"--mount_path={tmp_path}")
+    made = prepare(*POD, *asked, *args, "--output_dir=run", "--logging_steps=1", recipe="verify")
+    for host in pair:
+        names = Path("/etc/netns") / host.name / "hosts"
+        names.write_text(f"{names.read_text()}{hosts.NETWORK}.1 run-0.run\n")
+
+    def started() -> list:
+        commands = [pod(made, host.number, GLOO_SOCKET_IFNAME="eth0", **env) for host in pair]
+        return [host.start(*argv, **given) for host, (argv, given) in zip(pair, commands)]
+
+    running = started()
+    wait_for_steps(tmp_path / "run", 5)
+    running[1].send_signal(signal.SIGTERM)
+    for process in running:
+        code, said = finished(process)
+        assert code == 75, said
+    ended = [finished(process) for process in started()]
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "resumed from " in "".join(said for _, said in ended)
+    run = Run(0, "", "", tmp_path / "run")
+    assert run.facts()["world_size"] == 2
+    assert run.metrics() == pytest.approx(long_run.metrics(), abs=1e-5)
+
+
+def examined(pair, tmp_path, *more: str) -> list[tuple[int, dict]]:
+    """`manyrank doctor` on both hosts, host 1 with `more` arguments: the exit code and the report of each."""
+    running = []
+    for host in pair:
+        where = [f"--node_rank={host.number}", "--nnodes=2", "--nproc=1", "--rdzv_endpoint=manyrank-h0:29500"]
+        argv = ["doctor", "verify", "--json", "--limit=150", f"--output_dir={tmp_path / 'shared' / 'run'}", *where]
+        argv = [sys.executable, "-m", "manyrank.cli", *argv, *(more if host.number else ())]
+        hidden = f'mount -t tmpfs none {tmp_path / "shared"} && exec "$@"'  # in this host's own view of the files
+        argv = ["sh", "-c", hidden, "sh", *argv] if host.number and more else argv
+        running.append(host.start(*argv, GLOO_SOCKET_IFNAME="eth0"))
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in running]
+    return [(code, json.loads(out)) for out, err, code in ended]
+
+
+def by_name(document: dict) -> dict[str, dict]:
+    return {check["name"]: check for check in document["checks"]}
+
+
+def test_the_doctor_of_two_hosts(pair, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (code, whole), (other_code, other) = examined(pair, tmp_path)
+    assert (code, other_code) == (0, 0), (whole, other)
+    found = by_name(whole)
+    assert {check["machine"] for check in whole["checks"]} == {"manyrank-h0", "manyrank-h1", ""}
+    assert found["same software"]["figures"]["machines"] == ["manyrank-h0", "manyrank-h1"]
+    assert found["all-reduce"]["figures"]["link"]["name"] == "eth0"
+    (clock,) = found["clocks"]["figures"]["offsets"]
+    assert clock["host"] == "manyrank-h1" and abs(clock["offset"]) <= clock["error"]  # two hosts with one clock
+    assert found["save and load"]["figures"]["loss"] == pytest.approx(found["step"]["figures"]["losses"][1])
+    assert found["step"]["figures"]["world_size"] == 2
+    assert by_name(other)["all machines"]["state"] == "ok" and "step" not in by_name(other)
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_the_doctor_of_two_hosts_that_differ(pair, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (code, whole), (other_code, other) = examined(pair, tmp_path, "--learning_rate=0.5")
+    assert (code, other_code) == (1, 1)
+    found = by_name(whole)
+    assert {name for name, check in found.items() if check["state"] == "failed"} == {"same recipe", "output folder"}
+    assert "learning_rate is 0.001 on manyrank-h0 and 0.5 on manyrank-h1" in found["same recipe"]["seen"]
+    assert found["output folder"]["figures"]["blind"] == ["manyrank-h1"]
+    assert found["step"]["state"] == "warning"
+    assert "same recipe, output folder" in by_name(other)["all machines"]["seen"]
+    assert list((tmp_path / "shared").iterdir()) == []

@@ -34,27 +34,45 @@ def test_one_machine(name, whole_run, tmp_path):
 def test_multinode_shows_the_command_of_its_machine():
     place = {"NNODES": "2", "NODE_RANK": "1", "ENDPOINT": "first:29501", "NPROC": "4"}
     done = script("multinode.sh", "verify", "fsdp", "--print", "--output_dir=a b", **place)
+    assert "# node 1\n" in done.stdout
     assert "--num_processes 8 --num_machines 2 --machine_rank 1 --main_process_ip first" in done.stdout
     assert "'--output_dir=a b'" in done.stdout
     missing = script("multinode.sh", "verify", "fsdp", NNODES="2", NODE_RANK="1")
     assert missing.returncode != 0 and "ENDPOINT" in missing.stderr
 
 
-def test_slurm_expands_the_rank_on_each_machine(tmp_path):
-    """With an srun that runs its command once for each of two machines, as SLURM's does."""
+def slurm(folder: Path, *args: str, hosts: str, nodes: int) -> list[list[str]]:
+    """launch/slurm.sbatch with an srun that runs its command once for each machine, as SLURM's does.
+
+    Returns:
+        The command of each machine.
+    """
+    said = 'printf "%s\\0" "$@" >> "$COMMANDS"; printf "\\n\\0" >> "$COMMANDS"'
     tools = {
-        "scontrol": "echo first; echo second",
-        "srun": 'for node in 0 1; do SLURM_NODEID=$node "$@"; done',
+        "scontrol": f"printf '{hosts}'",
+        "srun": f'for node in {" ".join(map(str, range(nodes)))}; do SLURM_NODEID=$node "$@"; done',
+        "manyrank": said,
     }
     for name, body in tools.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    place = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "NPROC": "2"}
-    args = ("verify", "zero3", "--output_dir", "a b", "--print")
-    done = script("slurm.sbatch", *args, PATH=f"{tmp_path}:{PATH}", **place)
-    commands = [line for line in done.stdout.splitlines() if line.startswith("accelerate launch")]
-    assert [f"--machine_rank {rank} --main_process_ip first --main_process_port 29542" in c for rank, c in enumerate(commands)] == [True, True]  # fmt: skip
-    assert all("'--output_dir=a b'" in command for command in commands)
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    place = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": str(nodes), "NPROC": "2"}
+    done = script("slurm.sbatch", *args, PATH=f"{folder}:{PATH}", COMMANDS=str(folder / "commands"), **place)
+    assert done.returncode == 0, done.stderr
+    return [command.split("\0")[:-1] for command in (folder / "commands").read_text().split("\n\0")[:-1]]
+
+
+def test_slurm_expands_the_rank_on_each_machine(tmp_path):
+    commands = slurm(tmp_path, "verify", "zero3", "--output_dir", "a b", hosts="first\\nsecond\\n", nodes=2)
+    train = ["train", "verify", "--strategy", "zero3", "--nproc", "2", "--output_dir", "a b"]
+    train += ["--resume_from_checkpoint", "auto", "--nnodes=2", "--rdzv_endpoint=first:29542"]
+    assert commands == [[*train, "--node_rank=0"], [*train, "--node_rank=1"]]
+
+
+def test_slurm_on_one_machine(tmp_path):
+    args = ("verify", "ddp", "--resume_from_checkpoint=c", "--output_dir=o")
+    commands = slurm(tmp_path, *args, hosts="only\\n", nodes=1)
+    assert commands == [["train", "verify", "--strategy", "ddp", "--nproc", "2", *args[2:]]]
 
 
 @pytest.mark.parametrize(("via", "port"), [("accelerate", 29711), ("torchrun", 29712)])

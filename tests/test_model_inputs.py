@@ -6,14 +6,23 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from manyrank.attention import use_packed_attention
-from manyrank.batches import MicroBatch, StepLoader
+from manyrank.attention import PACKED, PACKED_PLAIN, use_packed_attention
+from manyrank.batches import Ahead, MicroBatch, StepLoader
 from manyrank.config import Entry, resolve
 from manyrank.data import prepare
 from manyrank.errors import UserError
-from manyrank.loss import token_loss_sum
+from manyrank.loss import TokenLoss
+from manyrank.model import with_adapters
 
 
 def config(**values):
@@ -47,23 +56,27 @@ SMALL = dict(
 )  # fmt: skip
 
 
+NAMES = ["qwen3", "llama, grouped heads", "mistral, sliding window", "gemma2, soft caps"]
+
+
 def models(embedded_model):
     torch.manual_seed(0)
     return {
         "qwen3": AutoModelForCausalLM.from_pretrained(embedded_model),
         "llama, grouped heads": LlamaForCausalLM(LlamaConfig(**SMALL)),
         "mistral, sliding window": MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)),
+        "gemma2, soft caps": Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16, sliding_window=8)),
     }
 
 
 def loss_and_gradients(model, micro_batches):
     model.zero_grad()
-    losses = [token_loss_sum(model, m.inputs, m.positions, m.targets) for m in micro_batches]
+    losses = [TokenLoss(model)(m.inputs, m.positions, m.targets) for m in micro_batches]
     sum(losses).backward()
     return torch.stack(losses).sum().item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama, grouped heads", "mistral, sliding window"])
+@pytest.mark.parametrize("name", NAMES)
 def test_packed_equals_padded_equals_one_by_one(name, examples, embedded_model):
     model = models(embedded_model)[name]
     packed_model = copy.deepcopy(model)
@@ -80,7 +93,7 @@ def test_packed_equals_padded_equals_one_by_one(name, examples, embedded_model):
         assert torch.allclose(single_grads[key] / scale, gradient / scale, atol=2e-5), key
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama, grouped heads", "mistral, sliding window"])
+@pytest.mark.parametrize("name", NAMES)
 def test_documents_of_a_pack_do_not_see_each_other(name, examples, embedded_model):
     """The loss of every document, and the gradients of all, are those of the documents by themselves."""
     model = models(embedded_model)[name]
@@ -94,14 +107,14 @@ def test_documents_of_a_pack_do_not_see_each_other(name, examples, embedded_mode
     for start, end in pairwise(bounds):
         chosen = (pack.positions >= start) & (pack.positions < end)
         targets, positions = pack.targets[chosen], pack.positions[chosen]
-        in_pack = token_loss_sum(model, pack.inputs, positions, targets).item()
+        in_pack = TokenLoss(model)(pack.inputs, positions, targets).item()
         ids = pack.inputs["input_ids"][:, start:end]
         document = MicroBatch(
             {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, positions - start, targets, []
         )
         alone.append(document)
         assert in_pack == pytest.approx(
-            token_loss_sum(model_unpacked(model), document.inputs, positions - start, targets).item(), rel=1e-5
+            TokenLoss(model_unpacked(model))(document.inputs, positions - start, targets).item(), rel=1e-5
         )
     _, summed = loss_and_gradients(model_unpacked(model), alone)
     for key, gradient in summed.items():
@@ -111,7 +124,7 @@ def test_documents_of_a_pack_do_not_see_each_other(name, examples, embedded_mode
 
 def model_unpacked(model):
     other = copy.deepcopy(model)
-    other.set_attn_implementation("sdpa")
+    other.set_attn_implementation("eager")
     return other
 
 
@@ -126,13 +139,13 @@ def test_loss_is_plain_cross_entropy_in_float64(examples, embedded_model):
         logp = model(input_ids=ids).logits[0].log_softmax(-1)
         wanted -= sum(logp[i - 1, labels[i]].item() for i in range(1, len(labels)) if labels[i] != -100)
     assert step.supervised == sum(int((np.asarray(r["labels"]) != -100).sum()) for r in rows) == len(micro.targets)
-    assert token_loss_sum(model, micro.inputs, micro.positions, micro.targets).item() == pytest.approx(wanted, rel=1e-6)
+    assert TokenLoss(model)(micro.inputs, micro.positions, micro.targets).item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_nothing_to_learn_keeps_the_graph(examples, embedded_model):
     model = AutoModelForCausalLM.from_pretrained(embedded_model)
     micro = loader(examples, packing="none").step(0).micro_batches[0]
-    loss = token_loss_sum(model, micro.inputs, micro.positions[:0], micro.targets[:0])
+    loss = TokenLoss(model)(micro.inputs, micro.positions[:0], micro.targets[:0])
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -161,8 +174,62 @@ def test_epochs_differ_and_seeds_repeat(examples):
     assert rows[0] == [row for m in loader(examples).step(0).micro_batches for row in m.rows]
 
 
-def test_models_that_packing_cannot_hold_apart_are_refused(embedded_model):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def test_models_that_packing_cannot_hold_apart_are_refused():
+    from transformers import GptOssConfig, GptOssForCausalLM
 
-    with pytest.raises(UserError, match="soft-capping"):
-        use_packed_attention(Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16)))
+    model = GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=16, num_local_experts=2, num_experts_per_tok=1))
+    with pytest.raises(UserError, match="attention sinks"):
+        use_packed_attention(model)
+
+
+def test_steps_that_are_read_ahead_are_those_of_the_loader(examples):
+    one = loader(examples)
+    last = one.steps_per_epoch + 1
+    ahead = Ahead(one)
+    for number in [3, 4, 5, 2, *range(6, last + 1)]:  # a resumed run begins anywhere
+        step = ahead.step(number, last=last)
+        assert [m.rows for m in step.micro_batches] == [m.rows for m in one.step(number).micro_batches]
+    assert ahead.coming is None
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_plain_products_give_the_attention_of_sdpa(name, examples, embedded_model):
+    """In bf16 on a CPU short documents are computed by products of matrices; with sdpa alone, within bf16's rounding."""
+    model = models(embedded_model)[name].to(torch.bfloat16)
+    micro_batches = loader(examples).step(0).micro_batches
+    results = {}
+    for plain in (False, True):
+        other = copy.deepcopy(model)
+        use_packed_attention(other, plain=plain)
+        results[plain] = loss_and_gradients(other, micro_batches)
+    exact_model = copy.deepcopy(model).float()
+    use_packed_attention(exact_model)
+    exact, exact_grads = loss_and_gradients(exact_model, micro_batches)
+    assert results[False] != results[True]  # two ways, indeed
+    for loss, _ in results.values():
+        assert loss == pytest.approx(exact, rel=1e-2)
+    apart = {
+        plain: sum((grads[key].float() - exact_grads[key]).norm() ** 2 for key in grads) ** 0.5
+        for plain, (_, grads) in results.items()
+    }
+    assert apart[False] < 1.5 * apart[True]
+
+
+def test_layers_are_checkpointed_and_compiled_as_asked(embedded_model):
+    made = with_adapters(
+        AutoModelForCausalLM.from_pretrained(embedded_model), config(gradient_checkpointing=3, torch_compile=True)
+    )
+    layers = made.get_base_model().model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, True, True, False]
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+
+
+def test_plain_parts_are_plain(embedded_model):
+    def attention_and_lora(*parts):
+        made = with_adapters(AutoModelForCausalLM.from_pretrained(embedded_model), config(plain_parts=list(parts)))
+        layer = made.get_base_model().model.layers[0].self_attn
+        return layer.config._attn_implementation, "forward" in vars(layer.q_proj)
+
+    assert attention_and_lora() == attention_and_lora("head") == (PACKED, True)
+    assert attention_and_lora("lora") == (PACKED, False)
+    assert attention_and_lora("attention") == (PACKED_PLAIN, True)

@@ -163,6 +163,33 @@ def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sl
     assert [beat.phase for beat in watchdog.beats(run.folder / "logs" / "heartbeats")] == ["done", "done"]
 
 
+ASKED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from manyrank.watchdog import Heart
+heart = Heart(Path(sys.argv[1]), 0)
+def start_and_end():
+    while True:
+        thread = threading.Thread(target=time.time)
+        thread.start()
+        thread.join()
+for _ in range(2):
+    threading.Thread(target=start_and_end, daemon=True).start()
+for _ in range(500):
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(0.002)
+heart.stop()
+os._exit(0)
+"""
+
+
+def test_asking_for_stacks_does_not_end_a_rank_whose_threads_come_and_go(tmp_path):
+    assert subprocess.run([sys.executable, "-c", ASKED, str(tmp_path)], timeout=120).returncode == 0
+    stacks = (tmp_path / "logs" / "heartbeats" / "stacks-00000.txt").read_text()
+    assert 250 < stacks.count("Stack (most recent call first)") <= 500  # one asked for during another is lost
+    assert "hread 0x" not in stacks  # those of other threads may end while they are read
+
+
 def test_save_now_saves_at_the_next_step(embedded_model, tmp_path):
     folder = tmp_path / "run"
     with running(folder, "--strategy=ddp", "--nproc=2"):

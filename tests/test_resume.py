@@ -36,10 +36,16 @@ def test_resume_on_the_same_strategy_is_exact(strategy, whole_run, tmp_path):
     assert len(again.metrics()) == 6  # lines after the checkpoint were written anew, not twice
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3"])
-def test_dropout_resumes_bit_identically(strategy, embedded_model, tmp_path):
-    nproc = f"--nproc={1 if strategy == 'single' else 2}"
-    common = (f"--strategy={strategy}", nproc, "--max_steps=4", "--save_steps=2", "--lora_dropout=0.1")
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("single", ["--nproc=1"]),
+        ("hsdp", ["--nproc=4", "--hsdp_shard_size=2"]),
+        *((strategy, ["--nproc=2"]) for strategy in ("ddp", "fsdp", "zero2", "zero3")),
+    ],
+)
+def test_dropout_resumes_bit_identically(strategy, more, embedded_model, tmp_path):
+    common = (f"--strategy={strategy}", *more, "--max_steps=4", "--save_steps=2", "--lora_dropout=0.1")
     whole = launch(tmp_path / "a", *common)
     part = launch(tmp_path / "b", *common, f"--resume_from_checkpoint={whole.folder / 'checkpoint-2'}")
     assert part.code == 0, part.stderr

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from manyrank import run_folder
 
-STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
+STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero2", "zero3")
 STEPS, SAVED = 6, 3
 
 
@@ -23,10 +23,15 @@ FULL = ("--method=full", "--learning_rate=1e-4")
 
 
 def processes(strategy: str) -> int:
-    return 1 if strategy == "single" else 2
+    return {"single": 1, "hsdp": 4}.get(strategy, 2)
 
 
-def followed(strategy: str, folders: list, tmp_path, *args: str, nproc: int = 2) -> dict[str, list]:
+def chosen(strategy: str) -> list[str]:
+    """The strategy, hsdp with two copies of the model on this machine."""
+    return [f"--strategy={strategy}", *(["--hsdp_shard_size=2"] if strategy == "hsdp" else [])]
+
+
+def followed(strategy: str, folders: list, tmp_path, *args: str, nproc: int) -> dict[str, list]:
     """Losses and gradient norms after each checkpoint, resumed on this strategy."""
     out = tmp_path / f"{strategy}.json"
     head = (
@@ -35,11 +40,12 @@ def followed(strategy: str, folders: list, tmp_path, *args: str, nproc: int = 2)
         else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     )
     argv = [*head, str(ROOT / "tests" / "resume_worker.py"), str(out), str(tmp_path / strategy), *map(str, folders)]
-    argv += ["--", "verify", f"--strategy={strategy}", f"--max_steps={STEPS}", "--logging_steps=1", *args]
+    argv += ["--", "verify", *chosen(strategy), f"--max_steps={STEPS}", "--logging_steps=1", *args]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / strategy / "logs" / "strategy.json").read_text())
-    assert facts["world_size"] == (1 if strategy == "single" else nproc)
+    assert facts["world_size"] == nproc
+    assert strategy != "hsdp" or facts["mesh"] == [2, 2]
     return json.loads(out.read_text())
 
 
@@ -47,7 +53,7 @@ def sources(tmp_path_factory, strategies, *args: str) -> dict[str, Run]:
     made = {}
     for strategy in strategies:
         folder = tmp_path_factory.mktemp("sources") / strategy
-        common = (f"--strategy={strategy}", f"--nproc={processes(strategy)}", f"--max_steps={STEPS}")
+        common = (*chosen(strategy), f"--nproc={processes(strategy)}", f"--max_steps={STEPS}")
         made[strategy] = launch(folder, *common, f"--save_steps={SAVED}", *args)
         assert made[strategy].code == 0, made[strategy].stderr
     return made
@@ -65,12 +71,12 @@ def qlora(embedded_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full(embedded_model, tmp_path_factory):
-    return sources(tmp_path_factory, ("single", "fsdp", "zero3"), *FULL)
+    return sources(tmp_path_factory, ("single", "fsdp", "hsdp", "zero3"), *FULL)
 
 
-def check(made: dict[str, Run], target: str, tmp_path, *args: str, nproc: int = 2) -> None:
+def check(made: dict[str, Run], target: str, tmp_path, *args: str, nproc: int | None = None) -> None:
     folders = {name: run.folder / f"checkpoint-{SAVED}" for name, run in made.items()}
-    found = followed(target, list(folders.values()), tmp_path, *args, nproc=nproc)
+    found = followed(target, list(folders.values()), tmp_path, *args, nproc=nproc or processes(target))
     whole = made["single"]
     expected = list(zip(whole.metrics()[SAVED:], whole.metrics("grad_norm")[SAVED:]))
     for name, folder in folders.items():
@@ -85,12 +91,12 @@ def test_lora_continues_from_every_strategy_on_this_one(lora, target, tmp_path):
     check(lora, target, tmp_path)
 
 
-@pytest.mark.parametrize("target", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("target", ["ddp", "fsdp", "hsdp", "zero3"])
 def test_qlora_continues_from_every_strategy_on_this_one(qlora, target, tmp_path):
     check(qlora, target, tmp_path, "--method=qlora")
 
 
-@pytest.mark.parametrize(("target", "nproc"), [("single", 1), ("fsdp", 3), ("zero3", 2)])
+@pytest.mark.parametrize(("target", "nproc"), [("single", 1), ("fsdp", 3), ("hsdp", 4), ("zero3", 2)])
 def test_full_fine_tuning_continues_from_every_strategy_on_this_one(full, target, nproc, tmp_path):
     check(full, target, tmp_path, *FULL, nproc=nproc)
 
@@ -117,7 +123,7 @@ def embedded(folder) -> dict:
 
 
 def test_all_strategies_write_the_same_names_and_shapes(lora):
-    """And nearly the same numbers: one format, not five."""
+    """And nearly the same numbers: one format, not six."""
     folders = [run.folder / f"checkpoint-{SAVED}" for run in lora.values()]
     for file in ("adapter_model.safetensors", "optimizer-00001.safetensors"):
         first, *others = [load_file(folder / file) for folder in folders]
@@ -169,18 +175,16 @@ def test_rows_are_seen_once_over_three_topologies(embedded_model, tmp_path):
 
 COUNTER = """
 import json, os, signal
-from manyrank import batches
+from manyrank.trainer import Trainer
 from transformers import TrainerCallback
 
-original = batches.StepLoader.step
-def step(self, number):
-    made = original(self, number)
-    if self.seed is not None:
-        rows = [row for micro in made.micro_batches if len(micro.targets) for _, row in micro.rows]
-        with open(f"{os.environ['SEEN']}-{self.ranks}-{self.rank}", "a") as file:
-            file.write(json.dumps({"step": number, "rows": rows}) + chr(10))
-    return made
-batches.StepLoader.step = step
+original = Trainer.train_step
+def train_step(self, step):
+    rows = [row for micro in step.micro_batches if len(micro.targets) for _, row in micro.rows]
+    with open(f"{os.environ['SEEN']}-{self.world}-{self.runtime.accelerator.process_index}", "a") as file:
+        file.write(json.dumps({"step": self.state.global_step, "rows": rows}) + chr(10))
+    return original(self, step)
+Trainer.train_step = train_step
 
 class Count(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):

@@ -9,14 +9,16 @@ import pytest
 from conftest import ROOT
 
 from manyrank.config import Entry, asset, resolve
-from manyrank.strategy import config_environment, wanted
+from manyrank.errors import UserError
+from manyrank.strategy import _parallelism, config_environment, copies, wanted
+from manyrank.topology import Topology
 
-NAMES = ["single", "ddp", "fsdp", "fsdp_offload", "zero2", "zero3", "zero3_offload"]
-PRINT = "import json, os; print('ENV' + json.dumps({k: v for k, v in os.environ.items() if k.startswith(('ACCELERATE_', 'FSDP_'))}))"
+NAMES = ["single", "ddp", "fsdp", "fsdp_offload", "hsdp", "zero2", "zero3", "zero3_offload"]
+PRINT = "import json, os; print('ENV' + json.dumps({k: v for k, v in os.environ.items() if k.startswith(('ACCELERATE_', 'FSDP_', 'PARALLELISM_'))}))"
 
 
 def clean() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
+    return {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,10 +42,34 @@ def test_what_the_configs_ask_for():
         "ddp": ("MULTI_GPU", 0, False),
         "fsdp": ("FSDP", 0, False),
         "fsdp_offload": ("FSDP", 0, True),
+        "hsdp": ("FSDP", 0, False),
         "zero2": ("DEEPSPEED", 2, False),
         "zero3": ("DEEPSPEED", 3, False),
         "zero3_offload": ("DEEPSPEED", 3, True),
     }
+    assert [name for name in NAMES if wanted(name).replicas] == ["hsdp"]
+
+
+@pytest.mark.parametrize(
+    ("nproc", "world_size", "shard_size", "expected"),
+    [(8, 32, None, (4, 8)), (8, 32, 4, (8, 4)), (4, 4, 2, (2, 2)), (1, 2, None, (2, 1))],
+)
+def test_copies_of_the_model_under_hsdp(nproc, world_size, shard_size, expected):
+    given = {"model_name_or_path": "embedded", "data_path": "x", "hsdp_shard_size": shard_size}
+    config = resolve(None, [Entry(key, value, "test") for key, value in given.items() if value]).config
+    assert copies(config, Topology(world_size=world_size, local_world_size=nproc)) == expected
+
+
+@pytest.mark.parametrize(("key", "size"), [("DP_SHARD", 4), ("DP_REPLICATE", 4), ("TP", 2)])
+def test_sizes_that_accelerate_was_told_are_not_ignored(key, size, monkeypatch):
+    config = resolve(None, [Entry("model", "embedded", "test"), Entry("data_path", "x", "test")]).config
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{key}_SIZE", str(size))
+    with pytest.raises(UserError, match=f"{key.lower()}_size is {size}, not "):
+        _parallelism(config, "hsdp", Topology(world_size=4, local_world_size=2))
+    monkeypatch.delenv(f"PARALLELISM_CONFIG_{key}_SIZE")
+    made = _parallelism(config, "hsdp", Topology(world_size=4, local_world_size=2))
+    assert (made.dp_replicate_size, made.dp_shard_size, made.total_size) == (2, 2, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +79,7 @@ def test_every_key_has_a_comment(name):
     bare = [line for line in keys if "#" not in line]
     # Sections and what the first line of the file explains.
     assert {line.split(":")[0].strip() for line in bare} <= {
-        "compute_environment", "distributed_type", "fsdp_config", "deepspeed_config",
+        "compute_environment", "distributed_type", "fsdp_config", "deepspeed_config", "parallelism_config",
     }  # fmt: skip
 
 

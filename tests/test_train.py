@@ -1,6 +1,7 @@
 """What a run does and leaves behind, seen from outside through real launches."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from conftest import ROOT, launch
 
 from manyrank import hardware
+from manyrank.config import asset
+from manyrank.launcher import LaunchPlan
 
 
 def plain_loss(model, tokenizer, path) -> float:
@@ -116,7 +119,11 @@ def test_bad_rows_are_put_aside_and_the_split_is_validated(embedded_model, tmp_p
 def test_run_folder(whole_run, tmp_path):
     folder = whole_run.folder
     launched = json.loads((folder / "launch.json").read_text())
-    assert launched["argv"][1:4] == ["-m", "manyrank.train", "verify"]
+    (argv,) = launched["nodes"]
+    assert argv[1:4] == ["-m", "manyrank.train", "verify"]
+    plan = LaunchPlan((tuple(argv),), launched["env"], launched["files"])
+    assert (folder / "launch" / "plan.txt").read_text() == plan.text()
+    assert launched["files"] == {"accelerate_configs/single.yaml": asset("accelerate_configs/single.yaml").read_text()}
     config = (folder / "config.yaml").read_text()
     assert "max_steps: 6  # command line, --max_steps" in config and "seed: 42  # default" in config
     assert (folder / "logs" / "training_log.txt").read_text().count("loss") == 6
@@ -165,7 +172,7 @@ class Poison(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 1:
             for name, module in model.named_modules():
-                if name.endswith("lora_B.default"):
+                if name.endswith("q_proj"):
                     module.register_forward_hook(self.poison)
 
     def poison(self, module, inputs, output):
@@ -264,9 +271,17 @@ def test_trackers_write_real_runs(embedded_model, tmp_path):
     assert list(run.folder.rglob("events.out.tfevents*"))
 
 
-def accelerate_launch(config, *args):
+def accelerate_launch(config, *args, nproc=2):
     argv = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file=accelerate_configs/{config}.yaml"]
-    argv += ["--num_processes=2", "--num_machines=1", "--main_process_port=0", "-m", "manyrank.train", "verify", *args]
+    argv += [
+        f"--num_processes={nproc}",
+        "--num_machines=1",
+        "--main_process_port=0",
+        "-m",
+        "manyrank.train",
+        "verify",
+        *args,
+    ]
     return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
@@ -281,3 +296,32 @@ def test_another_strategy_than_the_config_is_refused(embedded_model, tmp_path):
     done = accelerate_launch("ddp", "--strategy=fsdp", f"--output_dir={tmp_path / 'run'}")
     assert done.returncode != 0 and "type is MULTI_" in done.stderr and "not FSDP" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_are_compiled_or_computed_again_give_the_same_losses(whole_run, tmp_path):
+    for number, options in enumerate((["--torch_compile"], ["--gradient_checkpointing=2"])):
+        run = launch(tmp_path / str(number), "--max_steps=6", "--strategy=single", *options)
+        assert run.code == 0, run.stderr
+        assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+def test_more_layers_than_there_are(tmp_path):
+    run = launch(tmp_path / "run", "--max_steps=1", "--strategy=single", "--gradient_checkpointing=9")
+    assert run.code == 2 and "gradient_checkpointing 9, and embedded has 4 layers" in run.stderr
+
+
+def test_one_process_under_torchrun_is_single(embedded_model, tmp_path):
+    """As in a job of one process."""
+    common = ("--max_steps=2", "--strategy=single")
+    plain, under = launch(tmp_path / "plain", *common), launch(tmp_path / "run", *common, "--via=torchrun", "--nproc=1")
+    assert under.code == 0, under.stderr
+    assert under.metrics() == pytest.approx(plain.metrics(), abs=1e-5) and under.facts()["world_size"] == 1
+
+
+def test_weights_that_do_not_fit_their_config_are_an_error(embedded_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(embedded_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
+    run = launch(tmp_path / "run", "--max_steps=1", "--strategy=single", f"--model_name_or_path={folder}")
+    assert run.code == 2 and "cannot load the model" in run.stderr and "Traceback" not in run.stderr, run.stderr

@@ -29,17 +29,29 @@ def test_same_losses_as_one_process(case, outcomes):
     outcome, single = outcomes(case), outcomes(verify.Case("single", case.method, "python"))
     assert verify.problems(case, outcome, single, nproc=2) == []
     assert len(outcome.losses) == 3 and outcome.losses[2] < outcome.losses[0]
-    if case.strategy in verify.SHARDED:
+    if case.strategy in ("fsdp", "hsdp", "zero3"):
         assert verify.share(outcome.facts) <= 0.525
-    if case.strategy in ("single", "ddp", "zero2"):
+    else:
         assert verify.share(outcome.facts) == 1
+    if case.strategy == "hsdp":
+        assert (outcome.facts["world_size"], outcome.facts["mesh"]) == (4, [2, 2])
+
+
+def test_hsdp_has_two_copies_of_the_model_on_one_machine():
+    sizes = [(verify.processes("hsdp", nproc), verify.mesh("hsdp", nproc)) for nproc in (2, 3, 4, 7, 8)]
+    assert sizes == [(4, [2, 2]), (4, [2, 2]), (4, [2, 2]), (6, [2, 3]), (8, [2, 4])]
+
+
+def test_hsdp_is_left_out_where_there_are_too_few_gpus():
+    assert verify.fitting(2, 0) == verify.fitting(2, 4) == verify.STRATEGIES
+    assert verify.fitting(2, 2) == ("ddp", "fsdp", "zero2", "zero3")
 
 
 GOOD = verify.Outcome(
     (2.0, 1.5), (1.0, 0.9),
     {
         "wrapper": "DeepSpeedEngine", "distributed_type": "DEEPSPEED", "world_size": 2, "precision": "no", "base_bytes": 100,
-        "base_bytes_here": [50, 50], "trainable_tensors": 4,
+        "base_bytes_here": [50, 50], "trainable_tensors": 4, "mesh": [],
     },
     4,
 )  # fmt: skip
@@ -59,6 +71,7 @@ def test_each_deviation_is_found():
     assert wrong(distributed_type="MULTI_CPU") == ["came up as MULTI_CPU"]
     assert wrong(world_size=1) == ["1 processes"]
     assert wrong(base_bytes_here=[100, 100]) == ["a rank holds 100% of the base"]
+    assert wrong(mesh=[2, 2]) == ["parameters on a mesh of [2, 2]"]
     assert wrong(saved_tensors=0) == ["saved 0 of 4 tensors"]
     assert wrong(losses=(2.0, 1.5001))[0].startswith("loss differs by 6.7e-05")
     assert wrong(losses=(2.0, math.nan))[0].startswith("loss differs")

@@ -64,13 +64,25 @@ class RunLog(TrainerCallback):
         lines.clear()
 
 
+class Progress(ProgressCallback):
+    """The bar, and of each line of metrics what one looks at while it runs."""
+
+    LEFT_OUT = frozenset(
+        {"supervised_tokens_per_second", "samples_per_second", "step_seconds", "eta_seconds", "padding"}
+    )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {key: value for key, value in logs.items() if key not in self.LEFT_OUT}
+        super().on_log(args, state, control, logs=shown, **kwargs)
+
+
 def build_callbacks(config: TrainConfig, output_dir: Path) -> list[TrainerCallback]:
     """Everything that listens to a run; trackers only where the recipe asks for them.
 
     Raises:
         UserError: one of the recipe's own callbacks cannot be imported.
     """
-    callbacks = [DefaultFlowCallback(), ProgressCallback(), RunLog(output_dir)]
+    callbacks = [DefaultFlowCallback(), Progress(), RunLog(output_dir)]
     callbacks += [cls() for cls in get_reporting_integration_callbacks(config.report_to)]
     if config.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "train": "fine-tune a model as a recipe says",
+    "plan": "memory and speed of a recipe on every strategy, before anything is started",
     "data": "inspect a recipe's data, or prepare a training set from raw rows",
+    "doctor": "examine machines, GPUs, links and files before a training",
+    "rules": "print what is checked before a run starts",
+    "report": "a page about a run, or about several runs side by side",
     "verify": "check that every strategy gives the same losses on this machine",
+    "evaluate": "loss, answers and benchmarks of a base, a run, an adapter or a merged model",
+    "bench": "speed, memory and losses against trl and bare loops on this machine",
+    "chat": "talk to a model, or to a base and its tuned model side by side",
+    "generate": "answer all prompts of a file; goes on where it was stopped",
+    "merge": "put an adapter into its base, and prove the result",
     "embedded-model": "make the small model that examples and tests use",
 }
 
@@ -24,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .errors import EXIT_USER, UserError
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a bar or a name is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -33,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"manyrank {__version__}")
         return 0
     try:
-        return _command(argv[0])(argv[1:])
+        code = _command(argv[0])(argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `head` has seen enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
@@ -47,7 +65,11 @@ def _usage() -> str:
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     from .errors import UserError
 
-    commands = {"train": _train, "data": _data, "verify": _verify, "embedded-model": _embedded_model}
+    commands = {
+        "train": _train, "plan": _plan, "data": _data, "doctor": _doctor, "rules": _rules, "report": _report, "verify": _verify,
+        "evaluate": _evaluate, "bench": _bench, "chat": _chat, "generate": _generate, "merge": _merge,
+        "embedded-model": _embedded_model,
+    }  # fmt: skip
     if name not in commands:
         import difflib
 
@@ -61,24 +83,22 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from pathlib import Path
-
-    from . import hardware, launcher, rules
-    from .config import resolve
-    from .options import parse
+    from .options import JOBS, parse
 
     line = parse(argv, prog="manyrank train", launch=True)
-    resolved, machine = resolve(line.recipe, line.overrides), hardware.probe()
-    config = resolved.config
-    strategy, nproc = launcher.choose_strategy(config, line.where, machine)
-    output_dir = launcher.output_dir(config, line)
-    rules.check(rules.Situation(resolved, strategy, nproc, nproc * line.where.nnodes, machine))
-    rules.check_output_dir(config, Path(output_dir))
-    launch = launcher.plan(
-        line, strategy=strategy, nproc=nproc, output_dir=output_dir, hardware=machine, elastic=config.elastic
-    )
-    print(launch, flush=True)
-    return 0 if line.where.print else launcher.run(launch)
+    if line.where.via in JOBS:
+        from . import submission
+
+        return submission.main(line)
+    from . import decision
+
+    return decision.train(line)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from . import planning
+
+    return planning.main(argv)
 
 
 def _data(argv: Sequence[str]) -> int:
@@ -100,10 +120,73 @@ def _data(argv: Sequence[str]) -> int:
     )
 
 
+def _doctor(argv: Sequence[str]) -> int:
+    from . import doctor
+
+    return doctor.main(argv)
+
+
+def _rules(argv: Sequence[str]) -> int:
+    import argparse
+
+    from . import rules
+
+    argparse.ArgumentParser(prog="manyrank rules", description="Print every rule, as docs/rules.md.").parse_args(argv)
+    print(rules.as_markdown(), end="")
+    return 0
+
+
 def _verify(argv: Sequence[str]) -> int:
     from . import verify
 
     return verify.main(argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    from . import report
+
+    return report.main(argv)
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    from . import evaluate
+
+    return evaluate.main(argv)
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from . import bench
+
+    return bench.main(argv)
+
+
+def _quiet() -> None:
+    """Before torch and the libraries are imported."""
+    from .hardware import probe
+    from .launcher import before_imports
+
+    before_imports(probe())
+
+
+def _chat(argv: Sequence[str]) -> int:
+    from . import chat
+
+    _quiet()
+    return chat.main(argv)
+
+
+def _generate(argv: Sequence[str]) -> int:
+    from . import answering
+
+    _quiet()
+    return answering.main(argv)
+
+
+def _merge(argv: Sequence[str]) -> int:
+    from . import merge
+
+    _quiet()
+    return merge.main(argv)
 
 
 def _embedded_model(argv: Sequence[str]) -> int:
@@ -113,7 +196,6 @@ def _embedded_model(argv: Sequence[str]) -> int:
         prog="manyrank embedded-model", description="Make it, if it is not there, and print its folder."
     )
     parser.parse_args(argv)
-    import os
 
     from .embedded import ensure
     from .launcher import CPU_VARIABLES

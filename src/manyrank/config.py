@@ -17,7 +17,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from .errors import UserError
+from .errors import UserError, UserErrors
 from .schema import DataSource, Method, TrainConfig
 
 FIELDS = TrainConfig.model_fields
@@ -36,6 +36,7 @@ ALIASES = {
     "base_model": "model_name_or_path",
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
+    "micro_batch": "per_device_train_batch_size",
     "lr": "learning_rate",
     "max_seq_length": "max_length",
     "lora_rank": "lora_r",
@@ -275,18 +276,30 @@ def _validate(merged: dict[str, Entry]) -> TrainConfig:
             where="the recipe and the command line",
             fix=" ".join(f"--{key} ({FIELDS[key].description})" for key in missing),
         )
-    key = str(problems[0]["loc"][0])
-    if problems[0]["type"] == "extra_forbidden":
-        inside = str(problems[0]["loc"][-1])
+    found: dict[str, list[dict]] = {}
+    for problem in problems:
+        found.setdefault(str(problem["loc"][0]), []).append(problem)
+    wrong = [_wrong(key, values[key], of_key, merged[key].where) for key, of_key in found.items()]
+    raise wrong[0] if len(wrong) == 1 else UserErrors(wrong)
+
+
+def _wrong(key: str, value: Any, problems: list[dict], where: str) -> UserError:
+    # Of the alternatives of a type, a number is held against that of numbers.
+    numeric = str(value).lstrip("-").replace(".", "", 1).isdecimal()
+    problem = next((p for p in problems if not (numeric and p["type"] == "literal_error")), problems[0])
+    if problem["type"] == "extra_forbidden":
+        inside = str(problem["loc"][-1])
         close = difflib.get_close_matches(inside, DataSource.model_fields, 1, cutoff=0.5)
         fix = f"did you mean {close[0]}?" if close else f"a source has {', '.join(DataSource.model_fields)}"
-        raise UserError(f"{key}: a source has no {inside!r}", where=merged[key].where, fix=fix)
-    expected = problems[0]["msg"].removeprefix("Value error, ")
+        return UserError(f"{key}: a source has no {inside!r}", where=where, fix=fix)
+    expected = problem["msg"].removeprefix("Value error, ")
     inner = "".join(
-        f"{part}: " for part in problems[0]["loc"][1:] if isinstance(part, str) and not part.startswith("function-")
+        f"{part}: "
+        for part in problem["loc"][1:]
+        if isinstance(part, str) and not part.startswith(("function-", "constrained-", "literal["))
     )
-    raise UserError(
-        f"{key}: {values[key]!r} is not right: {inner}{expected[0].lower()}{expected[1:]}",
-        where=merged[key].where,
+    return UserError(
+        f"{key}: {value!r} is not right: {inner}{expected[0].lower()}{expected[1:]}",
+        where=where,
         fix=f"{key} is: {FIELDS[key].description}",
     )

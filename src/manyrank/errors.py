@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_FAILED = 1
 EXIT_USER = 2
+EXIT_MEMORY = 76  # out of memory
 EXIT_PREEMPTED = 75  # a complete checkpoint is written: queue the job again
 
 
 class UserError(Exception):
-    """The user's input is wrong. Printed as three lines, exit code 2, no traceback.
+    """The user's input is wrong. Printed as three lines, or four with the reason; exit code 2, no traceback.
 
     Args:
         what: what is wrong, with the value that was found.
         where: the file, row, option or folder it was found in.
         fix: what to do about it.
+        why: the reason, where `what` does not say it.
     """
 
-    def __init__(self, what: str, *, where: str, fix: str) -> None:
+    def __init__(self, what: str, *, where: str, fix: str, why: str = "") -> None:
         super().__init__(what)
-        self.what, self.where, self.fix = what, where, fix
+        self.what, self.where, self.fix, self.why = what, where, fix, why
 
     def __reduce__(self):  # processes that tokenise send it to the one that prints it
-        return _user_error, (self.what, self.where, self.fix)
+        return _user_error, (self.what, self.where, self.fix, self.why)
 
     def __str__(self) -> str:
-        return f"error: {self.what}\nwhere: {self.where}\nfix:   {self.fix}"
+        why = f"why:   {self.why}\n" if self.why else ""
+        return f"error: {self.what}\nwhere: {self.where}\n{why}fix:   {self.fix}"
 
 
-def _user_error(what: str, where: str, fix: str) -> UserError:
-    return UserError(what, where=where, fix=fix)
+class OutOfMemory(UserError):
+    """The run needs more memory than there is. Three lines, too, and its own exit code."""
+
+
+def _user_error(what: str, where: str, fix: str, why: str) -> UserError:
+    return UserError(what, where=where, fix=fix, why=why)
+
+
+class UserErrors(UserError):
+    """Several things are wrong at once; each is printed as it would be alone."""
+
+    def __init__(self, problems: Sequence[UserError]) -> None:
+        first = problems[0]
+        super().__init__(first.what, where=first.where, fix=first.fix, why=first.why)
+        self.problems = tuple(problems)
+
+    def __reduce__(self):
+        return UserErrors, (self.problems,)
+
+    def __str__(self) -> str:
+        return "\n\n".join([f"{len(self.problems)} things are wrong", *map(str, self.problems)])
 
 
 class NonFiniteError(RuntimeError):

@@ -29,13 +29,19 @@ QUARANTINE = "quarantine"
 
 
 @contextmanager
-def written_beside(output: Path, *, overwrite: bool) -> Iterator[Path]:
+def written_beside(
+    output: Path, *, overwrite: bool, mark: str = SUMMARY, option: str = "--output_dir"
+) -> Iterator[Path]:
     """A new folder that takes the place of `output` at the end, or vanishes on any error.
+
+    Args:
+        mark: a file that is in every folder which the command has written, so that it never replaces another one.
+        option: what names the folder.
 
     Raises:
         UserError: `output` has files, and may not be overwritten or was not written by this command.
     """
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite, mark=mark, option=option)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))  # a name that nobody has
     partial.chmod(0o755)
@@ -48,17 +54,16 @@ def written_beside(output: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
+def check_output(output: Path, *, overwrite: bool, mark: str = SUMMARY, option: str = "--output_dir") -> None:
     """Refuse a folder that would lose something."""
+    where = option.lstrip("-")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not output.is_dir() or not (output / SUMMARY).is_file():
+    if not output.is_dir() or not (output / mark).is_file():
         what = f"there is something else at {output}" if output.is_dir() else f"{output} is a file"
-        raise UserError(what, where="output_dir", fix="choose another --output_dir")
+        raise UserError(what, where=where, fix=f"choose another {option}")
     if not overwrite:
-        raise UserError(
-            f"{output} is there already", where="output_dir", fix="choose another --output_dir, or add --overwrite"
-        )
+        raise UserError(f"{output} is there already", where=where, fix=f"choose another {option}, or add --overwrite")
 
 
 def json_line(row: dict[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import EXIT_PREEMPTED
@@ -33,6 +33,21 @@ class StopRequest:
         self._process = os.getpid()
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over for a while; in another thread than the main one they stay as they are."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
+        try:
+            yield
+        finally:
+            self.requested, self._interrupted = False, None
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if os.getpid() != self._process:  # a forked helper, that tokenises for instance; its parent ends it so

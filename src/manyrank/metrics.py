@@ -1,14 +1,69 @@
-"""What a run has written down about itself, and how much memory it took. No torch unless a GPU is asked about."""
+"""What a run has written down about itself in logs/, and how much memory it took. No torch unless a GPU is asked about.
+
+metrics.jsonl   a line for each logged step and each validation
+history.jsonl   started, resumed, preempted, failed, finished
+samples.json    the recipe's questions, with the answers before and after the training
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, oldest first."""
-    return [json.loads(line) for line in (output_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl, oldest first, without the half line that a killed run may have left."""
+    return read_lines(output_dir / "logs" / "metrics.jsonl")
+
+
+def read_history(output_dir: Path) -> list[dict]:
+    """What became of the run, oldest first; empty where nothing is written down."""
+    file = output_dir / "logs" / "history.jsonl"
+    return read_lines(file) if file.is_file() else []
+
+
+def note(output_dir: Path, event: str, *, step: int, **facts: object) -> None:
+    """Add a line to the run's history."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, "step": step, **facts})
+    file = output_dir / "logs" / "history.jsonl"
+    # What a killed run left of a line must not run into this one.
+    torn = file.is_file() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write("\n" * torn + line + "\n")
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a file with one in each line; what is no whole object is left out."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [found for line in lines if (found := _object(line)) is not None]
+
+
+def _object(line: str) -> dict | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_samples(output_dir: Path) -> list[dict] | None:
+    """Entries of question, before and after (None until the end); None where the run has none."""
+    try:
+        return json.loads((output_dir / "logs" / "samples.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_samples(output_dir: Path, questions: list[str], before: list[str], after: list[str] | None = None) -> None:
+    """Keep the answers to the recipe's questions."""
+    entries = [
+        {"question": question, "before": old, "after": new}
+        for question, old, new in zip(questions, before, after or [None] * len(before))
+    ]
+    file = output_dir / "logs" / "samples.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(entries, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def peak_memory(device_type: str) -> int:
@@ -26,8 +81,5 @@ def rewind(output_dir: Path, step: int) -> None:
     """Forget the lines after `step`: a resumed run writes them again."""
     file = output_dir / "logs" / "metrics.jsonl"
     if file.exists():
-        # A killed run may have left half a line, without its end.
-        kept = [
-            line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        file.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in kept))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,11 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import use_packed_attention
 from .config import TrainConfig, asset
 from .embedded import EMBEDDED, ensure
 from .errors import UserError
+from .lora import speed_up
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,14 @@ class LoadPlan:
 
     Attributes:
         name: a folder or a hub name.
-        dtype: of the weights that are not quantised.
+        dtype: of the weights that are not quantised; "auto": the one that they are stored in.
         quantization: None, "nf4" or "int8".
         device_map: where quantised weights go; None leaves placing to accelerate.
         skeleton: make the modules without weights; FSDP sends this rank its shards from rank 0.
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype | Literal["auto"]
     compute_dtype: torch.dtype
     quantization: str | None
     device_map: dict | None
@@ -76,15 +81,22 @@ def resolve_name(name: str) -> str:
     return str(ensure()) if name == EMBEDDED else name
 
 
-def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the recipe's chat template if it names one.
+
+    Args:
+        own: take this one instead.
 
     Raises:
         UserError: it cannot be loaded, is not a fast one, or there is no such template.
     """
     name = resolve_name(config.model_name_or_path)
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        tokenizer = (
+            copy.deepcopy(own)
+            if own
+            else AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        )
     if config.chat_template:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
     _check_template(tokenizer, where=config.chat_template or name)
@@ -152,19 +164,46 @@ def load_model(plan: LoadPlan, config: TrainConfig) -> torch.nn.Module:
     Raises:
         UserError: the model cannot be loaded, packed or given these adapters.
     """
-    model = _with_adapters(_skeleton(plan) if plan.skeleton else _base(plan), config)
+    model = with_adapters(_skeleton(plan) if plan.skeleton else base_model(plan), config)
     if plan.skeleton:
         _give_addresses(model)
     return model
 
 
-def _with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    if config.packing != "none":
-        use_packed_attention(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not config.uses_lora:
+def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool) -> torch.nn.Module:
+    """A base that a script brings, in the type that this project would load it in.
+
+    Raises:
+        UserError: it has adapters, or it is quantised and the method is not, or the other way round.
+    """
+    if hasattr(model, "peft_config"):
+        raise UserError("the model has adapters", where="model", fix="give its base: the method puts adapters on it")
+    quantised, wanted = bool(getattr(model, "is_quantized", False)), config.method in ("qlora", "int8")
+    if quantised != wanted:
+        what = f"method {config.method} with a model that is {'' if quantised else 'not '}quantised"
+        raise UserError(what, where="model", fix="load it with that method's quantization_config, or change the method")
+    if quantised:
         return model
+    return model.to(torch.bfloat16 if bf16 and config.method != "full" else torch.float32)
+
+
+def with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    """A base with everything on it that the recipe asks for: packed attention, checkpointing, adapters."""
+    if config.packing != "none":
+        use_packed_attention(model, plain="attention" in config.plain_parts)
+    _checkpoint_layers(model, config.gradient_checkpointing)
+    if config.uses_lora:
+        model = _with_lora(model, config)
+    if config.torch_compile:
+        layers = _layers(model)
+        if not layers:
+            raise UserError("the model's layers are not known", where="torch_compile", fix="leave it out")
+        for layer in layers:
+            layer.compile(dynamic=True)  # packs differ in length
+    return model
+
+
+def _with_lora(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
     model.requires_grad_(False)
     set_seed(config.seed)
     lora = LoraConfig(
@@ -175,15 +214,36 @@ def _with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Modu
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except ValueError as error:  # peft: no module has such a name
         raise UserError(
             str(error), where="lora_target_modules", fix="name linear layers of the model, or all-linear"
         ) from None
+    if "lora" not in config.plain_parts:
+        speed_up(adapted)
+    return adapted
 
 
-def _base(plan: LoadPlan) -> torch.nn.Module:
-    options = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code, "attn_implementation": "sdpa"}
+def _checkpoint_layers(model: torch.nn.Module, wanted: int | str) -> None:
+    if wanted in ("auto", "off", 0):  # auto was settled before, where there is a plan (see `foresight`)
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = _layers(model)
+    if isinstance(wanted, int):
+        if wanted > len(layers):
+            fix = f"the model has {len(layers)} layers"
+            raise UserError(f"{wanted} layers to compute again", where="gradient_checkpointing", fix=fix)
+        for layer in layers[wanted:]:
+            layer.gradient_checkpointing = False
+
+
+def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def base_model(plan: LoadPlan) -> torch.nn.Module:
+    """The base model as a plan has it."""
+    options = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
     if plan.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -205,11 +265,16 @@ def _skeleton(plan: LoadPlan) -> torch.nn.Module:
     with _loading(plan.name):
         config = AutoConfig.from_pretrained(plan.name, trust_remote_code=plan.trust_remote_code)
     with init_empty_weights(include_buffers=False):  # buffers that are not in a checkpoint keep their values
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
     model.tie_weights()
     return model
+
+
+def read_config(config: TrainConfig) -> dict:
+    """The content of the model's config.json, with what its type adds."""
+    name = resolve_name(config.model_name_or_path)
+    with _loading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).to_dict()
 
 
 def _give_addresses(model: torch.nn.Module) -> None:
@@ -229,7 +294,9 @@ def _give_addresses(model: torch.nn.Module) -> None:
 def _loading(name: str):
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise
         raise UserError(
             f"cannot load the model: {str(error).splitlines()[0]}",
             where=f"model_name_or_path {name}",

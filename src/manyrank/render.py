@@ -129,6 +129,33 @@ def render(
     return Rendered(layout.text, tokens.ids, labels, runs, tuple(notes))
 
 
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: list[dict] | None = None,
+    documents: list[dict] | None = None,
+    options: RenderOptions = RenderOptions(),
+) -> list[int]:
+    """The tokens after which the assistant answers. What somebody wrote is never read as a special token.
+
+    Raises:
+        BadRow: the template refuses the messages, or there is none.
+    """
+    template = _template(tokenizer, options, tools)
+    messages = [_bare(message) for message in _prepared(messages, options)]
+    text = template.prompt_text(messages, tools=tools, documents=documents)
+    words = template.controls - THINK_TAGS
+    plain = []
+    if any(word in json.dumps(messages, ensure_ascii=False) for word in words):
+        whole = [*messages, {"role": "assistant", "content": "."}]
+        layout = template.layout(whole, tools=tools, documents=documents)
+        plain = _control_strings(template, layout, whole, tools, documents)
+        if plain and layout.text[: plain[-1][1]] != text[: plain[-1][1]]:
+            raise BadRow("where special text stands in the prompt cannot be told", reason="special text")
+    return _encoded_pieces(tokenizer, text, set(), plain).ids
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> set[int]:
     """The tokens with which a model that learned from this template ends its turn.
 

@@ -15,32 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from . import run_folder
-from .config import FIELDS, TrainConfig
+from .config import TrainConfig
 from .errors import UserError
 from .topology import restarts
 
 T = TypeVar("T")
-
-# What shapes the result; a resumed run must not differ in it.
-IDENTITY = (
-    "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length",
-    "packing", "chat_template_kwargs", "train_on_last_turn", "train_on_prompt", "train_on_opening", "thinking", "stop_tokens",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
-    "seed",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)  # fmt: skip
-# What a run's identity calls otherwise than the recipe does.
-CALLED = {
-    "per_device_train_batch_size": ("batch_per_process",),
-    "gradient_accumulation_steps": ("batch_per_process",),
-    "data_path": ("data", "examples", "tokens"),
-    "model_name_or_path": ("model",),
-    "num_train_epochs": ("total_steps",),
-    "max_steps": ("total_steps",),
-}
-FIXED = ("method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
 
 
 @dataclass(frozen=True)
@@ -117,40 +96,6 @@ def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerato
     if blind:
         what = f"{', '.join(sorted(set(blind)))} cannot see {output_dir} of machine 0"
         raise UserError(what, where="output_dir", fix="give a folder that all machines share")
-
-
-def identity(config: TrainConfig, **facts: object) -> dict:
-    """What must be the same when the run is resumed."""
-    return {key: getattr(config, key) for key in IDENTITY} | facts
-
-
-def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
-    """Compare a run with the checkpoint that it goes on from.
-
-    Args:
-        allowed: keys of the recipe that may differ.
-
-    Returns:
-        What differs and is allowed to, as 'key: before -> now'.
-
-    Raises:
-        UserError: something else differs, or a key cannot be allowed.
-    """
-    names = {name for key in allowed for name in CALLED.get(key, (key,))}
-    for key in allowed:
-        if key not in FIELDS or not set(CALLED.get(key, (key,))) <= run.keys():
-            known = sorted({*IDENTITY, *CALLED, "global_batch_size", "bf16"} - set(FIXED))
-            raise UserError(f"{key} is nothing that a resume compares", where="resume_changes", fix=f"known: {known}")
-        if key in FIXED:
-            fix = "start a new run"
-            raise UserError(f"{key} cannot change: it shapes the saved state", where="resume_changes", fix=fix)
-    if changed := run_folder.changes(folder, run, allowed=names):
-        raise UserError(
-            f"the resumed run would not be the same: {'; '.join(changed)}",
-            where=str(folder),
-            fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
-        )
-    return run_folder.changes(folder, run, allowed=run.keys() - names)
 
 
 def base_fingerprint(name: str, commit: str | None) -> str:

@@ -4,6 +4,7 @@
     checkpoint-100/            complete: every file has the size and hash that manifest.json says
     checkpoint-50.removed/     being removed
     SAVE_NOW                   a wish of the user: save at the next step
+    launch/                    the plan of the launch, and the job's file; a folder with nothing else is a new run's
 
 A killed save leaves only what the next start removes, or what it can finish: a sealed folder that is not renamed yet.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from .errors import UserError
 
 NAME = re.compile(r"checkpoint-(\d+)")
-MANIFEST, SAVE_NOW = "manifest.json", "SAVE_NOW"
+MANIFEST, SAVE_NOW, LAUNCH_FOLDER = "manifest.json", "SAVE_NOW", "launch"
 PARTIAL, REMOVED = ".partial", ".removed"
 NEEDED = ("run.json", "trainer_state.json")
 LEFTOVER = re.compile(rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.escape(REMOVED)})")

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import NonFiniteError
@@ -34,6 +36,7 @@ class Facts:
     base_bytes: int  # of the frozen and trained base weights, over the whole model
     base_bytes_here: tuple[int, ...]  # the part that each rank holds
     trainable_tensors: int
+    mesh: tuple[int, ...] = ()  # of FSDP: (shards,), or (copies, shards of each)
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -100,6 +103,9 @@ class Runtime:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks."""
         return self.accelerator.reduce(values, "sum")
+
+    def reshard(self) -> None:
+        """After a forward without a backward: give back what it gathered."""
 
     # Full state
 
@@ -172,6 +178,8 @@ class FsdpRuntime(Runtime):
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):
         # Between micro-batches FSDP2 would hold whole gradients on every rank: small for adapters, too big for the model.
+        # Its gradients are summed in shards, and the shards over copies of the model only in a step's last.
+        self.wrapped.set_requires_all_reduce(last)
         with super().forward_backward(last=last or not hasattr(self.model, "peft_config")):
             yield
 
@@ -181,8 +189,17 @@ class FsdpRuntime(Runtime):
     def _full_state(self, value) -> torch.Tensor:
         return super()._full_state(value.full_tensor() if isinstance(value, DTensor) else value)
 
+    def reshard(self) -> None:
+        for unit in self._units:  # the root, and what it forwards last, keep theirs until a backward
+            unit.reshard()
+
+    @cached_property
+    def _units(self) -> list[FSDPModule]:
+        return [module for module in self.wrapped.modules() if isinstance(module, FSDPModule)]
+
     @torch.no_grad()
     def set_parameter(self, name: str, value: torch.Tensor) -> None:
+        self.reshard()  # else the next forward would take what was gathered before
         parameter = self.trainable[name]
         parameter.to_local().copy_(self._shard(parameter, value).to_local())
 
@@ -193,6 +210,10 @@ class FsdpRuntime(Runtime):
         # Every rank has read the same full value, so nothing need be sent.
         value = value.to(device=parameter.device, dtype=parameter.dtype)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def facts(self) -> Facts:
+        (mesh,) = {p.device_mesh for p in self.model.parameters() if isinstance(p, DTensor)}
+        return replace(super().facts(), mesh=tuple(mesh.shape))
 
     def _bytes_here(self, parameter: torch.Tensor) -> int:
         return self._bytes(parameter.to_local() if isinstance(parameter, DTensor) else parameter)

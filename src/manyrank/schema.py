@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Method = Literal["full", "lora", "qlora", "int8"]
-Strategy = Literal["single", "ddp", "fsdp", "fsdp_offload", "zero2", "zero3", "zero3_offload"]
+Strategy = Literal["single", "ddp", "fsdp", "fsdp_offload", "hsdp", "zero2", "zero3", "zero3_offload"]
 FORMATS = (
     "auto", "question_answer", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens",
 )  # fmt: skip
@@ -63,15 +63,35 @@ def _sources(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
 
+def _layers(value: Any) -> Any:
+    """A yes/no value stands for all layers or none."""
+    text = str(value).strip().lower()
+    return {"true": "full", "yes": "full", "on": "full", "false": "off", "no": "off"}.get(text, text)
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 def _format(value: str) -> str:
     if value not in FORMATS and not (":" in value and all(part for part in value.split(":", 1))):
         raise ValueError(f"it is none of {', '.join(FORMATS)}, nor module:function")
     return value
 
 
+def _tag(value: str) -> str:
+    if not 1 <= len(value) <= 64 or "," in value:
+        raise ValueError("a tag has 1 to 64 characters, and no comma")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Strings = Annotated[list[str], BeforeValidator(_listed)]
+Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(_listed)]
+Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
+MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
+Parts = Annotated[list[Literal["head", "lora", "attention"]], BeforeValidator(_listed)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
 Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
 Format = Annotated[str, AfterValidator(_format)]
@@ -146,7 +166,7 @@ class TrainConfig(BaseModel):
     chat_template: str | None = Field(
         None,
         min_length=1,
-        description="a Jinja file, a name out of chatml, llama3, gemma, mistral, zephyr, or one of the tokenizer's names",
+        description="a Jinja file, a name out of chatml, llama3, gemma, mistral, zephyr, plain, or one of the tokenizer's names",
     )
     chat_template_kwargs: Mapping = Field(
         {}, description="variables for the template, such as {enable_thinking: false}"
@@ -162,7 +182,9 @@ class TrainConfig(BaseModel):
     )
 
     # Batch
-    per_device_train_batch_size: Int = Field(4, gt=0, description="examples of max_length that one process holds")
+    per_device_train_batch_size: MicroBatch = Field(
+        4, description="examples of max_length that one process holds; auto: as many as fit, with a global_batch_size"
+    )
     gradient_accumulation_steps: Int | None = Field(None, gt=0, description="micro-batches to one optimizer step")
     global_batch_size: Int | None = Field(None, gt=0, description="examples to one optimizer step, over all processes")
     per_device_eval_batch_size: Int | None = Field(None, gt=0, description="as for training, unless given")
@@ -179,15 +201,31 @@ class TrainConfig(BaseModel):
     adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
     adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW's epsilon")
     max_grad_norm: Float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
-    seed: Int = Field(42, ge=0, description="seed of the adapter's start, data order and dropout")
+    seed: Int = Field(42, ge=0, lt=2**32, description="seed of the adapter's start, data order and dropout")
 
     # Precision and memory
-    bf16: bool | Literal["auto"] = Field("auto", description="compute in bf16; auto: on GPUs that have it")
-    gradient_checkpointing: bool = Field(False, description="keep fewer activations and compute them again")
+    bf16: bool | Literal["auto"] = Field(
+        "auto", description="compute in bf16; auto: where the GPU or CPU does it natively"
+    )
+    gradient_checkpointing: Layers = Field(
+        "auto",
+        description="compute activations again instead of keeping them: off, full (every layer), the first N layers, "
+        "or auto: as few as the GPU's memory asks for",
+    )
+
+    # Speed
+    torch_compile: bool = Field(False, description="compile each layer; takes a minute or two at the start")
+    plain_parts: Parts = Field(
+        [], description="parts to run as the libraries have them, to compare: head, lora, attention (of CPUs in bf16)"
+    )
 
     # Where it runs
-    strategy: Strategy | None = Field(None, description="an accelerate_configs/ name; one process: single, more: ddp")
-
+    strategy: Annotated[Strategy | None, BeforeValidator(_auto)] = Field(
+        None, description="an accelerate_configs/ name, or auto: on GPUs the fastest that fits, else single or ddp"
+    )
+    hsdp_shard_size: Int | None = Field(
+        None, gt=1, description="processes that share one copy of the model under hsdp; none: those of a machine"
+    )
     elastic: bool = Field(False, description="go on with the machines that are left when others are gone")
 
     # Logging, validation, saving
@@ -198,6 +236,7 @@ class TrainConfig(BaseModel):
     logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
     wandb_project: str | None = Field(None, min_length=1, description="W&B project")
+    wandb_tags: Tags = Field([], description="tags of the W&B run")
     eval_steps: Int | None = Field(None, gt=0, description="steps between two validations; needs eval_data_path")
     save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints; none when not given")
     save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
@@ -218,6 +257,7 @@ class TrainConfig(BaseModel):
     callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
     sample_questions: Strings = Field([], description="questions answered before and after the training")
     sample_max_new_tokens: Int = Field(64, gt=0, description="tokens of such an answer")
+    ignore_warnings: Strings = Field([], description="warnings not to print, by the names in docs/rules.md")
     dry_run: bool = Field(False, description="load everything, one step forward and backward, save nothing")
 
     def plain(self) -> dict[str, Any]:

@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+import hashlib
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from . import checkpoint, metrics, strategy
+from . import checkpoint, metrics, record, strategy, trackers
+from .batches import trial
 from .config import TrainConfig
-from .data import Examples, prepare, render_options, write_quarantine
-from .errors import SaveError
+from .data import Examples, prepare, render_options
+from .errors import Preempted, SaveError
+from .foresight import compared, foresee, is_out_of_memory, out_of_memory, told
 from .generate import answers
-from .model import evaluation_mode, load_model, load_tokenizer, plan_load, resolve_name
+from .loss import LossFunction
+from .meter import Meter, kind_of
+from .model import (
+    evaluation_mode,
+    fitted,
+    load_model,
+    load_tokenizer,
+    plan_load,
+    read_config,
+    resolve_name,
+    with_adapters,
+)
 from .optim import build_optimizer
-from .resume import Start, base_fingerprint, find_start, identity, refuse_changes
-from .runtime import Runtime
+from .resume import Start, base_fingerprint, find_start, from_main
+from .rules import warnings_of_length
+from .run_identity import batch_per_process, identity, refuse_changes
+from .runtime import Facts, Runtime
 from .runtime import prepare as prepare_runtime
+from .setup import Setup
 from .topology import Topology
 from .trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What a script brings along, in place of or beside what the recipe names.
+
+    Attributes:
+        model: the base, without adapters; the recipe's method puts them on it.
+        tokenizer: with a chat template, where the data needs one.
+        callbacks: transformers callbacks, beside those of the recipe.
+        loss: logits (n, vocabulary) in float32 and targets (n,) of supervised tokens to their summed loss, a scalar.
+    """
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+    loss: LossFunction | None = None
 
 
 @dataclass
@@ -38,6 +72,8 @@ class Session:
     trainer: Trainer
     output_dir: Path
     start: Start
+    setup: Setup | None
+    give_back: Callable[[], None]  # what a script has brought, as it was
 
     @property
     def accelerator(self) -> Accelerator:
@@ -49,6 +85,8 @@ class Session:
 
     def dry_run(self) -> None:
         """Load everything, one step forward and backward, save nothing."""
+        for warning in warnings_of_length(self.config, self.trainer.total_steps):
+            self.say(warning)
         started = time.perf_counter()
         result = self.trainer.dry_step()
         facts = self.runtime.facts()
@@ -62,21 +100,64 @@ class Session:
 
     def run(self) -> None:
         """Train, save final_model, show the answers to the recipe's questions before and after."""
-        for note in self.start.notes:
+        for note in (*self.start.notes, *warnings_of_length(self.config, self.trainer.total_steps)):
             self.say(note)
         if self.start.folder:
             self.trainer.resume(self.start.folder)
             self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
-        self._write_facts()
-        with self.trainer.watched():
-            before = self._answers()
-            self.trainer.train()
-            final = self.save_final_model()
-            after = self._answers()
+        facts = self._write_facts()
+        with self._recorded(facts):
+            try:
+                with self.trainer.watched(), self._explained():
+                    before = self._before()
+                    self.trainer.train()
+                    final = self.save_final_model()
+                    after = self._answers()
+            except Preempted:
+                self._compare()
+                raise
+            self._tell(before, after, final)
+            self._compare()
+        if self.accelerator.is_main_process and (page := record.make_report(self.output_dir)):
+            self.say(f"report: {page}")
+        self.accelerator.wait_for_everyone()
+
+    def _tell(self, before: list[str], after: list[str], final: Path) -> None:
         for question, old, new in zip(self.config.sample_questions, before, after):
             self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
         self.say(f"\nfinal model: {final}")
-        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and before:
+            with record.beside_the_point():
+                metrics.write_samples(self.output_dir, self.config.sample_questions, before, after)
+
+    def _compare(self) -> None:
+        with record.beside_the_point():
+            if self.setup and self.accelerator.is_main_process and (line := compared(self.setup, self.output_dir)):
+                self.say(line)
+
+    def _recorded(self, facts: Facts) -> contextlib.AbstractContextManager:
+        """The run's history, on rank 0."""
+        if not self.accelerator.is_main_process:
+            return contextlib.nullcontext()
+        return record.history(
+            self.output_dir,
+            step=lambda: self.trainer.state.global_step,
+            event="resumed" if self.start.folder else "started",
+            processes=self.accelerator.num_processes,
+            total_steps=self.trainer.total_steps,
+            wrapper=facts.wrapper,
+        )
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Being out of memory, with what the plan says of it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.setup is None or not is_out_of_memory(error):
+                raise
+            held = metrics.peak_memory(self.accelerator.device.type)
+            raise out_of_memory(self.setup, step=self.trainer.state.global_step + 1, measured=held) from None
 
     def save_final_model(self) -> Path:
         """Write final_model/, complete or not at all."""
@@ -103,7 +184,21 @@ class Session:
 
     def close(self) -> None:
         """Leave the process group; after an error, without waiting for the others."""
+        self.give_back()
+        if self.trainer.token_loss.head:
+            self.trainer.token_loss.head.release()
         self.accelerator.end_training()
+
+    def _before(self) -> list[str]:
+        """The answers before the training; a resumed run has them from its first start."""
+        questions, main = self.config.sample_questions, self.accelerator.is_main_process
+        kept = from_main(self.accelerator, lambda: metrics.read_samples(self.output_dir) or [])
+        if kept and self.start.folder and [entry["question"] for entry in kept] == questions:
+            return [entry["before"] for entry in kept]
+        found = self._answers()
+        if main and found:
+            metrics.write_samples(self.output_dir, questions, found)
+        return found
 
     def _answers(self) -> list[str]:
         if not self.config.sample_questions:
@@ -118,28 +213,30 @@ class Session:
                 max_new_tokens=self.config.sample_max_new_tokens,
             )
 
-    def _write_facts(self) -> None:
+    def _write_facts(self) -> Facts:
         facts = self.runtime.facts()
         if self.accelerator.is_main_process:
-            (self.output_dir / "logs").mkdir(parents=True, exist_ok=True)
-            (self.output_dir / "logs" / "strategy.json").write_text(json.dumps(facts.as_dict(), indent=1))
-            write_quarantine(self.trainer.loader.examples, self.output_dir / "logs" / "quarantine.jsonl")
-            if self.trainer.eval_loader and not self.config.eval_split:
-                write_quarantine(self.trainer.eval_loader.examples, self.output_dir / "logs" / "eval_quarantine.jsonl")
+            evaluation = self.trainer.eval_loader and self.trainer.eval_loader.examples
+            record.write_facts(self.config, self.output_dir, facts, self.trainer.loader.examples, evaluation)
+            trackers.continue_run(self.config, self.output_dir)
             metrics.rewind(self.output_dir, self.trainer.state.global_step)
+        return facts
 
 
-def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16: bool) -> Session:
+def open_session(
+    config: TrainConfig, place: Topology, *, output_dir: Path, bf16: bool, brought: Brought | None = None
+) -> Session:
     """Start the strategy, read the data, load and wrap the model.
 
     Raises:
         UserError: something that only shows now is wrong: a row, the model, a checkpoint.
     """
-    _prepare_environment(config, output_dir)
-    tokenizer = load_tokenizer(config)
+    _prepare_environment(config, place, output_dir)
+    brought = brought or Brought()
+    tokenizer = load_tokenizer(config, brought.tokenizer)
     accelerator = strategy.start(config, place, bf16=bf16)
     start = find_start(config, output_dir, accelerator)
-    per_process = _batch_per_process(config)
+    per_process = batch_per_process(config)
     if start.folder and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
         config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
     needed = start.run["needed"] if start.folder else _needed(config, accelerator.num_processes)
@@ -150,12 +247,17 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
             print(f"validation data: {evaluation.describe()}", flush=True)
         if config.trust_remote_code:
             print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
-    model = load_model(plan_load(config, accelerator, bf16=bf16), config)
+    setup = _foreseen(config, accelerator, place, brought.model, bf16=bf16)
+    config = setup.config if setup else config
+    base, give_back = _fingerprint(brought.model), _lent(brought.model)
+    model = _model(config, accelerator, brought.model, bf16=bf16)
     runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
     run = identity(
         config,
-        model=base_fingerprint(resolve_name(config.model_name_or_path), getattr(model.config, "_commit_hash", None)),
+        model=base
+        or base_fingerprint(resolve_name(config.model_name_or_path), getattr(model.config, "_commit_hash", None)),
+        loss=brought.loss and f"{brought.loss.__module__}.{brought.loss.__qualname__}",
         data=train.fingerprint,
         global_batch_size=config.batch(accelerator.num_processes),
         # What stands beside a global batch is only how it is laid out.
@@ -165,7 +267,11 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
         tokens=int(train.lengths.sum()),
         bf16=bf16,
     )
-    trainer = Trainer(config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run)
+    trainer = Trainer(
+        config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run,
+        meter=Meter(accelerator.device.type, setup, kind_of(accelerator.device)), callbacks=brought.callbacks, loss=brought.loss,
+    )  # fmt: skip
+    _prove_head(trainer)
     if start.folder:
         changed = refuse_changes(start.folder, trainer.run, allowed=config.resume_changes)
         start = replace(start, notes=(*start.notes, *(f"changed, as allowed: {change}" for change in changed)))
@@ -174,14 +280,55 @@ def open_session(config: TrainConfig, place: Topology, *, output_dir: Path, bf16
             f"packing: {config.packing}; {trainer.loader.imbalance():.1%} between the longest rank and the mean",
             flush=True,
         )
-    return Session(config, runtime, tokenizer, trainer, output_dir, start)
+    return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, give_back)
 
 
-def _batch_per_process(config: TrainConfig) -> int | None:
-    """Examples of one process in a step, where that is what the recipe says."""
-    if config.global_batch_size:
+def _foreseen(
+    config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, bf16: bool
+) -> Setup | None:
+    shape = own.config.to_dict() if own else read_config(config)
+    setup = foresee(config, accelerator, place, shape, bf16=bf16)
+    if setup and accelerator.is_main_process and (note := told(setup, config)):
+        print(note, flush=True)
+    return setup
+
+
+def _model(
+    config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, bf16: bool
+) -> torch.nn.Module:
+    if own:
+        return with_adapters(fitted(own, config, bf16=bf16), config)
+    return load_model(plan_load(config, accelerator, bf16=bf16), config)
+
+
+def _fingerprint(own: PreTrainedModel | None) -> str | None:
+    """Of a model that a script brings: its shape, and the first values of each tensor. It has no files to tell it by."""
+    if own is None:
         return None
-    return config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
+    digest = hashlib.sha256(own.config.to_json_string().encode())
+    for parameter in own.parameters():
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
+    """What gives a model that a script brings its attention back; the training's knows no key-value cache."""
+    if own is None:
+        return lambda: None
+    before = own.config._attn_implementation
+    return lambda: own.set_attn_implementation(before)
+
+
+def _prove_head(trainer: Trainer) -> None:
+    """All ranks see alike whether the model leaves the fused head's result alone."""
+    runtime, micro = trainer.runtime, trial(packed=trainer.config.packing != "none").to(trainer.device)
+
+    def agree(seen: bool) -> bool:
+        return runtime.sum(torch.tensor(float(not seen), device=trainer.device)).item() == 0
+
+    with evaluation_mode(runtime.wrapped):
+        trainer.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=agree)
+    runtime.reshard()
 
 
 def _needed(config: TrainConfig, world: int) -> int | None:
@@ -200,12 +347,13 @@ def _data(
     return train, prepare(config.eval_data_path, tokenizer, config) if config.eval_data_path else None
 
 
-def _prepare_environment(config: TrainConfig, output_dir: Path) -> None:
+def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:
     transformers_logging.disable_progress_bar()  # of reading weights, once for each rank
-    if "wandb" in config.report_to:
-        os.environ.setdefault("WANDB_DIR", str(output_dir))
-        if config.wandb_project:
-            os.environ["WANDB_PROJECT"] = config.wandb_project
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
+    if not place.is_main:
+        transformers_logging.set_verbosity_error()  # what all ranks would say alike
+    trackers.prepare(config, output_dir)
 
 
 def _one_line(text: str) -> str:

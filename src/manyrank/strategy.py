@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,9 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    ParallelismConfig,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .config import TrainConfig, asset
 from .errors import UserError
@@ -30,6 +33,8 @@ from .topology import Topology, default_strategy
 
 # Rank 0 reads, hashes and writes while the others wait; NCCL's default of 10 minutes would end big runs.
 TIMEOUT = timedelta(hours=2)
+# Of the environment, through which `accelerate launch` tells its processes what a config says.
+PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Wanted:
     distributed_type: str  # NO, MULTI_GPU, FSDP or DEEPSPEED
     zero_stage: int = 0
     offload: bool = False
+    replicas: bool = False  # several copies of the model, each in shards of its own
 
 
 def config_file(name: str) -> Path:
@@ -53,7 +59,7 @@ def wanted(name: str) -> Wanted:
         zero = json.loads(asset(content["deepspeed_config"]["deepspeed_config_file"]).read_text())["zero_optimization"]
         return Wanted("DEEPSPEED", zero["stage"], "offload_param" in zero or "offload_optimizer" in zero)
     offload = bool(content.get("fsdp_config", {}).get("fsdp_offload_params"))
-    return Wanted(content["distributed_type"], offload=offload)
+    return Wanted(content["distributed_type"], offload=offload, replicas=bool(content.get("parallelism_config")))
 
 
 def launched_by_accelerate(environ=os.environ) -> bool:
@@ -62,7 +68,7 @@ def launched_by_accelerate(environ=os.environ) -> bool:
 
 
 def config_environment(name: str, world_size: int) -> dict[str, str]:
-    """The ACCELERATE_* and FSDP_* variables that `accelerate launch --config_file` would set, by accelerate's own code."""
+    """The variables of PREFIXES that `accelerate launch --config_file` would set, by accelerate's own code."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import launch
 
@@ -78,7 +84,7 @@ def config_environment(name: str, world_size: int) -> dict[str, str]:
         environment = launch.prepare_multi_gpu_env(args)
     else:
         _, environment = launch.prepare_simple_launcher_cmd_env(args)
-    return {key: value for key, value in environment.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    return {key: value for key, value in environment.items() if key.startswith(PREFIXES)}
 
 
 def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
@@ -94,8 +100,8 @@ def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which other packages do, too
-    accelerator = _accelerator(config, bf16=bf16, on_cpu=on_cpu)
-    _check(accelerator, name, topology, bf16=bf16)
+    accelerator = _accelerator(config, _parallelism(config, name, topology), bf16=bf16, on_cpu=on_cpu)
+    _check(accelerator, config, name, topology, bf16=bf16)
     return accelerator
 
 
@@ -112,7 +118,38 @@ def _needs_launcher(name: str | None) -> None:
         )
 
 
-def _accelerator(config: TrainConfig, *, bf16: bool, on_cpu: bool) -> Accelerator:
+def copies(config: TrainConfig, topology: Topology) -> tuple[int, int]:
+    """Under hsdp, the copies of the model, and the processes that share one; `rules` keep each on one machine."""
+    shards = config.hsdp_shard_size or topology.local_world_size
+    return topology.world_size // shards, shards
+
+
+def _parallelism(config: TrainConfig, name: str | None, topology: Topology) -> ParallelismConfig | None:
+    """The sizes of replicas and shards, where the accelerate config asks for them.
+
+    Raises:
+        UserError: accelerate was told other sizes, or nobody said hsdp, and `rules` has not looked at them.
+    """
+    if not _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return None
+    where = "the accelerate config"
+    if name is None or not wanted(name).replicas:
+        raise UserError("it has a parallelism_config", where=where, fix="give --strategy hsdp with it")
+    replicas, shards = copies(config, topology)
+    sizes = {"dp_replicate": replicas, "dp_shard": shards, "tp": 1, "cp": 1, "sp": 1}
+    for key, size in sizes.items():
+        told = os.environ.get(f"PARALLELISM_CONFIG_{key.upper()}_SIZE", "1")
+        if told not in ("1", str(size)):  # 1 is also what accelerate says where nobody said anything
+            fix = "leave the sizes out; --hsdp_shard_size is the one there is"
+            raise UserError(f"{key}_size is {told}, not {size}", where=where, fix=fix)
+    # accelerate 1.15 takes the flattened dimension dp_shard_cp out of the mesh (fsdp2_prepare_model), on every rank.
+    warnings.filterwarnings("ignore", "Slicing a flattened dim from root mesh", category=UserWarning)
+    return ParallelismConfig(**{f"{key}_size": size for key, size in sizes.items()})
+
+
+def _accelerator(
+    config: TrainConfig, parallelism: ParallelismConfig | None, *, bf16: bool, on_cpu: bool
+) -> Accelerator:
     options = {"mixed_precision": "bf16" if bf16 else "no"}
     options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=TIMEOUT)]
     if _flag("ACCELERATE_USE_DEEPSPEED"):
@@ -123,14 +160,22 @@ def _accelerator(config: TrainConfig, *, bf16: bool, on_cpu: bool) -> Accelerato
         # Without an accelerator the plugin cannot pin host memory.
         if on_cpu and _flag("FSDP_OFFLOAD_PARAMS"):
             raise UserError("fsdp_offload needs a GPU", where="strategy", fix="use fsdp on CPUs")
-        plugin = FullyShardedDataParallelPlugin()
+        # accelerate would give the loss and the sum of gradients in bf16, too.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+        plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
         if plugin.fsdp_version != 2:
             raise UserError("FSDP version 1 is not supported", where="the accelerate config", fix="set fsdp_version: 2")
-        accelerator = Accelerator(fsdp_plugin=plugin, cpu=on_cpu, **options)
-        if on_cpu:
-            promote_to_fsdp(accelerator, plugin)
+        if not on_cpu:
+            return Accelerator(fsdp_plugin=plugin, parallelism_config=parallelism, **options)
+        accelerator = Accelerator(fsdp_plugin=plugin, cpu=True, **options)
+        promote_to_fsdp(accelerator, plugin, parallelism)
         return accelerator
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    # accelerate 1.15 passes the name on that torch 2.13 calls old, and every rank says so (accelerator.py, prepare_model).
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    ddp = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # the tables of rotary embeddings; they are the same everywhere
+    )
     options["kwargs_handlers"].append(ddp)
     return Accelerator(cpu=on_cpu, **options)
 
@@ -144,7 +189,7 @@ def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin:
     return plugin
 
 
-def _check(accelerator: Accelerator, name: str | None, topology: Topology, *, bf16: bool) -> None:
+def _check(accelerator: Accelerator, config: TrainConfig, name: str | None, topology: Topology, *, bf16: bool) -> None:
     """Compare what came up with what was asked for; several of the libraries fall back without a word."""
     found = {"processes": accelerator.num_processes, "precision": _precision(accelerator)}
     asked = {"processes": topology.world_size, "precision": "bf16" if bf16 else "no"}
@@ -152,6 +197,8 @@ def _check(accelerator: Accelerator, name: str | None, topology: Topology, *, bf
         want = wanted(name)
         found |= {"type": accelerator.distributed_type.value, "ZeRO stage": _zero_stage(accelerator)}
         asked |= {"type": _types(want, topology), "ZeRO stage": want.zero_stage}
+        found |= {"mesh of processes": _mesh(accelerator)}
+        asked |= {"mesh of processes": copies(config, topology) if want.replicas else ()}
         asked["type"] = found["type"] if found["type"] in asked["type"] else asked["type"][0]
     differ = [f"{key} is {found[key]}, not {asked[key]}" for key in asked if found[key] != asked[key]]
     if differ:
@@ -165,7 +212,14 @@ def _check(accelerator: Accelerator, name: str | None, topology: Topology, *, bf
 def _types(want: Wanted, topology: Topology) -> list[str]:
     if want.distributed_type == "MULTI_GPU":
         return ["MULTI_GPU", "MULTI_CPU"] + (["NO"] if topology.world_size == 1 else [])
+    if want.distributed_type == "NO" and topology.world_size == 1:  # of one process, but started by torchrun
+        return ["NO", "MULTI_GPU", "MULTI_CPU"]
     return [want.distributed_type]
+
+
+def _mesh(accelerator: Accelerator) -> tuple[int, ...]:
+    mesh = accelerator.torch_device_mesh
+    return () if mesh is None else tuple(mesh.shape)
 
 
 def _precision(accelerator: Accelerator) -> str:

@@ -118,6 +118,21 @@ class Template:
         except Exception as error:  # a template raises what it likes: jinja2 errors, TypeError, ...
             raise BadRow(f"the chat template refuses the conversation: {error}", reason=REFUSED) from None
 
+    def prompt_text(self, messages: Sequence[Message], *, tools=None, documents=None) -> str:
+        """The messages and the opening of the assistant's turn, in the first form that the template takes.
+
+        Raises:
+            BadRow: it takes none.
+        """
+        first = None
+        for form in self.forms:
+            try:
+                real = [written(message, form) for message in messages]
+                return self.text(real, tools=tools, documents=documents, generate=True)
+            except BadRow as problem:
+                first = first or problem
+        raise first
+
     def layout(self, messages: Sequence[Message], *, tools=None, documents=None) -> Layout:
         """Render a conversation and find its parts.
 

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import os
 import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from . import hardware, rules, topology
+from . import hardware, rules, strategy_files, topology
 from .config import Resolved, resolve
-from .errors import EXIT_FAILED, EXIT_USER, NonFiniteError, Preempted, SaveError, UserError
+from .errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
 from .interrupts import STOP
-from .launcher import CPU_VARIABLES, LAUNCH_VARIABLE, default_output_dir
+from .launcher import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
 from .options import CommandLine, parse
+from .run_folder import LAUNCH_FOLDER
 from .topology import Topology
 
-# Sessions live until the process ends: after the process group has ended, torch 2.13 sometimes hangs where it takes
-# DistributedDataParallel apart.
+if TYPE_CHECKING:
+    from .session import Brought, Session
+
+# The last session of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
+# takes DistributedDataParallel apart.
 _KEPT: list[object] = []
 PATIENCE = 5.0  # seconds that a rank leaves to local rank 0 to say what is wrong
 
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train on this rank.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 the user's input is wrong, 75 preempted after a complete checkpoint.
+        The exit code: 0 done, 1 failed, 2 the user's input is wrong, 76 out of memory, 75 preempted after a complete checkpoint.
     """
     if (code := _last_word()) is not None:
         return code
@@ -76,7 +79,7 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
         work()
     except UserError as error:
         _say(error, place)
-        return _for_good(EXIT_USER)
+        return _for_good(EXIT_MEMORY if isinstance(error, OutOfMemory) else EXIT_USER)
     except NonFiniteError as error:
         _say(f"stopped before the optimizer used it: {error}", place)
         return _for_good(EXIT_FAILED)
@@ -110,10 +113,24 @@ def _train(line: CommandLine, place: Topology) -> None:
     STOP.listen()
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
-    output_dir = Path(config.output_dir or default_output_dir(line))
-    machine = hardware.probe()
+    if config.per_device_train_batch_size == "auto":
+        what = "a micro-batch of auto is decided by `manyrank train`"
+        raise UserError(what, where=resolved.where("per_device_train_batch_size"), fix="start it so, or give a number")
+    train(resolved, place, Path(config.output_dir or default_output_dir(line)))
+
+
+def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brought | None = None) -> Session:
+    """Check everything, bring the session up, and run it.
+
+    Returns:
+        The session, closed.
+
+    Raises:
+        UserError, NonFiniteError, SaveError, Preempted: see `main` for the exit codes they stand for.
+    """
+    config, machine = resolved.config, hardware.probe()
     _check_before_torch(resolved, place, machine, output_dir)
-    _before_imports(machine)
+    before_imports(machine)
     import torch
 
     from .session import open_session
@@ -122,36 +139,36 @@ def _train(line: CommandLine, place: Topology) -> None:
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
         raise UserError("there are GPUs that torch cannot use", where=f"torch {torch.__version__}", fix=fix)
 
-    bf16 = config.bf16 is True or (config.bf16 == "auto" and bool(machine.gpus) and machine.has_bf16)
-    session = open_session(config, place, output_dir=output_dir, bf16=bf16)
-    _KEPT.append(session)
+    bf16 = hardware.computes_in_bf16(config.bf16, machine)
+    session = open_session(config, place, output_dir=output_dir, bf16=bf16, brought=brought)
+    _KEPT[:] = [session] if place.world_size > 1 else []
     try:
         if config.dry_run:
             session.dry_run()
-            return
-        if place.is_main:
-            _write_launch(output_dir, resolved)
-        session.run()
+        else:
+            if place.is_main:
+                _write_launch(output_dir, resolved)
+            session.run()
     finally:
         session.close()
+    return session
 
 
 def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.Hardware, output_dir: Path) -> None:
-    strategy = resolved.config.strategy or topology.default_strategy(place.world_size)
-    rules.check(
-        rules.Situation(resolved, strategy, nproc=place.local_world_size, world_size=place.world_size, hardware=machine)
+    launched = strategy_files.from_environment()
+    named = resolved.config.strategy or (launched and launched.strategy)
+    situation = rules.Situation(
+        resolved,
+        named or topology.default_strategy(place.world_size),
+        nproc=place.local_world_size,
+        world_size=place.world_size,
+        hardware=machine,
+        output_dir=output_dir,
+        launched=launched,
     )
+    rules.check(situation, warn=place.is_main and LAUNCH_VARIABLE not in os.environ)
     if place.is_main and not topology.restarts():
         rules.check_output_dir(resolved.config, output_dir)
-
-
-def _before_imports(machine: hardware.Hardware) -> None:
-    """No telemetry, no remarks that every rank would repeat and nobody can act on, and no spinning threads."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package is not there
-    if not machine.gpus:
-        os.environ.setdefault("OMP_WAIT_POLICY", CPU_VARIABLES["OMP_WAIT_POLICY"])
 
 
 def _write_launch(output_dir: Path, resolved: Resolved) -> None:
@@ -162,8 +179,12 @@ def _write_launch(output_dir: Path, resolved: Resolved) -> None:
             f"cannot make {output_dir}: {error}", where="output_dir", fix="choose another --output_dir"
         ) from None
     (output_dir / "config.yaml").write_text(resolved.as_yaml(), encoding="utf-8")
-    launch = json.loads(os.environ.get(LAUNCH_VARIABLE) or json.dumps({"argv": sys.orig_argv}))
+    packed = os.environ.get(LAUNCH_VARIABLE)  # not there under a launcher that the user has called
+    launch = asdict(LaunchPlan.unpacked(packed)) if packed else {"argv": sys.orig_argv}
     (output_dir / "launch.json").write_text(json.dumps(launch, indent=1), encoding="utf-8")
+    if packed:
+        (output_dir / LAUNCH_FOLDER).mkdir(exist_ok=True)
+        (output_dir / LAUNCH_FOLDER / "plan.txt").write_text(LaunchPlan.unpacked(packed).text(), encoding="utf-8")
 
 
 def leave(code: int) -> NoReturn:

@@ -12,26 +12,26 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from . import checkpoint
-from .batches import Step, StepLoader
+from .batches import Ahead, Step, StepLoader
 from .callbacks import build_callbacks, training_arguments
 from .config import TrainConfig
 from .data import Examples
 from .errors import NonFiniteError, Preempted, UserError
 from .interrupts import STOP
-from .loss import token_loss_sum
-from .metrics import peak_memory
+from .loss import LossFunction, TokenLoss
+from .meter import Meter
 from .model import evaluation_mode
 from .non_finite import name_rows
-from .optim import advance, build_schedule
+from .optim import advance, build_schedule, total_steps
 from .runtime import Runtime
 from .saver import Saver
 from .watchdog import Heart, Watchdog
@@ -57,6 +57,8 @@ class Trainer:
     Args:
         output_dir: the run's folder; made when the training begins.
         run: the values that a resumed run must share with this one.
+        meter: measures the steps.
+        callbacks, loss: see `session.Brought`.
     """
 
     def __init__(
@@ -69,11 +71,18 @@ class Trainer:
         *,
         output_dir: Path,
         run: dict,
+        meter: Meter,
+        callbacks: Sequence[TrainerCallback] = (),
+        loss: LossFunction | None = None,
     ) -> None:
         self.config, self.runtime, self.tokenizer = config, runtime, tokenizer
-        self.output_dir = output_dir
+        self.output_dir, self.meter = output_dir, meter
+        self.has_own_callbacks = bool(config.callbacks or callbacks)
         accelerator = runtime.accelerator
         self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
+        self.token_loss = TokenLoss(
+            runtime.wrapped, runtime.model, fused="head" not in config.plain_parts, function=loss
+        )
         self.batch_size = config.batch(self.world)
         self.loader = self._loader(train, config.per_device_train_batch_size, self.batch_size, config.seed)
         eval_batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
@@ -86,10 +95,12 @@ class Trainer:
         )
         self.state, self.control = self._state(), TrainerControl()
         self.handler = CallbackHandler(
-            build_callbacks(config, output_dir), runtime.model, tokenizer, runtime.optimizer, self.schedule
+            [*build_callbacks(config, output_dir), *callbacks],
+            runtime.model,
+            tokenizer,
+            runtime.optimizer,
+            self.schedule,
         )
-        self.losses: list[float] = []  # since the last line of metrics, as are the next two
-        self.seen_tokens, self.seconds = 0, 0.0
         self.saver = Saver(runtime, output_dir, run=self.run, limit=config.save_total_limit)
         self.stopped = False  # whether the resumed run had come to its end
         self.heart: Heart | None = None
@@ -126,6 +137,7 @@ class Trainer:
             self.heart.beat(self.state.global_step + 1, phase)
 
     def _loop(self) -> None:
+        steps = Ahead(self.loader)
         self._event("on_train_begin")
         self.control.should_training_stop |= self.stopped
         while not self._is_over():
@@ -136,9 +148,10 @@ class Trainer:
             self._event("on_step_begin")
             started = time.perf_counter()
             self._in_phase("reading")
-            result = self.train_step(self.loader.step(number))
+            step = steps.step(number, last=self.total_steps - 1)
+            result = self.train_step(step)
             advance(self.schedule)
-            self.seconds += time.perf_counter() - started
+            self.meter.add(step, result.loss, time.perf_counter() - started)
             self._after_step(result)
             if result.stop_requested and not self._is_over():
                 self._save(must=True)
@@ -177,7 +190,7 @@ class Trainer:
             self._in_phase(f"forward and backward of micro-batch {index + 1}")
             with self.runtime.forward_backward(last=last):
                 micro = micro.to(self.device)
-                loss = token_loss_sum(self.runtime.wrapped, micro.inputs, micro.positions, micro.targets)
+                loss = self.token_loss(micro.inputs, micro.positions, micro.targets)
                 self.runtime.backward(loss * scale, last=last)
             losses.append(loss.detach())
         return losses
@@ -201,15 +214,14 @@ class Trainer:
                 step = self.eval_loader.step(number)
                 supervised += step.supervised
                 for micro in (micro.to(self.device) for micro in step.micro_batches):
-                    total += token_loss_sum(self.runtime.wrapped, micro.inputs, micro.positions, micro.targets)
+                    total += self.token_loss(micro.inputs, micro.positions, micro.targets)
         loss = self.runtime.sum(total).item() / supervised
-        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+        own = bool(self.token_loss.function)  # whose exponential is no perplexity
+        return {"eval_loss": loss} if own else {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
 
     # What happens around a step
 
     def _after_step(self, result: StepResult) -> None:
-        self.losses.append(result.loss)
-        self.seen_tokens += result.tokens
         self.state.global_step += 1
         self.state.num_input_tokens_seen += result.tokens
         self.state.epoch = self.state.global_step / self.loader.steps_per_epoch * self.loader.examples.report.needed
@@ -226,23 +238,21 @@ class Trainer:
     def _do_what_is_asked(self, result: StepResult) -> None:
         """Log, validate and save as the callbacks want it."""
         self._agree()
-        if self.control.should_log and self.losses:
+        if self.control.should_log and self.meter.window.losses:
             self._log(self._measured(result))
         if self.control.should_evaluate and self.eval_loader:
             self._evaluate_and_compare()
+        self._agree()  # a callback may ask for a save when it sees the metrics
         if self.control.should_save:
             self._save()
 
     def _measured(self, result: StepResult) -> dict[str, float]:
-        logs = {
-            "loss": sum(self.losses) / len(self.losses),
+        return {
+            "loss": self.meter.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": self.runtime.optimizer.param_groups[0]["lr"],
-            "tokens_per_second": round(self.seen_tokens / self.seconds, 1),
-            "memory_gib": round(peak_memory(self.device.type) / 2**30, 3),
+            **self.meter.rates(steps_left=self.total_steps - self.state.global_step),
         }
-        self.losses, self.seen_tokens, self.seconds = [], 0, 0.0
-        return logs
 
     def _log(self, logs: dict[str, float]) -> None:
         logs = {**logs, "epoch": round(self.state.epoch, 4)}
@@ -272,10 +282,12 @@ class Trainer:
     def _agree(self) -> None:
         """What one rank's callback asks for, all do: a user's callback may look at the clock."""
         self._in_phase("after the callbacks")
-        if self.config.callbacks:
+        if self.has_own_callbacks:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
             asked = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
             vars(self.control).update(zip(flags, (self.runtime.sum(asked) > 0).tolist()))
+        if self.control.should_epoch_stop:
+            raise UserError("a callback ends the epoch early", where="callbacks", fix="use should_training_stop")
 
     # Saving and resuming
 
@@ -291,7 +303,7 @@ class Trainer:
             "best_metric": self.state.best_metric,
             "best_global_step": self.state.best_global_step,
             "log_history": self.state.log_history,
-            "window": {"losses": self.losses, "seen_tokens": self.seen_tokens, "seconds": self.seconds},
+            "window": self.meter.state(),
             "callbacks": self._callback_states(),
             "stopped": self.control.should_training_stop and self.state.global_step < self.total_steps,
         }
@@ -315,7 +327,7 @@ class Trainer:
             if mine:
                 saved.remove(mine)
                 vars(callback).update(mine["attributes"])
-        vars(self).update(state.pop("window"))
+        self.meter.restore(state.pop("window"))
         self.stopped = state.pop("stopped")
         vars(self.state).update(state)
         if folder.parent.resolve() == self.output_dir.resolve():
@@ -332,7 +344,7 @@ class Trainer:
         micro = self.loader.step(0).micro_batches[0].to(self.device)
         with self.runtime.forward_backward(last=True):
             nothing = micro.positions[:0]
-            self.runtime.backward(token_loss_sum(self.runtime.wrapped, micro.inputs, nothing, nothing), last=True)
+            self.runtime.backward(self.token_loss(micro.inputs, nothing, nothing), last=True)
 
     # Pieces
 
@@ -384,8 +396,3 @@ class Trainer:
     def _non_finite(self, what: str, rows: list[tuple[str, int]]) -> NonFiniteError:
         number = self.state.global_step + 1
         return name_rows(what, rows, step=number, rank=self.runtime.accelerator.process_index, folder=self.output_dir)
-
-
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
-    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)

@@ -24,14 +24,14 @@ from .errors import EXIT_FAILED, UserError
 from .metrics import read_metrics
 from .options import Parser
 
-STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")
 METHODS = ("lora", "qlora", "full")
 LAUNCHERS = ("accelerate", "torchrun")
-SHARDED = ("fsdp", "zero3")
 EXPECTED = {
     "single": ("", ("NO",)),
     "ddp": ("DistributedDataParallel", ("MULTI_GPU", "MULTI_CPU")),
     "fsdp": ("FSDP", ("FSDP",)),
+    "hsdp": ("FSDP", ("FSDP",)),
     "zero2": ("DeepSpeedEngine", ("DEEPSPEED",)),
     "zero3": ("DeepSpeedEngine", ("DEEPSPEED",)),
 }
@@ -69,20 +69,40 @@ def cases(methods: Sequence[str], strategies: Sequence[str], launchers: Sequence
                 yield Case(strategy, method, via)
 
 
-def batch_arguments(config: TrainConfig, nproc: int, processes: int) -> list[str]:
-    """What gives a run of `processes` the global batch that the recipe has on `nproc`."""
-    accumulation = config.gradient_accumulation_steps
-    more = [f"--gradient_accumulation_steps={accumulation * nproc // processes}"] if accumulation else []
-    return [f"--global_batch_size={config.batch(nproc)}", *more]
+def processes(strategy: str, nproc: int) -> int:
+    """Processes of a case: hsdp has two copies of the model on this machine, each in shards."""
+    return {"single": 1, "hsdp": max(4, nproc // 2 * 2)}.get(strategy, nproc)
+
+
+def fitting(nproc: int, gpus: int) -> tuple[str, ...]:
+    """The strategies that a machine can run; on CPUs all."""
+    return tuple(name for name in STRATEGIES if not gpus or processes(name, nproc) <= max(nproc, gpus))
+
+
+def shards(strategy: str, nproc: int) -> int:
+    """How many of them share one copy of the base."""
+    return {"fsdp": nproc, "zero3": nproc, "hsdp": processes("hsdp", nproc) // 2}.get(strategy, 1)
+
+
+def mesh(strategy: str, nproc: int) -> list[int]:
+    """The mesh on which FSDP's parameters are to lie."""
+    each = shards(strategy, nproc)
+    return {"fsdp": [each], "hsdp": [2, each]}.get(strategy, [])
+
+
+def batch_arguments(config: TrainConfig, nproc: int) -> list[str]:
+    """What gives any number of processes the global batch that the recipe has on `nproc`."""
+    return [f"--global_batch_size={config.batch(nproc)}", "--gradient_accumulation_steps=none"]
 
 
 def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int, more: Sequence[str] = ()) -> Outcome:
     """Launch one case in `folder` with `more` arguments and read what it wrote."""
     output = folder / str(case).replace(" ", "-")
+    each = [f"--hsdp_shard_size={shards('hsdp', nproc)}"] if case.strategy == "hsdp" else []
     argv = [
         sys.executable, "-m", "manyrank.cli", "train", recipe, f"--method={case.method}", f"--strategy={case.strategy}",
-        f"--via={case.via}", f"--nproc={1 if case.strategy == 'single' else nproc}", f"--max_steps={steps}", "--logging_steps=1",
-        "--lora_dropout=0", f"--output_dir={output}", "--sample_questions=[]", "--report_to=none", *more,
+        f"--via={case.via}", f"--nproc={processes(case.strategy, nproc)}", f"--max_steps={steps}", "--logging_steps=1",
+        "--lora_dropout=0", f"--output_dir={output}", "--sample_questions=[]", "--report_to=none", *each, *more,
     ]  # fmt: skip
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:
@@ -116,9 +136,11 @@ def problems(case: Case, outcome: Outcome, single: Outcome, nproc: int) -> list[
         found.append(f"wrapped as {facts['wrapper']}")
     if facts["distributed_type"] not in types:
         found.append(f"came up as {facts['distributed_type']}")
-    if case.strategy != "single" and facts["world_size"] != nproc:
+    if facts["world_size"] != processes(case.strategy, nproc):
         found.append(f"{facts['world_size']} processes")
-    if case.strategy in SHARDED and max(facts["base_bytes_here"]) > SHARD_SLACK * facts["base_bytes"] / nproc:
+    if facts["mesh"] != mesh(case.strategy, nproc):
+        found.append(f"parameters on a mesh of {facts['mesh']}")
+    if max(facts["base_bytes_here"]) > SHARD_SLACK * facts["base_bytes"] / shards(case.strategy, nproc):
         found.append(f"a rank holds {share(facts):.0%} of the base")
     if outcome.saved_tensors != facts["trainable_tensors"]:
         found.append(f"saved {outcome.saved_tensors} of {facts['trainable_tensors']} tensors")
@@ -152,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="manyrank-verify-") as temporary:
         folder = Path(options.keep or temporary)
         for case in cases(options.methods, options.strategies, options.via):
-            batch = batch_arguments(recipe, options.nproc, 1 if case.strategy == "single" else options.nproc)
+            batch = batch_arguments(recipe, options.nproc)
             outcome = run(case, options.recipe, folder, nproc=options.nproc, steps=options.steps, more=batch)
             single = outcome if case.strategy == "single" else single
             bad = problems(case, outcome, single, options.nproc)
@@ -184,12 +206,13 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "recipe", nargs="?", default=str(asset("launch", "recipes", "verify.yaml")), help="your own recipe"
     )
+    gpus = len(hardware.probe().gpus)
     parser.add_argument(
-        "--nproc", type=int, default=len(hardware.probe().gpus) or 2, help="processes (default: GPUs, or 2)"
+        "--nproc", type=int, default=gpus or 2, help="processes (default: GPUs, or 2); hsdp: at least 4"
     )
     parser.add_argument("--steps", type=int, default=4, help="steps of each run (default: 4)")
     parser.add_argument("--methods", type=_among(METHODS), default=METHODS, help=",".join(METHODS))
-    parser.add_argument("--strategies", type=_among(STRATEGIES), default=STRATEGIES, help=",".join(STRATEGIES))
+    parser.add_argument("--strategies", type=_among(STRATEGIES), help=",".join(STRATEGIES))
     parser.add_argument("--via", type=_among(LAUNCHERS), default=LAUNCHERS, help=",".join(LAUNCHERS))
     parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there")
     options = parser.parse_args(argv)
@@ -199,6 +222,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             "verify compares several processes with one", where="--nproc", fix="needs at least 2 GPUs, or CPUs"
         )
+    if not options.strategies:
+        options.strategies = fitting(options.nproc, gpus)
+        for name in set(STRATEGIES) - set(options.strategies):
+            print(f"left out: {name}, which needs {processes(name, options.nproc)} GPUs")
     return options
 
 

@@ -1,7 +1,7 @@
 """Signs of life of every rank, and a watch on each machine that names the rank which gives none.
 
     OUTPUT_DIR/logs/heartbeats/rank-00001.json      where the rank is: step, phase, time; written over at each change
-    OUTPUT_DIR/logs/heartbeats/stacks-00001.txt     its Python stacks, when it or another rank hangs
+    OUTPUT_DIR/logs/heartbeats/stacks-00001.txt     its main thread's Python stack, when it or another rank hangs
 
 A rank that hangs makes all others wait for it in a collective. All give the same signs in the same order, so the one that
 has given the fewest is the culprit.
@@ -41,7 +41,7 @@ class Beat:
 
 
 class Heart:
-    """This rank's sign of life. On SIGUSR2 the process writes its stacks."""
+    """This rank's sign of life. On SIGUSR2 the process writes its main thread's stack."""
 
     def __init__(self, output_dir: Path, rank: int) -> None:
         self.folder, self.rank, self.host = output_dir / "logs" / "heartbeats", rank, socket.gethostname()
@@ -49,7 +49,9 @@ class Heart:
         self.file = os.open(self.folder / f"rank-{rank:05d}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.stacks = (self.folder / f"stacks-{rank:05d}.txt").open("a")
         self.count = 0
-        faulthandler.register(signal.SIGUSR2, file=self.stacks, all_threads=True)
+        # Of the main thread alone: the handler runs without the GIL, and reading a thread that just ends is a crash
+        # (seen with Python 3.11).
+        faulthandler.register(signal.SIGUSR2, file=self.stacks, all_threads=False)
 
     def beat(self, step: int, phase: str) -> None:
         self.count += 1

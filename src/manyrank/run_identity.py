@@ -1,0 +1,83 @@
+"""What makes a run the one that it is: the values that a resumed run must share with its checkpoint. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import run_folder
+from .config import FIELDS, TrainConfig
+from .errors import UserError
+
+# What shapes the result; a resumed run must not differ in it.
+IDENTITY = (
+    "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length",
+    "packing", "chat_template_kwargs", "train_on_last_turn", "train_on_prompt", "train_on_opening", "thinking", "stop_tokens",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "seed",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)  # fmt: skip
+# What a run's identity calls otherwise than the recipe does.
+CALLED = {
+    "per_device_train_batch_size": ("batch_per_process",),
+    "gradient_accumulation_steps": ("batch_per_process",),
+    "data_path": ("data", "examples", "tokens"),
+    "model_name_or_path": ("model",),
+    "num_train_epochs": ("total_steps",),
+    "max_steps": ("total_steps",),
+}
+FIXED = ("method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
+
+
+def identity(config: TrainConfig, **facts: object) -> dict:
+    """What must be the same when the run is resumed."""
+    return {key: getattr(config, key) for key in IDENTITY} | facts
+
+
+def batch_per_process(config: TrainConfig) -> int | None:
+    """Examples of one process in a step, where that is what the recipe says."""
+    if config.global_batch_size:
+        return None
+    return config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
+
+
+def early_changes(folder: Path, config: TrainConfig, *, bf16: bool) -> list[str]:
+    """What a resume would change and may not, as far as the recipe alone tells, as 'key: before -> now'."""
+    batch = {"batch_per_process": batch_per_process(config), "global_batch_size": config.global_batch_size}
+    run = identity(config, bf16=bf16, **{key: value for key, value in batch.items() if value})
+    return run_folder.changes(folder, run, allowed=allowed_names(config.resume_changes))
+
+
+def allowed_names(keys: list[str]) -> set[str]:
+    """What a run's identity calls the keys that may differ."""
+    return {name for key in keys for name in CALLED.get(key, (key,))}
+
+
+def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
+    """Compare a run with the checkpoint that it goes on from.
+
+    Args:
+        allowed: keys of the recipe that may differ.
+
+    Returns:
+        What differs and is allowed to, as 'key: before -> now'.
+
+    Raises:
+        UserError: something else differs, or a key cannot be allowed.
+    """
+    names = allowed_names(allowed)
+    for key in allowed:
+        if key not in FIELDS or not set(CALLED.get(key, (key,))) <= run.keys():
+            known = sorted({*IDENTITY, *CALLED, "global_batch_size", "bf16"} - set(FIXED))
+            raise UserError(f"{key} is nothing that a resume compares", where="resume_changes", fix=f"known: {known}")
+        if key in FIXED:
+            fix = "start a new run"
+            raise UserError(f"{key} cannot change: it shapes the saved state", where="resume_changes", fix=fix)
+    if changed := run_folder.changes(folder, run, allowed=names):
+        raise UserError(
+            f"the resumed run would not be the same: {'; '.join(changed)}",
+            where=str(folder),
+            fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
+        )
+    return run_folder.changes(folder, run, allowed=run.keys() - names)
