@@ -69,6 +69,8 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_left_alone(sampling, embe
     while not partial.exists() or partial.read_bytes().count(b"\n") < 4:
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
+    with pytest.raises(UserError, match="another process is writing"):
+        generate(embedded_model, DATA, out, *options)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
@@ -172,6 +174,23 @@ def test_what_was_begun_otherwise_is_not_continued(tmp_path):
     (tmp_path / "out.jsonl.partial").write_text('{"row": 1}\n')
     with pytest.raises(UserError, match="not a file that this command began"):
         AnswerFile(out, {"seed": 1})
+
+
+def test_one_writes_at_a_time(tmp_path):
+    out = tmp_path / "out.jsonl"
+    one = AnswerFile(out, {"seed": 1})
+    one.add([{"row": 1}])
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="another process is writing"):
+            AnswerFile(out, {"seed": 2}, overwrite=overwrite)
+    one.add([{"row": 2}])
+    one.finish()
+    assert rows(out) == [{"row": 1}, {"row": 2}]
+    with pytest.raises(UserError, match="is there already"):
+        AnswerFile(out, {"seed": 1})
+    AnswerFile(out, {"seed": 1}, overwrite=True).close()
+    again = AnswerFile(out, {"seed": 1}, overwrite=True)  # the lock ended with the one that held it
+    assert again.done == set()
 
 
 # Prompts

@@ -4,15 +4,18 @@ OUTPUT.partial    {"settings": {...}}        first line: what must be the same t
                   {"row": 7, ...}            rows in the order in which they were answered
                   {"row": 3, ...             half a line of a killed run: dropped
      └── all rows are there ──> OUTPUT       the rows in the order of the input, without the first line
+
+Whoever writes OUTPUT.partial holds a lock on it, which ends with the process, whatever ends that.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import UserError
 from .run_folder import sync
@@ -29,40 +32,57 @@ class AnswerFile:
         done: the rows that are answered.
 
     Raises:
-        UserError: OUTPUT is there, or what was begun had other settings.
+        UserError: OUTPUT is there, what was begun had other settings, or another process writes it.
         OSError: it cannot be written.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         self.output, self.partial = output, partial_of(output)
-        check_output(output, overwrite=overwrite)
+        self._file = self._mine(overwrite=overwrite)
         try:
-            self.done = self._read(settings)
-        except UserError:
-            if not overwrite:
-                raise
-            self.partial.unlink()
-            self.done = set()
-        self._file = self.partial.open("ab")
-        if not self._file.tell():
-            self._write([{"settings": settings}])
+            self.done = self._read(settings, overwrite=overwrite)
+            if not self.partial.stat().st_size:
+                self._write([{"settings": settings}])
+        except BaseException:
+            self.close()
+            raise
 
-    def _read(self, settings: dict[str, Any]) -> set[int]:
+    def _mine(self, *, overwrite: bool) -> BinaryIO:
+        """The file, to read and to append, for this process alone."""
+        while True:
+            check_output(self.output, overwrite=overwrite)
+            file = self.partial.open("a+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                what = f"another process is writing {self.partial}"
+                raise UserError(what, where="OUTPUT", fix="wait for it, end it, or choose another name") from None
+            except OSError:  # a file system without locks
+                return file
+            if self.partial.exists() and os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
+                return file
+            file.close()  # another process has finished meanwhile
+
+    def _read(self, settings: dict[str, Any], *, overwrite: bool) -> set[int]:
         """The rows of an earlier run; what follows the last whole line is cut off."""
-        if not self.partial.exists():
-            return set()
         end, rows = 0, set()
-        with self.partial.open("r+b") as file:
-            for line in file:
-                entry = _whole(line)
-                if entry is None:
-                    break
-                if end == 0:
+        self._file.seek(0)
+        for line in self._file:
+            entry = _whole(line)
+            if entry is None:
+                break
+            if end == 0:
+                try:
                     self._compare(entry.get("settings"), settings)
-                else:
-                    rows.add(entry["row"])
-                end += len(line)
-            file.truncate(end)
+                except UserError:
+                    if not overwrite:
+                        raise
+                    break
+            else:
+                rows.add(entry["row"])
+            end += len(line)
+        self._file.truncate(end)
         return rows
 
     def _compare(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
@@ -88,7 +108,6 @@ class AnswerFile:
 
     def finish(self) -> None:
         """Give the rows their order and the file its name."""
-        self._file.close()
         with self.partial.open("rb") as file:
             next(file)
             lines = sorted(file, key=lambda line: json.loads(line)["row"])
@@ -101,6 +120,7 @@ class AnswerFile:
         finally:
             whole.unlink(missing_ok=True)
         self.partial.unlink()
+        self.close()
 
     def close(self) -> None:
         self._file.close()
