@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import struct
 import subprocess
@@ -143,17 +144,38 @@ def test_one_rank_talks(stopped):
     assert (stop.stdout + stop.stderr).count("'loss': ") == 3 and stop.stdout.count("training data: ") == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
-def test_mlflow_has_the_run(embedded_model, tmp_path):
+needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+
+
+@needs_mlflow
+def test_mlflow_has_the_run_and_a_resumed_one_goes_on_with_it(embedded_model, tmp_path):
     import mlflow
 
-    store = (tmp_path / "mlruns").as_uri()
-    run = launch(tmp_path / "run", "--max_steps=2", "--report_to=mlflow", "--run_name=mine", MLFLOW_TRACKING_URI=store)
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    env = {
+        "MLFLOW_TRACKING_URI": store,
+        "MLFLOW_EXPERIMENT_NAME": "tests",
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+    }
+    given = ("--max_steps=5", "--report_to=mlflow", "--run_name=mine")
+    stop = launch(tmp_path / "run", *given, "--strategy=ddp", "--nproc=2", "--callbacks=stopper:Stop", **env)
+    assert stop.code == 75, stop.stderr
+    run = launch(tmp_path / "run", *given, "--strategy=single", "--resume_from_checkpoint=auto", **env)
     assert run.code == 0, run.stderr
     client = mlflow.MlflowClient(store)
-    (found,) = client.search_runs(["0"])
-    assert found.info.run_name == "mine"
-    assert [point.value for point in client.get_metric_history(found.info.run_id, "loss")] == run.metrics()
+    (found,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    assert (found.info.run_name, found.info.status) == ("mine", "FINISHED")
+    assert found.info.run_id == (run.folder / "logs" / trackers.MLFLOW_ID).read_text().strip()
+    history = client.get_metric_history(found.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == list(enumerate(run.metrics(), 1)) and len(history) == 5
+    assert set(RATES) <= found.data.metrics.keys() and float(found.data.params["learning_rate"]) == 1e-3
+    # What it cannot go on with is told, and not replaced by another one.
+    env["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/other.db"
+    lost = launch(
+        tmp_path / "run", *given, "--strategy=single", f"--resume_from_checkpoint={run.folder / 'checkpoint-3'}", **env
+    )
+    assert lost.code == 2 and f"error: MLflow cannot go on with run {found.info.run_id}" in lost.stderr, lost.stderr
 
 
 @pytest.mark.parametrize(
@@ -331,6 +353,31 @@ def test_what_a_killed_run_left_of_a_line_is_left_out(tmp_path):
     assert dom.figures["figures"] == ["3", "1.5"] and "runs still, or was killed" in dom.texts["figures"]
     assert page.count("is damaged, and not shown") == 2  # neither ends the report
     assert read_run(folder).unread == ("logs/data.json", "logs/samples.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("data", '{"parts": [{}]}'), ("data", '{"parts": 3}'), ("data", '{"readings": [{"sources": [1]}]}'),
+        ("data", '{"parts": [{"name": "training", "lengths": {}, "examples": "many"}]}'),
+        ("samples", "[1]"), ("memory", '{"parts": [1]}'),
+    ],
+)  # fmt: skip
+def test_json_that_is_not_what_a_training_writes(name, text, tmp_path):
+    folder = made_run(tmp_path / "run", line(1, loss=2.0), **{name: text})
+    page = report.make(folder).read_text()
+    assert page.count(f"logs/{name}.json is damaged, and not shown") == page.count("is damaged") == 1
+    assert Page(page).figures["figures"] == ["1", "2.0"] and "<h2>Data" not in page and "<h2>Samples" not in page
+
+
+def test_a_history_and_a_launch_that_are_not_what_a_training_writes(tmp_path):
+    folder = made_run(tmp_path / "run", line(1, loss=2.0))
+    (folder / "launch.json").write_text('{"nodes": 3, "argv": "x", "env": []}')
+    odd = [{"processes": "two"}, {"total_steps": "9"}, {"time": 1e300}]
+    for entry in odd:
+        (folder / "logs" / "history.jsonl").write_text(json.dumps({"event": "started", "step": 1, **entry}) + "\n")
+        assert "2.0" in Page(report.make(folder).read_text()).figures["figures"]
+    assert "logs/history.jsonl is damaged" in (folder / "report.html").read_text()
 
 
 def test_a_run_that_logged_nothing(tmp_path):

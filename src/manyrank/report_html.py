@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 
 from . import report_parts as parts
 from .pages import document
 from .run_record import RunRecord
 from .svg import STYLE, Chart, chart_html
-from .tables import histogram, one_line, table_html, visible
+from .tables import Table, histogram, one_line, table_html, visible
 
 MORE = """
 details { margin: 0 0 1rem; } summary { cursor: pointer; color: var(--soft); margin: 0 0 .75rem; }
@@ -42,18 +42,39 @@ def _run(run: RunRecord) -> Iterator[str]:
     yield table_html(parts.figures(run))
     yield from _unread(run)
     yield from _charts(parts.charts(run))
-    if table := parts.memory(run):
+    yield from _of(run, "logs/memory.json", lambda: _tables(parts.memory(run)))
+    yield from _of(run, "logs/samples.json", lambda: _samples(run))
+    yield from _of(run, "logs/data.json", lambda: _data(run))
+    yield "<h2>The run</h2>"
+    yield from _of(run, "logs/history.jsonl", lambda: _tables(parts.history(run)))
+    yield from _tables(parts.versions(run))
+    yield from _launch(run)
+    yield from _config(run)
+
+
+def _of(run: RunRecord, name: str, shown: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """What is shown of a file; or, where it is JSON but has other things in it than a training writes, that it is damaged."""
+    try:
+        yield from list(shown())
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError):
+        yield _damaged(run, name)
+
+
+def _tables(table: Table | None) -> Iterator[str]:
+    if table:
         yield table_html(table)
+
+
+def _samples(run: RunRecord) -> Iterator[str]:
     if run.samples:
         yield "<h2>Samples before and after</h2>"
         yield from map(_sample, run.samples)
+
+
+def _data(run: RunRecord) -> Iterator[str]:
     if run.data:
         yield "<h2>Data</h2>"
         yield from (table_html(table, histogram(bars) if bars else "") for table, bars in parts.data_tables(run))
-    yield "<h2>The run</h2>"
-    yield from map(table_html, filter(None, (parts.history(run), parts.versions(run))))
-    yield from _launch(run)
-    yield from _config(run)
 
 
 def _charts(charts: Iterator[Chart]) -> Iterator[str]:
@@ -65,8 +86,11 @@ def _charts(charts: Iterator[Chart]) -> Iterator[str]:
 
 
 def _unread(run: RunRecord) -> Iterator[str]:
-    for name in run.unread:
-        yield f'<p class="card warning">{escape(one_line(str(run.folder / name)))} is damaged, and not shown.</p>'
+    yield from (_damaged(run, name) for name in run.unread)
+
+
+def _damaged(run: RunRecord, name: str) -> str:
+    return f'<p class="card warning">{escape(one_line(str(run.folder / name)))} is damaged, and not shown.</p>'
 
 
 def _sample(entry: dict) -> str:

@@ -120,7 +120,7 @@ def read_run(folder: Path) -> RunRecord:
         folder,
         config=_config(files.text("config.yaml")),
         lines=[line for line in lines if _is_number(line.get("step"))],
-        history=[entry for entry in metrics.read_history(folder) if _is_number(entry.get("step"))],
+        history=[entry for entry in metrics.read_history(folder) if _is_entry(entry)],
         **{name: files.json(f"logs/{name}.json", {}) for name in ("data", "memory", "versions")},
         samples=files.json("logs/samples.json", []),
         command=_command(launch),
@@ -160,9 +160,18 @@ def _config(text: str) -> dict[str, tuple[str, str]]:
 
 def _command(launch: dict) -> str:
     """Of machine 0, as a shell takes it."""
-    argv = (launch.get("nodes") or [launch.get("argv") or []])[0]
-    variables = "".join(f"{key}={shlex.quote(str(value))} \\\n" for key, value in launch.get("env", {}).items())
+    nodes, env = launch.get("nodes"), launch.get("env")
+    argv = nodes[0] if isinstance(nodes, list) and nodes else launch.get("argv")
+    if not isinstance(argv, list):
+        return ""
+    env = env.items() if isinstance(env, dict) else ()
+    variables = "".join(f"{key}={shlex.quote(str(value))} \\\n" for key, value in env)
     return variables + shlex.join(map(str, argv)) if argv else ""
+
+
+def _is_entry(entry: dict) -> bool:
+    """A line of the history as a training writes it."""
+    return _is_number(entry.get("step")) and all(_is_number(entry.get(key, 0)) for key in ("total_steps", "processes"))
 
 
 def _is_number(value: object) -> bool:
