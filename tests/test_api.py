@@ -1,6 +1,8 @@
 """The Python API: it does what the command line does, and takes a script's own model, loss and callbacks."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, launch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from tokenizers.normalizers import Lowercase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 
 from manyrank import SFTConfig, SFTDataset, SFTTrainer, UserError, load_model
 from manyrank.metrics import read_metrics
@@ -65,6 +68,7 @@ def test_training_is_the_command_line_s(tmp_path, embedded_model):
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert result.global_step == 3 and result.metrics["loss"] == result.history[-1]["loss"]
     assert result.final_model.is_dir() and (result.folder / "checkpoint-3").is_dir()
+    assert not (result.folder / "tokenizer").exists()  # it is the base's
     assert "SFTConfig, lora_r" in (result.folder / "config.yaml").read_text()
     model, tokenizer = load_model(str(result.final_model), dtype="float32")
     assert model.active_adapter == "default" and tokenizer.chat_template
@@ -108,6 +112,48 @@ def test_a_model_a_tokenizer_callbacks_and_a_loss_of_one_s_own(tmp_path, embedde
     with pytest.raises(UserError, match=r"loss: .*smoothed -> None"):
         SFTTrainer(config(tmp_path / "other", resume_from_checkpoint=str(tmp_path / "loss" / "checkpoint-2"))).train()
     assert (torch.float32, True) in seen and other.history[0]["loss"] > plain.history[0]["loss"] + 0.1
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_checkpoints_are_used_with_the_tokenizer_of_their_run(method, tmp_path, embedded_model):
+    base = AutoTokenizer.from_pretrained(embedded_model)
+    base.backend_tokenizer.normalizer = Lowercase()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base.backend_tokenizer, eos_token=base.eos_token, pad_token=base.pad_token,
+        chat_template="{{ 'Mind. ' }}" + base.chat_template,
+    )  # fmt: skip
+    own = SFTTrainer(config(tmp_path / "own", method=method, save_steps=2), tokenizer=tokenizer).train()
+    asked = [{"role": "user", "content": "What IS the mean?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    for name in ("own", "own/checkpoint-2", "own/final_model"):
+        used = load_model(str(tmp_path / name))[1]
+        assert used.apply_chat_template(asked, add_generation_prompt=True)["input_ids"] == ids, name
+    shutil.rmtree(own.final_model)
+    assert load_model(str(own.folder))[1].chat_template == tokenizer.chat_template
+
+
+def test_a_checkpoint_is_evaluated_with_the_tokenizer_of_its_run(tmp_path, embedded_model):
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model)
+    tokenizer.chat_template = "{{ 'Mind. ' }}" + tokenizer.chat_template
+    SFTTrainer(config(tmp_path / "own", save_steps=3), tokenizer=tokenizer).train()
+    shutil.copytree(tmp_path / "own" / "checkpoint-3", tmp_path / "alone")  # nothing tells of its run
+    losses = {}
+    for name in ("own/checkpoint-3", "own/final_model", "alone"):
+        argv = [
+            sys.executable,
+            "-m",
+            "manyrank.cli",
+            "evaluate",
+            str(tmp_path / name),
+            "--metrics=loss",
+            f"--data={DATA}",
+        ]
+        argv += ["--max-rows=8", "--no-base", "--dtype=float32", f"--output={tmp_path / 'evaluation' / name}"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "evaluation" / name / "eval_results.json").read_text())
+        losses[name] = found["models"][str(tmp_path / name)]["metrics"]["loss"]["mean"]
+    assert losses["own/checkpoint-3"] == losses["own/final_model"] != losses["alone"]
 
 
 def test_paths_in_lists_and_an_epoch_that_a_callback_ends(tmp_path, embedded_model):

@@ -1,5 +1,6 @@
 """Whatever goes wrong with a save or a checkpoint: the next start has a complete one, and ends as if nothing had been."""
 
+import contextlib
 import json
 import os
 import random
@@ -169,6 +170,23 @@ def test_a_folder_that_can_only_be_read(small_disk, embedded_model):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     run = launch(disk / "run", "--max_steps=2")
     assert run.code == 2 and "cannot be written to" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_disk_that_is_full_before_the_first_step(small_disk, tmp_path, embedded_model):
+    """Whichever file of the start finds no room: config.yaml, what is in logs/, a heartbeat."""
+    disk = small_disk("1m")
+    with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    for pages in (0, 1, 3, 5):  # that are free
+        os.truncate(disk / "filler", (disk / "filler").stat().st_size // 4096 * 4096 - 4096 * pages)
+        run = launch(disk / "run", "--max_steps=2", "--strategy=single")
+        assert run.code == 2 and "Traceback" not in run.stderr, (pages, run.stderr)
+        assert "error: cannot write" in run.stderr and f"where: output_dir {disk / 'run'}" in run.stderr, pages
+        shutil.rmtree(disk / "run", ignore_errors=True)
+        with (disk / "filler").open("ab", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
 
 
 # Checkpoints

@@ -36,10 +36,15 @@ class Artifact:
     run: Path | None = None
 
     @property
+    def own_tokenizer(self) -> str | None:
+        """Where a tokenizer of its own is: with the model or the adapter, or in its run; None: it has the base's."""
+        places = [self.adapter or Path(self.base), *([self.run / run_folder.TOKENIZER] if self.run else [])]
+        return next((str(place) for place in places if (place / "tokenizer_config.json").is_file()), None)
+
+    @property
     def tokenizer(self) -> str:
-        """Where the tokenizer is: with the adapter, where that has one."""
-        has_one = self.adapter and (self.adapter / "tokenizer_config.json").is_file()
-        return str(self.adapter) if has_one else self.base
+        """Where the tokenizer is."""
+        return self.own_tokenizer or self.base
 
 
 def find(name: str, *, base: str | None = None) -> Artifact:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -132,10 +131,10 @@ def tokenizer_of(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of an artifact, which pads on the left.
 
-    Checkpoints have none: theirs is the base's, with the chat template of the run's recipe.
+    Checkpoints have none: theirs is that of their run, else the base's with the chat template of the run's recipe.
     """
-    name, own = found.tokenizer, found.adapter or Path(found.base)
-    recipe = None if (own / "tokenizer_config.json").is_file() else recipe_of(found)
+    name = found.tokenizer
+    recipe = None if found.own_tokenizer else recipe_of(found)
     if recipe:
         name = found.base if found.adapter else recipe.model_name_or_path
         chat_template = chat_template or recipe.chat_template

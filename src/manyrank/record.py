@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__, metrics, report
 from .config import TrainConfig
@@ -15,8 +17,12 @@ from .data import Examples, write_quarantine
 from .doctor_probe import software
 from .errors import Preempted, UserError
 from .hardware import probe
+from .run_folder import TOKENIZER
 from .runtime import Facts
 from .survey import of_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def write_facts(
@@ -32,6 +38,14 @@ def write_facts(
     data = of_run(config, train, evaluation)
     (logs / "data.json").write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
     (logs / "versions.json").write_text(json.dumps(_versions(), indent=1))
+
+
+def write_tokenizer(own: PreTrainedTokenizerBase | None, output_dir: Path) -> None:
+    """Keep a tokenizer that is not the base's, so that checkpoints are used with it; None: it is the base's."""
+    folder = output_dir / TOKENIZER
+    shutil.rmtree(folder, ignore_errors=True)  # of the run that this one goes on with
+    if own:
+        own.save_pretrained(folder)
 
 
 def _versions() -> dict[str, str]:

@@ -4,6 +4,7 @@
     checkpoint-100/            complete: every file has the size and hash that manifest.json says
     checkpoint-50.removed/     being removed
     SAVE_NOW                   a wish of the user: save at the next step
+    tokenizer/                 of a run whose tokenizer is not its base's, since a script has brought it
     launch/                    the plan of the launch, and the job's file; a folder with nothing else is a new run's
 
 A killed save leaves only what the next start removes, or what it can finish: a sealed folder that is not renamed yet.
@@ -11,6 +12,7 @@ A killed save leaves only what the next start removes, or what it can finish: a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +25,7 @@ from pathlib import Path
 from .errors import UserError
 
 NAME = re.compile(r"checkpoint-(\d+)")
-MANIFEST, SAVE_NOW, LAUNCH_FOLDER = "manifest.json", "SAVE_NOW", "launch"
+MANIFEST, SAVE_NOW, LAUNCH_FOLDER, TOKENIZER = "manifest.json", "SAVE_NOW", "launch", "tokenizer"
 PARTIAL, REMOVED = ".partial", ".removed"
 NEEDED = ("run.json", "trainer_state.json")
 LEFTOVER = re.compile(rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.escape(REMOVED)})")
@@ -137,6 +139,21 @@ def _rename_to_final(partial: Path) -> Path:
     partial.rename(final)
     sync(final.parent)
     return final
+
+
+@contextlib.contextmanager
+def writable(output_dir: Path) -> Iterator[None]:
+    """What a run writes before its first step: a full disk, or one that can only be read, is the user's to mend.
+
+    Raises:
+        UserError: something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot write {error.filename or 'the files of the run'}: {error.strerror or error}"
+        fix = "make room there, or choose another --output_dir"
+        raise UserError(what, where=f"output_dir {output_dir}", fix=fix) from None
 
 
 def write(file: Path, text: str) -> None:

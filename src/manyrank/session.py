@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from . import checkpoint, metrics, record, strategy, trackers
+from . import checkpoint, metrics, record, run_folder, strategy, trackers
 from .batches import trial
 from .config import TrainConfig
 from .data import Examples, prepare, render_options
@@ -73,6 +73,7 @@ class Session:
     output_dir: Path
     start: Start
     setup: Setup | None
+    own_tokenizer: bool  # a script has brought it
     give_back: Callable[[], None]  # what a script has brought, as it was
 
     @property
@@ -197,7 +198,8 @@ class Session:
             return [entry["before"] for entry in kept]
         found = self._answers()
         if main and found:
-            metrics.write_samples(self.output_dir, questions, found)
+            with record.beside_the_point():
+                metrics.write_samples(self.output_dir, questions, found)
         return found
 
     def _answers(self) -> list[str]:
@@ -217,9 +219,11 @@ class Session:
         facts = self.runtime.facts()
         if self.accelerator.is_main_process:
             evaluation = self.trainer.eval_loader and self.trainer.eval_loader.examples
-            record.write_facts(self.config, self.output_dir, facts, self.trainer.loader.examples, evaluation)
-            trackers.continue_run(self.config, self.output_dir)
-            metrics.rewind(self.output_dir, self.trainer.state.global_step)
+            with run_folder.writable(self.output_dir):
+                record.write_tokenizer(self.tokenizer if self.own_tokenizer else None, self.output_dir)
+                record.write_facts(self.config, self.output_dir, facts, self.trainer.loader.examples, evaluation)
+                trackers.continue_run(self.config, self.output_dir)
+                metrics.rewind(self.output_dir, self.trainer.state.global_step)
         return facts
 
 
@@ -280,7 +284,8 @@ def open_session(
             f"packing: {config.packing}; {trainer.loader.imbalance():.1%} between the longest rank and the mean",
             flush=True,
         )
-    return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, give_back)
+    own_tokenizer = brought.tokenizer is not None
+    return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, own_tokenizer, give_back)
 
 
 def _foreseen(

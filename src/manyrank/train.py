@@ -20,7 +20,7 @@ from .errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMe
 from .interrupts import STOP
 from .launcher import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
 from .options import CommandLine, parse
-from .run_folder import LAUNCH_FOLDER
+from .run_folder import LAUNCH_FOLDER, writable
 from .topology import Topology
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brough
             session.dry_run()
         else:
             if place.is_main:
-                _write_launch(output_dir, resolved)
+                with writable(output_dir):
+                    _write_launch(output_dir, resolved)
             session.run()
     finally:
         session.close()
@@ -172,12 +173,7 @@ def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.H
 
 
 def _write_launch(output_dir: Path, resolved: Resolved) -> None:
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make {output_dir}: {error}", where="output_dir", fix="choose another --output_dir"
-        ) from None
+    output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(resolved.as_yaml(), encoding="utf-8")
     packed = os.environ.get(LAUNCH_VARIABLE)  # not there under a launcher that the user has called
     launch = asdict(LaunchPlan.unpacked(packed)) if packed else {"argv": sys.orig_argv}

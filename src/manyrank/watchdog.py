@@ -23,6 +23,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .run_folder import writable
+
 WIDTH = 512  # bytes of a heartbeat, so that one write replaces all of the one before
 DONE = "done"
 
@@ -41,13 +43,19 @@ class Beat:
 
 
 class Heart:
-    """This rank's sign of life. On SIGUSR2 the process writes its main thread's stack."""
+    """This rank's sign of life. On SIGUSR2 the process writes its main thread's stack.
+
+    Raises:
+        UserError: there is no room for it.
+    """
 
     def __init__(self, output_dir: Path, rank: int) -> None:
         self.folder, self.rank, self.host = output_dir / "logs" / "heartbeats", rank, socket.gethostname()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = os.open(self.folder / f"rank-{rank:05d}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self.stacks = (self.folder / f"stacks-{rank:05d}.txt").open("a")
+        with writable(output_dir):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = os.open(self.folder / f"rank-{rank:05d}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            self.stacks = (self.folder / f"stacks-{rank:05d}.txt").open("a")
+            os.posix_fallocate(self.file, 0, WIDTH)  # a disk that is full later changes nothing
         self.count = 0
         # Of the main thread alone: the handler runs without the GIL, and reading a thread that just ends is a crash
         # (seen with Python 3.11).
