@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from manyrank.dedup import MinHash, digest, same_text
 from manyrank.errors import UserError
-from manyrank.filters import FILTERS, Item, find, last_number
+from manyrank.filters import FILTERS, Item, find
 from manyrank.formats import BadRow
+from manyrank.numeric import number
 from manyrank.stages import Stage, build
 
 ROW = {
@@ -88,22 +89,22 @@ def test_a_training_row_has_the_fields_that_are_asked_for():
 
 
 @pytest.mark.parametrize(
-    "text, number",
+    "text, value",
     [
-        ("#### 18", 18), ("A: 18", 18), ("A: 18.0", 18), ("so 1 and 2", 2), ("= 1,234,567.50", Decimal("1234567.5")),
+        ("#### 18", 18), ("#### 18 apples in 3 bags", 18), ("1 #### 2 #### 3", 3), ("-$4", -4), ("US$-4", -4), ("A: 18", 18), ("A: 18.0", 18), ("so 1 and 2", 2), ("= 1,234,567.50", Decimal("1234567.5")),
         ("it is -3", -3), ("10-3", 3), ("(5)-3", 3), ("$-4", -4), ("\u22125", -5), ("18.", 18), ("18%", 18), (".5", Decimal("0.5")),
         ("-.5", Decimal("-0.5")), ("1e3", 1000), ("2,3", 3), ("1234,567", 567), ("x2", 2), ("v1.2.3", Decimal(".3")),
         ("none", None), ("", None), ("٣", None),
     ],
 )  # fmt: skip
-def test_the_last_number(text, number):
-    assert last_number(text) == number
+def test_the_number_that_a_text_ends_in(text, value):
+    assert number(text) == value
 
 
 @given(st.decimals(-(10**9), 10**9, allow_nan=False, places=3))
-def test_numbers_are_found_as_they_are_written(number):
-    assert last_number(f"first 5, then {number}.") == number
-    assert last_number(f"that is ${number:,}") == number
+def test_numbers_are_found_as_they_are_written(value):
+    assert number(f"first 5, then {value}.") == value
+    assert number(f"that is ${value:,}") == value
 
 
 @pytest.mark.parametrize(
@@ -368,8 +369,8 @@ def test_no_more_rows_are_taken_than_are_in_work():
     taken = []
 
     def rows():
-        for number in range(100):
-            taken.append(number)
+        for at in range(100):
+            taken.append(at)
             yield Item("", {"code": ""})
 
     items = stage({"command": RUN}, workers=2).run(rows(), fail)

@@ -5,7 +5,8 @@ from decimal import Decimal
 import pytest
 
 from manyrank.errors import UserError
-from manyrank.scores import choice, exact, f1, letter, normal_text, normalised, number, numeric, row_scores, scored
+from manyrank.numeric import number
+from manyrank.scores import choice, exact, f1, letter, normal_text, normalised, numeric, row_scores, scored
 
 
 @pytest.mark.parametrize(

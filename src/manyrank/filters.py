@@ -20,7 +20,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .dedup import MinHash, digest, texts
 from .errors import UserError
 from .formats import BadRow, load_function
+from .numeric import number
 from .sandbox import Limits, Refused, run
 from .schema import Float, Int, Strings
 
@@ -118,22 +118,11 @@ class Correct(BaseModel):
         return None if same else "not correct"
 
     def _numbers(self, item: Item) -> str | None:
-        found = last_number(find_text(item.row, self.prediction))
-        right = last_number(find_text(item.row, self.reference))
+        found = number(find_text(item.row, self.prediction))
+        right = number(find_text(item.row, self.reference))
         if right is None:
             raise BadRow(f"the field {self.reference!r} has no number", reason="no number")
         return None if found == right else "not correct" if found is not None else "no number"
-
-
-NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-\u2212])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
-)
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text, as GSM8K writes its results: "#### 1,218", "A: 18.0", "-3"."""
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 
 
 class Dedup(BaseModel):

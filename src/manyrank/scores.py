@@ -17,19 +17,16 @@ import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 from .errors import UserError
-from .filters import NUMBER
 from .formats import load_function
+from .numeric import number
 
 Score = Callable[[str, str], float]
 RowScore = Callable[[str, str, Mapping[str, Any]], float]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-CURRENCY = re.compile(r"[$€£¥]")
-FINAL = "####"  # in front of the result, in GSM8K
 # A letter that is said to be the answer; that is the answer; in brackets; by itself.
 SAID = re.compile(
     r"(?i:\b(?:answer|choice|option)(?: is| would be| must be)?\W{0,4}?)\b(?P<letter>[A-HJ]|I(?=\W*$|\s*[).:\]])|(?<=\()[a-j](?=\)))\b(?!['’])"
@@ -70,7 +67,7 @@ def _is_kept(text: str, at: int) -> bool:
 
 
 def numeric(answer: str, reference: str) -> float:
-    """1 for the same number, see `number`.
+    """1 for the same number, see `numeric.number`.
 
     Raises:
         ValueError: the reference has no number.
@@ -79,18 +76,6 @@ def numeric(answer: str, reference: str) -> float:
     if right is None:
         raise ValueError("the reference has no number")
     return float(number(answer) == right)
-
-
-def number(text: str) -> Decimal | None:
-    """The first number after the last "####", else the last number; None where there is none.
-
-    Commas between thousands, currency and percent signs do not count: "$1,218.00" is 1218.
-    """
-    _, marked, result = text.rpartition(FINAL)
-    found = NUMBER.findall(CURRENCY.sub("", result if marked else text))
-    if not found:
-        return None
-    return Decimal(found[0 if marked else -1].replace(",", "").replace("\u2212", "-"))
 
 
 def choice(answer: str, reference: str) -> float:
