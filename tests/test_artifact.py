@@ -44,6 +44,42 @@ def test_a_run_without_a_final_model_gives_its_newest_complete_checkpoint(run, t
 
 
 @pytest.mark.parametrize(
+    ("file", "text", "what"),
+    [
+        ("adapter_model.safetensors", "half", "the adapter cannot be read"),
+        ("adapter_model.safetensors", None, "the adapter has no weights"),
+        ("tokenizer.json", '{"x": 1}', "cannot load the tokenizer"),
+        (
+            "adapter_config.json",
+            '{"peft_type": "LORA", "base_model_name_or_path": "/gone"}',
+            "there is no folder /gone",
+        ),
+    ],
+)
+def test_a_damaged_adapter_is_the_users_to_mend(file, text, what, run, tmp_path):
+    folder = shutil.copytree(run / "final_model", tmp_path / "adapter")
+    (folder / file).unlink()
+    if text:
+        (folder / file).write_text(text)
+    with pytest.raises(UserError, match=what):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "what"),
+    [
+        ("config.json", '{"model_type": "qwen3", "hidden_size": "a"}', "cannot load the model: .*hidden_size"),
+        ("model.safetensors", "half", "cannot load the model"),
+    ],
+)
+def test_a_damaged_model_is_the_users_to_mend(file, text, what, embedded_model, tmp_path):
+    folder = shutil.copytree(embedded_model, tmp_path / "model")
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=what):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
     ("files", "options", "what"),
     [
         ({}, {}, "neither a model"),

@@ -248,7 +248,7 @@ def test_a_tokenizer_without_a_template_is_refused(speaker, tokenizer, embedded_
 
 def test_options_that_cannot_be_are_refused(embedded_model, monkeypatch):
     for argv, what in [
-        ([embedded_model, "--compare"], "no adapter"), ([embedded_model, "--top-p", "0"], "top_p 0"), (["/nowhere/at/all"], "cannot load"),
+        ([embedded_model, "--compare"], "no adapter"), ([embedded_model, "--top-p", "0"], "top_p 0"), (["/nowhere/at/all"], "no folder /nowhere/at/all"),
         ([embedded_model, "--quantization", "2bit"], "invalid choice"), ([embedded_model, "--max-new-tokens", "0"], "max_new_tokens 0"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=what):

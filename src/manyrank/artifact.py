@@ -104,5 +104,6 @@ def _base(adapter: Path) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
     if not found:
-        raise UserError("names no base model", where=str(file), fix="say --base NAME")
+        fix = "write it there as base_model_name_or_path; `manyrank merge` also takes --base NAME"
+        raise UserError("names no base model", where=str(file), fix=fix)
     return found

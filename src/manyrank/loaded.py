@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -103,10 +104,16 @@ def with_adapter(model: PreTrainedModel, found: Artifact) -> PeftModel:
     """The adapter on its base.
 
     Raises:
-        UserError: the two do not fit.
+        UserError: the two do not fit, or the adapter is damaged.
     """
+    if not any(found.adapter.glob("adapter_model.*")):
+        fix = "give a whole adapter, as it was saved"
+        raise UserError("the adapter has no weights: no adapter_model.safetensors", where=str(found.adapter), fix=fix)
     try:
         return PeftModel.from_pretrained(model, str(found.adapter))
+    except (SafetensorError, OSError, TypeError) as error:
+        what = f"the adapter cannot be read: {str(error).splitlines()[0]}"
+        raise UserError(what, where=str(found.adapter), fix="give a whole adapter, as it was saved") from None
     except (ValueError, RuntimeError, KeyError) as error:
         what = f"the adapter does not fit its base {found.base}: {str(error).splitlines()[0]}"
         raise UserError(what, where=str(found.adapter), fix="name the base that it was trained on") from None

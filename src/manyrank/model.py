@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
@@ -92,11 +93,7 @@ def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = No
     """
     name = resolve_name(config.model_name_or_path)
     with _loading(name):
-        tokenizer = (
-            copy.deepcopy(own)
-            if own
-            else AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        )
+        tokenizer = copy.deepcopy(own) if own else _stored_tokenizer(name, config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
     _check_template(tokenizer, where=config.chat_template or name)
@@ -106,6 +103,16 @@ def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = No
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _stored_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, StrictDataclassError):
+        raise  # told as what is wrong with the model
+    except Exception as error:  # a damaged tokenizer.json: a KeyError, or an Exception of the tokenizers library
+        what = f"cannot load the tokenizer: {type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UserError(what, where=name, fix="give a folder with a whole tokenizer.json") from error
 
 
 def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -294,11 +301,13 @@ def _give_addresses(model: torch.nn.Module) -> None:
 def _loading(name: str):
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, StrictDataclassError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
             raise
+        gone = Path(name).is_absolute() and not Path(name).is_dir()  # transformers takes it for a name on the hub
+        what = f"there is no folder {name}" if gone else f"cannot load the model: {' '.join(str(error).split())[:300]}"
         raise UserError(
-            f"cannot load the model: {str(error).splitlines()[0]}",
+            what,
             where=f"model_name_or_path {name}",
             fix="give a folder with config.json, weights and tokenizer, or a hub name that can be reached",
         ) from None
