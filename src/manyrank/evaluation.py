@@ -21,10 +21,9 @@ from .errors import UserError
 from .formats import BadRow
 from .generation import Sampling, generate
 from .loss import TokenLoss
-from .marks import THINK_END
 from .questions import Key, Question
 from .render import RenderOptions, prompt_ids, stop_ids
-from .scores import SCORES, RowScore, scored
+from .scores import SCORES, RowScore, scored, spoken
 from .topology import Topology
 
 
@@ -159,7 +158,7 @@ def check_references(questions: Sequence[Question], asked: Asked) -> None:
         UserError: one is not, such as one without a number for `numeric`.
     """
     for question in questions:
-        reference = _spoken(question.reference)
+        reference = spoken(question.reference)
         for name, score in asked.scores.items():
             if name in SCORES:
                 scored(name, score, reference, reference, question.row, place=question.place)
@@ -178,13 +177,8 @@ def _prompt(tokenizer, question: Question, options: RenderOptions) -> list[int]:
 def _add_answer(entries: dict[Key, Entry], question: Question, text: str, finish: str, asked: Asked) -> None:
     entry = entries.setdefault(question.key, Entry(question.key))
     entry.place, entry.answer, entry.finish = question.place, text, finish
-    answer, reference = _spoken(text), _spoken(question.reference)
+    answer, reference = spoken(text), spoken(question.reference)
     entry.scores = {
         name: scored(name, score, answer, reference, question.row, place=question.place)
         for name, score in asked.scores.items()
     }
-
-
-def _spoken(text: str) -> str:
-    """What comes after the thinking."""
-    return text.rpartition(THINK_END)[2].strip()

@@ -21,6 +21,7 @@ from typing import Any
 
 from .errors import UserError
 from .formats import load_function
+from .marks import THINK_END
 from .numeric import number
 
 Score = Callable[[str, str], float]
@@ -115,6 +116,11 @@ def f1(answer: str, reference: str) -> float:
 SCORES: dict[str, Score] = {
     "exact": exact, "normalised": normalised, "numeric": numeric, "choice": choice, "f1": f1,
 }  # fmt: skip
+
+
+def spoken(text: str) -> str:
+    """What comes after the thinking."""
+    return text.rpartition(THINK_END)[2].strip()
 
 
 def row_scores(names: Sequence[str], *, where: str = "--metrics") -> dict[str, RowScore]:
