@@ -18,7 +18,7 @@ import torch
 from manyrank import run_folder, topology
 from manyrank.checkpoint import FullWriter
 from manyrank.config import Entry, resolve
-from manyrank.session import open_session
+from manyrank.opening import open_session
 from manyrank.train import leave
 
 ROUNDS, STEPS = 5, 10

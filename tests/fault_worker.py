@@ -18,8 +18,8 @@ import torch
 
 from manyrank import run_folder, topology
 from manyrank.config import Entry, resolve
+from manyrank.opening import open_session
 from manyrank.optim import advance
-from manyrank.session import open_session
 from manyrank.train import leave
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from manyrank import topology
 from manyrank.config import resolve
+from manyrank.opening import open_session
 from manyrank.options import parse
-from manyrank.session import open_session
 from manyrank.train import guarded, leave
 
 

@@ -18,11 +18,11 @@ FILES = {path.stem: path for path in sorted(SOURCE.glob("*.py"))}
 LEVEL = {
     "__init__": 0, "errors": 0,
     "schema": 0.5, "turns": 0.5, "json_array": 0.5, "files": 0.7,
-    "config": 1, "artifact": 1.3, "topology": 1, "interrupts": 1, "run_folder": 1, "hardware": 1, "formats": 1, "sources": 1.2, "packing": 1, "numeric": 1, "sandbox": 1, "dedup": 1,
+    "run_folder": 0.5, "artifact": 0.7, "config": 1, "topology": 1, "interrupts": 1, "hardware": 1, "formats": 1, "sources": 1.2, "packing": 1, "numeric": 1, "sandbox": 1, "dedup": 1,
     "strategy_files": 1.2, "shapes": 1.2, "catalogue": 1.3, "setup": 1.4, "options": 1.5, "embedded": 1.5, "run_identity": 1.5,
     "activations": 1.6, "model_facts": 1.6, "situation": 1.7, "recipe_rules": 1.8, "strategy_rules": 1.8, "model_rules": 1.8,
     "pages": 1, "tables": 1, "svg": 1, "memory": 2, "speed": 2.1, "planner": 2.2, "plan_view": 2.3, "plan_html": 2.4, "planning": 2.5,
-    "scores": 2.1, "comparison": 1, "harness": 1, "contestants": 2, "eval_report": 2.2, "rules": 2, "launcher": 2, "kubernetes": 2, "submission": 2.3, "decision": 2.6, "filters": 2, "marks": 2, "endings": 2, "export": 2,
+    "scores": 1.4, "comparison": 1, "harness": 1, "contestants": 2, "eval_report": 2.2, "rules": 2, "launcher": 2, "kubernetes": 2, "submission": 2.3, "decision": 2.6, "filters": 1.3, "marks": 1.3, "rewards": 1.5, "grpo_rules": 1.8, "endings": 2, "export": 2,
     "doctor_probe": 2.2, "doctor_recipe": 3.1, "doctor_checks": 3.3, "doctor_launch": 3.35, "doctor_rank_checks": 3.4,
     "spans": 2.5, "templates": 2.7, "render": 3, "stages": 3, "head": 2.9, "loss": 3, "lora": 3, "attention": 3, "optim": 3, "metrics": 3, "callbacks": 3, "watchdog": 3, "non_finite": 3, "fsdp_on_cpu": 3,
     "workload": 3.2, "trackers": 3, "run_record": 3.2, "report_parts": 3.4, "report_html": 3.6, "report": 3.8,
@@ -30,8 +30,8 @@ LEVEL = {
     "questions": 4, "evaluation": 5, "eval_process": 6, "evaluate": 7.5,
     "hub": 1, "host_memory": 3, "logits": 3.5, "merging": 4, "merge": 5, "conversation": 4.5, "chat": 5, "prompts": 1.5, "answer_file": 1.5, "answering": 5,
     "data": 4, "batches": 4.5, "curate": 4, "model": 4, "loaded": 4.5, "checkpoint": 4, "saver": 4.5, "resume": 4, "generate": 4, "generation": 4,
-    "foresight": 4.7, "meter": 4.7, "trainer": 5, "survey": 5, "inspection_tables": 5.2, "inspection_html": 5.5, "inspection": 5.7,
-    "record": 5.8, "session": 6, "verify": 6, "contenders": 6.2, "gpu_bench": 6.2, "bench": 6.5,
+    "foresight": 4.7, "meter": 4.7, "trainer": 5, "reward_model": 4.5, "policy": 4.7, "grpo": 5.5, "survey": 5, "inspection_tables": 5.2, "inspection_html": 5.5, "inspection": 5.7,
+    "record": 5.8, "session": 6, "opening": 6.1, "verify": 6, "contenders": 6.2, "gpu_bench": 6.2, "bench": 6.5,
     "doctor_exchange": 6, "doctor_step": 6.5,
     "train": 7, "api": 7.2, "doctor_ranks": 7.5, "doctor": 7.5,
     "cli": 8,
@@ -86,7 +86,7 @@ def test_imports_only_lower_levels(name):
 
 def test_the_import_reader_sees_lazy_and_relative_imports():
     assert {"decision", "submission", "options", "verify", "__init__"} <= set(own_imports("cli"))
-    assert "session" in set(own_imports("train"))
+    assert "opening" in set(own_imports("train"))
 
 
 def test_light_modules_import_without_torch():

@@ -84,7 +84,7 @@ def test_a_base_that_is_not_there(recipe):
 @pytest.mark.parametrize("alias, key", ALIASES.items())
 def test_aliases_and_dashes(alias, key):
     value = {"per_device_train_batch_size": 2, "max_length": 77, "lora_r": 3, "num_train_epochs": 1.5,
-             "duplicates": "drop", "train_on_prompt": True}.get(key, "0.5")  # fmt: skip
+             "duplicates": "drop", "train_on_prompt": True, "num_generations": 2, "max_completion_length": 9}.get(key, "0.5")  # fmt: skip
     given_key = alias.replace("_", "-")
     values = {name: text for name, text in REQUIRED.items() if name != key}
     resolved = resolve(None, [*entries(**values), Entry(f"--{given_key}", value, "here")])

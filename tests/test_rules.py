@@ -1,5 +1,6 @@
 """Each rule is broken by a command line and mended by its fix; all that is wrong is told at once; good recipes are quiet."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -67,6 +68,8 @@ def quantised(**values) -> dict:
     return llama(quantization_config=BNB | values)
 
 
+GRPO = {"task": "grpo", "rewards": "{f1: 1}", "global_batch_size": 8, "per_device_train_batch_size": 4}
+
 # name of the rule, a situation that breaks it, what mends it. Besides options of the recipe: where it runs, and
 # `model`: files of a base model, `yaml` and `json`: keys of the strategy's files, `env`: variables, `run`: a checkpoint.
 CASES = [
@@ -84,6 +87,22 @@ CASES = [
     ("elastic-hsdp", {**HSDP, **ELASTIC, "world_size": 8}, {"hsdp_shard_size": 2}),
     ("int8-in-shards", {**HSDP, "world_size": 8, "method": "int8"}, {"method": "full"}),
     ("optimizer-in-shards", {**HSDP, "world_size": 8, "optim": "adamw_8bit"}, {"optim": "adamw_torch"}),
+    ("grpo-without-trl", {**GRPO, "missing": "trl"}, {"task": "sft"}),
+    ("rewards-of-grpo", {**GRPO, "rewards": "{f2: 1}"}, {"rewards": "{f1: 1}"}),
+    ("rewards-of-grpo", {**GRPO, "rewards": "{}"}, {"task": "sft"}),
+    ("whole-groups", {**GRPO, "num_generations": 3}, {"num_generations": 2}),
+    ("whole-groups", {**GRPO, "global_batch_size": 12}, {"per_device_train_batch_size": 2}),
+    ("packed-answers", {**GRPO, "packing": "step"}, {"packing": "none"}),
+    ("adapter-of-full-grpo", {**GRPO, "method": "full", "sft_model": "ADAPTER"}, {"method": "lora"}),
+    ("reference-of-sharded-full", {**GRPO, "method": "full", "strategy": "fsdp"}, {"beta": 0}),
+    ("reference-of-sharded-full", {**GRPO, "method": "full", "strategy": "zero3"}, {"method": "lora"}),
+    ("best-of-grpo", {**GRPO, **EVAL, "load_best_model_at_end": True}, {"metric_for_best_model": "eval_reward"}),
+    ("answers-by-vllm", {**GRPO, "use_vllm": "colocate"}, {"use_vllm": "off"}),
+    ("answers-by-vllm", {**GRPO, "use_vllm": "server", "hardware": GPUS}, {"task": "sft"}),
+    ("vllm-and-quantised", {**GRPO, "use_vllm": "colocate", "method": "qlora"}, {"use_vllm": "off"}),
+    ("answers-from-host-memory", {**GRPO, "strategy": "zero3_offload"}, {"strategy": "zero3"}),
+    ("sft-model-of-sft", {"sft_model": "ADAPTER"}, {"sft_model": None}),
+    ("compiled-answers", {**GRPO, "torch_compile": True}, {"torch_compile": False}),
     ("processes-of-single", {"strategy": "single"}, {"nproc": 1}),
     ("processes-of-single", {"strategy": "single", "nproc": 1, "world_size": 2, "save_steps": 5}, {"strategy": "ddp"}),
     ("processes-beyond-gpus", {"hardware": GPUS, "nproc": 3}, {"nproc": 2}),
@@ -295,6 +314,13 @@ def model_folder(folder: Path, files: dict) -> str:
     return str(folder)
 
 
+def adapter_folder(folder: Path) -> str:
+    folder.mkdir(parents=True)
+    shape = {"base_model_name_or_path": "embedded", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(shape))
+    return str(folder)
+
+
 def run_folder(folder: Path, run: dict) -> Path:
     """A run with a checkpoint that has `run` as its identity, and steps that took ten minutes each."""
     checkpoint = folder / "checkpoint-5"
@@ -336,6 +362,11 @@ def made(tmp_path, monkeypatch):
             monkeypatch.setenv(name, str(int(time.time()) + 7200) if value == IN_TWO_HOURS else value)
         if "model" in case:
             case["model_name_or_path"] = model_folder(folder / "model", case.pop("model"))
+        if missing := case.pop("missing", None):
+            there = importlib.util.find_spec
+            monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else there(name))
+        if case.get("sft_model") == "ADAPTER":
+            case["sft_model"] = adapter_folder(folder / "adapter")
         if "run" in case:
             run_folder(places["output_dir"], case.pop("run"))
         folder.mkdir(exist_ok=True)
@@ -525,8 +556,10 @@ def test_shipped_recipes_are_quiet(recipe, strategy, embedded_model):
     for name, machine in (("CPU", CPU), ("GPUS", GPUS)):
         found = violations(Situation(given, strategy, nproc, nproc, machine))
         intended = INTENDED.get((recipe, name), set())
-        if recipe == "qlora_fsdp" and strategy == "zero3_offload":
+        if recipe in ("qlora_fsdp", "grpo_low_memory") and strategy == "zero3_offload":
             intended = intended | {"qlora-under-zero-offload"}
+        if recipe.startswith("grpo_") and strategy == "zero3_offload":
+            intended = intended | {"answers-from-host-memory"}
         assert names(found) == intended, [violation.what for violation in found]
 
 

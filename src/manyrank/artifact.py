@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import run_folder
-from .config import resolve
 from .errors import UserError
-from .schema import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,6 @@ def find(name: str, *, base: str | None = None) -> Artifact:
     if base and not found.adapter:
         raise UserError(f"a base for {name}, which is no adapter", where="--base", fix="leave it out")
     return found
-
-
-def recipe_of(found: Artifact) -> TrainConfig | None:
-    """The recipe of the run that an artifact comes from."""
-    file = found.run / "config.yaml" if found.run else None
-    return resolve(str(file)).config if file and file.is_file() else None
 
 
 def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:

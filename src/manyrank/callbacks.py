@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from .config import TrainConfig
 from .errors import UserError
@@ -69,10 +70,10 @@ class Progress(ProgressCallback):
 
     LEFT_OUT = frozenset(
         {"supervised_tokens_per_second", "samples_per_second", "step_seconds", "eta_seconds", "padding"}
-    )
+    )  # and what has a slash in its name
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {key: value for key, value in logs.items() if key not in self.LEFT_OUT}
+        shown = {key: value for key, value in logs.items() if key not in self.LEFT_OUT and "/" not in key}
         super().on_log(args, state, control, logs=shown, **kwargs)
 
 
@@ -107,33 +108,61 @@ def load_callback(path: str) -> type[TrainerCallback]:
     return found
 
 
-def training_arguments(config: TrainConfig, *, output_dir: Path, total_steps: int, on_cpu: bool) -> TrainingArguments:
-    """The run in transformers' own words, for callbacks that look things up there."""
+def exportable(handler: CallbackHandler) -> list[ExportableState]:
+    """The callbacks whose state a checkpoint keeps."""
+    return [callback for callback in handler.callbacks if isinstance(callback, ExportableState)]
+
+
+def callback_states(handler: CallbackHandler) -> list[dict]:
+    """The states of these, as JSON values."""
+    return [{"name": type(c).__name__, "attributes": c.state()["attributes"]} for c in exportable(handler)]
+
+
+def check_states(handler: CallbackHandler) -> None:
+    """See at the start that they can be saved.
+
+    Raises:
+        UserError: one has what JSON cannot hold.
+    """
+    for state in callback_states(handler):
+        try:
+            json.dumps(state)
+        except TypeError as error:
+            what = f"the state of {state['name']} cannot be saved: {error}"
+            raise UserError(what, where="callbacks", fix="let its state() give what JSON can hold") from None
+
+
+def training_arguments(
+    config: TrainConfig, *, output_dir: Path, total_steps: int, on_cpu: bool,
+    kind: type[TrainingArguments] = TrainingArguments, **more,
+) -> TrainingArguments:  # fmt: skip
+    """The run in transformers' own words, for callbacks that look things up there; `more` are arguments of `kind`."""
+    options = {
+        "output_dir": str(output_dir),
+        "run_name": config.run_name or output_dir.name,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": total_steps,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 0,
+        "save_total_limit": config.save_total_limit,
+        "report_to": config.report_to or "none",
+        "use_cpu": on_cpu,
+        "accelerator_config": {"use_configured_state": True},
+        "disable_tqdm": False,
+    }
     # With that variable it would set up DeepSpeed a second time, from a file whose "auto" values are still open.
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
-        args = TrainingArguments(
-            output_dir=str(output_dir),
-            run_name=config.run_name or output_dir.name,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_steps=config.warmup_steps,
-            num_train_epochs=config.num_train_epochs,
-            max_steps=total_steps,
-            per_device_train_batch_size=config.per_device_train_batch_size,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            logging_steps=config.logging_steps,
-            eval_strategy="steps" if config.eval_steps else "no",
-            eval_steps=config.eval_steps,
-            save_strategy="steps" if config.save_steps else "no",
-            save_steps=config.save_steps or 0,
-            save_total_limit=config.save_total_limit,
-            report_to=config.report_to or "none",
-            use_cpu=on_cpu,
-            accelerator_config={"use_configured_state": True},
-            disable_tqdm=False,
-        )
+        args = kind(**options | more)
     # Set afterwards: transformers would demand a checkpoint at every validation; we save the best one by itself.
     args.load_best_model_at_end = config.load_best_model_at_end
     args.metric_for_best_model, args.greater_is_better = config.metric_for_best_model, config.greater_is_better

@@ -111,7 +111,8 @@ def _write_weights(runtime: Runtime, folder: Path, attempt: _Attempt, dtype: tor
     if not main:
         return
     adapter = hasattr(model, "peft_config")
-    more = {"save_embedding_layers": False} if adapter else {}
+    # A frozen second adapter, against which GRPO compares, is none of the result.
+    more = {"save_embedding_layers": False, "selected_adapters": ["default"]} if adapter else {}
     attempt.run(lambda: model.save_pretrained(folder, state_dict=state, **more))
     if not attempt.problem:
         written = sum(len(safe_open(file, "pt").keys()) for file in folder.glob("*model*.safetensors"))

@@ -6,9 +6,14 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .options import CommandLine
 
 COMMANDS = {
     "train": "fine-tune a model as a recipe says",
+    "grpo": "align a model with rewards, from a base or from what SFT has made",
     "plan": "memory and speed of a recipe on every strategy, before anything is started",
     "data": "inspect a recipe's data, or prepare a training set from raw rows",
     "doctor": "examine machines, GPUs, links and files before a training",
@@ -66,7 +71,7 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
     from .errors import UserError
 
     commands = {
-        "train": _train, "plan": _plan, "data": _data, "doctor": _doctor, "rules": _rules, "report": _report, "verify": _verify,
+        "train": _train, "grpo": _grpo, "plan": _plan, "data": _data, "doctor": _doctor, "rules": _rules, "report": _report, "verify": _verify,
         "evaluate": _evaluate, "bench": _bench, "chat": _chat, "generate": _generate, "merge": _merge,
         "embedded-model": _embedded_model,
     }  # fmt: skip
@@ -83,9 +88,20 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from .options import JOBS, parse
+    from .options import parse
 
-    line = parse(argv, prog="manyrank train", launch=True)
+    return _launch(parse(argv, prog="manyrank train", launch=True))
+
+
+def _grpo(argv: Sequence[str]) -> int:
+    from .options import as_grpo, parse
+
+    return _launch(as_grpo(parse(argv, prog="manyrank grpo", launch=True)))
+
+
+def _launch(line: CommandLine) -> int:
+    from .options import JOBS
+
     if line.where.via in JOBS:
         from . import submission
 

@@ -8,6 +8,7 @@ it came from, so that an error can name the place.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
+from . import artifact
+from .artifact import Artifact
 from .errors import UserError, UserErrors
 from .schema import DataSource, Method, TrainConfig
 
@@ -43,6 +46,8 @@ ALIASES = {
     "target_modules": "lora_target_modules",
     "experiment_name": "run_name",
     "resume_from": "resume_from_checkpoint",
+    "num_samples": "num_generations",
+    "max_new_tokens": "max_completion_length",
 }
 
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
@@ -117,7 +122,50 @@ def resolve(recipe: str | None, overrides: Sequence[Entry] = ()) -> Resolved:
         merged |= _canonical(entries, merged.get("method"))
     if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
         del merged["bf16"]
+    if "task" in merged and merged["task"].value == "grpo":  # answers are padded
+        merged.setdefault("packing", Entry("packing", "none", "task grpo"))
+    if "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
+        merged = _gone_on_from(merged["sft_model"], merged)
     return Resolved(_validate(merged), {key: entry.where for key, entry in merged.items()})
+
+
+def recipe_of(found: Artifact) -> TrainConfig | None:
+    """The recipe of the run that an artifact comes from."""
+    file = found.run / "config.yaml" if found.run else None
+    return resolve(str(file)).config if file and file.is_file() else None
+
+
+def _gone_on_from(entry: Entry, merged: dict[str, Entry]) -> dict[str, Entry]:
+    """With the base of what SFT has made, and the shape of its adapter, which both cannot be others."""
+    given = merged.get("model_name_or_path")
+    if given and not Path(str(entry.value)).expanduser().is_dir():  # of a finished run whose source is gone
+        return merged
+    found = artifact.find(str(entry.value), base=given and str(given.value))
+    known = {"model_name_or_path": found.base, **(_adapter_shape(found.adapter) if found.adapter else {})}
+    own = {key: Entry(key, value, entry.where) for key, value in known.items()}
+    for key, theirs in own.items():
+        mine = merged.get(key)
+        same = mine is None or mine.value in (theirs.value, str(theirs.value), "all-linear")
+        usual = mine and mine.where.startswith(
+            str(asset("launch", "recipes"))
+        )  # of a preset, which is for other models, too
+        if not (same or usual) and key != "model_name_or_path":
+            raise UserError(
+                f"{key} is {mine.value}, and that of {entry.value} is {theirs.value}",
+                where=f"{mine.where}; {entry.where}",
+                fix=f"leave {key} out: the same adapter is trained on",
+            )
+    return merged | own
+
+
+def _adapter_shape(adapter: Path) -> dict[str, Any]:
+    found = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = found["target_modules"]
+    return {
+        "lora_r": found["r"],
+        "lora_alpha": found["lora_alpha"],
+        "lora_target_modules": targets if isinstance(targets, str) else sorted(targets),
+    }
 
 
 def find_recipe(name: str) -> Path:

@@ -69,7 +69,7 @@ def config(folder: Path, **more):
 
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:
     from . import topology
-    from .session import open_session
+    from .opening import open_session
 
     chosen = config(folder, max_steps=steps, **more)
     bf16 = computes_in_bf16(chosen.bf16, probe())

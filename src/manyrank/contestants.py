@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .artifact import Artifact, find, recipe_of
-from .config import Entry, Resolved, resolve
+from .artifact import Artifact, find
+from .config import Entry, Resolved, recipe_of, resolve
 from .embedded import EMBEDDED, default_folder
 from .errors import UserError
 

@@ -100,6 +100,11 @@ class Examples:
         """input_ids and labels, both (tokens,), and where the row is: source and row."""
         return {**self.dataset[int(self.index[example])], "source": self.paths[self.source[example]]}
 
+    def keys(self) -> list[tuple[str, int]]:
+        """Of each example, the path of its source and the number of its row there."""
+        rows = self.dataset.select_columns("row").with_format("numpy")[:]["row"][self.index]
+        return [(self.paths[at], int(row)) for at, row in zip(self.source, rows)]
+
     def describe(self) -> str:
         formats = ", ".join(sorted(set(self.report.formats)))
         share = self.supervised.sum() / self.lengths.sum()

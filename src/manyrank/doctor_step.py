@@ -16,7 +16,8 @@ from .config import Entry, TrainConfig, resolve
 from .doctor_exchange import from_main
 from .embedded import build
 from .metrics import read_metrics
-from .session import Session, open_session
+from .opening import open_session
+from .session import Session
 from .topology import Topology
 
 STEPS = 2

@@ -98,8 +98,7 @@ class Process:
         self.notes[f"data: {examples.describe()}"] = None
         if not self.asked.scores:
             return []
-        rows = examples.dataset.select_columns("row").with_format("numpy")[:]["row"][examples.index]
-        keys = list(dict.fromkeys((examples.paths[at], int(row)) for at, row in zip(examples.source, rows)))
+        keys = list(dict.fromkeys(examples.keys()))
         found = read_questions(self.config.data_path, self.config, keys)
         if not found and self.options.metrics:
             fix = "these have only a loss: --metrics loss"

@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from . import hardware
-from .artifact import Artifact, find, recipe_of
-from .config import TrainConfig
+from .artifact import Artifact, find
+from .config import TrainConfig, recipe_of
 from .data import render_options
 from .errors import UserError
 from .model import LoadPlan, base_model, load_tokenizer, read_config, resolve_name

@@ -3,13 +3,17 @@
 metrics.jsonl   a line for each logged step and each validation
 history.jsonl   started, resumed, preempted, failed, finished
 samples.json    the recipe's questions, with the answers before and after the training
+completions.jsonl   of grpo: some answers of each logged step, with their rewards
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+COMPLETIONS = "completions.jsonl"
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -20,6 +24,12 @@ def read_metrics(output_dir: Path) -> list[dict]:
 def read_history(output_dir: Path) -> list[dict]:
     """What became of the run, oldest first; empty where nothing is written down."""
     file = output_dir / "logs" / "history.jsonl"
+    return read_lines(file) if file.is_file() else []
+
+
+def read_completions(output_dir: Path) -> list[dict]:
+    """Answers of grpo with their rewards, oldest first; empty where the run has none."""
+    file = output_dir / "logs" / COMPLETIONS
     return read_lines(file) if file.is_file() else []
 
 
@@ -77,9 +87,16 @@ def peak_memory(device_type: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def append_lines(file: Path, lines: Iterable[str]) -> None:
+    """Add lines to a file of a run."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
+
+
 def rewind(output_dir: Path, step: int) -> None:
     """Forget the lines after `step`: a resumed run writes them again."""
-    file = output_dir / "logs" / "metrics.jsonl"
-    if file.exists():
-        kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
-        file.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    for file in (output_dir / "logs" / "metrics.jsonl", output_dir / "logs" / COMPLETIONS):
+        if file.exists():
+            kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
+            file.write_text("".join(f"{json.dumps(line)}\n" for line in kept))

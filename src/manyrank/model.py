@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError, TemplateSyntaxError
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -231,6 +232,25 @@ def _with_lora(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
     return adapted
 
 
+@torch.no_grad()
+def load_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Give a model's new adapters the values of a saved one of the same shape.
+
+    Raises:
+        UserError: they do not fit, or cannot be read.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        for name, parameter in own.items():
+            parameter.copy_(saved.pop(name.replace(".default.", ".")))
+        if saved:
+            raise KeyError(next(iter(saved)))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        what = f"the adapter does not fit the model: {error}"
+        raise UserError(what, where=str(folder), fix="give the base that it was trained on") from None
+
+
 def _checkpoint_layers(model: torch.nn.Module, wanted: int | str) -> None:
     if wanted in ("auto", "off", 0):  # auto was settled before, where there is a plan (see `foresight`)
         return
@@ -246,6 +266,11 @@ def _checkpoint_layers(model: torch.nn.Module, wanted: int | str) -> None:
 
 def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpointed_layers(model: torch.nn.Module) -> dict[torch.nn.Module, bool]:
+    """The layers whose activations may be computed again, and whether they are."""
+    return {layer: layer.gradient_checkpointing for layer in _layers(model)}
 
 
 def base_model(plan: LoadPlan) -> torch.nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from .config import ALIASES, FIELDS, SWITCHES, Entry, find_recipe, normal, presets, unknown_key
@@ -128,6 +128,13 @@ def parser(prog: str, *, launch: bool) -> argparse.ArgumentParser:
     return made
 
 
+def as_grpo(line: CommandLine) -> CommandLine:
+    """The same with the task GRPO; of a preset NAME its preset grpo_NAME, where there is one."""
+    task = Entry("--task", "grpo", "manyrank grpo")
+    named = f"grpo_{line.recipe}"
+    return replace(line, recipe=named if named in presets() else line.recipe, overrides=[task, *line.overrides])
+
+
 def _add_flags(group, kind: type) -> None:
     for item in fields(kind):
         how = {"action": "store_true"} if item.name in SWITCHED else {"metavar": "X"}
@@ -211,14 +218,17 @@ def _tidy(argv: Sequence[str]) -> list[str]:
         name = "--" + normal(name)
         if not equals and _is_yes_no(normal(name)):
             value = "true"
-            if index < len(argv) and (argv[index].lower() in YES_NO or _is_layers(name, argv[index])):
+            if index < len(argv) and (argv[index].lower() in YES_NO or _is_more(name, argv[index])):
                 value, index = argv[index], index + 1
             equals = "="
         tidy.append(name + equals + value)
     return tidy
 
 
-def _is_layers(name: str, value: str) -> bool:
+def _is_more(name: str, value: str) -> bool:
+    """Whether it is a value that a yes/no option takes beside these."""
+    if name == "--use_vllm":
+        return value in ("colocate", "server")
     return name == "--gradient_checkpointing" and (value == "full" or value.isdecimal())
 
 

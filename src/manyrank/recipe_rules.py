@@ -21,6 +21,11 @@ TRACKERS = {
 USUAL_RATES = {"full": (1e-6, 1e-4), "lora": (1e-5, 1e-3), "qlora": (1e-5, 1e-3), "int8": (1e-5, 1e-3)}
 USUAL_SCALES = (0.5, 4.0)  # lora_alpha / lora_r
 FAR = 10
+OF_GRPO = (
+    "rewards", "on_reward_error", "num_generations", "max_completion_length", "beta", "temperature", "top_p", "loss_type",
+    "scale_rewards", "mask_truncated_completions", "use_vllm",
+)  # fmt: skip
+OF_SFT = ("train_on_last_turn", "train_on_prompt", "train_on_opening", "lora_dropout", "per_device_eval_batch_size")
 # Options, and what makes them count.
 DEPENDENT = (
     (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), lambda c: c.uses_lora, "method full"),
@@ -31,6 +36,10 @@ DEPENDENT = (
     (("wandb_project", "wandb_tags"), lambda c: "wandb" in c.report_to, "report_to without wandb"),
     (("resume_changes",), lambda c: c.resume_from_checkpoint, "no resume_from_checkpoint"),
     (("sample_max_new_tokens",), lambda c: c.sample_questions, "no sample_questions"),
+    (OF_GRPO, lambda c: c.is_grpo, "task sft"),
+    (OF_SFT, lambda c: not c.is_grpo, "task grpo"),
+    (("vllm_server_base_url",), lambda c: c.use_vllm == "server", "use_vllm not server"),
+    (("vllm_gpu_memory_utilization",), lambda c: c.use_vllm == "colocate", "use_vllm not colocate"),
 )  # fmt: skip
 LOCAL_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
 MOUNTS = Path("/proc/mounts")
@@ -51,7 +60,7 @@ def _batch_product(s: Situation) -> str | None:
 
 def _batch_divides(s: Situation) -> str | None:
     batch, micro = s.config.batch(s.world_size), s.config.per_device_train_batch_size
-    if s.config.packing == "none" and batch % (micro * s.world_size):
+    if s.config.packing == "none" and not s.config.is_grpo and batch % (micro * s.world_size):
         return f"a global batch of {batch} examples does not divide into {s.world_size} processes x {micro} padded rows"
     return None
 

@@ -69,6 +69,8 @@ def _samples(run: RunRecord) -> Iterator[str]:
     if run.samples:
         yield "<h2>Samples before and after</h2>"
         yield from map(_sample, run.samples)
+    if answers := parts.completions(run):
+        yield table_html(answers)
 
 
 def _data(run: RunRecord) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ def _loss(value: float) -> Cell:
     return Cell(f"{value:.4f}", repr(value))
 
 
+def _score(value: float) -> Cell:
+    return Cell(f"{value:.3g}", repr(value))
+
+
 def _gib(value: float) -> Cell:
     return Cell(f"{value:.2f} GiB", repr(value))
 
@@ -59,6 +64,10 @@ FIGURES = (
     Figure("validation loss, last", lambda run: run.last("eval_loss"), _loss),
     Figure("validation loss, best", lambda run: run.extreme("eval_loss", min), _loss),
     Figure("validation perplexity, last", lambda run: run.last("eval_perplexity"), _loss),
+    Figure("reward, last", lambda run: run.last("reward"), _loss),
+    Figure("validation reward, last", lambda run: run.last("eval_reward"), _loss),
+    Figure("KL, last", lambda run: run.last("kl"), _loss),
+    Figure("answers cut off, last", lambda run: run.last("completions/clipped_ratio"), share),
     Figure("epochs", lambda run: run.last("epoch"), lambda value: Cell(f"{value:.4g}", repr(value))),
     Figure("tokens/s", lambda run: run.usual("tokens_per_second"), _whole),
     Figure("supervised tokens/s", lambda run: run.usual("supervised_tokens_per_second"), _whole),
@@ -91,7 +100,12 @@ def charts(run: RunRecord) -> Iterator[Chart]:
     yield Chart("chart-loss", "Loss", [curve for curve in losses if curve.points])
     planned = run.memory.get("planned_bytes")
     level = ("planned", planned / GiB) if isinstance(planned, int | float) else None
-    for key, title, from_zero in _CURVES:
+    rewards = [
+        Curve(name, run.curve(f"rewards/{name}/mean"), 2 + number) for number, name in enumerate(reward_names(run))
+    ]
+    both = [Curve("reward", run.curve("reward"), 0), Curve("validation", run.curve("eval_reward"), 1)]
+    yield Chart("chart-reward", "Reward, and each of them", [curve for curve in (*both, *rewards) if curve.points])
+    for key, title, from_zero in (*_OF_GRPO, *_CURVES):
         mark = level if key == "memory_gib" else None
         yield Chart(f"chart-{key}", _title(key, title, [run]), [Curve("measured", run.curve(key))], from_zero, mark)
 
@@ -99,7 +113,7 @@ def charts(run: RunRecord) -> Iterator[Chart]:
 def compared_charts(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Chart]:
     """The same curve of all runs in one chart."""
     losses = (("loss", "Loss", False), ("eval_loss", "Validation loss", False))
-    for key, title, from_zero in (*losses, *_CURVES):
+    for key, title, from_zero in (*losses, ("reward", "Reward", False), *_OF_GRPO, *_CURVES):
         curves = [Curve(name, run.curve(key), number) for number, (run, name) in enumerate(zip(runs, names))]
         yield Chart(f"chart-{key}", _title(key, title, runs), [curve for curve in curves if curve.points], from_zero)
 
@@ -108,6 +122,33 @@ _CURVES = (
     ("learning_rate", "Learning rate", True), ("grad_norm", "Gradient norm, before clipping", True),
     ("tokens_per_second", "Tokens a second", True), ("memory_gib", "Memory", True), ("mfu", "MFU", True),
 )  # fmt: skip
+
+
+_OF_GRPO = (
+    ("kl", "KL divergence from the reference", True), ("entropy", "Entropy of a token", True),
+    ("completions/mean_length", "Tokens of an answer", True), ("completions/clipped_ratio", "Answers cut off", True),
+    ("frac_reward_zero_std", "Groups without a signal", True),
+)  # fmt: skip
+
+
+def reward_names(run: RunRecord) -> list[str]:
+    """The rewards of grpo that a run has logged."""
+    found = (re.fullmatch(r"rewards/(.+)/mean", key) for line in run.lines for key in line)
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def completions(run: RunRecord, most: int = 12) -> Table | None:
+    """The last answers of grpo, with their rewards."""
+    last = run.completions[-most:]
+    names = list(dict.fromkeys(name for said in last for name in said.get("rewards", {})))
+    rows = tuple(
+        (
+            count(said.get("step", 0)), *(word(str(said.get(key, ""))) for key in ("prompt", "answer", "reference")),
+            *(_score(said["rewards"][name]) if name in said.get("rewards", {}) else NONE for name in names),
+        )
+        for said in last
+    )  # fmt: skip
+    return Table("completions", "Answers", ("step", "prompt", "answer", "reference", *names), rows) if rows else None
 
 
 def _title(key: str, title: str, runs: Sequence[RunRecord]) -> str:

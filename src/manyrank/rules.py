@@ -1,6 +1,6 @@
 """What is known to go wrong, checked before a process starts and all told at once. No torch.
 
-    RULES               one table: recipe_rules, strategy_rules, model_rules; docs/rules.md is printed from it
+    RULES               one table: recipe_rules, strategy_rules, model_rules, grpo_rules; docs/rules.md is printed from it
     check               errors end the start together; warnings are printed, and `ignore_warnings` switches them off
     check_data, ...     files that the recipe names: rows, templates, models, the output folder
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from .config import Resolved, TrainConfig
 from .errors import UserError, UserErrors
 from .formats import BadRow, needs_template, to_sample
+from .grpo_rules import GRPO_RULES
 from .model_facts import find_facts
 from .model_rules import MODEL_RULES
 from .recipe_rules import LENGTH_RULES, RECIPE_RULES, SOURCE_RULES
@@ -43,7 +44,7 @@ __all__ = [
 
 LOOKED_AT = 100  # rows of a source before the launch
 NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
-RULES: tuple[Rule, ...] = (*RECIPE_RULES, *STRATEGY_RULES, *MODEL_RULES)
+RULES: tuple[Rule, ...] = (*RECIPE_RULES, *STRATEGY_RULES, *MODEL_RULES, *GRPO_RULES)
 
 
 def check_sources(resolved: Resolved) -> None:

@@ -18,21 +18,27 @@ IDENTITY = (
     "adam_beta2",
     "adam_epsilon",
 )  # fmt: skip
+OF_GRPO = (
+    "rewards", "on_reward_error", "num_generations", "max_completion_length", "beta", "temperature", "top_p", "loss_type",
+    "scale_rewards", "mask_truncated_completions",
+)  # fmt: skip
 # What a run's identity calls otherwise than the recipe does.
 CALLED = {
     "per_device_train_batch_size": ("batch_per_process",),
     "gradient_accumulation_steps": ("batch_per_process",),
     "data_path": ("data", "examples", "tokens"),
     "model_name_or_path": ("model",),
+    "sft_model": ("sft_model",),
     "num_train_epochs": ("total_steps",),
     "max_steps": ("total_steps",),
 }
-FIXED = ("method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
+FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
 
 
 def identity(config: TrainConfig, **facts: object) -> dict:
     """What must be the same when the run is resumed."""
-    return {key: getattr(config, key) for key in IDENTITY} | facts
+    own = {key: getattr(config, key) for key in OF_GRPO} if config.is_grpo else {}
+    return {"task": config.task} | {key: getattr(config, key) for key in IDENTITY} | own | facts
 
 
 def batch_per_process(config: TrainConfig) -> int | None:
@@ -69,7 +75,7 @@ def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
     names = allowed_names(allowed)
     for key in allowed:
         if key not in FIELDS or not set(CALLED.get(key, (key,))) <= run.keys():
-            known = sorted({*IDENTITY, *CALLED, "global_batch_size", "bf16"} - set(FIXED))
+            known = sorted({*IDENTITY, *OF_GRPO, *CALLED, "global_batch_size", "bf16"} - set(FIXED))
             raise UserError(f"{key} is nothing that a resume compares", where="resume_changes", fix=f"known: {known}")
         if key in FIXED:
             fix = "start a new run"

@@ -30,7 +30,7 @@ class RunRecord:
         config: by key, the value as YAML and where it came from.
         lines: of metrics.jsonl. history: what became of the run.
         data, memory, versions: what logs/ has of these; empty where it has none.
-        samples: question, before, after.
+        samples: question, before, after. completions: of grpo, some answers of each logged step.
         command, plan: how it was launched; the plan with every file.
         unread: files that are there and cannot be read.
     """
@@ -43,6 +43,7 @@ class RunRecord:
     memory: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
+    completions: list[dict] = field(default_factory=list)
     command: str = ""
     plan: str = ""
     unread: tuple[str, ...] = ()
@@ -123,6 +124,7 @@ def read_run(folder: Path) -> RunRecord:
         history=[entry for entry in metrics.read_history(folder) if _is_entry(entry)],
         **{name: files.json(f"logs/{name}.json", {}) for name in ("data", "memory", "versions")},
         samples=files.json("logs/samples.json", []),
+        completions=metrics.read_completions(folder),
         command=_command(launch),
         plan=files.text("launch/plan.txt"),
         unread=tuple(files.unread),

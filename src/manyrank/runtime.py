@@ -107,6 +107,11 @@ class Runtime:
     def reshard(self) -> None:
         """After a forward without a backward: give back what it gathered."""
 
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """While this lasts, each rank holds the whole model, and may forward by itself. (Under ZeRO-3 trl sees to it.)"""
+        yield
+
     # Full state
 
     def full_parameters(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -192,6 +197,18 @@ class FsdpRuntime(Runtime):
     def reshard(self) -> None:
         for unit in self._units:  # the root, and what it forwards last, keep theirs until a backward
             unit.reshard()
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        for unit in self._units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.set_reshard_after_forward(True, recurse=False)
+            self.reshard()
 
     @cached_property
     def _units(self) -> list[FSDPModule]:

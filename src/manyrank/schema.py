@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+Task = Literal["sft", "grpo"]
 Method = Literal["full", "lora", "qlora", "int8"]
 Strategy = Literal["single", "ddp", "fsdp", "fsdp_offload", "hsdp", "zero2", "zero3", "zero3_offload"]
 FORMATS = (
@@ -79,6 +80,12 @@ def _format(value: str) -> str:
     return value
 
 
+def _vllm(value: Any) -> Any:
+    """A yes/no value stands for a vLLM on the training's GPUs, or none."""
+    text = str(value).strip().lower()
+    return {"true": "colocate", "yes": "colocate", "on": "colocate", "false": "off", "no": "off"}.get(text, text)
+
+
 def _tag(value: str) -> str:
     if not 1 <= len(value) <= 64 or "," in value:
         raise ValueError("a tag has 1 to 64 characters, and no comma")
@@ -91,6 +98,7 @@ Strings = Annotated[list[str], BeforeValidator(_listed)]
 Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(_listed)]
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
+Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
 Parts = Annotated[list[Literal["head", "lora", "attention"]], BeforeValidator(_listed)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
 Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
@@ -124,9 +132,17 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    # Task
+    task: Task = Field("sft", description="sft: learn the answers of the data; grpo: answer, and learn from rewards")
+
     # Model
     model_name_or_path: str = Field(
         min_length=1, description="a folder, a hub name, or 'embedded' for the small model made here"
+    )
+    sft_model: str | None = Field(
+        None,
+        min_length=1,
+        description="what grpo goes on from: a run, a checkpoint, an adapter or a merged model; it brings its base along",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: Method = Field("lora", description="full, lora, qlora (NF4, double quantisation) or int8 (8-bit LoRA)")
@@ -179,6 +195,34 @@ class TrainConfig(BaseModel):
     train_on_prompt: bool = Field(False, description="learn every token, the prompt's too")
     train_on_opening: bool = Field(
         False, description="learn also what the template writes before the content, such as an empty thinking block"
+    )
+
+    # Rewards and answers of grpo, whose batches count answers
+    rewards: Mapping = Field(
+        {},
+        description="by name a weight, or {weight: 1, option: ...}: numeric, exact, normalised, f1, choice, format, length, "
+        "repetition, command, model or module:function",
+    )
+    on_reward_error: Literal["error"] | Float = Field(
+        "error", description="an answer whose reward cannot be computed: stop and name the row, or give it this score"
+    )
+    num_generations: Int = Field(4, gt=1, description="answers to each prompt, which are compared with each other")
+    max_completion_length: Int = Field(256, gt=0, description="most tokens of an answer")
+    beta: Float = Field(0.04, ge=0, description="weight of the KL divergence from the model that grpo began with")
+    temperature: Float = Field(1.0, gt=0, description="of the answers' draws")
+    top_p: Float = Field(1.0, gt=0, le=1, description="answers are drawn from the likeliest tokens of this probability")
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = Field(
+        "dapo",
+        description="how token losses are averaged: over the step, each answer, the micro-batch, or a fixed length",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="by whose standard deviation the advantages are divided"
+    )
+    mask_truncated_completions: bool = Field(False, description="learn nothing from answers that are cut off")
+    use_vllm: Vllm = Field("off", description="answer with vLLM: on the training's GPUs (colocate), or a server's")
+    vllm_server_base_url: str | None = Field(None, min_length=1, description="of the vLLM server, as http://host:8000")
+    vllm_gpu_memory_utilization: Float = Field(
+        0.3, gt=0, lt=1, description="share of a GPU that a colocated vLLM takes"
     )
 
     # Batch
@@ -259,6 +303,10 @@ class TrainConfig(BaseModel):
     sample_max_new_tokens: Int = Field(64, gt=0, description="tokens of such an answer")
     ignore_warnings: Strings = Field([], description="warnings not to print, by the names in docs/rules.md")
     dry_run: bool = Field(False, description="load everything, one step forward and backward, save nothing")
+
+    @property
+    def is_grpo(self) -> bool:
+        return self.task == "grpo"
 
     def plain(self) -> dict[str, Any]:
         """The values as YAML writes them; a source that is only a path is that path."""

@@ -1,47 +1,32 @@
-"""One run from recipe to final_model: bring everything up, train, and tell the user what happened."""
+"""One run to its final_model: train, and tell the user what happened. `opening` makes a session of a recipe."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.utils import logging as transformers_logging
 
-from . import checkpoint, metrics, record, run_folder, strategy, trackers
-from .batches import trial
+from . import checkpoint, metrics, record, run_folder, trackers
 from .config import TrainConfig
-from .data import Examples, prepare, render_options
+from .data import render_options
 from .errors import Preempted, SaveError
-from .foresight import compared, foresee, is_out_of_memory, out_of_memory, told
+from .foresight import compared, is_out_of_memory, out_of_memory
 from .generate import answers
 from .loss import LossFunction
-from .meter import Meter, kind_of
 from .model import (
     evaluation_mode,
-    fitted,
-    load_model,
-    load_tokenizer,
-    plan_load,
-    read_config,
-    resolve_name,
-    with_adapters,
 )
-from .optim import build_optimizer
-from .resume import Start, base_fingerprint, find_start, from_main
+from .resume import Start, from_main
 from .rules import warnings_of_length
-from .run_identity import batch_per_process, identity, refuse_changes
 from .runtime import Facts, Runtime
-from .runtime import prepare as prepare_runtime
 from .setup import Setup
-from .topology import Topology
 from .trainer import Trainer
 
 
@@ -186,7 +171,7 @@ class Session:
     def close(self) -> None:
         """Leave the process group; after an error, without waiting for the others."""
         self.give_back()
-        if self.trainer.token_loss.head:
+        if self.trainer.token_loss and self.trainer.token_loss.head:
             self.trainer.token_loss.head.release()
         self.accelerator.end_training()
 
@@ -225,140 +210,6 @@ class Session:
                 trackers.continue_run(self.config, self.output_dir)
                 metrics.rewind(self.output_dir, self.trainer.state.global_step)
         return facts
-
-
-def open_session(
-    config: TrainConfig, place: Topology, *, output_dir: Path, bf16: bool, brought: Brought | None = None
-) -> Session:
-    """Start the strategy, read the data, load and wrap the model.
-
-    Raises:
-        UserError: something that only shows now is wrong: a row, the model, a checkpoint.
-    """
-    _prepare_environment(config, place, output_dir)
-    brought = brought or Brought()
-    tokenizer = load_tokenizer(config, brought.tokenizer)
-    accelerator = strategy.start(config, place, bf16=bf16)
-    start = find_start(config, output_dir, accelerator)
-    per_process = batch_per_process(config)
-    if start.folder and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
-        config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
-    needed = start.run["needed"] if start.folder else _needed(config, accelerator.num_processes)
-    train, evaluation = _data(config, tokenizer, needed)
-    if accelerator.is_main_process:
-        print(f"training data: {train.describe()}", flush=True)
-        if evaluation:
-            print(f"validation data: {evaluation.describe()}", flush=True)
-        if config.trust_remote_code:
-            print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
-    setup = _foreseen(config, accelerator, place, brought.model, bf16=bf16)
-    config = setup.config if setup else config
-    base, give_back = _fingerprint(brought.model), _lent(brought.model)
-    model = _model(config, accelerator, brought.model, bf16=bf16)
-    runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
-    torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
-    run = identity(
-        config,
-        model=base
-        or base_fingerprint(resolve_name(config.model_name_or_path), getattr(model.config, "_commit_hash", None)),
-        loss=brought.loss and f"{brought.loss.__module__}.{brought.loss.__qualname__}",
-        data=train.fingerprint,
-        global_batch_size=config.batch(accelerator.num_processes),
-        # What stands beside a global batch is only how it is laid out.
-        batch_per_process=per_process or start.run.get("batch_per_process"),
-        needed=needed,
-        examples=len(train),
-        tokens=int(train.lengths.sum()),
-        bf16=bf16,
-    )
-    trainer = Trainer(
-        config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run,
-        meter=Meter(accelerator.device.type, setup, kind_of(accelerator.device)), callbacks=brought.callbacks, loss=brought.loss,
-    )  # fmt: skip
-    _prove_head(trainer)
-    if start.folder:
-        changed = refuse_changes(start.folder, trainer.run, allowed=config.resume_changes)
-        start = replace(start, notes=(*start.notes, *(f"changed, as allowed: {change}" for change in changed)))
-    if accelerator.is_main_process and accelerator.num_processes > 1 and config.packing != "none":
-        print(
-            f"packing: {config.packing}; {trainer.loader.imbalance():.1%} between the longest rank and the mean",
-            flush=True,
-        )
-    own_tokenizer = brought.tokenizer is not None
-    return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, own_tokenizer, give_back)
-
-
-def _foreseen(
-    config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, bf16: bool
-) -> Setup | None:
-    shape = own.config.to_dict() if own else read_config(config)
-    setup = foresee(config, accelerator, place, shape, bf16=bf16)
-    if setup and accelerator.is_main_process and (note := told(setup, config)):
-        print(note, flush=True)
-    return setup
-
-
-def _model(
-    config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, bf16: bool
-) -> torch.nn.Module:
-    if own:
-        return with_adapters(fitted(own, config, bf16=bf16), config)
-    return load_model(plan_load(config, accelerator, bf16=bf16), config)
-
-
-def _fingerprint(own: PreTrainedModel | None) -> str | None:
-    """Of a model that a script brings: its shape, and the first values of each tensor. It has no files to tell it by."""
-    if own is None:
-        return None
-    digest = hashlib.sha256(own.config.to_json_string().encode())
-    for parameter in own.parameters():
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
-    """What gives a model that a script brings its attention back; the training's knows no key-value cache."""
-    if own is None:
-        return lambda: None
-    before = own.config._attn_implementation
-    return lambda: own.set_attn_implementation(before)
-
-
-def _prove_head(trainer: Trainer) -> None:
-    """All ranks see alike whether the model leaves the fused head's result alone."""
-    runtime, micro = trainer.runtime, trial(packed=trainer.config.packing != "none").to(trainer.device)
-
-    def agree(seen: bool) -> bool:
-        return runtime.sum(torch.tensor(float(not seen), device=trainer.device)).item() == 0
-
-    with evaluation_mode(runtime.wrapped):
-        trainer.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=agree)
-    runtime.reshard()
-
-
-def _needed(config: TrainConfig, world: int) -> int | None:
-    """The examples that a short run will see: it does not tokenise more. None: all."""
-    whole = config.eval_split or config.packing == "dataset" or config.max_steps <= 0
-    return None if whole else config.max_steps * config.batch(world)
-
-
-def _data(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None
-) -> tuple[Examples, Examples | None]:
-    """The examples to train on and to validate with."""
-    train = prepare(config.data_path, tokenizer, config, needed=needed)
-    if config.eval_split:
-        return train.split(config.eval_split)
-    return train, prepare(config.eval_data_path, tokenizer, config) if config.eval_data_path else None
-
-
-def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:
-    transformers_logging.disable_progress_bar()  # of reading weights, once for each rank
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
-    if not place.is_main:
-        transformers_logging.set_verbosity_error()  # what all ranks would say alike
-    trackers.prepare(config, output_dir)
 
 
 def _one_line(text: str) -> str:

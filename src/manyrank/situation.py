@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from . import run_folder, strategy_files
+from . import artifact, run_folder, strategy_files
 from .config import Resolved, TrainConfig, asset
 from .errors import UserError
 from .formats import needs_template
@@ -57,6 +57,11 @@ class Situation:
     def bf16(self) -> bool:
         """Whether the run computes in bf16."""
         return computes_in_bf16(self.config.bf16, self.hardware)
+
+    @property
+    def goes_on_from_adapter(self) -> bool:
+        """Whether what SFT has made is an adapter, not a whole model."""
+        return bool(self.config.sft_model and artifact.find(self.config.sft_model).adapter)
 
     @cached_property
     def files(self) -> StrategyFiles:

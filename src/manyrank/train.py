@@ -133,7 +133,7 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brough
     before_imports(machine)
     import torch
 
-    from .session import open_session
+    from .opening import open_session
 
     if machine.gpus and not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"

@@ -9,7 +9,6 @@ transformers' callbacks are driven from here: progress bar, trackers, early stop
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import CallbackHandler
 
 from . import checkpoint
 from .batches import Ahead, Step, StepLoader
-from .callbacks import build_callbacks, training_arguments
+from .callbacks import build_callbacks, callback_states, check_states, exportable, training_arguments
 from .config import TrainConfig
 from .data import Examples
 from .errors import NonFiniteError, Preempted, UserError
@@ -80,9 +79,7 @@ class Trainer:
         self.has_own_callbacks = bool(config.callbacks or callbacks)
         accelerator = runtime.accelerator
         self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
-        self.token_loss = TokenLoss(
-            runtime.wrapped, runtime.model, fused="head" not in config.plain_parts, function=loss
-        )
+        self.token_loss = self._open_loss(loss)
         self.batch_size = config.batch(self.world)
         self.loader = self._loader(train, config.per_device_train_batch_size, self.batch_size, config.seed)
         eval_batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
@@ -104,7 +101,7 @@ class Trainer:
         self.saver = Saver(runtime, output_dir, run=self.run, limit=config.save_total_limit)
         self.stopped = False  # whether the resumed run had come to its end
         self.heart: Heart | None = None
-        self._check_callback_states()
+        check_states(self.handler)
 
     # The loop
 
@@ -179,12 +176,12 @@ class Trainer:
             )
         except NonFiniteError as error:
             raise self._non_finite(str(error), sum((micro.rows for micro in step.micro_batches), [])) from None
-        return StepResult(total / step.supervised, norm, step.tokens, stops > 0, saves > 0)
+        return StepResult(total / self._divisor(step), norm, step.tokens, stops > 0, saves > 0)
 
     def _forward_backward(self, step: Step) -> list[torch.Tensor]:
         losses = []
         # Every strategy averages gradients over ranks; the loss contract wants their sum over the step's tokens.
-        scale = self.world / step.supervised
+        scale = self.world / self._divisor(step)
         for index, micro in enumerate(step.micro_batches):
             last = index + 1 == len(step.micro_batches)
             self._in_phase(f"forward and backward of micro-batch {index + 1}")
@@ -201,7 +198,7 @@ class Trainer:
         losses = self._forward_backward(step)
         self.runtime.discard_gradients()
         total = self.runtime.sum(torch.stack(losses).sum()).item()
-        return StepResult(total / step.supervised, math.nan, step.tokens)
+        return StepResult(total / self._divisor(step), math.nan, step.tokens)
 
     # Validation
 
@@ -304,7 +301,7 @@ class Trainer:
             "best_global_step": self.state.best_global_step,
             "log_history": self.state.log_history,
             "window": self.meter.state(),
-            "callbacks": self._callback_states(),
+            "callbacks": callback_states(self.handler),
             "stopped": self.control.should_training_stop and self.state.global_step < self.total_steps,
         }
         saved = self.saver.save(self.state.global_step, state, best=self._best(), must=must)
@@ -322,7 +319,7 @@ class Trainer:
         """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
         state = checkpoint.load(self.runtime, folder, self._zero_step)
         saved = state.pop("callbacks")
-        for callback in self._exportable():  # those of one class in their order
+        for callback in exportable(self.handler):  # those of one class in their order
             mine = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)
             if mine:
                 saved.remove(mine)
@@ -348,6 +345,14 @@ class Trainer:
 
     # Pieces
 
+    def _open_loss(self, function: LossFunction | None) -> TokenLoss | None:
+        fused = "head" not in self.config.plain_parts
+        return TokenLoss(self.runtime.wrapped, self.runtime.model, fused=fused, function=function)
+
+    def _divisor(self, step: Step) -> int:
+        """What makes the mean of a step of the sum of its losses over all ranks."""
+        return step.supervised
+
     def _loader(self, examples: Examples, micro_batch: int, batch: int, seed: int | None) -> StepLoader:
         return StepLoader(
             examples=examples,
@@ -361,21 +366,6 @@ class Trainer:
             ranks=self.world,
             seed=seed,
         )
-
-    def _exportable(self) -> list[ExportableState]:
-        return [c for c in self.handler.callbacks if isinstance(c, ExportableState)]
-
-    def _callback_states(self) -> list[dict]:
-        return [{"name": type(c).__name__, "attributes": c.state()["attributes"]} for c in self._exportable()]
-
-    def _check_callback_states(self) -> None:
-        for state in self._callback_states():
-            try:
-                json.dumps(state)
-            except TypeError as error:
-                what = f"the state of {state['name']} cannot be saved: {error}"
-                fix = "let its state() give what JSON can hold"
-                raise UserError(what, where="callbacks", fix=fix) from None
 
     def _state(self) -> TrainerState:
         return TrainerState(

@@ -1,0 +1,211 @@
+"""A recipe to a session: start the strategy, read the data, load and wrap the model, and set up its trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from . import artifact, strategy, trackers
+from .batches import trial
+from .config import TrainConfig
+from .data import Examples, prepare
+from .foresight import foresee, told
+from .meter import Meter, kind_of
+from .model import (
+    evaluation_mode,
+    fitted,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    plan_load,
+    read_config,
+    resolve_name,
+    with_adapters,
+)
+from .optim import build_optimizer
+from .resume import Start, base_fingerprint, find_start
+from .run_identity import batch_per_process, identity, refuse_changes
+from .runtime import prepare as prepare_runtime
+from .session import Brought, Session
+from .setup import Setup
+from .topology import Topology
+from .trainer import Trainer
+
+
+def open_session(
+    config: TrainConfig, place: Topology, *, output_dir: Path, bf16: bool, brought: Brought | None = None
+) -> Session:
+    """Start the strategy, read the data, load and wrap the model.
+
+    Raises:
+        UserError: something that only shows now is wrong: a row, the model, a checkpoint.
+    """
+    _prepare_environment(config, place, output_dir)
+    brought = brought or Brought()
+    tokenizer = load_tokenizer(config, brought.tokenizer)
+    accelerator = strategy.start(config, place, bf16=bf16)
+    start = find_start(config, output_dir, accelerator)
+    per_process = batch_per_process(config)
+    if start.folder and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
+        config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
+    needed = start.run["needed"] if start.folder else _needed(config, accelerator.num_processes)
+    train, evaluation = _data(config, tokenizer, needed)
+    if config.is_grpo:
+        from . import grpo  # not before: trl takes seconds to import
+
+        train, evaluation, questions = grpo.questions_of(train, evaluation, config, tokenizer)
+    if accelerator.is_main_process:
+        _tell(config, train, evaluation)
+    setup = _foreseen(config, accelerator, place, brought.model, bf16=bf16)
+    config = setup.config if setup else config
+    base, give_back = _fingerprint(brought.model), _lent(brought.model)
+    model = _model(config, accelerator, brought.model, bf16=bf16)
+    kind = Trainer
+    if config.is_grpo:
+        policy = grpo.open_policy(model, config, accelerator, tokenizer, questions, bf16=bf16)
+        kind = partial(grpo.PolicyTrainer, policy=policy)
+    runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
+    torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
+    commit = getattr(model.config, "_commit_hash", None)
+    run = identity(
+        config,
+        model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
+        sft_model=_sft_fingerprint(config),
+        loss=brought.loss and f"{brought.loss.__module__}.{brought.loss.__qualname__}",
+        data=train.fingerprint,
+        global_batch_size=config.batch(accelerator.num_processes),
+        # What stands beside a global batch is only how it is laid out.
+        batch_per_process=per_process or start.run.get("batch_per_process"),
+        needed=needed,
+        examples=len(train),
+        tokens=int(train.lengths.sum()),
+        bf16=bf16,
+    )
+    trainer = kind(
+        config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run,
+        meter=Meter(accelerator.device.type, setup, kind_of(accelerator.device)), callbacks=brought.callbacks, loss=brought.loss,
+    )  # fmt: skip
+    _prove_head(trainer)
+    if start.folder:
+        start = _with_changes(start, trainer.run, config)
+    _tell_balance(config, trainer, accelerator)
+    own_tokenizer = brought.tokenizer is not None
+    return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, own_tokenizer, give_back)
+
+
+def _with_changes(start: Start, run: dict, config: TrainConfig) -> Start:
+    """With what the resumed run has otherwise than its checkpoint, as it may."""
+    changed = refuse_changes(start.folder, run, allowed=config.resume_changes)
+    return replace(start, notes=(*start.notes, *(f"changed, as allowed: {change}" for change in changed)))
+
+
+def _tell(config: TrainConfig, train: Examples, evaluation: Examples | None) -> None:
+    print(f"training data: {train.describe()}", flush=True)
+    if evaluation:
+        print(f"validation data: {evaluation.describe()}", flush=True)
+    if config.trust_remote_code:
+        print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
+
+
+def _tell_balance(config: TrainConfig, trainer: Trainer, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process and accelerator.num_processes > 1 and config.packing != "none":
+        balance = f"{trainer.loader.imbalance():.1%} between the longest rank and the mean"
+        print(f"packing: {config.packing}; {balance}", flush=True)
+
+
+def _foreseen(
+    config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, bf16: bool
+) -> Setup | None:
+    shape = own.config.to_dict() if own else read_config(config)
+    setup = foresee(config, accelerator, place, shape, bf16=bf16)
+    if setup and accelerator.is_main_process and (note := told(setup, config)):
+        print(note, flush=True)
+    return setup
+
+
+def _model(
+    config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, bf16: bool
+) -> torch.nn.Module:
+    if own:
+        return with_adapters(fitted(own, config, bf16=bf16), config)
+    model = load_model(plan_load(config, accelerator, bf16=bf16), config)
+    if adapter := _sft_adapter(config):
+        load_adapter(model, adapter)
+    return model
+
+
+def _sft_adapter(config: TrainConfig) -> Path | None:
+    """The adapter that GRPO goes on from."""
+    return artifact.find(config.sft_model).adapter if config.sft_model else None
+
+
+def _sft_fingerprint(config: TrainConfig) -> str | None:
+    if not (adapter := _sft_adapter(config)):
+        return None
+    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:32]
+
+
+def _fingerprint(own: PreTrainedModel | None) -> str | None:
+    """Of a model that a script brings: its shape, and the first values of each tensor. It has no files to tell it by."""
+    if own is None:
+        return None
+    digest = hashlib.sha256(own.config.to_json_string().encode())
+    for parameter in own.parameters():
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
+    """What gives a model that a script brings its attention back; the training's knows no key-value cache."""
+    if own is None:
+        return lambda: None
+    before = own.config._attn_implementation
+    return lambda: own.set_attn_implementation(before)
+
+
+def _prove_head(trainer: Trainer) -> None:
+    """All ranks see alike whether the model leaves the fused head's result alone."""
+    if trainer.token_loss is None:
+        return
+    runtime, micro = trainer.runtime, trial(packed=trainer.config.packing != "none").to(trainer.device)
+
+    def agree(seen: bool) -> bool:
+        return runtime.sum(torch.tensor(float(not seen), device=trainer.device)).item() == 0
+
+    with evaluation_mode(runtime.wrapped):
+        trainer.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=agree)
+    runtime.reshard()
+
+
+def _needed(config: TrainConfig, world: int) -> int | None:
+    """The examples that a short run will see: it does not tokenise more. None: all."""
+    whole = config.eval_split or config.packing == "dataset" or config.max_steps <= 0
+    answers = config.num_generations if config.is_grpo else 1
+    return None if whole else -(-config.max_steps * config.batch(world) // answers)
+
+
+def _data(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None
+) -> tuple[Examples, Examples | None]:
+    """The examples to train on and to validate with."""
+    train = prepare(config.data_path, tokenizer, config, needed=needed)
+    if config.eval_split:
+        return train.split(config.eval_split)
+    return train, prepare(config.eval_data_path, tokenizer, config) if config.eval_data_path else None
+
+
+def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:
+    transformers_logging.disable_progress_bar()  # of reading weights, once for each rank
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
+    if not place.is_main:
+        transformers_logging.set_verbosity_error()  # what all ranks would say alike
+    trackers.prepare(config, output_dir)

@@ -1,0 +1,224 @@
+"""One step of GRPO by trl's GRPOTrainer: answers, rewards, advantages and loss. The loop around it is `grpo`'s.
+
+trl is given this project's accelerator and model and is never asked to train: no second loop, optimizer or checkpoint.
+The reference of the KL divergence is the model as it was at the start: trl keeps a frozen second adapter "ref".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import patch_environment
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+from .callbacks import training_arguments
+from .config import TrainConfig
+from .data import render_options
+from .model import checkpointed_layers
+from .questions import Question
+from .render import stop_ids
+from .reward_model import reward_model
+from .rewards import Reward, rewarded, scorers
+
+THREADS = 8  # that wait for the programs of a reward
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer with its rewards, for people. `place` is the row's."""
+
+    place: str
+    prompt: str
+    answer: str
+    reference: str
+    rewards: dict[str, float]
+    advantage: float
+
+
+class Policy(GRPOTrainer):
+    """trl's trainer on a model and accelerator of this project.
+
+    Args:
+        model: with its adapters, not yet prepared for a strategy; `join` tells what it was wrapped into.
+        questions: by number, the prompts and references of all rows.
+        micro_batch, accumulation: answers that a process forwards at once, and how many such parts a step has.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: TrainConfig,
+        *,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Question],
+        rewards: Sequence[Reward],
+        accumulation: int,
+        bf16: bool,
+    ) -> None:
+        self.given, self.questions = accelerator, questions
+        stops = sorted(token for token in stop_ids(tokenizer, render_options(config)) if token is not None)
+        model.generation_config.eos_token_id = stops  # what ends an answer in the data, too
+        masters = {
+            p: p.detach().clone() for p in model.parameters() if p.requires_grad and hasattr(model, "peft_config")
+        }
+        # transformers makes the folder that its arguments name; nothing is ever written there.
+        args = training_arguments(
+            config, output_dir=Path(tempfile.gettempdir()), total_steps=1, on_cpu=accelerator.device.type == "cpu", kind=GRPOConfig,
+            **_options(config, rewards, accumulation, bf16=bf16),
+        )  # fmt: skip
+        # With that variable its arguments would set up DeepSpeed a second time (see `training_arguments`).
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+            super().__init__(
+                model, _reward_functions(rewards, config, questions, accelerator.device), args,
+                train_dataset=Dataset.from_dict({"prompt": ["-"]}), processing_class=tokenizer,
+            )  # fmt: skip
+        for parameter, value in masters.items():  # trl 1.16 rounds the adapters of a quantised base to bf16
+            parameter.data = value
+        self._flags = checkpointed_layers(model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Take the accelerator that is there."""
+        self.accelerator, self.gather_function = self.given, self.given.gather_for_metrics
+        self.is_deepspeed_enabled = self.given.state.deepspeed_plugin is not None
+        self.is_fsdp_enabled = getattr(self.given.state, "fsdp_plugin", None) is not None
+
+    def join(self, wrapped: torch.nn.Module) -> None:
+        """Answer and compute with what a strategy has made of the model."""
+        self.model_wrapped = wrapped
+
+    # A step
+
+    def answer(self, numbers: Sequence[int]) -> list[dict]:
+        """Answer prompts, score the answers, and lay them out in the micro-batches of a step.
+
+        Args:
+            numbers: of the questions of this process, each `num_generations` times in a row over all processes.
+
+        Raises:
+            UserError: a reward cannot be computed.
+        """
+        batch = [{"prompt": self.questions[number].prompt, "number": number} for number in numbers]
+        self._step, self._buffered_inputs = 0, None
+        with self.accelerator.autocast(), self._layers_as_they_were():
+            first = self._prepare_inputs(batch)
+        return self._buffered_inputs if self.model.training else [first]
+
+    def loss(self, inputs: dict, *, micro_batches: int) -> torch.Tensor:
+        """The loss of one micro-batch; the sum over a step's, averaged over ranks, is the step's."""
+        self.current_gradient_accumulation_steps = micro_batches
+        return self.compute_loss(self.model_wrapped, inputs)
+
+    @contextlib.contextmanager
+    def _layers_as_they_were(self) -> Iterator[None]:
+        """trl switches checkpointing off to answer, and then on for all layers."""
+        yield
+        for layer, flag in self._flags.items():
+            layer.gradient_checkpointing = flag
+
+    # What it tells
+
+    def measured(self) -> dict[str, float]:
+        """The means of trl's metrics since the last call, of all ranks; those that had no value are left out."""
+        found, self._metrics["train"] = self._metrics["train"], type(self._metrics["train"])(list)
+        return _means(found)
+
+    def validated(self) -> dict[str, float]:
+        """The same for what was answered in evaluation mode, with eval_ in front."""
+        found, self._metrics["eval"] = self._metrics["eval"], type(self._metrics["eval"])(list)
+        return {f"eval_{key}": value for key, value in _means(found).items()}
+
+    def said(self, numbers: Sequence[int], most: int) -> list[Said]:
+        """The first answers of the last step, of rank 0's questions."""
+        logs = self._logs
+        rows = range(min(most, len(numbers), len(logs["completion"])))
+        return [
+            Said(
+                place=self.questions[numbers[row]].place,
+                prompt=self.questions[numbers[row]].prompt[-1]["content"],
+                answer=_content(logs["completion"][row]),
+                reference=self.questions[numbers[row]].reference,
+                rewards={name: values[row] for name, values in logs["rewards"].items()},
+                advantage=logs["advantages"][row],
+            )
+            for row in rows
+        ]
+
+
+def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, *, bf16: bool) -> dict:
+    """The recipe in trl's words."""
+    vllm = {
+        "use_vllm": True, "vllm_mode": config.use_vllm, "vllm_server_base_url": config.vllm_server_base_url,
+        "vllm_gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+    }  # fmt: skip
+    return {
+        "gradient_accumulation_steps": accumulation,
+        "num_generations": config.num_generations,
+        "max_completion_length": config.max_completion_length,
+        "beta": config.beta,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "loss_type": config.loss_type,
+        "scale_rewards": config.scale_rewards,
+        "mask_truncated_completions": config.mask_truncated_completions,
+        "reward_weights": [reward.weight for reward in rewards],
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "trust_remote_code": config.trust_remote_code,
+        "disable_dropout": True,
+        "bf16": bf16,
+        "gradient_checkpointing": False,  # the layers have it already
+        "eval_strategy": "no",
+        "per_device_eval_batch_size": config.num_generations,
+        "log_completions": False,
+        **(vllm if config.use_vllm != "off" else {}),
+    }
+
+
+def _reward_functions(
+    rewards: Sequence[Reward], config: TrainConfig, questions: Sequence[Question], device: torch.device
+) -> list[Callable]:
+    scores = scorers(rewards)
+    return [
+        reward_model(reward, config, questions, device)
+        if reward.model
+        else _reward_function(reward, scores[reward.name], config, questions)
+        for reward in rewards
+    ]
+
+
+def _reward_function(reward: Reward, score, config: TrainConfig, questions: Sequence[Question]) -> Callable:
+    def one(answer: str, number: int) -> float:
+        question = questions[number]
+        return rewarded(
+            reward, score, answer, question.reference, question.row, place=question.place, on_error=config.on_reward_error
+        )  # fmt: skip
+
+    def function(completions: list, number: list[int], **_) -> list[float]:
+        answers = [_content(completion) for completion in completions]
+        if reward.kind != "command":
+            return list(map(one, answers, number))
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(one, answers, number))
+
+    function.__name__ = reward.name
+    return function
+
+
+def _content(completion: list[dict] | str) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"].strip()
+
+
+def _means(metrics: dict[str, list[float]]) -> dict[str, float]:
+    metrics.pop("num_tokens", None)  # the loop counts its own
+    valid = {key: [value for value in values if not math.isnan(value)] for key, values in metrics.items()}
+    return {key: sum(values) / len(values) for key, values in valid.items() if values}
