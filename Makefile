@@ -52,7 +52,7 @@ verify: setup  ## every strategy against one process
 bench: setup  ## speed, memory and losses against trl and bare loops: ARGS="--rounds 5 --output docs/bench"
 	manyrank bench $(ARGS)
 
-story-%: setup launch/stories/%.sh  ## a whole story: traces, pairs, code or chat; RAW=, MODEL=, ARGS=, see docs/stories.md
+story-%: setup launch/stories/%.sh  ## a whole story: traces, pairs, code, chat or grpo; RAW=, MODEL=, ARGS=, see docs/stories.md
 	launch/stories/$*.sh $(ARGS)
 
 bench-data: setup  ## the preparation of data, as tables

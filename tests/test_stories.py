@@ -104,6 +104,21 @@ def test_chat(tmp_path, embedded_model):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
 
 
+def test_grpo_learns_what_is_rewarded(tmp_path, embedded_model):
+    """From answers of which a third is right to nearly all, near the SFT model."""
+    for name, mistakes in (("sums", 0), ("sums_with_mistakes", 2)):
+        written = (ROOT / "data" / "stories" / f"{name}.jsonl").read_text().splitlines()
+        assert list(map(json.loads, written)) == MAKE["sums"](mistakes)
+    story("grpo", tmp_path)
+    lines = read_metrics(tmp_path / "grpo")
+    assert lines[0]["reward"] < 0.35 and lines[-1]["reward"] > 0.7
+    assert max(line["kl"] for line in lines) < 0.5
+    models = json.loads((tmp_path / "evaluation" / "eval_results.json").read_text())["models"]
+    base, sft, grpo = (model["metrics"]["numeric"]["mean"] for model in models.values())
+    assert base < 0.2 and grpo > 0.8 and grpo > sft + 0.2
+    assert 'id="chart-reward"' in (tmp_path / "grpo" / "report.html").read_text()
+
+
 @pytest.mark.skipif(bool(NO_SLURM), reason=str(NO_SLURM))
 def test_traces_as_a_job(tmp_path, embedded_model):
     log = tmp_path / "job.log"

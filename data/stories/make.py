@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -81,8 +82,19 @@ def sharegpt(rows: int = 60) -> list[dict]:
     return made
 
 
+def sums(mistakes: int = 0) -> list[dict]:
+    """All additions of two digits; with `mistakes`, each beside so many wrong answers."""
+    draw, made = random.Random(3), []
+    for a, b in itertools.product(range(10), repeat=2):
+        near = [c for c in range(max(0, a + b - 3), a + b + 4) if c != a + b]
+        for c in (a + b, *draw.sample(near, mistakes)):
+            made.append({"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = {c}"})
+    return made
+
+
 def write() -> None:
-    for name, rows in {"traces": traces(), "code": code()}.items():
+    lines = {"traces": traces(), "code": code(), "sums": sums(), "sums_with_mistakes": sums(mistakes=2)}
+    for name, rows in lines.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (HERE / f"{name}.jsonl").write_text(text, encoding="utf-8")
     for name, rows in {"alpaca": alpaca(), "sharegpt": sharegpt()}.items():
