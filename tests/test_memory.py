@@ -139,3 +139,27 @@ def test_a_step_takes_what_is_planned(kind, bf16, method, again):
             optimizer.zero_grad()
     planned = sum(size for part, size in memory.estimate(setup).parts.items() if part != "slack")
     assert 0.95 <= planned / living.peak <= 1.15
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_what_answers_of_grpo_keep_is_what_a_cache_holds(kind):
+    answers = 256
+    more = {
+        "task": "grpo",
+        "rewards": {"f1": 1},
+        "packing": "none",
+        "global_batch_size": answers,
+        "gradient_checkpointing": "full",
+    }
+    config = recipe("--method=lora").model_copy(update={**more, "per_device_train_batch_size": 1})
+    length = config.max_length
+    model, shape = made(kind, config, torch.float32)
+    found = memory.estimate(Setup(config, shape, "single", bf16=False, gpu=False))
+    with torch.no_grad():
+        kept = model.eval()(
+            input_ids=torch.zeros(2, length, dtype=torch.long), use_cache=True, logits_to_keep=1
+        ).past_key_values
+    assert found.moment == "answers"
+    assert found.parts["cache"] == answers // 2 * nbytes(t for layer in kept.layers for t in (layer.keys, layer.values))
+    adapters = nbytes(p for name, p in model.named_parameters() if ".lora_" in name)
+    assert found.parts["adapters"] == 2 * adapters  # and those of the reference

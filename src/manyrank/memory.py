@@ -5,6 +5,7 @@
     backward        + all activations, one layer computed again and its gradients, gathered layers, a dequantised matrix
     end of backward + all gradients, one layer and its gradients, gathered layers
     step            + all gradients, what the optimizer needs for a moment
+    answers         of grpo: + the key-value cache of a process's answers, and the weights that it does not hold itself
 
 The peak is the greatest of these moments. Its parts are derived from what each strategy allocates (see `runtime` and
 the files in accelerate_configs/ and ds_configs/), not fitted to measurements.
@@ -155,8 +156,9 @@ def _lasting(setup: Setup) -> dict[str, int]:
 
 
 def _adapters(setup: Setup, shards: int) -> int:
-    # float32 masters; DeepSpeed works on 16-bit ones and keeps its masters with the optimizer.
-    return setup.trainable * (setup.compute if setup.strategy in ZERO else FLOAT) // shards
+    # float32 masters; DeepSpeed works on 16-bit ones and keeps its masters with the optimizer. Of grpo a frozen copy.
+    copies = 2 if setup.config.is_grpo else 1
+    return copies * setup.trainable * (setup.compute if setup.strategy in ZERO else FLOAT) // shards
 
 
 def _optimizer(setup: Setup) -> int:
@@ -228,7 +230,20 @@ def _moments(setup: Setup) -> dict[str, dict[str, int]]:
             "working": working, "gathered": gathered,
         },
         "step": {"gradients": gradients, "working": _step(setup)},
+        **({"answers": _answers(setup)} if setup.config.is_grpo else {}),
     }  # fmt: skip
+
+
+def _answers(setup: Setup) -> dict[str, int]:
+    """Prompt and answer have max_length tokens together; all of a process's answers grow at once."""
+    answers, shape = setup.config.batch(setup.world) // setup.world, setup.shape
+    token = sum(layer.count * (layer.attention.key + layer.attention.value) for layer in shape.layers) * setup.compute
+    weights = base_weights(setup)[0] if setup.strategy in SHARDED else 0
+    return {
+        "cache": answers * setup.config.max_length * token,
+        "gathered": weights - weights // setup.shards,
+        "head and loss": answers * shape.vocabulary * (setup.compute + FLOAT),
+    }
 
 
 def accumulates(setup: Setup) -> bool:

@@ -10,7 +10,7 @@ from .setup import OFFLOADED, Setup
 
 WIDTH = 32  # characters of a bar
 FILLS = (  # what a bar is made of, in this order
-    ("weights", "█"), ("adapters", "▓"), ("gradients", "▓"), ("optimizer", "▓"), ("activations", "▒"), ("head and loss", "▒"),
+    ("weights", "█"), ("adapters", "▓"), ("gradients", "▓"), ("optimizer", "▓"), ("activations", "▒"), ("cache", "▒"), ("head and loss", "▒"),
     ("working", "▒"), ("gathered", "░"), ("context", "·"), ("slack", "·"),
 )  # fmt: skip
 LEGEND = "again: layers whose activations are computed again; micro, length: the largest that fit, under auto with all of them\n█ weights  ▓ adapters, gradients, optimizer  ▒ activations, head, working  ░ gathered  · CUDA, slack  │ the GPU's memory"
@@ -150,6 +150,8 @@ def notes(plan: Plan) -> list[str]:
         told.append("no GPU is here, and none was given: --gpu H100-80GB or --gpu-memory 24GiB tells whether it fits")
     if plan.chosen.speed:
         told.append("speeds are estimates from the maker's figures, with documents of max_length tokens")
+    if setup.config.is_grpo:
+        told.append("speeds are those of learning from the answers; the time that answering takes is not planned")
     return told
 
 
