@@ -70,6 +70,8 @@ class Host:
 
     def remove(self) -> None:
         self.kill()
+        # The kernel takes a namespace's devices down in its own time, and the next host needs the name.
+        subprocess.run(["ip", "link", "del", f"mrv{self.number}"], capture_output=True)
         for _ in range(50):  # the dead keep it for a moment
             done = subprocess.run(["ip", "netns", "del", self.name], capture_output=True, text=True)
             if not done.returncode or "No such file" in done.stderr:
