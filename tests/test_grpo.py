@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from conftest import ROOT, Run, launch
 from safetensors.torch import load_file
 
 from manyrank import topology
-from manyrank.config import Entry, resolve
+from manyrank.api import _as_it_was
+from manyrank.config import Entry, asset, resolve
+from manyrank.errors import UserError
 from manyrank.loaded import load_model
-from manyrank.metrics import read_completions
+from manyrank.metrics import read_completions, read_metrics
 from manyrank.opening import open_session
-from manyrank.render import RenderOptions, prompt_ids
+from manyrank.render import RenderOptions, prompt_ids, stop_ids
 
 SUMS = ROOT / "data" / "stories" / "sums.jsonl"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
@@ -55,6 +58,13 @@ def sft(embedded_model, tmp_path_factory) -> Run:
     return run
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_by_others():
+    """accelerate keeps what came up in a process, and its environment."""
+    with _as_it_was():
+        yield
+
+
 def session_of(folder: Path, *args: str):
     entries = [
         Entry(name, value, "test") for name, _, value in (a.partition("=") for a in last_wins(*SMALL, *BATCH, *args))
@@ -78,7 +88,7 @@ def test_the_reference_is_the_sft_model(method, sft, tmp_path):
         with torch.no_grad():  # the policy has gone somewhere else since
             for parameter in session.runtime.trainable.values():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-        part = policy.answer(session.trainer.loader.step(0).numbers)[0]
+        part = policy.answer(session.trainer.loader.step(0).numbers, step=0)[0]
         ids = torch.cat([part["prompt_ids"], part["completion_ids"]], 1)
         mask = torch.cat([part["prompt_mask"], part["completion_mask"]], 1)
         said = part["completion_mask"].bool()
@@ -97,18 +107,23 @@ def test_the_reference_is_the_sft_model(method, sft, tmp_path):
 
 
 def test_prompts_are_those_of_the_evaluation(tokenizer, tmp_path):
-    session = session_of(tmp_path)
+    """Also where a user's words are special tokens, or a turn before has thinking that is stripped."""
+    end = tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer, RenderOptions()))[-1])
+    thought = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "<think>hm</think>Two."}, {"role": "user", "content": f"What is {end}?"},
+    ]  # fmt: skip
+    data = tmp_path / "talks.jsonl"
+    rows = [[*thought, {"role": "assistant", "content": f"{number}."}] for number in range(4)]
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    session = session_of(tmp_path / "run", f"--data_path={data}", "--thinking=strip")
     try:
-        step = session.trainer.loader.step(0)
-        part = session.trainer.policy.answer(step.numbers)[0]
-        asked = {
-            session.trainer.policy.questions[number].place: session.trainer.policy.questions[number]
-            for number in step.numbers
-        }
-        expected = {tuple(prompt_ids(tokenizer, q.prompt, options=RenderOptions())) for q in asked.values()}
-        found = {tuple(ids[mask.bool()].tolist()) for ids, mask in zip(part["prompt_ids"], part["prompt_mask"])}
-        assert found <= expected and found
-        assert len(step.numbers) == 16 and len(set(step.numbers)) == 4
+        policy = session.trainer.policy
+        part = policy.answer(session.trainer.loader.step(0).numbers, step=0)[0]
+        expected = prompt_ids(tokenizer, thought, options=RenderOptions(thinking="strip"))
+        for ids, mask in zip(part["prompt_ids"], part["prompt_mask"]):
+            assert ids[mask.bool()].tolist() == expected
+        assert "hm" not in tokenizer.decode(expected) and tokenizer.decode(expected).count(end) > 3
     finally:
         session.close()
 
@@ -189,13 +204,22 @@ def test_a_signal_saves_and_ends_with_75(sft, tmp_path):
     assert (folder / adapter).read_bytes() == (whole.folder / adapter).read_bytes()
 
 
+def test_layers_that_are_computed_again_change_nothing(sft, tmp_path):
+    common = (*BATCH, f"--sft_model={sft.folder}", "--max_steps=2")
+    plain = grpo(tmp_path / "a", *common, "--gradient_checkpointing=off")
+    again = grpo(tmp_path / "b", *common, "--gradient_checkpointing=1")
+    assert plain.code == again.code == 0, plain.stderr + again.stderr
+    for key in ("loss", "reward", "grad_norm", "kl"):
+        assert again.metrics(key) == pytest.approx(plain.metrics(key), abs=1e-6), key
+
+
 def test_full_training_validation_and_a_report(embedded_model, tmp_path):
     held = tmp_path / "held.jsonl"
     held.write_text("".join(SUMS.read_text().splitlines(keepends=True)[:5]))
     run = grpo(
         tmp_path / "run", *BATCH, "--method=full", "--lr=1e-5", "--max_steps=2", f"--eval_data_path={held}", "--eval_steps=1",
         "--rewards={numeric: 1, format: {final: true, weight: 0.1}, length: {max: 8, weight: 0.1}, repetition: 0.1}",
-        "--load_best_model_at_end", "--metric_for_best_model=eval_reward", "--greater_is_better=yes",
+        "--load_best_model_at_end",
     )  # fmt: skip
     assert run.code == 0, run.stderr
     assert len(run.metrics("eval_reward")) == 2 and len(run.metrics("kl")) == 2
@@ -208,6 +232,108 @@ def test_full_training_validation_and_a_report(embedded_model, tmp_path):
     page = (run.folder / "report.html").read_text()
     for sign in ('id="chart-reward"', 'id="chart-kl"', 'id="completions"', "reward, last", "What is "):
         assert sign in page
+
+
+def test_a_line_of_metrics_over_a_resume(sft, tmp_path):
+    """What was measured between the last line and the checkpoint is not lost; validation draws nothing from the training."""
+    common = [
+        *last_wins(*SMALL, *BATCH, f"--sft_model={sft.folder}", "--max_steps=3", "--save_steps=2"),
+        "--logging_steps=3",
+    ]
+    lines = []
+    for name, more in (("a", []), ("b", [f"--resume_from_checkpoint={tmp_path / 'a' / 'checkpoint-2'}"]),
+                       ("c", ["--eval_split=0.1", "--eval_steps=1"])):  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "manyrank.cli",
+            "train",
+            "fast_test",
+            *common,
+            *more,
+            f"--output_dir={tmp_path / name}",
+        ]
+        assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+        lines.append([line for line in read_metrics(tmp_path / name) if "reward" in line])
+    (whole,), (part,), _ = lines
+    for key in ("loss", "reward", "kl", "entropy", "rewards/f1/mean"):
+        assert part[key] == pytest.approx(whole[key], abs=1e-9), key
+    again = [*command[:-1], f"--output_dir={tmp_path / 'd'}", "--eval_split=0.1"]
+    again[again.index("--eval_steps=1")] = "--eval_steps=3"
+    again.pop()
+    assert subprocess.run(again, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    (rarely,) = [line for line in read_metrics(tmp_path / "d") if "reward" in line]
+    assert rarely["reward"] == lines[2][0]["reward"] and rarely["grad_norm"] == lines[2][0]["grad_norm"]
+
+
+def test_a_whole_model_of_sft(embedded_model, tokenizer, tmp_path):
+    """Its template is kept, and what came of it can be used."""
+    more = (
+        "--model=embedded", f"--data_path={SUMS}", "--method=full", "--max_steps=2", "--lr=1e-4", "--max_length=64", "--bf16=no",
+        "--chat_template=plain",
+    )  # fmt: skip
+    whole = launch(tmp_path / "sft", *more, recipe="--config=fast_test")
+    assert whole.code == 0, whole.stderr
+    run = launch(
+        tmp_path / "run",
+        *(option for option in last_wins(*SMALL, *BATCH, "--max_steps=1") if not option.startswith("--model=")),
+        f"--sft_model={whole.folder}",
+        recipe="--config=fast_test",
+    )
+    assert run.code == 0, run.stderr
+    assert run.metrics("kl") == [pytest.approx(0, abs=1e-4)]
+    _, own = load_model(str(run.folder), dtype="float32")
+    assert own.chat_template == asset("data", "templates", "plain.jinja").read_text() != tokenizer.chat_template
+    again = resolve(str(run.folder / "config.yaml")).config
+    assert again.model_name_or_path == str(whole.folder / "final_model") and again.is_grpo
+
+
+def test_adapters_that_no_recipe_makes_are_refused(sft, tmp_path):
+    shutil.copytree(sft.folder / "final_model", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    known = json.loads(file.read_text())
+    for change in (
+        {"use_rslora": True},
+        {"peft_type": "LOHA"},
+        {"target_modules": None},
+        {"rank_pattern": {"q_proj": 2}},
+    ):
+        file.write_text(json.dumps(known | change))
+        with pytest.raises(UserError, match="none that manyrank makes"):
+            resolve("grpo_from_sft", [Entry("sft_model", str(tmp_path / "adapter"), ""), Entry("data_path", "x", "")])
+
+
+def test_answering_leaves_no_hooks(tmp_path):
+    session = session_of(tmp_path, "--gradient_checkpointing=2")
+    try:
+        trainer, modules = session.trainer, list(session.runtime.model.modules())
+        flags, counts = [getattr(module, "gradient_checkpointing", None) for module in modules], []
+        for number in range(3):
+            trainer.policy.answer(trainer.loader.step(number).numbers, step=number)
+            counts.append(sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules))
+        assert len(set(counts)) == 1
+        assert flags == [getattr(module, "gradient_checkpointing", None) for module in modules] and True in flags
+    finally:
+        session.close()
+
+
+def test_gradients_do_not_depend_on_the_layout(sft, tmp_path):
+    """Of the same answers: one process, one or four micro-batches; two processes under each strategy. The reference, too."""
+    found = {}
+    for name, nproc, micro in (("single", 1, 16), ("single", 1, 4), ("ddp", 2, 4), ("fsdp", 2, 8), ("zero3", 2, 4)):
+        out = tmp_path / f"{name}{micro}.json"
+        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        options = last_wins(*SMALL, *BATCH, f"--sft_model={sft.folder}", f"--per_device_train_batch_size={micro}")
+        argv += [ROOT / "tests" / "grpo_worker.py", out, sft.folder, "fast_test", *options, f"--strategy={name}"]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        found[name, micro] = json.loads(out.read_text())
+    first = found["single", 16]
+    assert all(norm > 0.01 for norm in first["norms"].values())
+    for layout, values in found.items():
+        assert values["reference"] < 1e-4, layout
+        for loss_type, norm in values["norms"].items():
+            assert norm == pytest.approx(first["norms"][loss_type], rel=1e-4), (layout, loss_type)
 
 
 def test_a_reward_model(embedded_model, tokenizer, tmp_path):
@@ -264,8 +390,12 @@ def test_a_reference_that_cannot_be_compared_is_told_at_the_start(embedded_model
         (["--use_vllm"], "on a machine without GPUs"),
         (["--method=full", "--strategy=fsdp", "--nproc=2"], "with beta 0.04 on fsdp"),
         (["--strategy=zero3_offload", "--nproc=2"], "grpo on zero3_offload"),
-        (["--eval_split=0.1", "--eval_steps=1", "--load_best_model_at_end"], "metric_for_best_model is eval_loss"),
-        (["--task=sft", "--sft_model=somewhere"], "sft_model with task sft"),
+        (
+            ["--eval_split=0.1", "--eval_steps=1", "--load_best_model_at_end", "--metric_for_best_model=eval_loss"],
+            "metric_for_best_model is eval_loss",
+        ),
+        (["--sft_model=nowhere"], "there is no folder 'nowhere'"),
+        (["--task=sft", f"--sft_model={ROOT}"], "neither a model, an adapter nor a run"),
         (["--torch_compile"], "torch_compile with grpo"),
     ],
 )

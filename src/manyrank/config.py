@@ -59,6 +59,15 @@ METHOD_FLAGS = {
     "no_4bit": frozenset({"full", "lora", "int8"}),
     "use_8bit": frozenset({"int8"}),
 }
+# What the task grpo sets where nobody says otherwise: answers are padded, and the best model has the best reward.
+BY_TASK = "task grpo"
+OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "greater_is_better": True}
+# Of adapter_config.json, what the adapters made here have, so that theirs is told by rank, scale and modules.
+PLAIN_ADAPTER = {
+    "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "lora_bias": False, "rank_pattern": {},
+    "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "target_parameters": None,
+    "trainable_token_indices": None, "fan_in_fan_out": False,
+}  # fmt: skip
 METHOD_PREFERENCE = ("lora", "qlora", "int8", "full")
 SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
 
@@ -107,12 +116,13 @@ def normal(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
 
 
-def resolve(recipe: str | None, overrides: Sequence[Entry] = ()) -> Resolved:
+def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bool = False) -> Resolved:
     """Merge defaults, the recipe and its base, and the command line.
 
     Args:
         recipe: a YAML file or a preset's name; None for the command line alone.
         overrides: the command line's values, in order.
+        finished: of a run that is over: what it went on from need not be there.
 
     Raises:
         UserError: an unknown key, a wrong type, a contradiction, or a file that cannot be read.
@@ -122,9 +132,9 @@ def resolve(recipe: str | None, overrides: Sequence[Entry] = ()) -> Resolved:
         merged |= _canonical(entries, merged.get("method"))
     if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
         del merged["bf16"]
-    if "task" in merged and merged["task"].value == "grpo":  # answers are padded
-        merged.setdefault("packing", Entry("packing", "none", "task grpo"))
-    if "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
+    if "task" in merged and merged["task"].value == "grpo":
+        merged = {key: Entry(key, value, BY_TASK) for key, value in OF_GRPO.items()} | merged
+    if not finished and "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
         merged = _gone_on_from(merged["sft_model"], merged)
     return Resolved(_validate(merged), {key: entry.where for key, entry in merged.items()})
 
@@ -132,40 +142,72 @@ def resolve(recipe: str | None, overrides: Sequence[Entry] = ()) -> Resolved:
 def recipe_of(found: Artifact) -> TrainConfig | None:
     """The recipe of the run that an artifact comes from."""
     file = found.run / "config.yaml" if found.run else None
-    return resolve(str(file)).config if file and file.is_file() else None
+    return resolve(str(file), finished=True).config if file and file.is_file() else None
 
 
 def _gone_on_from(entry: Entry, merged: dict[str, Entry]) -> dict[str, Entry]:
-    """With the base of what SFT has made, and the shape of its adapter, which both cannot be others."""
-    given = merged.get("model_name_or_path")
-    if given and not Path(str(entry.value)).expanduser().is_dir():  # of a finished run whose source is gone
-        return merged
-    found = artifact.find(str(entry.value), base=given and str(given.value))
-    known = {"model_name_or_path": found.base, **(_adapter_shape(found.adapter) if found.adapter else {})}
-    own = {key: Entry(key, value, entry.where) for key, value in known.items()}
-    for key, theirs in own.items():
+    """With the base of what SFT has made, how it was spoken to, and the shape of its adapter, which cannot be another."""
+    if not Path(str(entry.value)).expanduser().is_dir():
+        fix = "give a run's folder, a checkpoint, an adapter or a merged model"
+        raise UserError(f"there is no folder {entry.value!r}", where=entry.where, fix=fix)
+    found = artifact.find(str(entry.value))
+    base = merged.get("model_name_or_path", Entry("model_name_or_path", found.base, entry.where))
+    if not found.adapter and str(base.value) != found.base:
+        what = f"{entry.value} is a whole model, and model_name_or_path is {base.value}"
+        raise UserError(what, where=f"{base.where}; {entry.where}", fix="leave model_name_or_path out")
+    shape = _adapter_shape(found.adapter, entry) if found.adapter else {}
+    for key, theirs in shape.items():
         mine = merged.get(key)
-        same = mine is None or mine.value in (theirs.value, str(theirs.value), "all-linear")
-        usual = mine and mine.where.startswith(
-            str(asset("launch", "recipes"))
-        )  # of a preset, which is for other models, too
-        if not (same or usual) and key != "model_name_or_path":
+        if mine and not _is_same(mine, theirs):
             raise UserError(
-                f"{key} is {mine.value}, and that of {entry.value} is {theirs.value}",
+                f"{key} is {mine.value}, and that of {entry.value} is {theirs}",
                 where=f"{mine.where}; {entry.where}",
                 fix=f"leave {key} out: the same adapter is trained on",
             )
-    return merged | own
+    own = {key: Entry(key, value, entry.where) for key, value in (_speech(found) | shape).items()}
+    return own | merged | {"model_name_or_path": base} | {key: own[key] for key in shape}
 
 
-def _adapter_shape(adapter: Path) -> dict[str, Any]:
-    found = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    targets = found["target_modules"]
-    return {
-        "lora_r": found["r"],
-        "lora_alpha": found["lora_alpha"],
-        "lora_target_modules": targets if isinstance(targets, str) else sorted(targets),
-    }
+def _is_same(mine: Entry, theirs: Any) -> bool:
+    """Whether a value fits the adapter; a preset's is for other models, too, and all-linear has come to a list in it."""
+    if mine.where.startswith(str(asset("launch", "recipes"))) or mine.value == "all-linear":
+        return True
+    if isinstance(theirs, list):
+        names = mine.value if isinstance(mine.value, list) else str(mine.value).strip("[] ").split(",")
+        return {str(name).strip() for name in names} == set(theirs)
+    return str(mine.value) == str(theirs) or mine.value == theirs
+
+
+def _speech(found: Artifact) -> dict[str, Any]:
+    """What the recipe of SFT says of rendering; a template of its own is kept with its tokenizer."""
+    recipe = recipe_of(found)
+    if not recipe:
+        return {}
+    given = {key: getattr(recipe, key) for key in ("chat_template_kwargs", "stop_tokens", "thinking", "chat_template")}
+    if found.own_tokenizer:
+        del given["chat_template"]
+    return {key: value for key, value in given.items() if value != FIELDS[key].default}
+
+
+def _adapter_shape(adapter: Path, entry: Entry) -> dict[str, Any]:
+    """The keys of a recipe that make an adapter of this shape.
+
+    Raises:
+        UserError: no recipe makes it, or its config cannot be read.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        special = [key for key, usual in PLAIN_ADAPTER.items() if (found.get(key) or usual) != usual]
+        targets = found.get("target_modules")
+        if special or not isinstance(targets, str | list):
+            what = f"the adapter is none that manyrank makes ({', '.join(special) or 'target_modules'})"
+            fix = "merge it (manyrank merge), and go on from the result"
+            raise UserError(what, where=f"{entry.where}, {file}", fix=fix)
+        shape = {"lora_r": found["r"], "lora_alpha": found["lora_alpha"]}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
+    return {**shape, "lora_target_modules": targets if isinstance(targets, str) else sorted(targets)}
 
 
 def find_recipe(name: str) -> Path:

@@ -9,8 +9,10 @@ al. 2024 (arXiv 2402.03300); what is computed is trl's.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -25,14 +27,13 @@ from .config import TrainConfig
 from .data import Examples, render_options
 from .errors import UserError
 from .formats import BadRow
-from .model import evaluation_mode, read_config
+from .model import evaluation_mode
 from .policy import Policy
 from .questions import Question, read_questions
 from .render import prompt_ids
 from .rewards import read_rewards, rewarded, scorers
 from .runtime import Runtime
 from .scores import SCORES
-from .shapes import from_config
 from .trainer import Trainer
 
 SHOWN = 4  # answers that a line of metrics keeps
@@ -107,9 +108,16 @@ class PromptLoader:
 
 
 def questions_of(
-    examples: Examples, evaluation: Examples | None, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+    examples: Examples,
+    evaluation: Examples | None,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
 ) -> tuple[Examples, Examples | None, list[Question]]:
     """The examples that have a question, training first, and the question of each by its number in both.
+
+    Args:
+        context: the most tokens that the model reads at once, where that is known.
 
     Raises:
         UserError: no row has one, or one has what cannot be answered or rewarded.
@@ -121,7 +129,8 @@ def questions_of(
             continue
         keys = part.keys()
         known = read_questions(sources, config, keys)
-        kept = [at for at, key in enumerate(keys) if key in known]
+        first = {key: at for at, key in reversed(list(enumerate(keys)))}  # a row that was split is asked once
+        kept = [at for at, key in enumerate(keys) if key in known and first[key] == at]
         if not kept:
             what = "no row has an answer in words, and something said before it"
             raise UserError(what, where="data_path", fix="give conversations, or questions with answers")
@@ -132,15 +141,25 @@ def questions_of(
             what = "grpo answers no rows with tools or documents"
             raise UserError(what, where=question.place, fix="leave such rows out")
     found = [replace(question, prompt=_plain(question.prompt)) for question in found]
-    _check_questions(found, config, tokenizer)
+    _check_questions(found, config, tokenizer, context)
     return parts[0], parts[1], found
+
+
+def fingerprint(questions: Sequence[Question]) -> str:
+    """Of all that rewards may look at."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps(question.row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]
 
 
 def _plain(prompt: list[dict]) -> list[dict]:
     return [{key: value for key, value in message.items() if key != "weight"} for message in prompt]
 
 
-def _check_questions(questions: Sequence[Question], config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_questions(
+    questions: Sequence[Question], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> None:
     """See before anything is answered that each prompt has room for an answer, and each reference can be compared.
 
     Raises:
@@ -148,7 +167,6 @@ def _check_questions(questions: Sequence[Question], config: TrainConfig, tokeniz
     """
     rewards = [reward for reward in read_rewards(config.rewards) if reward.kind in SCORES]
     scores, options = scorers(rewards), render_options(config)
-    context = from_config(read_config(config), name=config.model_name_or_path).max_positions
     for question in questions:
         for reward in rewards:
             rewarded(
@@ -169,20 +187,28 @@ def open_policy(
     model: torch.nn.Module, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question], *, bf16: bool,
 ) -> Policy:  # fmt: skip
-    """trl's part, before the strategy wraps the model."""
+    """trl's part, before the strategy wraps the model.
+
+    Raises:
+        UserError: the vLLM server cannot be reached.
+    """
     per_rank = config.batch(accelerator.num_processes) // accelerator.num_processes
-    return Policy(
-        model, config, accelerator=accelerator, tokenizer=tokenizer, questions=questions,
-        rewards=read_rewards(config.rewards), accumulation=per_rank // config.per_device_train_batch_size,
-        bf16=bf16,
-    )  # fmt: skip
+    try:
+        return Policy(
+            model, config, accelerator=accelerator, tokenizer=tokenizer, questions=questions,
+            rewards=read_rewards(config.rewards), accumulation=per_rank // config.per_device_train_batch_size,
+            bf16=bf16,
+        )  # fmt: skip
+    except ConnectionError as error:
+        fix = "start it (trl vllm-serve), or mend vllm_server_base_url"
+        raise UserError(f"the vLLM server: {error}", where="vllm_server_base_url", fix=fix) from None
 
 
 class PolicyTrainer(Trainer):
-    """The loop of `trainer`, whose steps are answers. `first` is the number of the first validation question."""
+    """The loop of `trainer`, whose steps are answers."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, *args, policy: Policy, **kwargs) -> None:
-        self.policy = policy
+        self.policy, self.rewards = policy, read_rewards(config.rewards)
         super().__init__(config, runtime, *args, **kwargs)
         policy.join(runtime.wrapped)
         with (
@@ -196,11 +222,11 @@ class PolicyTrainer(Trainer):
             raise UserError("a loss of one's own with grpo", where="loss", fix="leave it out: give rewards")
 
     def _loader(self, examples: Examples, micro_batch: int, batch: int, seed: int | None) -> PromptLoader:
-        answers, training = self.config.num_generations, seed is not None
+        answers = self.config.num_generations
         return PromptLoader(
             examples=examples,
-            batch_size=batch if training else answers * self.world,
-            micro_batch_size=micro_batch if training else answers,
+            batch_size=self.batch_size,
+            micro_batch_size=self.config.per_device_train_batch_size,
             answers=answers,
             rank=self.runtime.accelerator.process_index,
             ranks=self.world,
@@ -209,9 +235,8 @@ class PolicyTrainer(Trainer):
 
     def _forward_backward(self, step: PromptStep) -> list[torch.Tensor]:
         self._in_phase("answering")
-        self.policy.state.global_step = self.state.global_step
         with self.runtime.whole():
-            parts = self.policy.answer(step.numbers)
+            parts = self.policy.answer(step.numbers, step=self.state.global_step)
         self._count(step, parts)
         losses = []
         for index, inputs in enumerate(parts):
@@ -244,18 +269,38 @@ class PolicyTrainer(Trainer):
             return
         step = self.loader.step(self.state.global_step - 1)
         lines = [{"step": self.state.global_step, **asdict(said)} for said in self.policy.said(step.numbers, SHOWN)]
-        metrics.append_lines(self.output_dir / "logs" / metrics.COMPLETIONS, map(json.dumps, lines))
+        with metrics.beside_the_point():
+            metrics.append_lines(self.output_dir / "logs" / metrics.COMPLETIONS, map(json.dumps, lines))
 
     def evaluate(self) -> dict[str, float]:
-        """The rewards of one group of answers to each validation prompt."""
-        offset = len(self.loader.examples)
-        with evaluation_mode(self.runtime.wrapped):
-            for number in range(self.eval_loader.steps_per_epoch):
-                self._in_phase(f"step {number + 1} of the validation")
-                numbers = [offset + number for number in self.eval_loader.step(number).numbers]
+        """The mean rewards of one group of answers to each validation prompt; the same draws every time."""
+        loader, first = self.eval_loader, len(self.loader.examples)
+        total = dict.fromkeys((reward.name for reward in self.rewards), 0.0)
+        with evaluation_mode(self.runtime.wrapped), self._draws_of_its_own():
+            for turn in range(loader.steps_per_epoch):
+                self._in_phase(f"step {turn + 1} of the validation")
+                numbers = [first + number for number in loader.step(turn).numbers]
                 with self.runtime.whole():
-                    self.policy.answer(numbers)
-        return self.policy.validated()
+                    self.policy.answer(numbers, step=self.state.global_step)
+                real = min(loader.prompts, len(loader.examples) - turn * loader.prompts)  # the last step is filled up
+                for name, values in self.policy.rewards(real * loader.answers).items():
+                    total[name] += sum(values)
+        means = {name: value / (len(loader.examples) * loader.answers) for name, value in total.items()}
+        summed = sum(reward.weight * means[reward.name] for reward in self.rewards)
+        return {"eval_reward": summed, **{f"eval_rewards/{name}/mean": value for name, value in means.items()}}
+
+    @contextlib.contextmanager
+    def _draws_of_its_own(self) -> Iterator[None]:
+        """Validation takes nothing from the generators of the training."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config.seed + self.runtime.accelerator.process_index)
+            yield
+
+    def _task_state(self) -> dict:
+        return self.policy.unmeasured
+
+    def _restore_task(self, state: dict) -> None:
+        self.policy.unmeasured = state
 
     def _zero_step(self) -> None:
         """Forward and backward of a loss that is exactly zero."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from .errors import UserError
+from .model_rules import head_target
 from .rewards import read_rewards
 from .situation import Rule, Situation, unless
 
@@ -69,6 +70,12 @@ GRPO_RULES = (
         unless(lambda s: s.config.is_grpo and s.config.packing != "none", "packing: {c.packing} with grpo"),
         reason="Answers are computed padded, as trl does it.",
         fix="leave packing out",
+    ),
+    Rule(
+        "adapters-on-head-of-grpo", "error", ("lora_target_modules",),
+        lambda s: head_target(s) if s.config.is_grpo else None,
+        reason="trl computes log-probabilities with the head's own weight.",
+        fix="leave the head out of lora_target_modules",
     ),
     Rule(
         "adapter-of-full-grpo", "error", ("sft_model", "method"),

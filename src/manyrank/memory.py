@@ -157,7 +157,7 @@ def _lasting(setup: Setup) -> dict[str, int]:
 
 def _adapters(setup: Setup, shards: int) -> int:
     # float32 masters; DeepSpeed works on 16-bit ones and keeps its masters with the optimizer. Of grpo a frozen copy.
-    copies = 2 if setup.config.is_grpo else 1
+    copies = 2 if setup.config.is_grpo and setup.config.beta else 1
     return copies * setup.trainable * (setup.compute if setup.strategy in ZERO else FLOAT) // shards
 
 

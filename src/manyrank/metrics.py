@@ -8,9 +8,11 @@ completions.jsonl   of grpo: some answers of each logged step, with their reward
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 COMPLETIONS = "completions.jsonl"
@@ -100,3 +102,12 @@ def rewind(output_dir: Path, step: int) -> None:
         if file.exists():
             kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
             file.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+
+
+@contextlib.contextmanager
+def beside_the_point() -> Iterator[None]:
+    """A file for the report that cannot be written, on a full disk for instance, is told, and costs nothing else."""
+    try:
+        yield
+    except OSError as error:
+        print(f"WARNING: the report will lack something: {error}", file=sys.stderr, flush=True)

@@ -268,11 +268,6 @@ def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def checkpointed_layers(model: torch.nn.Module) -> dict[torch.nn.Module, bool]:
-    """The layers whose activations may be computed again, and whether they are."""
-    return {layer: layer.gradient_checkpointing for layer in _layers(model)}
-
-
 def base_model(plan: LoadPlan) -> torch.nn.Module:
     """The base model as a plan has it."""
     options = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}

@@ -106,7 +106,7 @@ def _tied_target(s: Situation, *, fsdp: bool) -> str | None:
     return f"adapters on {found[0]}, which shares its weights with the embeddings" if found else None
 
 
-def _head_target(s: Situation) -> str | None:
+def head_target(s: Situation) -> str | None:
     found = _targets(s, HEADS)
     return f"adapters on the head ({found[0]})" if found and not _is_tied(s) else None
 
@@ -277,7 +277,7 @@ ADAPTER_RULES = (
         upstream="https://github.com/huggingface/peft/issues/2018",
     ),
     Rule(
-        "adapters-on-head", "warning", ("lora_target_modules",), _head_target,
+        "adapters-on-head", "warning", ("lora_target_modules",), head_target,
         reason="The loss is then computed from whole logits, tokens x vocabulary: slower, and with far more memory.",
         fix="leave the head out of lora_target_modules",
     ),

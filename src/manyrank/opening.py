@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from . import artifact, strategy, trackers
 from .batches import trial
 from .config import TrainConfig
 from .data import Examples, prepare
+from .errors import UserError
 from .foresight import foresee, told
 from .meter import Meter, kind_of
 from .model import (
@@ -31,6 +32,7 @@ from .model import (
     with_adapters,
 )
 from .optim import build_optimizer
+from .questions import Question
 from .resume import Start, base_fingerprint, find_start
 from .run_identity import batch_per_process, identity, refuse_changes
 from .runtime import prepare as prepare_runtime
@@ -50,26 +52,25 @@ def open_session(
     """
     _prepare_environment(config, place, output_dir)
     brought = brought or Brought()
-    tokenizer = load_tokenizer(config, brought.tokenizer)
+    tokenizer = _tokenizer(config, brought)
     accelerator = strategy.start(config, place, bf16=bf16)
     start = find_start(config, output_dir, accelerator)
     per_process = batch_per_process(config)
     if start.folder and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
         config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
     needed = start.run["needed"] if start.folder else _needed(config, accelerator.num_processes)
-    train, evaluation = _data(config, tokenizer, needed)
-    if config.is_grpo:
-        from . import grpo  # not before: trl takes seconds to import
-
-        train, evaluation, questions = grpo.questions_of(train, evaluation, config, tokenizer)
+    train, evaluation, questions = _data(config, tokenizer, needed, brought.model)
     if accelerator.is_main_process:
         _tell(config, train, evaluation)
     setup = _foreseen(config, accelerator, place, brought.model, bf16=bf16)
     config = setup.config if setup else config
     base, give_back = _fingerprint(brought.model), _lent(brought.model)
     model = _model(config, accelerator, brought.model, bf16=bf16)
-    kind = Trainer
+    kind, rows = Trainer, None
     if config.is_grpo:
+        from . import grpo  # not before: trl takes seconds to import
+
+        rows = grpo.fingerprint(questions)
         policy = grpo.open_policy(model, config, accelerator, tokenizer, questions, bf16=bf16)
         kind = partial(grpo.PolicyTrainer, policy=policy)
     runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
@@ -79,6 +80,7 @@ def open_session(
         config,
         model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
         sft_model=_sft_fingerprint(config),
+        rows=rows,
         loss=brought.loss and f"{brought.loss.__module__}.{brought.loss.__qualname__}",
         data=train.fingerprint,
         global_batch_size=config.batch(accelerator.num_processes),
@@ -134,12 +136,27 @@ def _foreseen(
 def _model(
     config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, bf16: bool
 ) -> torch.nn.Module:
+    if own and config.is_grpo and config.beta and not config.uses_lora:
+        fix = "use adapters, or beta=0: the reference would be loaded from model_name_or_path"
+        raise UserError("grpo of a whole model that is brought along", where="model", fix=fix)
     if own:
-        return with_adapters(fitted(own, config, bf16=bf16), config)
-    model = load_model(plan_load(config, accelerator, bf16=bf16), config)
+        model = with_adapters(fitted(own, config, bf16=bf16), config)
+    else:
+        model = load_model(plan_load(config, accelerator, bf16=bf16), config)
     if adapter := _sft_adapter(config):
         load_adapter(model, adapter)
     return model
+
+
+def _tokenizer(config: TrainConfig, brought: Brought) -> PreTrainedTokenizerBase:
+    """That of the recipe's model, or of what SFT has made of it."""
+    own = artifact.find(config.sft_model).own_tokenizer if config.sft_model else None
+    return load_tokenizer(config.model_copy(update={"model_name_or_path": own}) if own else config, brought.tokenizer)
+
+
+def _context(config: TrainConfig, own: PreTrainedModel | None) -> int | None:
+    shape = own.config.to_dict() if own else read_config(config)
+    return (shape.get("text_config") or shape).get("max_position_embeddings")
 
 
 def _sft_adapter(config: TrainConfig) -> Path | None:
@@ -193,13 +210,19 @@ def _needed(config: TrainConfig, world: int) -> int | None:
 
 
 def _data(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None
-) -> tuple[Examples, Examples | None]:
-    """The examples to train on and to validate with."""
-    train = prepare(config.data_path, tokenizer, config, needed=needed)
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None, own: PreTrainedModel | None
+) -> tuple[Examples, Examples | None, Sequence[Question]]:
+    """The examples to train on and to validate with; of grpo, those that have a question, and these."""
+    train, evaluation = prepare(config.data_path, tokenizer, config, needed=needed), None
     if config.eval_split:
-        return train.split(config.eval_split)
-    return train, prepare(config.eval_data_path, tokenizer, config) if config.eval_data_path else None
+        train, evaluation = train.split(config.eval_split)
+    elif config.eval_data_path:
+        evaluation = prepare(config.eval_data_path, tokenizer, config)
+    if not config.is_grpo:
+        return train, evaluation, ()
+    from . import grpo
+
+    return grpo.questions_of(train, evaluation, config, tokenizer, _context(config, own))
 
 
 def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:

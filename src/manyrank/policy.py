@@ -24,9 +24,8 @@ from trl import GRPOConfig, GRPOTrainer
 from .callbacks import training_arguments
 from .config import TrainConfig
 from .data import render_options
-from .model import checkpointed_layers
 from .questions import Question
-from .render import stop_ids
+from .render import prompt_ids, stop_ids
 from .reward_model import reward_model
 from .rewards import Reward, rewarded, scorers
 
@@ -51,7 +50,7 @@ class Policy(GRPOTrainer):
     Args:
         model: with its adapters, not yet prepared for a strategy; `join` tells what it was wrapped into.
         questions: by number, the prompts and references of all rows.
-        micro_batch, accumulation: answers that a process forwards at once, and how many such parts a step has.
+        accumulation: the micro-batches of a step.
     """
 
     def __init__(
@@ -66,8 +65,8 @@ class Policy(GRPOTrainer):
         accumulation: int,
         bf16: bool,
     ) -> None:
-        self.given, self.questions = accelerator, questions
-        stops = sorted(token for token in stop_ids(tokenizer, render_options(config)) if token is not None)
+        self.given, self.questions, self.rendering = accelerator, questions, render_options(config)
+        stops = sorted(token for token in stop_ids(tokenizer, self.rendering) if token is not None)
         model.generation_config.eos_token_id = stops  # what ends an answer in the data, too
         masters = {
             p: p.detach().clone() for p in model.parameters() if p.requires_grad and hasattr(model, "peft_config")
@@ -80,12 +79,11 @@ class Policy(GRPOTrainer):
         # With that variable its arguments would set up DeepSpeed a second time (see `training_arguments`).
         with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
             super().__init__(
-                model, _reward_functions(rewards, config, questions, accelerator.device), args,
+                model, _reward_functions(rewards, config, questions, tokenizer, accelerator.device), args,
                 train_dataset=Dataset.from_dict({"prompt": ["-"]}), processing_class=tokenizer,
             )  # fmt: skip
         for parameter, value in masters.items():  # trl 1.16 rounds the adapters of a quantised base to bf16
             parameter.data = value
-        self._flags = checkpointed_layers(model)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Take the accelerator that is there."""
@@ -99,18 +97,19 @@ class Policy(GRPOTrainer):
 
     # A step
 
-    def answer(self, numbers: Sequence[int]) -> list[dict]:
+    def answer(self, numbers: Sequence[int], *, step: int) -> list[dict]:
         """Answer prompts, score the answers, and lay them out in the micro-batches of a step.
 
         Args:
             numbers: of the questions of this process, each `num_generations` times in a row over all processes.
+            step: optimizer steps until now, by which vLLM is sent the weights.
 
         Raises:
             UserError: a reward cannot be computed.
         """
         batch = [{"prompt": self.questions[number].prompt, "number": number} for number in numbers]
-        self._step, self._buffered_inputs = 0, None
-        with self.accelerator.autocast(), self._layers_as_they_were():
+        self._step, self._buffered_inputs, self.state.global_step = 0, None, step
+        with self.accelerator.autocast(), self._without_checkpointing():
             first = self._prepare_inputs(batch)
         return self._buffered_inputs if self.model.training else [first]
 
@@ -119,24 +118,43 @@ class Policy(GRPOTrainer):
         self.current_gradient_accumulation_steps = micro_batches
         return self.compute_loss(self.model_wrapped, inputs)
 
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        """As SFT renders them; trl would read special tokens in a user's words as such."""
+        return [prompt_ids(self._tokenizer, prompt, options=self.rendering) for prompt in prompts], None, {}
+
     @contextlib.contextmanager
-    def _layers_as_they_were(self) -> Iterator[None]:
-        """trl switches checkpointing off to answer, and then on for all layers."""
-        yield
-        for layer, flag in self._flags.items():
-            layer.gradient_checkpointing = flag
+    def _without_checkpointing(self) -> Iterator[None]:
+        """trl would switch it off to answer, and then on for all layers, with one more hook on the embedding each time."""
+        checkpointed = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for module in checkpointed:
+                module.gradient_checkpointing = True
 
     # What it tells
 
     def measured(self) -> dict[str, float]:
         """The means of trl's metrics since the last call, of all ranks; those that had no value are left out."""
-        found, self._metrics["train"] = self._metrics["train"], type(self._metrics["train"])(list)
-        return _means(found)
+        found = _means(self._metrics["train"])
+        self._metrics["train"].clear()
+        return found
 
-    def validated(self) -> dict[str, float]:
-        """The same for what was answered in evaluation mode, with eval_ in front."""
-        found, self._metrics["eval"] = self._metrics["eval"], type(self._metrics["eval"])(list)
-        return {f"eval_{key}": value for key, value in _means(found).items()}
+    @property
+    def unmeasured(self) -> dict[str, list[float]]:
+        """What the next call of `measured` takes the means of; a checkpoint keeps it."""
+        return dict(self._metrics["train"])
+
+    @unmeasured.setter
+    def unmeasured(self, values: dict[str, list[float]]) -> None:
+        self._metrics["train"].clear()
+        self._metrics["train"].update(values)
+
+    def rewards(self, answers: int) -> dict[str, list[float]]:
+        """By name, the rewards of the first answers of the last step, over all ranks."""
+        return {name: list(values)[:answers] for name, values in self._logs["rewards"].items()}
 
     def said(self, numbers: Sequence[int], most: int) -> list[Said]:
         """The first answers of the last step, of rank 0's questions."""
@@ -178,33 +196,40 @@ def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, 
         "bf16": bf16,
         "gradient_checkpointing": False,  # the layers have it already
         "eval_strategy": "no",
-        "per_device_eval_batch_size": config.num_generations,
+        "report_to": "none",  # else trl would tell trackers of its own time
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "num_generations_eval": config.num_generations,
         "log_completions": False,
         **(vllm if config.use_vllm != "off" else {}),
     }
 
 
 def _reward_functions(
-    rewards: Sequence[Reward], config: TrainConfig, questions: Sequence[Question], device: torch.device
+    rewards: Sequence[Reward],
+    config: TrainConfig,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> list[Callable]:
+    """In the form that trl calls: token ids of answers and the numbers of their questions, to a score each."""
     scores = scorers(rewards)
     return [
-        reward_model(reward, config, questions, device)
+        _with_model(reward, config, questions, tokenizer, device)
         if reward.model
-        else _reward_function(reward, scores[reward.name], config, questions)
+        else _reward_function(reward, scores[reward.name], config, questions, tokenizer)
         for reward in rewards
     ]
 
 
-def _reward_function(reward: Reward, score, config: TrainConfig, questions: Sequence[Question]) -> Callable:
+def _reward_function(reward: Reward, score, config: TrainConfig, questions: Sequence[Question], tokenizer) -> Callable:
     def one(answer: str, number: int) -> float:
         question = questions[number]
         return rewarded(
             reward, score, answer, question.reference, question.row, place=question.place, on_error=config.on_reward_error
         )  # fmt: skip
 
-    def function(completions: list, number: list[int], **_) -> list[float]:
-        answers = [_content(completion) for completion in completions]
+    def function(completion_ids: list, number: list[int], **_) -> list[float]:
+        answers = _texts(tokenizer, completion_ids)
         if reward.kind != "command":
             return list(map(one, answers, number))
         with ThreadPoolExecutor(THREADS) as pool:
@@ -214,11 +239,39 @@ def _reward_function(reward: Reward, score, config: TrainConfig, questions: Sequ
     return function
 
 
+def _with_model(
+    reward: Reward, config: TrainConfig, questions: Sequence[Question], tokenizer, device: torch.device
+) -> Callable:
+    judge = reward_model(reward, config, device)
+
+    def function(completion_ids: list, number: list[int], **_) -> list[float]:
+        answers = _texts(tokenizer, completion_ids)
+        talks = [[*questions[row].prompt, {"role": "assistant", "content": said}] for row, said in zip(number, answers)]
+        return [
+            rewarded(
+                reward, lambda *_, value=value: value, said, questions[row].reference, {}, place=questions[row].place,
+                on_error=config.on_reward_error,
+            )
+            for row, said, value in zip(number, answers, judge(talks))
+        ]  # fmt: skip
+
+    function.__name__ = reward.name
+    return function
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]]) -> list[str]:
+    """With their thinking, which trl takes out of what it calls completions for some tokenizers."""
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
 def _content(completion: list[dict] | str) -> str:
     return completion if isinstance(completion, str) else completion[0]["content"].strip()
 
 
 def _means(metrics: dict[str, list[float]]) -> dict[str, float]:
-    metrics.pop("num_tokens", None)  # the loop counts its own
-    valid = {key: [value for value in values if not math.isnan(value)] for key, values in metrics.items()}
+    valid = {
+        key: [value for value in values if not math.isnan(value)]
+        for key, values in metrics.items()
+        if key != "num_tokens"  # the loop counts its own
+    }
     return {key: sum(values) / len(values) for key, values in valid.items() if values}

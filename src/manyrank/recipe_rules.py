@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+from .config import OF_GRPO as USUAL_OF_GRPO
 from .run_identity import early_changes
 from .situation import Rule, Situation, unless
 
@@ -103,10 +104,10 @@ def _far_scale(s: Situation) -> str | None:
 
 
 def _unused(s: Situation) -> str | None:
-    found = []
+    found, usual = [], USUAL_OF_GRPO if s.config.is_grpo else {}
     for keys, counts, because in DEPENDENT:
         plain = type(s.config).model_fields
-        given = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != plain[k].default]
+        given = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != usual.get(k, plain[k].default)]
         if given and not counts(s.config):
             found.append(f"{', '.join(given)} with {because}")
     return f"{'; '.join(found)}: nothing reads it" if found else None

@@ -65,27 +65,18 @@ def history(output_dir: Path, *, step: Callable[[], int], event: str, **facts: o
         step: asks for the step that the run has come to.
         event: how it begins.
     """
-    with beside_the_point():
+    with metrics.beside_the_point():
         metrics.note(output_dir, event, step=step(), **facts)
     try:
         yield
     except (Exception, Preempted) as error:
         ending = {"event": "preempted"} if isinstance(error, Preempted) else {"event": "failed", "why": _what(error)}
-        with beside_the_point():
+        with metrics.beside_the_point():
             metrics.note(output_dir, step=step(), **ending)
         make_report(output_dir)
         raise
-    with beside_the_point():
+    with metrics.beside_the_point():
         metrics.note(output_dir, "finished", step=step())
-
-
-@contextlib.contextmanager
-def beside_the_point() -> Iterator[None]:
-    """A file for the report that cannot be written, on a full disk for instance, is told, and costs nothing else."""
-    try:
-        yield
-    except OSError as error:
-        print(f"WARNING: the report will lack something: {error}", file=sys.stderr, flush=True)
 
 
 def make_report(output_dir: Path) -> Path | None:

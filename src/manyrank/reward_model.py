@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
 from .config import TrainConfig
 from .errors import UserError
-from .questions import Question
 from .rewards import Reward
 
 AT_ONCE = 8  # conversations
 
 
-def reward_model(reward: Reward, config: TrainConfig, questions: Sequence[Question], device: torch.device) -> Callable:
-    """The reward in the form that trl calls: completions and the numbers of their questions, to a score each.
+def reward_model(
+    reward: Reward, config: TrainConfig, device: torch.device
+) -> Callable[[list[list[dict]]], list[float]]:
+    """A function of conversations, each with its answer, to a score each.
 
     Raises:
-        UserError: it cannot be loaded, has several labels, or its tokenizer no chat template.
+        UserError: it cannot be loaded, is no classifier with one label, or its tokenizer has no chat template.
     """
     where = f"rewards, {reward.name}"
     try:
         with _whole():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                reward.model, trust_remote_code=config.trust_remote_code
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                reward.model, trust_remote_code=config.trust_remote_code, output_loading_info=True
             )
         tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         what = f"the reward model cannot be loaded: {str(error).splitlines()[0]}"
         raise UserError(what, where=where, fix="give a folder or a hub name") from None
-    if model.config.num_labels != 1 or not tokenizer.chat_template:
-        what = f"{reward.model} has {model.config.num_labels} labels" if tokenizer.chat_template else "no chat template"
-        fix = "give a classifier with one label, whose tokenizer has a chat template"
-        raise UserError(what, where=where, fix=fix)
+    problems = {
+        f"it has {model.config.num_labels} labels": model.config.num_labels != 1,
+        "it has no weights for its score": bool(info["missing_keys"]),
+        "its tokenizer has no chat template": not tokenizer.chat_template,
+    }
+    if found := [problem for problem, is_there in problems.items() if is_there]:
+        fix = "give a trained classifier with one label, whose tokenizer has a chat template"
+        raise UserError(f"no reward model: {'; '.join(found)}", where=where, fix=fix)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read at the last token
     model = model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def function(completions: list, number: list[int], **_) -> list[float]:
-        talks = [[*questions[row].prompt, *said] for row, said in zip(number, completions)]
+    def scored(talks: list[list[dict]]) -> list[float]:
         texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
         scores: list[float] = []
         for at in range(0, len(texts), AT_ONCE):
@@ -54,8 +59,7 @@ def reward_model(reward: Reward, config: TrainConfig, questions: Sequence[Questi
             scores += model(**inputs).logits[:, 0].float().tolist()
         return scores
 
-    function.__name__ = reward.name
-    return function
+    return scored
 
 
 @contextlib.contextmanager

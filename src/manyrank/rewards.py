@@ -13,6 +13,7 @@ thinking, the others all of it.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -176,17 +177,21 @@ def read_rewards(rewards: Mapping[str, Any], *, where: str = WHERE) -> list[Rewa
 
 def _reward(name: str, value: Any, where: str) -> Reward:
     options = dict(value) if isinstance(value, Mapping) else {"weight": value}
-    kind, weight = str(options.pop("reward", name)), options.pop("weight", 1.0)
+    kind, given = str(options.pop("reward", name)), options.pop("weight", 1.0)
     if ":" not in kind and kind not in OPTIONS:
         close = difflib.get_close_matches(kind, OPTIONS, 1)
         fix = (f"did you mean {close[0]}? " if close else "") + f"one of {', '.join(OPTIONS)}, or module:function"
         raise UserError(f"there is no reward {kind!r}", where=f"{where}, {name}", fix=fix)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < float("inf"):
+    try:
+        weight = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not math.isfinite(weight):
         fix = "give a number; 0 logs the reward and learns nothing from it"
-        raise UserError(f"the weight {weight!r} is no number", where=f"{where}, {name}", fix=fix)
+        raise UserError(f"the weight {given!r} is no number", where=f"{where}, {name}", fix=fix)
     wanted = OPTIONS.get(kind, Metric)
     try:
-        return Reward(name, kind, float(weight), wanted(**options))
+        return Reward(name, kind, weight, wanted.model_validate(options))
     except ValidationError as invalid:
         problem = invalid.errors()[0]
         at = ".".join(str(part) for part in problem["loc"])

@@ -20,13 +20,13 @@ IDENTITY = (
 )  # fmt: skip
 OF_GRPO = (
     "rewards", "on_reward_error", "num_generations", "max_completion_length", "beta", "temperature", "top_p", "loss_type",
-    "scale_rewards", "mask_truncated_completions",
+    "scale_rewards", "mask_truncated_completions", "use_vllm",
 )  # fmt: skip
 # What a run's identity calls otherwise than the recipe does.
 CALLED = {
     "per_device_train_batch_size": ("batch_per_process",),
     "gradient_accumulation_steps": ("batch_per_process",),
-    "data_path": ("data", "examples", "tokens"),
+    "data_path": ("data", "examples", "tokens", "rows"),
     "model_name_or_path": ("model",),
     "sft_model": ("sft_model",),
     "num_train_epochs": ("total_steps",),

@@ -113,11 +113,11 @@ class Session:
             self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
         self.say(f"\nfinal model: {final}")
         if self.accelerator.is_main_process and before:
-            with record.beside_the_point():
+            with metrics.beside_the_point():
                 metrics.write_samples(self.output_dir, self.config.sample_questions, before, after)
 
     def _compare(self) -> None:
-        with record.beside_the_point():
+        with metrics.beside_the_point():
             if self.setup and self.accelerator.is_main_process and (line := compared(self.setup, self.output_dir)):
                 self.say(line)
 
@@ -183,7 +183,7 @@ class Session:
             return [entry["before"] for entry in kept]
         found = self._answers()
         if main and found:
-            with record.beside_the_point():
+            with metrics.beside_the_point():
                 metrics.write_samples(self.output_dir, questions, found)
         return found
 

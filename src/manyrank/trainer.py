@@ -302,6 +302,7 @@ class Trainer:
             "log_history": self.state.log_history,
             "window": self.meter.state(),
             "callbacks": callback_states(self.handler),
+            "task": self._task_state(),
             "stopped": self.control.should_training_stop and self.state.global_step < self.total_steps,
         }
         saved = self.saver.save(self.state.global_step, state, best=self._best(), must=must)
@@ -326,6 +327,7 @@ class Trainer:
                 vars(callback).update(mine["attributes"])
         self.meter.restore(state.pop("window"))
         self.stopped = state.pop("stopped")
+        self._restore_task(state.pop("task", {}))
         vars(self.state).update(state)
         if folder.parent.resolve() == self.output_dir.resolve():
             self.saver.saved = self.state.global_step
@@ -348,6 +350,13 @@ class Trainer:
     def _open_loss(self, function: LossFunction | None) -> TokenLoss | None:
         fused = "head" not in self.config.plain_parts
         return TokenLoss(self.runtime.wrapped, self.runtime.model, fused=fused, function=function)
+
+    def _task_state(self) -> dict:
+        """What the task itself must remember between two lines of metrics, as JSON values."""
+        return {}
+
+    def _restore_task(self, state: dict) -> None:
+        """What `_task_state` gave."""
 
     def _divisor(self, step: Step) -> int:
         """What makes the mean of a step of the sum of its losses over all ranks."""
