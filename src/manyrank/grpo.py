@@ -211,9 +211,8 @@ class PolicyTrainer(Trainer):
         self.policy, self.rewards = policy, read_rewards(config.rewards)
         super().__init__(config, runtime, *args, **kwargs)
         policy.join(runtime.wrapped)
-        with (
-            torch.no_grad()
-        ):  # trl's generate calls the model past its wrapper, where FSDP2 wants the root to run first
+        # trl's generate calls the model past its wrapper, where FSDP2 wants the root to have run before.
+        with torch.no_grad():
             self._forward_little()
         runtime.reshard()
 
@@ -283,7 +282,7 @@ class PolicyTrainer(Trainer):
                 with self.runtime.whole():
                     self.policy.answer(numbers, step=self.state.global_step)
                 real = min(loader.prompts, len(loader.examples) - turn * loader.prompts)  # the last step is filled up
-                for name, values in self.policy.rewards(real * loader.answers).items():
+                for name, values in self.policy.validated(real * loader.answers).items():
                     total[name] += sum(values)
         means = {name: value / (len(loader.examples) * loader.answers) for name, value in total.items()}
         summed = sum(reward.weight * means[reward.name] for reward in self.rewards)

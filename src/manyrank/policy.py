@@ -152,8 +152,9 @@ class Policy(GRPOTrainer):
         self._metrics["train"].clear()
         self._metrics["train"].update(values)
 
-    def rewards(self, answers: int) -> dict[str, list[float]]:
-        """By name, the rewards of the first answers of the last step, over all ranks."""
+    def validated(self, answers: int) -> dict[str, list[float]]:
+        """By name, the rewards of the first answers of the last step, over all ranks; trl's means of it are dropped."""
+        self._metrics["eval"].clear()
         return {name: list(values)[:answers] for name, values in self._logs["rewards"].items()}
 
     def said(self, numbers: Sequence[int], most: int) -> list[Said]:

@@ -20,9 +20,7 @@ from .errors import Preempted, SaveError
 from .foresight import compared, is_out_of_memory, out_of_memory
 from .generate import answers
 from .loss import LossFunction
-from .model import (
-    evaluation_mode,
-)
+from .model import evaluation_mode
 from .resume import Start, from_main
 from .rules import warnings_of_length
 from .runtime import Facts, Runtime
