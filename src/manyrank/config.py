@@ -61,7 +61,7 @@ METHOD_FLAGS = {
 }
 # What the task grpo sets where nobody says otherwise: answers are padded, and the best model has the best reward.
 BY_TASK = "task grpo"
-OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "greater_is_better": True}
+DEFAULTS_OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "greater_is_better": True}
 # Of adapter_config.json, what the adapters made here have, so that theirs is told by rank, scale and modules.
 PLAIN_ADAPTER = {
     "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "lora_bias": False, "rank_pattern": {},
@@ -133,7 +133,7 @@ def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bo
     if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
         del merged["bf16"]
     if "task" in merged and merged["task"].value == "grpo":
-        merged = {key: Entry(key, value, BY_TASK) for key, value in OF_GRPO.items()} | merged
+        merged = {key: Entry(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
     if not finished and "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
         merged = _gone_on_from(merged["sft_model"], merged)
     return Resolved(_validate(merged), {key: entry.where for key, entry in merged.items()})

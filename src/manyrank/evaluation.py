@@ -18,11 +18,10 @@ from .attention import use_packed_attention
 from .batches import side_by_side, trial
 from .data import Examples
 from .errors import UserError
-from .formats import BadRow
 from .generation import Sampling, generate
 from .loss import TokenLoss
-from .questions import Key, Question
-from .render import RenderOptions, prompt_ids, stop_ids
+from .questions import Key, Question, prompt_of
+from .render import RenderOptions, stop_ids
 from .scores import SCORES, RowScore, scored, spoken
 from .topology import Topology
 
@@ -135,7 +134,7 @@ def add_answers(
     Raises:
         UserError: a row cannot be made a prompt, or a metric cannot score it.
     """
-    prompts = [_prompt(tokenizer, question, asked.options) for question in questions]
+    prompts = [prompt_of(question, tokenizer, asked.options) for question in questions]
     mine = [row for batch in layout.mine(list(map(len, prompts))) for row in batch]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     fitting = [row for row in mine if len(prompts[row]) < context]
@@ -162,16 +161,6 @@ def check_references(questions: Sequence[Question], asked: Asked) -> None:
         for name, score in asked.scores.items():
             if name in SCORES:
                 scored(name, score, reference, reference, question.row, place=question.place)
-
-
-def _prompt(tokenizer, question: Question, options: RenderOptions) -> list[int]:
-    try:
-        return prompt_ids(
-            tokenizer, question.prompt, tools=question.tools, documents=question.documents, options=options
-        )
-    except BadRow as problem:
-        fix = "mend the row, or choose a chat template that knows such rows: --chat_template"
-        raise UserError(str(problem), where=question.place, fix=fix) from None
 
 
 def _add_answer(entries: dict[Key, Entry], question: Question, text: str, finish: str, asked: Asked) -> None:

@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .dedup import MinHash, digest, texts
 from .errors import UserError
 from .formats import BadRow, load_function
 from .numeric import number
 from .sandbox import Limits, Refused, run
-from .schema import Float, Int, Strings
+from .schema import Float, Int, Pattern, Strings
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -187,17 +187,8 @@ class Regex(BaseModel):
 
     model_config = STRICT
     field: str
-    keep: str | None = None
-    drop: str | None = None
-
-    @field_validator("keep", "drop")
-    @classmethod
-    def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
+    keep: Pattern | None = None
+    drop: Pattern | None = None
 
     @model_validator(mode="after")
     def _one(self):

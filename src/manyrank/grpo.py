@@ -26,11 +26,9 @@ from .batches import MicroBatch, epoch_order
 from .config import TrainConfig
 from .data import Examples, render_options
 from .errors import UserError
-from .formats import BadRow
 from .model import evaluation_mode
 from .policy import Policy
-from .questions import Question, read_questions
-from .render import prompt_ids
+from .questions import Question, prompt_of, read_questions
 from .rewards import read_rewards, rewarded, scorers
 from .runtime import Runtime
 from .scores import SCORES
@@ -173,10 +171,7 @@ def _check_questions(
                 reward, scores[reward.name], question.reference, question.reference, question.row,
                 place=question.place, on_error=config.on_reward_error,
             )  # fmt: skip
-        try:
-            length = len(prompt_ids(tokenizer, question.prompt, options=options))
-        except BadRow as problem:
-            raise UserError(str(problem), where=question.place, fix="mend the row, or leave it out") from None
+        length = len(prompt_of(question, tokenizer, options))
         if context and length + config.max_completion_length > context:
             what = f"a prompt of {length:,} tokens and an answer of {config.max_completion_length:,} do not fit"
             fix = "lower max_completion_length, or leave the row out"
@@ -266,8 +261,7 @@ class PolicyTrainer(Trainer):
         """The last step's first answers, for the report."""
         if not self.main:
             return
-        step = self.loader.step(self.state.global_step - 1)
-        lines = [{"step": self.state.global_step, **asdict(said)} for said in self.policy.said(step.numbers, SHOWN)]
+        lines = [{"step": self.state.global_step, **asdict(said)} for said in self.policy.said(SHOWN)]
         with metrics.beside_the_point():
             metrics.append_lines(self.output_dir / "logs" / metrics.COMPLETIONS, map(json.dumps, lines))
 

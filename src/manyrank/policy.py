@@ -108,7 +108,7 @@ class Policy(GRPOTrainer):
             UserError: a reward cannot be computed.
         """
         batch = [{"prompt": self.questions[number].prompt, "number": number} for number in numbers]
-        self._step, self._buffered_inputs, self.state.global_step = 0, None, step
+        self.asked, self._step, self._buffered_inputs, self.state.global_step = numbers, 0, None, step
         with self.accelerator.autocast(), self._without_checkpointing():
             first = self._prepare_inputs(batch)
         return self._buffered_inputs if self.model.training else [first]
@@ -157,9 +157,9 @@ class Policy(GRPOTrainer):
         self._metrics["eval"].clear()
         return {name: list(values)[:answers] for name, values in self._logs["rewards"].items()}
 
-    def said(self, numbers: Sequence[int], most: int) -> list[Said]:
-        """The first answers of the last step, of rank 0's questions."""
-        logs = self._logs
+    def said(self, most: int) -> list[Said]:
+        """The first answers of the last step, on rank 0, whose questions come first."""
+        logs, numbers = self._logs, self.asked
         rows = range(min(most, len(numbers), len(logs["completion"])))
         return [
             Said(

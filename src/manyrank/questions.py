@@ -10,9 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from .config import TrainConfig
+from .errors import UserError
 from .files import Row
 from .formats import BadRow, Conversation, Message, to_sample
+from .render import RenderOptions, prompt_ids
 from .schema import DataSource
 from .sources import Source, known_format, read_rows, source_of
 
@@ -52,6 +56,21 @@ def read_questions(sources: Sequence[DataSource], config: TrainConfig, wanted: I
             if key in wanted and (question := _question(key, row, source)):
                 found[key] = question
     return found
+
+
+def prompt_of(question: Question, tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> list[int]:
+    """Token ids up to where the answer begins.
+
+    Raises:
+        UserError: the template refuses the row.
+    """
+    try:
+        return prompt_ids(
+            tokenizer, question.prompt, tools=question.tools, documents=question.documents, options=options
+        )
+    except BadRow as problem:
+        fix = "mend the row, or choose a chat template that knows such rows: --chat_template"
+        raise UserError(str(problem), where=question.place, fix=fix) from None
 
 
 def _question(key: Key, row: Row, source: Source) -> Question | None:

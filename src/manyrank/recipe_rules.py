@@ -9,8 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from .config import OF_GRPO as USUAL_OF_GRPO
-from .run_identity import early_changes
+from .config import DEFAULTS_OF_GRPO
+from .run_identity import OF_GRPO, early_changes
 from .situation import Rule, Situation, unless
 
 # The trackers of transformers, by the package that each needs.
@@ -22,10 +22,6 @@ TRACKERS = {
 USUAL_RATES = {"full": (1e-6, 1e-4), "lora": (1e-5, 1e-3), "qlora": (1e-5, 1e-3), "int8": (1e-5, 1e-3)}
 USUAL_SCALES = (0.5, 4.0)  # lora_alpha / lora_r
 FAR = 10
-OF_GRPO = (
-    "rewards", "on_reward_error", "num_generations", "max_completion_length", "beta", "temperature", "top_p", "loss_type",
-    "scale_rewards", "mask_truncated_completions", "use_vllm",
-)  # fmt: skip
 OF_SFT = ("train_on_last_turn", "train_on_prompt", "train_on_opening", "lora_dropout", "per_device_eval_batch_size")
 # Options, and what makes them count.
 DEPENDENT = (
@@ -104,7 +100,7 @@ def _far_scale(s: Situation) -> str | None:
 
 
 def _unused(s: Situation) -> str | None:
-    found, usual = [], USUAL_OF_GRPO if s.config.is_grpo else {}
+    found, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
     for keys, counts, because in DEPENDENT:
         plain = type(s.config).model_fields
         given = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != usual.get(k, plain[k].default)]

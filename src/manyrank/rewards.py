@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
 from .filters import Command, Item
 from .numeric import NUMBER
-from .schema import Float, Int, Strings
+from .schema import Float, Int, Pattern, Strings
 from .scores import SCORES, RowScore, row_scores, scored, spoken
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
@@ -45,18 +45,9 @@ class Format(BaseModel):
     """1 for an answer of a form: a pattern found in it, tags that open and close once each in this order, or a line "#### number"."""
 
     model_config = STRICT
-    pattern: str | None = None
+    pattern: Pattern | None = None
     tags: Strings | None = Field(None, min_length=1)
     final: bool = False
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
 
     @model_validator(mode="after")
     def _one(self):

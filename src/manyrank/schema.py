@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -86,6 +87,14 @@ def _vllm(value: Any) -> Any:
     return {"true": "colocate", "yes": "colocate", "on": "colocate", "false": "off", "no": "off"}.get(text, text)
 
 
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
 def _tag(value: str) -> str:
     if not 1 <= len(value) <= 64 or "," in value:
         raise ValueError("a tag has 1 to 64 characters, and no comma")
@@ -98,6 +107,7 @@ Strings = Annotated[list[str], BeforeValidator(_listed)]
 Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(_listed)]
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
 Parts = Annotated[list[Literal["head", "lora", "attention"]], BeforeValidator(_listed)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
