@@ -18,7 +18,7 @@ FILES = {path.stem: path for path in sorted(SOURCE.glob("*.py"))}
 LEVEL = {
     "__init__": 0, "errors": 0,
     "schema": 0.5, "turns": 0.5, "json_array": 0.5, "files": 0.7,
-    "run_folder": 0.5, "artifact": 0.7, "config": 1, "topology": 1, "interrupts": 1, "hardware": 1, "formats": 1, "sources": 1.2, "packing": 1, "numeric": 1, "sandbox": 1, "dedup": 1,
+    "run_folder": 0.5, "run_lock": 0.7, "compile_locks": 1, "artifact": 0.7, "config": 1, "topology": 1, "interrupts": 1, "hardware": 1, "formats": 1, "sources": 1.2, "packing": 1, "numeric": 1, "sandbox": 1, "dedup": 1,
     "strategy_files": 1.2, "shapes": 1.2, "catalogue": 1.3, "setup": 1.4, "options": 1.5, "embedded": 1.5, "run_identity": 1.5,
     "activations": 1.6, "model_facts": 1.6, "situation": 1.7, "recipe_rules": 1.8, "strategy_rules": 1.8, "model_rules": 1.8,
     "pages": 1, "tables": 1, "svg": 1, "memory": 2, "speed": 2.1, "planner": 2.2, "plan_view": 2.3, "plan_html": 2.4, "planning": 2.5,

@@ -22,6 +22,7 @@ from . import hardware, topology
 from .config import Resolved, resolve
 from .embedded import EMBEDDED
 from .errors import EXIT_FAILED, UserError
+from .interrupts import end_with_parent
 from .options import parse
 from .topology import Topology
 from .train import leave
@@ -54,7 +55,8 @@ class Notes:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.file, self.found = folder / f"rank-{rank:05d}.json", {}
-        self.heart = Heart(folder, rank)
+        self.heart = Heart(rank)
+        self.heart.attach(folder)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 when all stages are through, whatever they have found.
     """
+    end_with_parent()
     folder = Path((argv or sys.argv[1:])[0])
     place = topology.from_environment()
     _print_to(folder / f"log-{place.rank:05d}.txt")

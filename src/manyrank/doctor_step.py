@@ -67,8 +67,7 @@ def load_and_repeat(session: Session) -> dict[str, Any]:
     session.accelerator.wait_for_everyone()  # the next save replaces what was just read
     trainer.control.should_training_stop = False
     trainer.resume(first)
-    with trainer.watched():
-        trainer.train()
+    trainer.train()
     session.accelerator.wait_for_everyone()
     return from_main(_compared(run, first, before, after) if main else None)
 

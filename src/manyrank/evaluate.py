@@ -24,6 +24,7 @@ from .config import FIELDS
 from .contestants import DATA_KEYS, Load
 from .errors import UserError
 from .export import written_beside
+from .interrupts import end_with_parent
 from .options import CommandLine, Parser, Where
 from .schema import TrainConfig
 from .scores import SCORES, row_scores
@@ -122,6 +123,7 @@ def _launch(argv: Sequence[str], nproc: int, folder: Path, machine: hardware.Har
 
 def rank_main(argv: Sequence[str]) -> int:
     """What each process of --nproc runs."""
+    end_with_parent()
     place = topology.from_environment()
     launcher.before_imports(hardware.probe())
     folder = Path(argv[0])

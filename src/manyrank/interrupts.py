@@ -1,38 +1,64 @@
-"""Signals that ask a run to stop: a worker remembers them until the step's end, the launcher passes them on. No torch.
+"""Signals that ask a run to stop, and the end of a worker whose launcher is gone. No torch.
 
-SIGTERM, SIGUSR1 and SIGINT stop a run after a checkpoint; a second SIGINT stops it at once.
+SIGTERM, SIGUSR1 and SIGINT end a run at once before its first step, and after a checkpoint from then on: the worker
+remembers them until the step's end, the launcher passes them on. A second SIGINT ends it at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .errors import EXIT_PREEMPTED
+from .errors import EXIT_PREEMPTED, Preempted
+
+if TYPE_CHECKING:
+    import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STARTING = 20.0  # seconds that a worker has to start listening
 SAME = 1.0  # seconds in which a second SIGINT is the first one, which came from the terminal and from the launcher
+GRACE = 5.0  # seconds that a start has to end after a signal; it may wait in C++, where Python hears none
+NOTICE = 10.0  # seconds without a worker, after which the launcher says what it waits for
+PARENT = "MANYRANK_PARENT"  # of the environment: the process that starts workers, and that they end with
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop."""
+    """Whether a signal has asked this process to stop; until `remember` it raises Preempted or KeyboardInterrupt.
+
+    Attributes:
+        requested: a signal has come.
+        at_start: it has come before there was anything that could be lost.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._interrupted: float | None = None
+        self.requested = self.at_start = False
+        self._remembers = True
         self._process = 0
+        self._end: Callable[[int], object] = os._exit
 
-    def listen(self) -> None:
-        """Take over the signals of this process; only its main thread can."""
-        self._process = os.getpid()
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+    def listen(self, end: Callable[[int], object] = os._exit) -> None:
+        """Take over the signals of this process for good; only its main thread can.
+
+        Args:
+            end: ends the process with an exit code, from any thread.
+        """
+        self._remembers, self._end = False, end
+        self._take_over()
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        # A forked helper, that tokenises for instance, would write its signals into the same pipe.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._watch, args=(reading,), daemon=True, name="signals").start()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -41,33 +67,95 @@ class StopRequest:
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.listen()
+        self._remembers = False
+        self._take_over()
         try:
             yield
         finally:
-            self.requested, self._interrupted = False, None
+            self.requested, self._remembers = False, True
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def remember(self) -> None:
+        """From now on a signal is remembered, and something looks at `requested` before it is too late."""
+        self._remembers = True
+
+    def _take_over(self) -> None:
+        self._process = os.getpid()
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
     def _on_signal(self, number: int, frame: object) -> None:
-        if os.getpid() != self._process:  # a forked helper, that tokenises for instance; its parent ends it so
+        if os.getpid() != self._process:  # a forked helper; its parent ends it so
             os._exit(128 + number)
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if self._interrupted is not None and now - self._interrupted > SAME:
-                os._exit(128 + signal.SIGINT)
-            self._interrupted = self._interrupted or now
-        self.requested = True
+        again, self.requested = self.requested, True
+        if not self._remembers and not again:  # once: what unwinds is left in peace
+            self.at_start = True
+            raise KeyboardInterrupt if number == signal.SIGINT else Preempted
+
+    def _watch(self, reading: int) -> None:
+        """End the process where its main thread cannot, since it waits in C++, or for something that never comes."""
+        interrupted: float | None = None
+        while True:
+            for number in os.read(reading, 16):
+                now = time.monotonic()
+                if number == signal.SIGINT and interrupted is not None and now - interrupted > SAME:
+                    os._exit(128 + signal.SIGINT)
+                interrupted = interrupted or now if number == signal.SIGINT else interrupted
+                if number in SIGNALS and not self._remembers:
+                    threading.Thread(target=self._end_if_still_starting, args=(number,), daemon=True).start()
+
+    def _end_if_still_starting(self, number: int) -> None:
+        time.sleep(GRACE)
+        if not self._remembers:
+            self._end(ended_by(number))
+
+
+def ended_by(number: int) -> int:
+    """The exit code of a run that a signal ended before its first step: nothing was begun that could be lost."""
+    return 128 + number if number == signal.SIGINT else EXIT_PREEMPTED
+
+
+def end_with_parent() -> None:
+    """End this worker with the launcher that started it, also when that is killed.
+
+    torch's agents start workers in sessions of their own without a parent-death signal (torch 2.13, subprocess_handler.py).
+    """
+    if _is_launcher(os.getppid()):
+        die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends; its own main thread may hang by then."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended meanwhile
+        os._exit(128 + signal.SIGKILL)
+
+
+def _is_launcher(parent: int) -> bool:
+    """Whether a parent is a launcher: a shell may end, and what it has started goes on."""
+    if os.environ.get(PARENT) == str(parent) or "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return False
+    try:  # accelerate starts one process by itself, without torch's agent
+        return b"accelerate" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return True
 
 
 STOP = StopRequest()  # of this process
 
 
-def pass_on_while(work: Callable[[], int]) -> int:
+def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> int:
     """Run `work`, which starts processes, in a thread, and pass every stop signal on to them.
 
     In the main thread torch's agent would take the signals itself: it ends its workers 30 s after SIGTERM, in the
     middle of a save, and does not know SIGUSR1.
+
+    Args:
+        waits_for: what it may wait for before it starts a process; told after NOTICE seconds.
 
     Returns:
         What `work` returned. A signal that comes before there is a process ends this one: with 75, since nothing was
@@ -81,11 +169,15 @@ def pass_on_while(work: Callable[[], int]) -> int:
         except BaseException as error:  # raised again below
             results.append(error)
 
+    os.environ[PARENT] = str(os.getpid())
     passing = _Passing()
     before = {number: signal.signal(number, passing) for number in SIGNALS}
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
+        thread.join(NOTICE)
+        if waits_for and thread.is_alive() and not _children():
+            print(f"still waiting after {NOTICE:.0f} s: {waits_for}", file=sys.stderr, flush=True)
         thread.join()
     finally:
         for number, handler in before.items():
@@ -105,9 +197,9 @@ class _Passing:
         import psutil
 
         self.interrupts += number == signal.SIGINT
-        children = psutil.Process().children()
+        children = _children()
         if not children:
-            os._exit(128 + number if number == signal.SIGINT else EXIT_PREEMPTED)
+            os._exit(ended_by(number))
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if self.interrupts > 1:  # it may wait for another one in C++, where it hears no signal
@@ -117,6 +209,12 @@ class _Passing:
                     child.send_signal(number)
         if self.interrupts > 1:
             os._exit(128 + signal.SIGINT)
+
+
+def _children() -> list[psutil.Process]:
+    import psutil
+
+    return psutil.Process().children()
 
 
 def _wait_until_it_listens(pid: int, number: int) -> None:

@@ -282,7 +282,12 @@ def run(launch: LaunchPlan, *, stay: bool = False) -> int:
         if not stay:
             os.execv(sys.executable, launch.argv)
         return pass_on_while(lambda: subprocess.run(launch.argv).returncode)
-    return pass_on_while(lambda: _launched(launch.argv))
+    meeting = (
+        f"all {len(launch.nodes)} machines must run this command with their --node_rank"
+        if len(launch.nodes) > 1
+        else None
+    )
+    return pass_on_while(lambda: _launched(launch.argv), waits_for=meeting)
 
 
 def _launched(argv: tuple[str, ...]) -> int:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import artifact, strategy, trackers
+from . import artifact, compile_locks, strategy, trackers
 from .batches import trial
 from .config import TrainConfig
 from .data import Examples, prepare
@@ -40,43 +40,97 @@ from .session import Brought, Session
 from .setup import Setup
 from .topology import Topology
 from .trainer import Trainer
+from .watchdog import Heart
 
 
 def open_session(
-    config: TrainConfig, place: Topology, *, output_dir: Path, bf16: bool, brought: Brought | None = None
+    config: TrainConfig,
+    place: Topology,
+    *,
+    output_dir: Path,
+    bf16: bool,
+    brought: Brought | None = None,
+    heart: Heart | None = None,
 ) -> Session:
     """Start the strategy, read the data, load and wrap the model.
+
+    Args:
+        heart: of a run that has `output_dir` for itself; its signs of life are written there once all ranks have met.
 
     Raises:
         UserError: something that only shows now is wrong: a row, the model, a checkpoint.
     """
     _prepare_environment(config, place, output_dir)
     brought = brought or Brought()
+    own_folder, heart = output_dir if heart and not config.dry_run else None, heart or Heart(place.rank)
+    heart.beat(0, "loading the tokenizer")
     tokenizer = _tokenizer(config, brought)
-    accelerator = strategy.start(config, place, bf16=bf16)
+    accelerator = _meet(config, place, heart, own_folder, bf16=bf16)
     start = find_start(config, output_dir, accelerator)
     per_process = batch_per_process(config)
     if start.folder and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
         config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
     needed = start.run["needed"] if start.folder else _needed(config, accelerator.num_processes)
+    heart.beat(0, "reading and tokenising the data")
     train, evaluation, questions = _data(config, tokenizer, needed, brought.model)
     if accelerator.is_main_process:
         _tell(config, train, evaluation)
     setup = _foreseen(config, accelerator, place, brought.model, bf16=bf16)
     config = setup.config if setup else config
     base, give_back = _fingerprint(brought.model), _lent(brought.model)
+    heart.beat(0, "loading the model")
     model = _model(config, accelerator, brought.model, bf16=bf16)
-    kind, rows = Trainer, None
-    if config.is_grpo:
-        from . import grpo  # not before: trl takes seconds to import
-
-        rows = grpo.fingerprint(questions)
-        policy = grpo.open_policy(model, config, accelerator, tokenizer, questions, bf16=bf16)
-        kind = partial(grpo.PolicyTrainer, policy=policy)
-    runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
+    kind, rows = _kind(config, model, accelerator, tokenizer, questions, bf16=bf16)
+    with heart.waiting("distributing the model and the optimizer", compile_locks.explain):
+        runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
+    run = _run(
+        config, accelerator, start, train, model, base=base, rows=rows, brought=brought, per_process=per_process,
+        needed=needed, bf16=bf16,
+    )  # fmt: skip
+    trainer = kind(
+        config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run,
+        meter=Meter(accelerator.device.type, setup, kind_of(accelerator.device)), callbacks=brought.callbacks, loss=brought.loss, heart=heart,
+    )  # fmt: skip
+    heart.beat(0, "trying the loss on a small example")
+    _prove_head(trainer)
+    if start.folder:
+        start = _with_changes(start, trainer.run, config)
+    _tell_balance(config, trainer, accelerator)
+    own_tokenizer = brought.tokenizer is not None
+    return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, own_tokenizer, give_back)
+
+
+def _meet(config: TrainConfig, place: Topology, heart: Heart, folder: Path | None, *, bf16: bool) -> Accelerator:
+    """Start the strategy; from then on the signs of life are written into the folder, if this run has one for itself."""
+    with heart.waiting(f"waiting for all {place.world_size} processes to meet", compile_locks.explain):
+        accelerator = strategy.start(config, place, bf16=bf16)
+    if folder:
+        heart.attach(folder)
+    heart.beat(0, "looking for a checkpoint")
+    return accelerator
+
+
+def _kind(
+    config: TrainConfig, model: torch.nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question], *, bf16: bool,
+) -> tuple[Callable[..., Trainer], str | None]:  # fmt: skip
+    """What makes the task's trainer, and the fingerprint of the questions that it asks."""
+    if not config.is_grpo:
+        return Trainer, None
+    from . import grpo  # not before: trl takes seconds to import
+
+    policy = grpo.open_policy(model, config, accelerator, tokenizer, questions, bf16=bf16)
+    return partial(grpo.PolicyTrainer, policy=policy), grpo.fingerprint(questions)
+
+
+def _run(
+    config: TrainConfig, accelerator: Accelerator, start: Start, train: Examples, model: torch.nn.Module, *,
+    base: str | None, rows: str | None, brought: Brought, per_process: int | None, needed: int | None, bf16: bool,
+) -> dict:  # fmt: skip
+    """The values that a resumed run must share with this one."""
     commit = getattr(model.config, "_commit_hash", None)
-    run = identity(
+    return identity(
         config,
         model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
         sft_model=_sft_fingerprint(config),
@@ -91,16 +145,6 @@ def open_session(
         tokens=int(train.lengths.sum()),
         bf16=bf16,
     )
-    trainer = kind(
-        config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run,
-        meter=Meter(accelerator.device.type, setup, kind_of(accelerator.device)), callbacks=brought.callbacks, loss=brought.loss,
-    )  # fmt: skip
-    _prove_head(trainer)
-    if start.folder:
-        start = _with_changes(start, trainer.run, config)
-    _tell_balance(config, trainer, accelerator)
-    own_tokenizer = brought.tokenizer is not None
-    return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, own_tokenizer, give_back)
 
 
 def _with_changes(start: Start, run: dict, config: TrainConfig) -> Start:

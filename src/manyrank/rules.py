@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from . import run_lock
 from .config import Resolved, TrainConfig
 from .errors import UserError, UserErrors
 from .formats import BadRow, needs_template, to_sample
@@ -24,7 +25,7 @@ from .grpo_rules import GRPO_RULES
 from .model_facts import find_facts
 from .model_rules import MODEL_RULES
 from .recipe_rules import LENGTH_RULES, RECIPE_RULES, SOURCE_RULES
-from .run_folder import LAUNCH_FOLDER
+from .run_folder import is_new
 from .schema import DataSource
 from .situation import Rule, Situation, Violation
 from .sources import known_format, read_rows, source_of
@@ -37,6 +38,7 @@ __all__ = [
     "as_markdown",
     "check",
     "check_data",
+    "check_new",
     "check_output_dir",
     "check_sources",
     "violations",
@@ -219,19 +221,29 @@ def _has_chat_template(name: str) -> bool:
 
 
 def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
-    """Refuse to write among another run's files.
+    """Refuse a folder that this run cannot have.
 
     Raises:
-        UserError: the folder has files, and this run does not resume.
+        UserError: it cannot be written to, a run works in the folder, or it has files and this run does not resume.
     """
     above = next(parent for parent in (output_dir, *output_dir.parents) if parent.exists())
     if not above.is_dir():
         raise UserError(f"{above} is a file", where="output_dir", fix="choose another --output_dir")
     if not os.access(above, os.W_OK):
         raise UserError(f"{above} cannot be written to", where="output_dir", fix="choose another --output_dir")
-    if config.dry_run or config.resume_from_checkpoint or not output_dir.exists():
+    if config.dry_run:
         return
-    if any(path.name != LAUNCH_FOLDER for path in output_dir.iterdir()):
+    run_lock.refuse_if_held(output_dir)
+    check_new(config, output_dir)
+
+
+def check_new(config: TrainConfig, output_dir: Path) -> None:
+    """Refuse to write among another run's files.
+
+    Raises:
+        UserError: the folder has files, and this run does not resume.
+    """
+    if not config.resume_from_checkpoint and not is_new(output_dir):
         raise UserError(
             f"the output folder {output_dir} is not empty",
             where="output_dir",

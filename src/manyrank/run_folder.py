@@ -5,7 +5,9 @@
     checkpoint-50.removed/     being removed
     SAVE_NOW                   a wish of the user: save at the next step
     tokenizer/                 of a run whose tokenizer is not its base's, since a script has brought it
-    launch/                    the plan of the launch, and the job's file; a folder with nothing else is a new run's
+    run.lock                   whose folder it is while a run works in it; see `run_lock`
+    launch/                    the plan of the launch, and the job's file
+    logs/heartbeats/           signs of life; a folder with nothing but these three is a new run's
 
 A killed save leaves only what the next start removes, or what it can finish: a sealed folder that is not renamed yet.
 """
@@ -26,6 +28,7 @@ from .errors import UserError
 
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST, SAVE_NOW, LAUNCH_FOLDER, TOKENIZER = "manifest.json", "SAVE_NOW", "launch", "tokenizer"
+LOCK, HEARTBEATS = "run.lock", Path("logs", "heartbeats")
 PARTIAL, REMOVED = ".partial", ".removed"
 NEEDED = ("run.json", "trainer_state.json")
 LEFTOVER = re.compile(rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.escape(REMOVED)})")
@@ -66,6 +69,18 @@ def find(output_dir: Path, wanted: str) -> Found:
             fix="choose another --output_dir for a new run",
         )
     return Found(None)
+
+
+def is_new(output_dir: Path) -> bool:
+    """Whether no run has begun in a folder: it holds nothing, or only what a start writes before its first step."""
+    if not output_dir.exists():
+        return True
+    for path in output_dir.rglob("*"):
+        name = path.relative_to(output_dir)
+        starting = name.name.startswith(LOCK) or name.parts[0] == LAUNCH_FOLDER or HEARTBEATS in (name, *name.parents)
+        if not starting and name != HEARTBEATS.parent:
+            return False
+    return True
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

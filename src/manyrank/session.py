@@ -92,7 +92,7 @@ class Session:
         facts = self._write_facts()
         with self._recorded(facts):
             try:
-                with self.trainer.watched(), self._explained():
+                with self._explained():
                     before = self._before()
                     self.trainer.train()
                     final = self.save_final_model()

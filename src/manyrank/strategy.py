@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from . import compile_locks
 from .config import TrainConfig, asset
 from .errors import UserError
 from .fsdp_on_cpu import promote_to_fsdp
@@ -100,6 +102,9 @@ def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which other packages do, too
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        for line in compile_locks.remove_stale():
+            print(line, file=sys.stderr, flush=True)
     accelerator = _accelerator(config, _parallelism(config, name, topology), bf16=bf16, on_cpu=on_cpu)
     _check(accelerator, config, name, topology, bf16=bf16)
     return accelerator

@@ -27,6 +27,7 @@ from .dedup import MinHash, digest, texts
 from .errors import UserError
 from .files import Row
 from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, load_function, to_sample
+from .interrupts import die_with_parent
 from .render import IGNORE, Note, Notice, RenderOptions, render
 from .sources import Source, fingerprint, read_rows
 
@@ -176,6 +177,8 @@ def _code(format_type: str) -> str:
 def _records(
     source: Source, tokenizer, options: TokeniseOptions, choice: Choice | None, shards: list
 ) -> Iterator[dict]:
+    if shards[0][1] > 1:  # in a process of a pool, which would wait for work without end
+        die_with_parent()
     for part, parts in shards:
         for order, row in enumerate(_chosen(source, choice)):
             if order % parts == part:

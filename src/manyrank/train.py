@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING, NoReturn
 from . import hardware, rules, strategy_files, topology
 from .config import Resolved, resolve
 from .errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
-from .interrupts import STOP
+from .interrupts import STOP, end_with_parent, ended_by
 from .launcher import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
 from .options import CommandLine, parse
 from .run_folder import LAUNCH_FOLDER, writable
+from .run_lock import claimed
 from .topology import Topology
+from .watchdog import Heart, Watchdog
 
 if TYPE_CHECKING:
     from .session import Brought, Session
@@ -38,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 the user's input is wrong, 76 out of memory, 75 preempted after a complete checkpoint.
     """
+    end_with_parent()
     if (code := _last_word()) is not None:
         return code
+    STOP.listen(lambda code: os._exit(_for_good(code)))
     try:
         place = topology.from_environment()
     except UserError as error:
@@ -76,7 +82,10 @@ def _last_word() -> int | None:
 def guarded(work: Callable[[], None], place: Topology) -> int:
     """Run `work` and turn its exceptions into messages and exit codes."""
     try:
-        work()
+        try:
+            work()
+        finally:
+            STOP.remember()  # how this ends is decided
     except UserError as error:
         _say(error, place)
         return _for_good(EXIT_MEMORY if isinstance(error, OutOfMemory) else EXIT_USER)
@@ -86,8 +95,10 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
     except SaveError as error:
         _say(f"stopped: {error}", place)
         return _for_good(EXIT_FAILED)
-    except Preempted as stop:
-        return _for_good(stop.code)
+    except (Preempted, KeyboardInterrupt) as stop:
+        if STOP.at_start and place.is_main:
+            print("stopped before the first step: nothing was begun that could be lost", file=sys.stderr, flush=True)
+        return _for_good(stop.code if isinstance(stop, Preempted) else ended_by(signal.SIGINT))
     except Exception:
         print(f"rank {place.rank} failed:", file=sys.stderr)
         traceback.print_exc()
@@ -110,7 +121,6 @@ def _say(message: object, place: Topology) -> None:
 
 
 def _train(line: CommandLine, place: Topology) -> None:
-    STOP.listen()
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
     if config.per_device_train_batch_size == "auto":
@@ -130,6 +140,27 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brough
     """
     config, machine = resolved.config, hardware.probe()
     _check_before_torch(resolved, place, machine, output_dir)
+    heart = Heart(place.rank)
+    claim = claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext()
+    with claim, Watchdog(heart, patience=config.hang_timeout, notices=place.local_rank == 0):
+        if place.is_main and not topology.restarts():
+            rules.check_new(config, output_dir)  # another run may have ended there meanwhile
+        try:
+            return _train_checked(resolved, place, machine, output_dir, heart, brought)
+        finally:
+            heart.stop()
+
+
+def _train_checked(
+    resolved: Resolved,
+    place: Topology,
+    machine: hardware.Hardware,
+    output_dir: Path,
+    heart: Heart,
+    brought: Brought | None,
+) -> Session:
+    config = resolved.config
+    heart.beat(0, "importing torch and transformers")
     before_imports(machine)
     import torch
 
@@ -140,7 +171,11 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brough
         raise UserError("there are GPUs that torch cannot use", where=f"torch {torch.__version__}", fix=fix)
 
     bf16 = hardware.computes_in_bf16(config.bf16, machine)
-    session = open_session(config, place, output_dir=output_dir, bf16=bf16, brought=brought)
+    try:
+        session = open_session(config, place, output_dir=output_dir, bf16=bf16, brought=brought, heart=heart)
+    except BaseException:
+        heart.withdraw()
+        raise
     _KEPT[:] = [session] if place.world_size > 1 else []
     try:
         if config.dry_run:

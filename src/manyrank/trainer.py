@@ -8,10 +8,9 @@ transformers' callbacks are driven from here: progress bar, trackers, early stop
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from .non_finite import name_rows
 from .optim import advance, build_schedule, total_steps
 from .runtime import Runtime
 from .saver import Saver
-from .watchdog import Heart, Watchdog
+from .watchdog import Heart
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Trainer:
         output_dir: the run's folder; made when the training begins.
         run: the values that a resumed run must share with this one.
         meter: measures the steps.
-        callbacks, loss: see `session.Brought`.
+        callbacks, loss: see `session.Brought`. heart: gives this rank's signs of life.
     """
 
     def __init__(
@@ -73,6 +72,7 @@ class Trainer:
         meter: Meter,
         callbacks: Sequence[TrainerCallback] = (),
         loss: LossFunction | None = None,
+        heart: Heart | None = None,
     ) -> None:
         self.config, self.runtime, self.tokenizer = config, runtime, tokenizer
         self.output_dir, self.meter = output_dir, meter
@@ -100,7 +100,7 @@ class Trainer:
         )
         self.saver = Saver(runtime, output_dir, run=self.run, limit=config.save_total_limit)
         self.stopped = False  # whether the resumed run had come to its end
-        self.heart: Heart | None = None
+        self.heart = heart
         check_states(self.handler)
 
     # The loop
@@ -113,20 +113,8 @@ class Trainer:
             SaveError: two checkpoints in a row could not be written.
             Preempted: a signal came; the checkpoint is complete.
         """
+        STOP.remember()  # a step saves what it has
         self._loop()
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """While this lasts, a rank that gives no sign of life is named."""
-        self.heart = Heart(self.output_dir, self.runtime.accelerator.process_index)
-        watchdog = Watchdog(self.heart, patience=self.config.hang_timeout)
-        watchdog.start()
-        try:
-            yield
-        finally:
-            watchdog.stop()
-            self.heart.stop()
-            self.heart = None
 
     def _in_phase(self, phase: str) -> None:
         """A sign of life. Each rank gives the same ones, one at the latest before it waits for the others."""
