@@ -155,7 +155,7 @@ def listens(pid: int) -> bool:
 def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sleeper):
     run = launch(tmp_path / "run", "--strategy=ddp", "--nproc=2", "--max_steps=4", "--hang_timeout=3", sleeper(1, 9))
     assert run.code == 0, run.stderr  # a slow rank may come back, and did
-    (named,) = [line for line in run.stderr.splitlines() if "no sign of life" in line]
+    (named,) = [line for line in run.stderr.splitlines() if "no sign of life" in line and "step 3" in line]
     assert re.search(r"WARNING: rank 1 \(host .*\) has given no sign of life for \d+ s: step 3, callbacks", named)
     assert "rank 0 in waiting for the others" in named or "rank 0 in forward and backward" in named
     stacks = (run.folder / "logs" / "heartbeats" / "stacks-00001.txt").read_text()
@@ -167,7 +167,8 @@ ASKED = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from manyrank.watchdog import Heart
-heart = Heart(Path(sys.argv[1]), 0)
+heart = Heart(0)
+heart.attach(Path(sys.argv[1]))
 def start_and_end():
     while True:
         thread = threading.Thread(target=time.time)

@@ -23,7 +23,7 @@ from manyrank.watchdog import Heart, Watchdog
 # Workers and their launcher
 
 
-@pytest.mark.parametrize("args", [("--via=accelerate",), ("--via=torchrun",), ("--via=torchrun", "--max_restarts=2")])
+@pytest.mark.parametrize("args", [("--via=accelerate",), ("--via=torchrun", "--max_restarts=2")])
 def test_workers_end_with_a_launcher_that_is_killed(embedded_model, tmp_path, args):
     folder = tmp_path / "run"
     with running(folder, "--strategy=ddp", "--nproc=2", *args) as process:
@@ -249,11 +249,8 @@ def test_a_start_that_fails_leaves_nothing(embedded_model, tmp_path):
         f"--data_path={rows}",
         f"--output_dir={tmp_path / 'run'}",
     ]
-    for strategy in ("single", "ddp"):
-        nproc = f"--nproc={1 if strategy == 'single' else 2}"
-        done = subprocess.run(
-            [*argv, f"--strategy={strategy}", nproc], capture_output=True, text=True, cwd=ROOT, timeout=120
-        )
+    for options in (["--strategy=single"], ["--strategy=ddp", "--nproc=2"]):
+        done = subprocess.run([*argv, *options], capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert done.returncode == 2 and "1 of 151 rows cannot be used" in done.stderr, done.stderr
         assert not (tmp_path / "run").exists() or run_folder.is_new(tmp_path / "run")
 
@@ -358,5 +355,4 @@ def test_a_signal_ends_a_start_that_hangs(embedded_model, tmp_path, how, number,
     said = process.stderr.read()
     assert "has given no sign of life" in said and "before the first step, waiting for all 1 processes to meet" in said
     assert run_folder.is_new(folder)
-    if how == "python":
-        assert "stopped before the first step" in said and not folder.exists()
+    assert "stopped before the first step" in said and (how == "C" or not folder.exists())

@@ -44,7 +44,7 @@ def explain() -> str | None:
     for lock in _locks():
         holders = _holders(lock)
         if holders:
-            return f"{lock.parent.name} is compiled by pid {', '.join(map(str, holders))} (lock {lock})"
+            return f"{lock.parent.name} is compiled by pid {holders[0]} (lock {lock})"
         if _remove_if_stale(lock):
             print(
                 f"error: the process that compiled {lock.parent.name} was killed meanwhile\n"

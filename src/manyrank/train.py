@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_parent()
     if (code := _last_word()) is not None:
         return code
-    STOP.listen(lambda code: os._exit(_for_good(code)))
+    STOP.listen(_end_start)
     try:
         place = topology.from_environment()
     except UserError as error:
@@ -96,14 +96,25 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
         _say(f"stopped: {error}", place)
         return _for_good(EXIT_FAILED)
     except (Preempted, KeyboardInterrupt) as stop:
-        if STOP.at_start and place.is_main:
-            print("stopped before the first step: nothing was begun that could be lost", file=sys.stderr, flush=True)
+        if STOP.at_start:
+            _say_stopped(place.rank)
         return _for_good(stop.code if isinstance(stop, Preempted) else ended_by(signal.SIGINT))
     except Exception:
         print(f"rank {place.rank} failed:", file=sys.stderr)
         traceback.print_exc()
         return EXIT_FAILED
     return 0
+
+
+def _end_start(code: int) -> None:
+    """End this process from another thread: its main thread waits where it hears no signal."""
+    _say_stopped(int(os.environ.get("RANK", "0")))
+    os._exit(_for_good(code))
+
+
+def _say_stopped(rank: int) -> None:
+    if rank == 0:
+        print("stopped before the first step: nothing was begun that could be lost", file=sys.stderr, flush=True)
 
 
 def _say(message: object, place: Topology) -> None:

@@ -173,21 +173,19 @@ class Watchdog(threading.Thread):
 
     def _report(self, found: list[Beat]) -> str | None:
         """What to say of a rank that hangs, once on each machine; its stacks are asked for."""
-        last, now = min(found, key=lambda beat: (beat.count, beat.time)), time.time()
+        least, now = min(beat.count for beat in found), time.time()
+        named = [beat for beat in found if beat.count == least]  # of several none can be told from the others
+        last = max(named, key=lambda beat: beat.time)  # one that has just come there holds nobody up
         if now - last.time < self.patience or not self._first_to_say(last):
             return None
-        named = [beat for beat in found if beat.count == last.count]  # of several none can be told from the others
         who = " or ".join(f"rank {beat.rank} (host {beat.host}, pid {beat.pid})" for beat in named)
         others = ", ".join(f"rank {beat.rank} in {beat.phase}" for beat in found if beat not in named)
         where = f"step {last.step}" if last.step else "before the first step"
-        return (
-            f"\nWARNING: {who} has given no sign of life for {now - last.time:.0f} s: {where}, {last.phase}. "
-            f"Waiting: {others or 'nobody'}. {self._ask_for_stacks(found)}"
+        return f"\nWARNING: {who} has given no sign of life for {now - last.time:.0f} s: {where}, {last.phase}." + (
+            f" Waiting: {others or 'nobody'}. {self._ask_for_stacks(found)}" if self.heart.folder else ""
         )
 
     def _ask_for_stacks(self, found: list[Beat]) -> str:
-        if not self.heart.folder:
-            return ""
         for beat in found:
             if beat.host == self.heart.host:
                 with contextlib.suppress(ProcessLookupError):
