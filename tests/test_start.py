@@ -356,3 +356,17 @@ def test_a_signal_ends_a_start_that_hangs(embedded_model, tmp_path, how, number,
     assert "has given no sign of life" in said and "before the first step, waiting for all 1 processes to meet" in said
     assert run_folder.is_new(folder)
     assert "stopped before the first step" in said and (how == "C" or not folder.exists())
+
+
+def test_a_run_ends_with_the_verify_that_started_it(embedded_model, tmp_path):
+    argv = [sys.executable, "-m", "manyrank.cli", "verify", "--steps=5000", "--strategies=ddp", "--nproc=2"]
+    process = subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.DEVNULL)
+
+    def ranks() -> list[int]:
+        found = psutil.process_iter(["cmdline"])
+        return [p.pid for p in found if str(tmp_path) in " ".join(p.info["cmdline"] or []) and is_running(p.pid)]
+
+    wait_until(lambda: any("manyrank.train" in psutil.Process(pid).cmdline() for pid in ranks()))
+    process.kill()
+    process.wait()
+    wait_until(lambda: not ranks(), seconds=15)

@@ -100,8 +100,10 @@ def _grpo(argv: Sequence[str]) -> int:
 
 
 def _launch(line: CommandLine) -> int:
+    from .interrupts import end_with_parent
     from .options import JOBS
 
+    end_with_parent()  # of `manyrank verify`, which starts this command
     if line.where.via in JOBS:
         from . import submission
 

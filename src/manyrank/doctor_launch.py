@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import EXIT_FAILED
+from .interrupts import end_with_parent, own_environment
 from .launcher import LaunchPlan, run_in_process
 from .watchdog import DONE, Beat, beats
 
@@ -73,7 +73,7 @@ class Ranks:
         (folder / "argv.json").write_text(json.dumps(launch.argv))
         self.alone = launch.argv[0] == sys.executable  # one rank, without a launcher
         argv = launch.argv if self.alone else (sys.executable, "-m", "manyrank.doctor_launch", str(folder))
-        env = {**os.environ, **launch.env, "TMPDIR": str(folder)}  # launchers and libraries leave folders there
+        env = {**own_environment(), **launch.env, "TMPDIR": str(folder)}  # launchers and libraries leave folders there
         with (folder / LAUNCHER_LOG).open("w") as log:
             self.process = subprocess.Popen(
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -147,6 +147,7 @@ def last_words(folder: Path, rank: int, lines: int = 20) -> str:
 
 def main(folder: Path) -> int:
     """Run the launcher in this process, and write how its first worker failed."""
+    end_with_parent()
     logging.disable(logging.ERROR)  # the agents' report of a failure; it is told in the doctor's words
     argv = tuple(json.loads((folder / "argv.json").read_text()))
     ended = _launched(argv)

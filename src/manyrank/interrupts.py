@@ -116,6 +116,11 @@ def ended_by(number: int) -> int:
     return 128 + number if number == signal.SIGINT else EXIT_PREEMPTED
 
 
+def own_environment() -> dict[str, str]:
+    """The environment of a process that is to end with this one."""
+    return {**os.environ, PARENT: str(os.getpid())}
+
+
 def end_with_parent() -> None:
     """End this worker with the launcher that started it, also when that is killed.
 
