@@ -17,7 +17,7 @@ FILES = {path.stem: path for path in sorted(SOURCE.glob("*.py"))}
 # A module imports only modules of strictly lower levels. The decimals order modules of one level in DESIGN.md.
 LEVEL = {
     "__init__": 0, "errors": 0,
-    "schema": 0.5, "turns": 0.5, "json_array": 0.5, "files": 0.7,
+    "schema": 0.5, "recipe_file": 0.5, "turns": 0.5, "json_array": 0.5, "files": 0.7,
     "run_folder": 0.5, "artifact": 0.7, "config": 1, "topology": 1, "interrupts": 1, "hardware": 1, "formats": 1, "sources": 1.2, "packing": 1, "numeric": 1, "sandbox": 1, "dedup": 1,
     "strategy_files": 1.2, "shapes": 1.2, "catalogue": 1.3, "setup": 1.4, "options": 1.5, "embedded": 1.5, "run_identity": 1.5,
     "activations": 1.6, "model_facts": 1.6, "situation": 1.7, "recipe_rules": 1.8, "strategy_rules": 1.8, "model_rules": 1.8,

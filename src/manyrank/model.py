@@ -324,6 +324,8 @@ def _loading(name: str):
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, StrictDataclassError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
             raise
+        if needs_its_code(error):
+            raise untrusted(name, where=f"model_name_or_path {name}") from None
         gone = Path(name).is_absolute() and not Path(name).is_dir()  # transformers takes it for a name on the hub
         what = f"there is no folder {name}" if gone else f"cannot load the model: {' '.join(str(error).split())[:300]}"
         raise UserError(
@@ -331,6 +333,16 @@ def _loading(name: str):
             where=f"model_name_or_path {name}",
             fix="give a folder with config.json, weights and tokenizer, or a hub name that can be reached",
         ) from None
+
+
+def needs_its_code(error: Exception) -> bool:
+    """Whether transformers has refused to run code that comes with a model."""
+    return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
+
+
+def untrusted(name: str, *, where: str) -> UserError:
+    what = f"{name} needs Python code that comes with it, and this command does not say to run it"
+    return UserError(what, where=where, fix="read that code, and if you trust it, add --trust-remote-code")
 
 
 @contextlib.contextmanager
