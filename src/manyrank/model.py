@@ -80,7 +80,11 @@ def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> L
 
 
 def resolve_name(name: str) -> str:
-    return str(ensure()) if name == EMBEDDED else name
+    """A folder by its whole path, so that an adapter on it is found from any folder; a hub name as it is."""
+    if name == EMBEDDED:
+        return str(ensure())
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
 
 
 def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
@@ -227,6 +231,8 @@ def _with_lora(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
         raise UserError(
             str(error), where="lora_target_modules", fix="name linear layers of the model, or all-linear"
         ) from None
+    for own in adapted.peft_config.values():  # of a base that a script has loaded by a relative path
+        own.base_model_name_or_path = own.base_model_name_or_path and resolve_name(own.base_model_name_or_path)
     if "lora" not in config.plain_parts:
         speed_up(adapted)
     return adapted
@@ -326,8 +332,10 @@ def _loading(name: str):
             raise
         if needs_its_code(error):
             raise untrusted(name, where=f"model_name_or_path {name}") from None
-        gone = Path(name).is_absolute() and not Path(name).is_dir()  # transformers takes it for a name on the hub
-        what = f"there is no folder {name}" if gone else f"cannot load the model: {' '.join(str(error).split())[:300]}"
+        said, there = " ".join(str(error).split())[:300], Path(name).is_dir()
+        what = f"cannot load the model: {'' if there else f'there is no folder {name} here, and of the hub: '}{said}"
+        if Path(name).is_absolute() and not there:  # transformers takes it for a name on the hub
+            what = f"there is no folder {name}"
         raise UserError(
             what,
             where=f"model_name_or_path {name}",
