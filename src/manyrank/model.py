@@ -97,7 +97,7 @@ def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = No
         UserError: it cannot be loaded, is not a fast one, or there is no such template.
     """
     name = resolve_name(config.model_name_or_path)
-    with _loading(name):
+    with loading(name):
         tokenizer = copy.deepcopy(own) if own else _stored_tokenizer(name, config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
@@ -290,12 +290,12 @@ def base_model(plan: LoadPlan) -> torch.nn.Module:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if plan.device_map:
         options["device_map"] = plan.device_map
-    with _loading(plan.name):
+    with loading(plan.name):
         return AutoModelForCausalLM.from_pretrained(plan.name, **options)
 
 
 def _skeleton(plan: LoadPlan) -> torch.nn.Module:
-    with _loading(plan.name):
+    with loading(plan.name):
         config = AutoConfig.from_pretrained(plan.name, trust_remote_code=plan.trust_remote_code)
     with init_empty_weights(include_buffers=False):  # buffers that are not in a checkpoint keep their values
         model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
@@ -306,7 +306,7 @@ def _skeleton(plan: LoadPlan) -> torch.nn.Module:
 def read_config(config: TrainConfig) -> dict:
     """The content of the model's config.json, with what its type adds."""
     name = resolve_name(config.model_name_or_path)
-    with _loading(name):
+    with loading(name):
         return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).to_dict()
 
 
@@ -324,7 +324,8 @@ def _give_addresses(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _loading(name: str):
+def loading(name: str):
+    """Tell what libraries raise as what is wrong with a model."""
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, StrictDataclassError) as error:
