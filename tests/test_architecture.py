@@ -17,7 +17,7 @@ FILES = {path.stem: path for path in sorted(SOURCE.glob("*.py"))}
 # A module imports only modules of strictly lower levels. The decimals order modules of one level in DESIGN.md.
 LEVEL = {
     "__init__": 0, "errors": 0,
-    "schema": 0.5, "turns": 0.5, "json_array": 0.5, "files": 0.7,
+    "schema": 0.5, "recipe_file": 0.5, "turns": 0.5, "json_array": 0.5, "files": 0.7,
     "run_folder": 0.5, "run_lock": 0.7, "compile_locks": 1, "artifact": 0.7, "config": 1, "topology": 1, "interrupts": 1, "hardware": 1, "formats": 1, "sources": 1.2, "packing": 1, "numeric": 1, "sandbox": 1, "dedup": 1,
     "strategy_files": 1.2, "shapes": 1.2, "catalogue": 1.3, "setup": 1.4, "options": 1.5, "embedded": 1.5, "run_identity": 1.5,
     "activations": 1.6, "model_facts": 1.6, "situation": 1.7, "recipe_rules": 1.8, "strategy_rules": 1.8, "model_rules": 1.8,
@@ -29,7 +29,7 @@ LEVEL = {
     "strategy": 3.5, "runtime": 3.5, "tokenise": 3.5,
     "questions": 4, "evaluation": 5, "eval_process": 6, "evaluate": 7.5,
     "hub": 1, "host_memory": 3, "logits": 3.5, "merging": 4, "merge": 5, "conversation": 4.5, "chat": 5, "prompts": 1.5, "answer_file": 1.5, "answering": 5,
-    "data": 4, "batches": 4.5, "curate": 4, "model": 4, "loaded": 4.5, "checkpoint": 4, "saver": 4.5, "resume": 4, "generate": 4, "generation": 4,
+    "data": 4, "batches": 4.5, "curate": 4, "model": 4, "positions": 4.2, "loaded": 4.5, "checkpoint": 4, "saver": 4.5, "resume": 4, "generate": 4, "generation": 4,
     "foresight": 4.7, "meter": 4.7, "trainer": 5, "reward_model": 4.5, "policy": 4.7, "grpo": 5.5, "survey": 5, "inspection_tables": 5.2, "inspection_html": 5.5, "inspection": 5.7,
     "record": 5.8, "session": 6, "opening": 6.1, "verify": 6, "contenders": 6.2, "gpu_bench": 6.2, "bench": 6.5,
     "doctor_exchange": 6, "doctor_step": 6.5,

@@ -5,12 +5,17 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from accelerate import Accelerator
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
 
 from manyrank.artifact import find
+from manyrank.config import Entry, resolve
 from manyrank.embedded import ensure
 from manyrank.errors import UserError
 from manyrank.loaded import load_model
+from manyrank.model import load_model as with_model
+from manyrank.model import plan_load, with_adapters
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,72 @@ def test_a_run_without_a_final_model_gives_its_newest_complete_checkpoint(run, t
     assert find(str(tmp_path / "run")).adapter.name == "checkpoint-2"
     (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"half")
     assert find(str(tmp_path / "run")).adapter.name == "checkpoint-1"
+
+
+def trained_on(name: str, folder):
+    """An adapter as a training saves it, on a base that its recipe names so."""
+    given = {"model_name_or_path": name, "data_path": "none", "lora_r": 2, "packing": "none"}
+    config = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    model = with_model(plan_load(config, Accelerator(cpu=True), bf16=False), config)
+    model.save_pretrained(folder)
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_adapter_names_its_base_by_the_whole_path(embedded_model, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base").symlink_to(embedded_model)
+    monkeypatch.chdir(tmp_path)
+    assert trained_on("models/base", tmp_path / "adapter") == str(tmp_path / "models" / "base")
+    monkeypatch.chdir("/")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert model.get_base_model().num_parameters() > 1e6
+    assert find(str(tmp_path / "adapter")).base == str(tmp_path / "models" / "base")
+
+
+def test_an_adapter_on_a_brought_base_names_it_so_too(embedded_model, tmp_path, monkeypatch):
+    (tmp_path / "base").symlink_to(embedded_model)
+    monkeypatch.chdir(tmp_path)
+    config = resolve(
+        None, [Entry(k, v, "test") for k, v in {"model": "x", "data_path": "x", "packing": "none"}.items()]
+    )
+    adapted = with_adapters(AutoModelForCausalLM.from_pretrained("base"), config.config)
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+
+@pytest.fixture
+def older_run(embedded_model, tmp_path):
+    """A run of an earlier version, whose adapter names a base relative to the folder of the training."""
+    where, final = tmp_path / "work", tmp_path / "work" / "out" / "run" / "final_model"
+    (where / "models").mkdir(parents=True)
+    (where / "models" / "base").symlink_to(embedded_model)
+    final.mkdir(parents=True)
+    (final / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/base"}))
+    (final.parent / "config.yaml").write_text("output_dir: out/run  # command line\n")
+    return final.parent
+
+
+def test_a_relative_base_of_an_older_run_is_found_from_the_run(older_run, tmp_path, monkeypatch):
+    base = str(tmp_path / "work" / "models" / "base")
+    monkeypatch.chdir("/")
+    for name in (older_run, older_run / "final_model"):
+        assert find(str(name)).base == base
+    monkeypatch.chdir(older_run.parent)
+    assert find("run").base == base
+    (older_run / "config.yaml").write_text("output_dir: null\n")
+    assert find("run").base == "models/base"  # nothing tells where that was: it may be a name on the hub
+    monkeypatch.chdir(tmp_path / "work")
+    assert find("out/run").base == base
+    (tmp_path / "work" / "out").rename(tmp_path / "work" / "output")
+    monkeypatch.chdir("/")
+    assert find(str(tmp_path / "work" / "output" / "run")).base == base  # where a run goes by default
+
+
+@pytest.mark.parametrize("base", ["./base", "a/b/c"])
+def test_a_base_that_is_no_hub_name_and_not_there_is_told(base, older_run):
+    (older_run / "final_model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(UserError, match="no such folder here") as error:
+        find(str(older_run))
+    assert "adapter_config.json" in error.value.where and "whole path" in error.value.fix
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from manyrank import tokenise
 from manyrank.batches import StepLoader, epoch_order
 from manyrank.config import Entry, resolve
 from manyrank.data import prepare, write_quarantine
@@ -418,6 +419,26 @@ def test_the_cache_is_used_until_something_changes(examples_of, file):
         assert examples_of(data_path=path, **change).dataset.cache_files != first.dataset.cache_files
     file(qa("a"), qa("c"))
     assert examples_of(data_path=path).fingerprint != first.fingerprint
+
+
+def test_a_table_of_an_older_version_is_made_again(examples_of, file, monkeypatch):
+    """Masks that an earlier version got wrong do not survive in the cache."""
+    assert tokenise.CACHE_VERSION > 9, "9 left the end of Cohere's turns out"
+    path, right = file(qa("a"), qa("b")), tokenise._ids_and_labels
+
+    def wrong(*given):
+        ids, labels, notes = right(*given)
+        last = max(at for at, label in enumerate(labels) if label != IGNORE)
+        return ids, [*labels[:last], IGNORE, *labels[last + 1 :]], notes
+
+    with monkeypatch.context() as older:
+        older.setattr(tokenise, "CACHE_VERSION", tokenise.CACHE_VERSION - 1)
+        with older.context() as making:
+            making.setattr(tokenise, "_ids_and_labels", wrong)
+            old = examples_of(data_path=path)
+        assert list(examples_of(data_path=path).supervised) == list(old.supervised)  # read from the cache
+    new = examples_of(data_path=path)
+    assert list(new.supervised) == [count + 1 for count in old.supervised]
 
 
 def test_a_function_of_one_s_own_and_its_changes(examples_of, file, tmp_path, monkeypatch):

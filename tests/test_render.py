@@ -119,6 +119,9 @@ def check_mask(tokenizer, messages, rendered) -> None:
         stop = stop.strip()
         assert stop.removesuffix("<|END_OF_TURN_TOKEN|>") in STOPS or stop in STOPS, (text, stop)
         assert before in (content[: len(content) - len(content.lstrip())], "", " "), text
+    for _, end in spans:
+        follows = tokenizer.decode(rendered.input_ids[end:]).lstrip()
+        assert follows.strip() == tokenizer.eos_token or not follows.startswith(tuple(STOPS)), follows[:40]
     assert len(rendered.labels) == len(rendered.input_ids)
     assert all(label in (IGNORE, token) for label, token in zip(rendered.labels, rendered.input_ids))
     assert tokenizer.decode(rendered.input_ids) == rendered.text
@@ -458,6 +461,95 @@ def test_the_order_of_conversations_does_not_matter():
     forward = [render(one, turns, tools=TOOLS if turns is CALLED else None) for turns in kinds]
     backward = [render(other, turns, tools=TOOLS if turns is CALLED else None) for turns in kinds[::-1]]
     assert forward == backward[::-1]
+
+
+# What ends a turn, beside a header that nobody asked for
+
+
+def unasked(
+    *, first: str = "", start: str = "<|start|>", user_end: str = "<|turn|>", end: str = "<|done|><|turn|>"
+) -> str:
+    """A template whose generation prompt is always there; `first` is a system turn of its own."""
+    return (
+        "{{ bos_token }}"
+        f"{{% if messages[0].role != 'system' %}}{{{{ {first!r} }}}}{{% endif %}}"
+        f"{{% for m in messages %}}{start}{{{{ '<|' + m.role + '|>' + m.content }}}}"
+        f"{{% if m.role == 'assistant' %}}{end}{{% else %}}{user_end}{{% endif %}}{{% endfor %}}{start}<|assistant|>"
+    )
+
+
+PREAMBLE = "<|start|><|system|>Answer in one word.<|turn|>"
+WORDS = ["<|turn|>", "<|done|>", "<|stop|>"]
+
+
+def unasked_tokenizer(template: str, eos: str) -> PreTrainedTokenizerFast:
+    tokenizer = tokenizer_for(template)
+    tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in WORDS])
+    tokenizer.eos_token = eos
+    return tokenizer
+
+
+@pytest.mark.parametrize("eos", ["<|turn|>", "<|done|>", "<|endoftext|>"])
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (unasked(first=PREAMBLE), "<|done|><|turn|>"),  # the end of the system's turn ends an answer too
+        (unasked(first=PREAMBLE, end="<|turn|>"), "<|turn|>"),
+        (unasked(end="<|turn|>"), "<|turn|>"),
+        (unasked(first="<|system|>Be brief.<|turn|>", start="", end="<|turn|>"), "<|turn|>"),
+        (unasked(first=PREAMBLE, user_end="<|stop|>", end="<|done|>\n"), "<|done|>"),
+    ],
+)
+def test_all_that_ends_a_turn_is_learned_whatever_ends_the_systems(template, end, system, eos):
+    tokenizer = unasked_tokenizer(template, eos)
+    turns = [{"role": "system", "content": "Be kind."}] * system + [user("a"), said("b"), user("c"), said("d")]
+    rendered = render(tokenizer, turns)
+    assert rendered.supervised_texts == [f"b{end}", f"d{end}"]
+    assert rendered.labels[-1] == IGNORE  # the header that nobody asked for
+
+
+def test_an_empty_system_turn_does_not_make_its_end_a_header():
+    template = unasked(first="<|start|><|system|><|turn|>")
+    rendered = render(unasked_tokenizer(template, "<|turn|>"), [user("a"), said("b")])
+    assert rendered.supervised_texts == ["b<|done|><|turn|>"]
+    with pytest.raises(BadRow, match="end-of-turn"):  # it could be either
+        render(unasked_tokenizer(template, "<|endoftext|>"), [user("a"), said("b")])
+
+
+OPEN_LAST = (
+    "<|system|>Be brief.<|turn|>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if not loop.last %}{% if m.role == 'assistant' %}<|done|>{% endif %}<|turn|>{% endif %}{% endfor %}"
+)
+LATE_TURNS_END_TWICE = chatml().replace("{% endfor %}", "{% if loop.index == 4 %}</s>{% endif %}{% endfor %}", 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "messages"),
+    [
+        (chatml(suffix="''").replace("<|im_end|>\\n", "<|im_end|>\\n<|turn|>\\n"), "</s>", [user("a"), said("b")]),
+        (unasked(first=PREAMBLE, end="<|done|>\n<|turn|>"), "<|turn|>", [user("a"), said("b")]),
+        (unasked(first="<|system|>Be brief.<|turn|>", end="<|turn|>"), "</s>", [user("a"), said("b")]),
+        (OPEN_LAST, "</s>", [user("a"), said("b"), user("c"), said("d")]),
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|done|>{% if not loop.last %}</s>{% endif %}{% endfor %}",
+         "</s>", [user("a"), said("b"), user("c"), said("d")]),
+        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|done|>\n<|turn|>"
+         "{% endif %}{% endfor %}", "</s>", [user("a"), said("b")]),
+    ],
+)  # fmt: skip
+def test_a_template_whose_end_of_turn_would_not_all_be_learned_is_refused(template, eos, messages):
+    with pytest.raises(BadRow) as refusal:
+        render(unasked_tokenizer(template, eos), messages)
+    assert refusal.value.reason == "no end-of-turn token", refusal.value
+    assert "stop_tokens" in str(refusal.value)
+
+
+def test_a_turn_that_ends_once_more_than_others_is_refused():
+    tokenizer = tokenizer_for(LATE_TURNS_END_TWICE)
+    tokenizer.eos_token = "</s>"
+    with pytest.raises(BadRow, match=r"writes </s> after <\|im_end\|>"):
+        render(tokenizer, [user("a"), said("b"), user("c"), said("d"), user("e"), said("f")])
+    assert render(tokenizer, [user("a"), said("b")]).supervised_texts == ["b<|im_end|>"]
 
 
 # Options, tokenizers

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import run_folder
 from .errors import UserError
+from .recipe_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:
     run = chosen.parent if chosen != folder or run_folder.NAME.fullmatch(folder.name) else None
     run = folder.parent if folder.name == "final_model" else run
     if (chosen / "adapter_config.json").is_file():
-        return Artifact(name, base or _base(chosen), chosen, run)
+        return Artifact(name, base or _base(chosen, run), chosen, run)
     if (chosen / "config.json").is_file():
         return Artifact(name, str(chosen), None, run)
     raise UserError(
@@ -89,7 +90,7 @@ def _of_run(name: str, folder: Path) -> Path:
     return folder
 
 
-def _base(adapter: Path) -> str:
+def _base(adapter: Path, run: Path | None) -> str:
     file = adapter / "adapter_config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -98,4 +99,33 @@ def _base(adapter: Path) -> str:
     if not found:
         fix = "write it there as base_model_name_or_path; `manyrank merge` also takes --base NAME"
         raise UserError("names no base model", where=str(file), fix=fix)
-    return found
+    return _from_anywhere(str(found), run, file)
+
+
+def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
+    """The base that an adapter names, where it may be a path that was relative to the folder of the training.
+
+    Raises:
+        UserError: it can be no hub name, and the folder is not there.
+    """
+    given = Path(base).expanduser()
+    if given.is_absolute():
+        return str(given)
+    for folder in [*_working_folders(run), Path.cwd()]:
+        if (folder / given / "config.json").is_file():
+            return str((folder / given).absolute())
+    if base.count("/") > 1 or base.startswith("."):
+        fix = "go to the folder in which it was trained, or write the base's whole path there"
+        raise UserError(f"names its base {base}, and there is no such folder here", where=str(file), fix=fix)
+    return base
+
+
+def _working_folders(run: Path | None) -> list[Path]:
+    """Where a run was started, as the output_dir in its config tells, where that is a relative path."""
+    file = run / "config.yaml" if run else None
+    if not file or not file.is_file():
+        return []
+    config, folder = read_yaml(file), run.absolute()
+    given = Path(str((config.get("output_dir") if isinstance(config, dict) else None) or f"output/{folder.name}"))
+    inside = not given.is_absolute() and folder.parts[-len(given.parts) :] == given.parts
+    return [folder.parents[len(given.parts) - 1]] if inside and given.parts else []

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from . import artifact
 from .artifact import Artifact
 from .errors import UserError, UserErrors
+from .recipe_file import Entry, Known, normal, read_entries
 from .schema import DataSource, Method, TrainConfig
 
 FIELDS = TrainConfig.model_fields
@@ -70,15 +71,11 @@ PLAIN_ADAPTER = {
 }  # fmt: skip
 METHOD_PREFERENCE = ("lora", "qlora", "int8", "full")
 SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One value as it was given, and where."""
-
-    key: str
-    value: Any
-    where: str
+TYPED = frozenset({"trust_remote_code"})  # what a run's own config cannot switch on: it may be somebody else's
+KNOWN = Known(
+    {**{key: key for key in (*FIELDS, *SWITCHES)}, **ALIASES},
+    frozenset(key for key, field in FIELDS.items() if re.search("dict|DataSource", str(field.annotation))),
+)
 
 
 @dataclass(frozen=True)
@@ -112,23 +109,23 @@ def presets() -> list[str]:
     return sorted(path.stem for path in asset("launch", "recipes").glob("*.yaml"))
 
 
-def normal(key: str) -> str:
-    return key.lstrip("-").replace("-", "_")
-
-
 def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bool = False) -> Resolved:
     """Merge defaults, the recipe and its base, and the command line.
 
     Args:
         recipe: a YAML file or a preset's name; None for the command line alone.
         overrides: the command line's values, in order.
-        finished: of a run that is over: what it went on from need not be there.
+        finished: of a run that is over: what it went on from need not be there, and TYPED keys count from `overrides`
+            alone.
 
     Raises:
         UserError: an unknown key, a wrong type, a contradiction, or a file that cannot be read.
     """
     merged: dict[str, Entry] = {}
-    for entries in (*(_layers(recipe) if recipe else ()), overrides):
+    layers = _layers(recipe) if recipe else []
+    if finished:
+        layers = [[entry for entry in layer if normal(entry.key) not in TYPED] for layer in layers]
+    for entries in (*layers, overrides):
         merged |= _canonical(entries, merged.get("method"))
     if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
         del merged["bf16"]
@@ -228,14 +225,14 @@ def find_recipe(name: str) -> Path:
 
 def _layers(recipe: str) -> list[list[Entry]]:
     path = find_recipe(recipe)
-    entries = _read(path)
+    entries = read_entries(path, KNOWN)
     bases = [entry for entry in entries if entry.key == "base"]
     if not bases:
         return [entries]
     if not isinstance(bases[0].value, str):
         raise UserError("base is not a name", where=bases[0].where, fix="give a recipe's file or a preset's name")
     beside = path.parent / str(bases[0].value)
-    base = _read(find_recipe(str(beside) if beside.is_file() else str(bases[0].value)))
+    base = read_entries(find_recipe(str(beside) if beside.is_file() else str(bases[0].value)), KNOWN)
     if any(entry.key == "base" for entry in base):
         raise UserError(
             f"the base {bases[0].value!r} has a base itself",
@@ -243,35 +240,6 @@ def _layers(recipe: str) -> list[list[Entry]]:
             fix="one level of base is all there is",
         )
     return [base, [entry for entry in entries if entry.key != "base"]]
-
-
-class _OneKeyOnce(yaml.SafeLoader):
-    """YAML that refuses a key given twice; PyYAML would take the last one."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    """A file's content; a UserError where it is no YAML, or has a key twice."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _OneKeyOnce)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"not valid YAML: {problem}", where=str(path), fix="mend the file") from None
-
-
-def _read(path: Path) -> list[Entry]:
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise UserError(
-            "a recipe is a list of `key: value` lines", where=str(path), fix="see launch/recipes/default.yaml"
-        )
-    return [Entry(str(key), value, f"{path}, {key}") for key, value in content.items()]
 
 
 def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entry]:

@@ -139,7 +139,7 @@ def reading(loads: Sequence[Load], data: str | None, given: Mapping[str, str], *
     entries += [Entry("data_path", data, "--data")] if data is not None else []
     entries += [Entry("model_name_or_path", loads[0].artifact.tokenizer, "command line")]
     entries += _of_new_data(given) if data is not None else []
-    resolved = resolve(str(first[0].run / "config.yaml") if first else None, entries)
+    resolved = resolve(str(first[0].run / "config.yaml") if first else None, entries, finished=True)
     sources = resolved.config.data_path if data is not None else resolved.config.eval_data_path
     paths = [source.path for source in sources]
     if twice := [path for path in paths if paths.count(path) > 1]:

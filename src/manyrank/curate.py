@@ -22,13 +22,14 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from . import __version__, sources
-from .config import asset, normal, read_yaml
+from .config import asset, normal
 from .dedup import digest
 from .errors import UserError
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset, written_beside
 from .filters import Item
 from .formats import IGNORE, BadRow, Conversation, Message, PlainText, Sample, detect, to_sample
 from .options import Parser
+from .recipe_file import read_yaml
 from .schema import Columns, Float, Format, Int
 from .sources import Source, read_rows
 from .stages import Stage, build, unknown, validated

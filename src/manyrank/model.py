@@ -80,7 +80,11 @@ def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> L
 
 
 def resolve_name(name: str) -> str:
-    return str(ensure()) if name == EMBEDDED else name
+    """A folder by its whole path, so that an adapter on it is found from any folder; a hub name as it is."""
+    if name == EMBEDDED:
+        return str(ensure())
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
 
 
 def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
@@ -93,7 +97,7 @@ def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = No
         UserError: it cannot be loaded, is not a fast one, or there is no such template.
     """
     name = resolve_name(config.model_name_or_path)
-    with _loading(name):
+    with loading(name):
         tokenizer = copy.deepcopy(own) if own else _stored_tokenizer(name, config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
@@ -227,6 +231,8 @@ def _with_lora(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
         raise UserError(
             str(error), where="lora_target_modules", fix="name linear layers of the model, or all-linear"
         ) from None
+    for own in adapted.peft_config.values():  # of a base that a script has loaded by a relative path
+        own.base_model_name_or_path = own.base_model_name_or_path and resolve_name(own.base_model_name_or_path)
     if "lora" not in config.plain_parts:
         speed_up(adapted)
     return adapted
@@ -284,12 +290,12 @@ def base_model(plan: LoadPlan) -> torch.nn.Module:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if plan.device_map:
         options["device_map"] = plan.device_map
-    with _loading(plan.name):
+    with loading(plan.name):
         return AutoModelForCausalLM.from_pretrained(plan.name, **options)
 
 
 def _skeleton(plan: LoadPlan) -> torch.nn.Module:
-    with _loading(plan.name):
+    with loading(plan.name):
         config = AutoConfig.from_pretrained(plan.name, trust_remote_code=plan.trust_remote_code)
     with init_empty_weights(include_buffers=False):  # buffers that are not in a checkpoint keep their values
         model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
@@ -300,7 +306,7 @@ def _skeleton(plan: LoadPlan) -> torch.nn.Module:
 def read_config(config: TrainConfig) -> dict:
     """The content of the model's config.json, with what its type adds."""
     name = resolve_name(config.model_name_or_path)
-    with _loading(name):
+    with loading(name):
         return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).to_dict()
 
 
@@ -318,19 +324,34 @@ def _give_addresses(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _loading(name: str):
+def loading(name: str):
+    """Tell what libraries raise as what is wrong with a model."""
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, StrictDataclassError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
             raise
-        gone = Path(name).is_absolute() and not Path(name).is_dir()  # transformers takes it for a name on the hub
-        what = f"there is no folder {name}" if gone else f"cannot load the model: {' '.join(str(error).split())[:300]}"
+        if needs_its_code(error):
+            raise untrusted(name, where=f"model_name_or_path {name}") from None
+        said, there = " ".join(str(error).split())[:300], Path(name).is_dir()
+        what = f"cannot load the model: {'' if there else f'there is no folder {name} here, and of the hub: '}{said}"
+        if Path(name).is_absolute() and not there:  # transformers takes it for a name on the hub
+            what = f"there is no folder {name}"
         raise UserError(
             what,
             where=f"model_name_or_path {name}",
             fix="give a folder with config.json, weights and tokenizer, or a hub name that can be reached",
         ) from None
+
+
+def needs_its_code(error: Exception) -> bool:
+    """Whether transformers has refused to run code that comes with a model."""
+    return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
+
+
+def untrusted(name: str, *, where: str) -> UserError:
+    what = f"{name} needs Python code that comes with it, and this command does not say to run it"
+    return UserError(what, where=where, fix="read that code, and if you trust it, add --trust-remote-code")
 
 
 @contextlib.contextmanager

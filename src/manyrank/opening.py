@@ -32,6 +32,7 @@ from .model import (
     with_adapters,
 )
 from .optim import build_optimizer
+from .positions import check_lengths
 from .questions import Question
 from .resume import Start, base_fingerprint, find_start
 from .run_identity import batch_per_process, identity, refuse_changes
@@ -263,6 +264,7 @@ def _data(
     elif config.eval_data_path:
         evaluation = prepare(config.eval_data_path, tokenizer, config)
     if not config.is_grpo:
+        check_lengths(config, [int(rows.lengths.max()) for rows in (train, evaluation) if rows and len(rows)], own)
         return train, evaluation, ()
     from . import grpo
 

@@ -6,7 +6,7 @@
 The conversation is rendered whole by the tokenizer's own chat template; `templates` finds the turns in it. What is
 learned is the turn's content, with the tool calls and thinking that the template keeps, up to the end-of-turn token.
 The tokens are checked again: none reaches over the edge of a turn, and the learned ones read as the turn does. Where
-a check fails the conversation is refused, with the reason; there is no wrong mask.
+a check fails the conversation is refused, with the reason; no mask is guessed.
 """
 
 from __future__ import annotations

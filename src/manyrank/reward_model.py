@@ -13,6 +13,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from .config import TrainConfig
 from .errors import UserError
+from .model import needs_its_code, untrusted
 from .rewards import Reward
 
 AT_ONCE = 8  # conversations
@@ -34,6 +35,8 @@ def reward_model(
             )
         tokenizer = AutoTokenizer.from_pretrained(reward.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, SafetensorError) as error:
+        if needs_its_code(error):
+            raise untrusted(str(reward.model), where=where) from None
         what = f"the reward model cannot be loaded: {str(error).splitlines()[0]}"
         raise UserError(what, where=where, fix="give a folder or a hub name") from None
     problems = {

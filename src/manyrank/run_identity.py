@@ -49,10 +49,28 @@ def batch_per_process(config: TrainConfig) -> int | None:
 
 
 def early_changes(folder: Path, config: TrainConfig, *, bf16: bool) -> list[str]:
-    """What a resume would change and may not, as far as the recipe alone tells, as 'key: before -> now'."""
+    """What a resume would change and may not, as far as the recipe alone tells, as `shown` writes it."""
     batch = {"batch_per_process": batch_per_process(config), "global_batch_size": config.global_batch_size}
     run = identity(config, bf16=bf16, **{key: value for key, value in batch.items() if value})
-    return run_folder.changes(folder, run, allowed=allowed_names(config.resume_changes))
+    return shown(run_folder.changes(folder, run, allowed=allowed_names(config.resume_changes)))
+
+
+def keys_of(name: str) -> tuple[str, ...]:
+    """The keys that let a value of a run's identity change, as resume_changes takes them; none where it cannot."""
+    called = tuple(key for key, names in CALLED.items() if name in names)
+    return called or ((name,) if name in FIELDS and name not in FIXED else ())
+
+
+def shown(changes: list[str]) -> list[str]:
+    """Changes as 'name: before -> now', with the keys that allow them where those are called otherwise."""
+    return [_shown(change, change.partition(": ")[0]) for change in changes]
+
+
+def _shown(change: str, name: str) -> str:
+    keys = keys_of(name)
+    if not keys:
+        return f"{change} (cannot change)"
+    return change if keys == (name,) else f"{change} (in resume_changes: {' or '.join(keys)})"
 
 
 def allowed_names(keys: list[str]) -> set[str]:
@@ -76,13 +94,16 @@ def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
     for key in allowed:
         if key not in FIELDS or not set(CALLED.get(key, (key,))) <= run.keys():
             known = sorted({*IDENTITY, *OF_GRPO, *CALLED, "global_batch_size", "bf16"} - set(FIXED))
-            raise UserError(f"{key} is nothing that a resume compares", where="resume_changes", fix=f"known: {known}")
+            fix = f"known: {known}"
+            if key not in FIELDS and key in run and (keys := keys_of(key)):
+                fix = f"name the key that it comes from: {' or '.join(keys)}"
+            raise UserError(f"{key} is nothing that a resume compares", where="resume_changes", fix=fix)
         if key in FIXED:
             fix = "start a new run"
             raise UserError(f"{key} cannot change: it shapes the saved state", where="resume_changes", fix=fix)
     if changed := run_folder.changes(folder, run, allowed=names):
         raise UserError(
-            f"the resumed run would not be the same: {'; '.join(changed)}",
+            f"the resumed run would not be the same: {'; '.join(shown(changed))}",
             where=str(folder),
             fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
         )

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import asset, read_yaml
+from .config import asset
 from .errors import UserError
+from .recipe_file import read_yaml
 
 
 @dataclass(frozen=True)

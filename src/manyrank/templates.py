@@ -23,7 +23,7 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerBase
 
-from .endings import Endings, Probe, find_endings
+from .endings import Endings, Probe, adjacent, ending_tokens, find_endings, opening_tokens, refuse_unlearned
 from .formats import BadRow, Message
 from .marks import (
     CHANGED,
@@ -90,15 +90,18 @@ class Template:
             self.forms = self._content_forms(tools)
         probe = self._probes(tools)
         self.prompt, self.prompts = probe.prompt, probe.prompt != probe.alone
-        endings = (
-            Endings(tuple(stops), stops[0]) if stops else find_endings(probe, self.tokens, tokenizer.eos_token or "")
-        )
+        self.eos = tokenizer.eos_token or ""
+        endings = Endings(tuple(stops), stops[0]) if stops else find_endings(probe, self.tokens, self.eos)
         if not endings:
             raise BadRow(
                 "the chat template ends the assistant's turn without an end-of-turn token (stop_tokens can name one)",
                 reason=NO_STOP,
             )
         self.stops, self.closing = endings.stops, endings.closing
+        self.opening = opening_tokens(probe.before, self.tokens, self.eos)
+        self.ends = ending_tokens(self.stops, self.opening, self.tokens, self.eos)
+        inner = probe.inner.lstrip()
+        self._refuse_unlearned(inner, next((stop for stop in self.stops if inner.startswith(stop)), inner))
         own = "".join((probe.before, probe.between, probe.after, probe.inner, probe.prompt))
         self.controls: frozenset[str] = (
             self.special | {token[0] for token in self.tokens.finditer(own)} | set(self.stops)
@@ -212,10 +215,26 @@ class Template:
         whole = MarkedText(self, marked, form, tools, documents, text, found, parts)
         assistants = [i for i, message in enumerate(marked.messages) if message["role"] == "assistant"]
         turns = {i: whole.turn(i) for i in assistants}
+        for _, _, (k, end) in turns.values():
+            if k < len(parts) - 1 or parts[k][end:].strip() != self.eos:  # the sequence may end so, as Phi-3's does
+                self._refuse_unlearned(parts[k], parts[k][:end])
         if list(turns.values()) != sorted(turns.values()):
             raise BadRow("the chat template changes the order of the turns", reason=CHANGED)
         order = [int(mark[1]) for mark in found]
         return Skeleton(parts, order, turns, {i: whole.opening(i) for i in assistants}, closing)
+
+    def _refuse_unlearned(self, text: str, learned: str) -> None:
+        """Nothing that ends a turn stands between the end that is learned and the next header.
+
+        Args:
+            text: what the template writes after an answer.
+            learned: its beginning, up to the end of the turn.
+        """
+        for token in adjacent(text[len(learned) :], self.tokens):
+            if token in self.opening:
+                return
+            if token in self.ends:
+                refuse_unlearned(learned.strip(), token)
 
     @cached_property
     def _literals(self) -> Literals:

@@ -31,7 +31,7 @@ from .interrupts import die_with_parent
 from .render import IGNORE, Note, Notice, RenderOptions, render
 from .sources import Source, fingerprint, read_rows
 
-CACHE_VERSION = 9  # raise it when the same input gives other tokens
+CACHE_VERSION = 10  # raise it when the same input gives other tokens
 NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same
 PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
 

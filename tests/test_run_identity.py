@@ -1,0 +1,64 @@
+"""A resumed run is compared with its checkpoint: every difference is told with the key that allows it."""
+
+import json
+import re
+
+import pytest
+
+from manyrank.config import Entry, resolve
+from manyrank.errors import UserError
+from manyrank.run_identity import FIXED, early_changes, identity, refuse_changes
+
+
+@pytest.fixture(scope="module")
+def saved(whole_run, tmp_path_factory):
+    """A checkpoint's folder with every name that any run compares, and these values."""
+    given = {"model": "m", "data_path": "d", "task": "grpo", "rewards": "{exact: 1}"}
+    grpo = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    own = json.loads((whole_run.folder / "checkpoint-3" / "run.json").read_text())
+    run = identity(grpo) | own | {"batch_per_process": 4}
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder, json.loads(json.dumps(run))
+
+
+def test_every_name_that_is_compared_is_told_with_a_key_that_allows_it(saved):
+    folder, run = saved
+    fixed = set()
+    assert {"total_steps", "model", "data", "examples", "tokens", "rewards", "bf16", "learning_rate"} <= run.keys()
+    for name in run:
+        other = run | {name: "other"}
+        with pytest.raises(UserError, match="would not be the same") as refusal:
+            refuse_changes(folder, other, allowed=[])
+        change = refusal.value.what.partition("the same: ")[2]
+        assert change.startswith(f"{name}: ") and "-> other" in change
+        if change.endswith("(cannot change)"):
+            fixed.add(name)
+            with pytest.raises(UserError):
+                refuse_changes(folder, other, allowed=[name])
+            continue
+        told = re.search(r"\(in resume_changes: (.*)\)$", change)
+        for key in told[1].split(" or ") if told else [name]:
+            assert refuse_changes(folder, other, allowed=[key]) == [f"{name}: {run[name]} -> other"]
+    assert fixed == {*FIXED, "loss", "needed"}
+
+
+def test_a_name_that_is_no_key_is_told_by_its_keys(saved):
+    folder, run = saved
+    with pytest.raises(UserError, match="total_steps is nothing that a resume compares") as refusal:
+        refuse_changes(folder, run | {"total_steps": 9}, allowed=["total_steps"])
+    assert refusal.value.fix.endswith("num_train_epochs or max_steps")
+
+
+def test_what_the_recipe_tells_before_the_start_has_its_keys(saved):
+    folder, _ = saved
+    given = {
+        "model": "m",
+        "data_path": "d",
+        "per_device_train_batch_size": "1",
+        "task": "grpo",
+        "rewards": "{exact: 1}",
+    }
+    config = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    told = [change for change in early_changes(folder, config, bf16=False) if change.startswith("batch_per_process")]
+    assert len(told) == 1 and "per_device_train_batch_size or gradient_accumulation_steps" in told[0]
