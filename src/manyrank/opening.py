@@ -191,9 +191,11 @@ def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
 
 def _prove(trainer: Trainer, *, bf16: bool) -> None:
     """All ranks see alike whether packs, and then the fused head, leave the model's results as they are."""
-    runtime = trainer.runtime
+    runtime, packed = trainer.runtime, trainer.config.packing != "none"
+    if not packed and trainer.token_loss is None:
+        return
     with evaluation_mode(runtime.wrapped):
-        if trainer.config.packing != "none":
+        if packed:
             prove_packing(runtime.wrapped, runtime.model, exact=not bf16)
         _prove_head(trainer)
     runtime.reshard()
