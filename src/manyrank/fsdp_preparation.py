@@ -57,7 +57,8 @@ def buffers_kept_apart(model: torch.nn.Module) -> Iterator[None]:
         module._non_persistent_buffers_set.add(name)
     yield
     values = [getattr(module, name).cpu() for module, name in kept]
-    broadcast_object_list(values)
+    if values:  # a list of none is an error
+        broadcast_object_list(values)
     for (module, name), value in zip(kept, values):
         module._non_persistent_buffers_set.discard(name)
         module._buffers[name] = value.to(module._buffers[name].device)
