@@ -10,7 +10,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -178,10 +177,10 @@ def test_windows_that_are_only_in_the_mask_are_found_and_configs_are_left_as_the
     assert told.config.sliding_window == untold.config.sliding_window == 4096
 
 
-def test_a_model_in_bf16_is_packed():
-    """Of many layers, each of which rounds."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_hidden_layers": 24})).bfloat16().eval()
+@pytest.mark.parametrize(("kind", "layers"), [("llama", 40), ("deepseek_v3", 40), ("granite_swa", 20)])
+def test_a_model_that_rounds_in_each_layer_is_packed(kind, layers):
+    """In bf16; experts are chosen otherwise after another kernel's rounding, and logits move far."""
+    model = make(kind, **KINDS[kind][0], num_hidden_layers=layers).bfloat16()
     use_packed_attention(model)
     prove(model, model, exact=False)
 

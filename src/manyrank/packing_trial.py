@@ -24,11 +24,13 @@ from .batches import side_by_side
 
 MASKS = "manyrank_masks"
 WINDOW = 2  # tokens, while masks are looked at
-# Largest difference of logits, as a share of their size. The two places in a row see the same kernels, so that only a
-# mixture of experts, which sorts tokens, differs at all. Another attention rounds otherwise: in 16 bits, by some 0.03 in
-# deep models.
+# Largest difference of logits between two places in a row, as a share of their size. They see the same kernels, so that
+# only a mixture of experts, which sorts tokens, differs at all.
 APART = {True: 1e-3, False: 2e-2}
-CHANGED = {True: 5e-3, False: 0.15}
+# Largest difference between two kinds of attention: in float32; and in 16 bits as a multiple of what rounding the
+# embeddings once more changes, at least LEAST. Random models of up to 80 layers, with experts and sinks: 0.3 to 1.6.
+CHANGED, ROUNDINGS, LEAST = 5e-3, 4, 0.05
+ROUNDING = 2**-8
 
 
 @torch.no_grad()
@@ -51,11 +53,12 @@ def prove(wrapped: torch.nn.Module, model: torch.nn.Module, *, exact: bool) -> N
         packed = _logits(wrapped, **_pack([first, second, first], device))
         with own_attention(base):
             alone = _logits(wrapped, single)
+            tolerance = CHANGED if exact else max(LEAST, ROUNDINGS * _sensitivity(wrapped, base, single, alone))
             untold = _untold_windows(wrapped, base, single)
     before, after = packed[: len(first)], packed[-len(first) :]
-    if not _near(after, before, APART[exact]):
+    if not _apart(after, before) <= APART[exact]:
         raise unpackable("what mixes the tokens of documents, or counts positions across them,", config)
-    if not _near(before, alone, CHANGED[exact]):
+    if not _apart(before, alone) <= tolerance:
         raise unpackable("some part of the attention", config)
     if untold:
         raise unpackable(f"the window of {untold} attention layers", config)
@@ -67,13 +70,28 @@ def _pack(documents: list[np.ndarray], device: torch.device) -> dict:
 
 
 def _logits(wrapped: torch.nn.Module, input_ids: torch.Tensor, **inputs) -> torch.Tensor:
-    return wrapped(input_ids=input_ids, **inputs, use_cache=False).logits[0].float()
+    logits = wrapped(input_ids=input_ids, **inputs, use_cache=False).logits[0].float()
+    return logits.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # a model of NaN is told by its loss
 
 
-def _near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
-    """Whether two logits, (tokens, vocabulary), are the same to a share of how far they spread."""
+def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The difference of two logits, (tokens, vocabulary), as a share of how far they spread."""
     spread = (wanted - wanted.mean(-1, keepdim=True)).norm()
-    return bool((found - wanted).norm() <= tolerance * spread + 1e-6)
+    return ((found - wanted).norm() / (spread + 1e-6)).item()
+
+
+def _sensitivity(wrapped: torch.nn.Module, base: PreTrainedModel, ids: torch.Tensor, wanted: torch.Tensor) -> float:
+    """How far the logits move when embeddings are rounded once more; experts that change make it much."""
+
+    def rounded(module, given, out: torch.Tensor) -> torch.Tensor:
+        sign = 1 - 2 * (torch.arange(out.numel(), device=out.device).view(out.shape) % 2)
+        return (out.float() * (1 + sign * ROUNDING)).to(out.dtype)
+
+    hook = base.get_input_embeddings().register_forward_hook(rounded)
+    try:
+        return _apart(_logits(wrapped, ids), wanted)
+    finally:
+        hook.remove()
 
 
 def _untold_windows(wrapped: torch.nn.Module, base: PreTrainedModel, ids: torch.Tensor) -> int:
