@@ -144,7 +144,10 @@ class Hidden(LlamaForCausalLM):
             "logit_scale 0.0625",
         ),
         (lambda: Halved(LlamaConfig(**SMALL)), "the model changes them"),
-        (lambda: Cut(LlamaConfig(**{**SMALL, "vocab_size": 301})), "the model changes them"),
+        (
+            lambda: Cut(LlamaConfig(**{**SMALL, "vocab_size": 301})),
+            "the model takes no loss in their place (IndexError",
+        ),
         (lambda: Functional(LlamaConfig(**SMALL)), "the model changes them"),
         (lambda: Hidden(LlamaConfig(**SMALL)), "no head is known"),
     ],
@@ -157,6 +160,34 @@ def test_logits_that_are_no_plain_product_are_computed_whole(model, reason, capl
     token_loss, loss, found = loss_and_gradients(model, fused=True)
     assert token_loss.head is None and reason in caplog.text
     assert loss == plain and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+class Broken(LlamaForCausalLM):
+    """Its kernels fail: in a layer, in the head, or in what comes after it."""
+
+    place = ""
+
+    def forward(self, input_ids, **inputs):
+        if self.place == "layer":
+            raise RuntimeError("varlen_attn() got an unexpected keyword argument")
+        out = super().forward(input_ids, **inputs)
+        if self.place == "after":
+            raise RuntimeError("an illegal memory access was encountered")
+        return out
+
+
+@pytest.mark.parametrize("place", ["layer", "head", "after"])
+def test_a_kernel_that_fails_is_told_as_what_it_is(place, monkeypatch):
+    """It is no reason to compute whole logits, which would hide it or fail again later."""
+    model = Broken(LlamaConfig(**SMALL))
+    model.place = place
+    told = {"layer": "unexpected keyword", "head": "no kernel image", "after": "illegal memory access"}[place]
+    if place == "head":
+        monkeypatch.setattr(head, "_loss_and_gradients", lambda *args: (_ for _ in ()).throw(RuntimeError(told)))
+    token_loss = TokenLoss(model)
+    with pytest.raises(RuntimeError, match=told):
+        token_loss.prove(*micro_batch())
+    assert token_loss.head is not None
 
 
 def test_a_loss_that_is_not_a_number_is_no_reason():

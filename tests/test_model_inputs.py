@@ -20,7 +20,6 @@ from manyrank.attention import PACKED, PACKED_PLAIN, use_packed_attention
 from manyrank.batches import Ahead, MicroBatch, StepLoader
 from manyrank.config import Entry, resolve
 from manyrank.data import prepare
-from manyrank.errors import UserError
 from manyrank.loss import TokenLoss
 from manyrank.model import with_adapters
 
@@ -172,14 +171,6 @@ def test_epochs_differ_and_seeds_repeat(examples):
     rows = [[row for m in one.step(number).micro_batches for row in m.rows] for number in (0, one.steps_per_epoch)]
     assert sorted(rows[0]) != sorted(rows[1])
     assert rows[0] == [row for m in loader(examples).step(0).micro_batches for row in m.rows]
-
-
-def test_models_that_packing_cannot_hold_apart_are_refused():
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    model = GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=16, num_local_experts=2, num_experts_per_tok=1))
-    with pytest.raises(UserError, match="attention sinks"):
-        use_packed_attention(model)
 
 
 def test_steps_that_are_read_ahead_are_those_of_the_loader(examples):

@@ -3,13 +3,19 @@
     tokens      [ a a a a | b b | c c c ]          one row, no padding
     cu_seq_lens [ 0         4     6       9 ]      where documents begin and end
 
-On CUDA in 16 bits this is one variable-length flash attention call; elsewhere one call per document. The function
-is registered with transformers under PACKED; a model uses it after `model.set_attn_implementation(PACKED)`.
-transformers builds no mask for a name it has no mask function for, so nothing of size tokens x tokens ever exists.
+On CUDA this is one variable-length flash attention call, where its kernel takes such heads (see `varlen`); elsewhere
+one call per document. The function is registered with transformers under PACKED; a model uses it after
+`model.set_attn_implementation(PACKED)`. transformers builds no mask for a name it has no mask function for, so nothing
+of size tokens x tokens ever exists.
+
+Every argument that a model hands over is honoured, is one that says nothing here (SILENT), or is refused: a model whose
+attention is more than these arguments say would train on other losses. `packing_trial` tries the loaded model.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -17,7 +23,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging
 
+from . import varlen
 from .errors import UserError
+from .model_facts import ATTENTION_LAYERS
 
 logger = logging.get_logger(__name__)
 
@@ -27,6 +35,13 @@ PACKED, PACKED_PLAIN = "manyrank_packed", "manyrank_packed_plain"
 SHORT = 1024
 
 
+# Arguments that change nothing inside attention. The positions are in the queries and keys already, keys have the bounds
+# of queries, and the rest is about what the model returns.
+SILENT = frozenset(
+    {"position_ids", "cu_seq_lens_k", "max_length_k", "use_cache", "output_router_logits", "output_hidden_states"}
+)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -34,14 +49,16 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     short: int = SHORT,
-    **kwargs,
+    **others,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document of a packed row.
 
@@ -51,30 +68,64 @@ def packed_attention(
         attention_mask: None; the document bounds say everything.
         cu_seq_lens_q: (documents + 1,), int32, from 0 to tokens.
         max_length_q: tokens of the longest document.
+        s_aux: (heads,), attention sinks: logits beside those of the keys, of no value.
+        is_causal: of this call; None, as the module says.
         short: tokens up to which a document may be computed by plain products, see SHORT.
+        others: see SILENT.
 
     Returns:
-        (1, tokens, heads, head_dim), and None for the weights.
+        (1, tokens, heads, head_dim), contiguous, and None for the weights.
+
+    Raises:
+        UserError: the model hands over something else, or no bounds.
     """
+    causal = getattr(module, "is_causal", True) is not False if is_causal is None else is_causal
+    _refuse_unknown(module, attention_mask, cu_seq_lens_q, causal, others)
     if torch.is_autocast_enabled(query.device.type):  # a norm may have given float32 queries, beside 16-bit values
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and not softcap:
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    why = varlen.obstacle(
+        device=query.device.type, dtype=query.dtype, query_width=query.shape[-1], value_width=value.shape[-1],
+        dropout=dropout, softcap=softcap, sinks=s_aux is not None,
+    )  # fmt: skip
+    if why is None:
+        bounds, window = (cu_seq_lens_q, max_length_q), sliding_window
+        return varlen.attend(query, key, value, *bounds, scaling=scaling, window=window), None
     if query.is_cuda:
-        why = f"{query.dtype}, dropout {dropout}, soft-cap {softcap}"
         logger.warning_once(f"attention takes one document at a time (slower, more memory): {why}")
     lengths = cu_seq_lens_q.diff().tolist()
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-    options = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "short": short}
-    return torch.cat([_document(q, k, v, **options) for q, k, v in documents], dim=2).transpose(1, 2), None
+    options = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
+    parts = [_document(q, k, v, **options, short=short).transpose(1, 2) for q, k, v in documents]
+    return torch.cat(parts, dim=1).contiguous(), None
 
 
-def _document(query, key, value, *, scaling, window, dropout, softcap, short) -> torch.Tensor:
+def _refuse_unknown(module, attention_mask, bounds, causal: bool, others: dict) -> None:
+    reasons = [
+        name for name, value in others.items() if name not in SILENT and value is not None and value is not False
+    ]
+    reasons = [f"the argument {name}" for name in sorted(reasons)]
+    reasons += ["a mask of its own"] if attention_mask is not None else []
+    reasons += ["attention to later tokens"] if not causal else []
+    reasons += ["attention that is not given the bounds of documents"] if bounds is None else []
+    if reasons:
+        raise unpackable(", ".join(reasons), getattr(module, "config", None))
+
+
+def unpackable(what: str, config) -> UserError:
+    """The error that a model cannot be packed."""
+    kind = getattr(config, "model_type", "given")
+    return UserError(
+        f"packing does not know {what} of a {kind} model", where="packing", fix="set packing: none, which pads instead"
+    )
+
+
+def _document(query, key, value, *, scaling, window, dropout, softcap, sinks, short) -> torch.Tensor:
     tokens = query.shape[2]
     plain = query.dtype == torch.bfloat16 and query.device.type == "cpu" and tokens <= short
-    if softcap or (plain and not dropout):
-        return _products(query, key, value, scaling=scaling, window=window, softcap=softcap, dropout=dropout)
+    if softcap or sinks is not None or (plain and not dropout):
+        options = {"scaling": scaling, "window": window, "softcap": softcap, "sinks": sinks, "dropout": dropout}
+        return _products(query, key, value, **options)
     mask = _allowed(tokens, window, query.device) if window is not None and tokens > window else None
     return F.scaled_dot_product_attention(
         query, key, value,
@@ -83,7 +134,7 @@ def _document(query, key, value, *, scaling, window, dropout, softcap, short) ->
     )  # fmt: skip
 
 
-def _products(query, key, value, *, scaling, window, softcap, dropout) -> torch.Tensor:
+def _products(query, key, value, *, scaling, window, softcap, sinks, dropout) -> torch.Tensor:
     """Plain products of matrices, the heads that share a key one below the other."""
     _, heads, tokens, size = query.shape
     groups, times = key.shape[1], heads // key.shape[1]
@@ -95,7 +146,11 @@ def _products(query, key, value, *, scaling, window, softcap, dropout) -> torch.
         scores = torch.tanh(queries @ keys * (scaling / softcap)) * softcap + mask
     else:
         scores = torch.baddbmm(mask, queries, keys, alpha=scaling)
-    shares = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
+    if sinks is not None:  # one more column, whose share goes nowhere
+        column = sinks.to(scores.dtype).view(groups, times, 1, 1).expand(-1, -1, tokens, -1)
+        scores = torch.cat([scores, column.reshape(groups, times * tokens, 1)], dim=-1)
+    shares = scores.softmax(-1)[..., :tokens]
+    shares = F.dropout(shares, dropout) if dropout else shares
     return torch.bmm(shares, value.squeeze(0)).view(1, heads, tokens, -1)
 
 
@@ -106,18 +161,6 @@ def _allowed(tokens: int, window: int | None, device: torch.device) -> torch.Ten
     return (distance >= 0) & (distance < (window or tokens))
 
 
-def _varlen(query, key, value, bounds, longest, scaling, sliding_window) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    flat = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    left = -1 if sliding_window is None else sliding_window - 1
-    out = varlen_attn(
-        *flat, bounds, bounds, longest, longest,
-        scale=scaling, window_size=(left, 0), enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return out.unsqueeze(0)
-
-
 def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None:
     """Make `model` attend inside documents only.
 
@@ -125,20 +168,32 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None
         plain: by sdpa alone, where there is no kernel for packed documents.
 
     Raises:
-        UserError: the architecture mixes tokens in a way that document bounds do not stop.
+        UserError: the architecture mixes tokens in a way that document bounds do not stop. (What only a forward shows
+            is found by `packing_trial.prove`.)
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention", "sliding_attention"}
+    kinds = set(map(str, getattr(config, "layer_types", None) or [])) - ATTENTION_LAYERS
     reasons = [f"{kind} layers" for kind in sorted(kinds)]
-    reasons += ["attention sinks"] if config.model_type == "gpt_oss" else []
     reasons += ["no pluggable attention"] if not model._supports_attention_backend else []
     if reasons:
-        raise UserError(
-            f"packing: step does not know {', '.join(reasons)} of a {config.model_type} model",
-            where="packing",
-            fix="set packing: none, which pads instead",
-        )
+        raise unpackable(", ".join(reasons), config)
+    if model.config._attn_implementation not in (PACKED, PACKED_PLAIN):
+        model.attention_before_packing = model.config._attn_implementation
     model.set_attn_implementation(PACKED_PLAIN if plain else PACKED)
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While this lasts, a packed model has the attention that it was loaded with, which also knows a cache."""
+    before = model.config._attn_implementation
+    if before not in (PACKED, PACKED_PLAIN):
+        yield
+        return
+    model.set_attn_implementation(model.attention_before_packing)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -111,13 +111,21 @@ def _write_weights(runtime: Runtime, folder: Path, attempt: _Attempt, dtype: tor
     if not main:
         return
     adapter = hasattr(model, "peft_config")
+    if not adapter:
+        state |= _buffers(model)
     # A frozen second adapter, against which GRPO compares, is none of the result.
     more = {"save_embedding_layers": False, "selected_adapters": ["default"]} if adapter else {}
     attempt.run(lambda: model.save_pretrained(folder, state_dict=state, **more))
     if not attempt.problem:
         written = sum(len(safe_open(file, "pt").keys()) for file in folder.glob("*model*.safetensors"))
-        if written != len(names):
-            raise RuntimeError(f"{folder} has {written} tensors, not {len(names)}")
+        if written != len(state):
+            raise RuntimeError(f"{folder} has {written} tensors, not {len(state)}")
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What belongs to a model's weights and is no parameter, as the biases that balance DeepSeek-V3's experts."""
+    buffers, kept = dict(model.named_buffers()), model.state_dict().keys()
+    return {name: buffer.detach().cpu().clone() for name, buffer in buffers.items() if name in kept}
 
 
 def load_weights(runtime: Runtime, folder: Path) -> None:

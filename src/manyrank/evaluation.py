@@ -20,6 +20,7 @@ from .data import Examples
 from .errors import UserError
 from .generation import Sampling, generate
 from .loss import TokenLoss
+from .packing_trial import prove as prove_packing
 from .questions import Key, Question, prompt_of
 from .render import RenderOptions, stop_ids
 from .scores import SCORES, RowScore, scored, spoken
@@ -100,7 +101,9 @@ def _packed(model) -> Iterator[bool]:
     before = base.config._attn_implementation
     try:
         use_packed_attention(base)
+        prove_packing(model, model, exact=model.dtype == torch.float32)
     except UserError:
+        base.set_attn_implementation(before)
         yield False
         return
     try:

@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import broadcast
 from transformers import PreTrainedTokenizerBase
 
-from .attention import PACKED, PACKED_PLAIN
+from .attention import own_attention
 from .render import RenderOptions, stop_ids
 
 
@@ -29,14 +29,8 @@ def answers(
         model: the same model without its wrapper.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
-    if before in (PACKED, PACKED_PLAIN):  # which know no key-value cache
-        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
-    try:
+    with own_attention(base):  # packed attention knows no key-value cache
         return [_answer(wrapped, tokenizer, question, options, max_new_tokens) for question in questions]
-    finally:
-        if before in (PACKED, PACKED_PLAIN):
-            base.set_attn_implementation(before)
 
 
 def _answer(

@@ -46,17 +46,23 @@ class TokenLoss:
 
         Args:
             agree: whether all ranks have seen it. They forward alike, so they must.
+
+        Raises:
+            Exception: the model fails, and not only on a loss in place of logits.
         """
         if self.head is None:
             return
+        self.head.loss, why = None, "the model changes them"
         try:
             loss = self(inputs, positions, targets)
             seen = self.head.loss is not None and torch.equal(loss.nan_to_num(), self.head.loss.nan_to_num())
-        except (IndexError, TypeError, RuntimeError, ValueError) as error:  # it did something to what is no logits
-            logger.info("the fused head: %s", error)
-            seen = False
+        except (IndexError, TypeError, RuntimeError, ValueError) as error:
+            if self.head.loss is None:  # it did not come as far as the head, or the head itself fails
+                raise
+            _whole_logits(self.wrapped, inputs, positions, targets, _cross_entropy, None)  # fails where that is not why
+            seen, why = False, f"the model takes no loss in their place ({type(error).__name__}: {error})"
         if not agree(seen):
-            logger.warning("the loss is computed from whole logits (slower, more memory): the model changes them")
+            logger.warning("the loss is computed from whole logits (slower, more memory): %s", why)
             self.head.release()
             self.head = None
 

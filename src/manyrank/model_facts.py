@@ -86,6 +86,17 @@ class ModelFacts:
         return most
 
     @property
+    def head_widths(self) -> tuple[int, ...]:
+        """Of queries, of values, and of heads that some layers have instead; empty where the files do not say."""
+        get = self.config.get
+        if get("kv_lora_rank") and get("v_head_dim"):  # latent attention
+            return (get("qk_nope_head_dim") or 0) + (get("qk_rope_head_dim") or 0), get("v_head_dim")
+        heads = get("num_attention_heads") or get("n_head")
+        width = get("head_dim") or (heads and (get("hidden_size") or get("n_embd") or 0) // heads)
+        others = [get("global_head_dim")] if get("global_head_dim") else []
+        return (width, get("v_head_dim") or width, *others) if width else ()
+
+    @property
     def experts(self) -> int:
         return max(int(self.config.get(key) or 0) for key in EXPERTS)
 
@@ -171,8 +182,6 @@ class ModelFacts:
         """What mixes tokens in a way that packing cannot hold apart, as far as the files tell."""
         kinds = {str(kind) for kind in self.config.get("layer_types") or []} - ATTENTION_LAYERS
         yield from (f"{kind} layers" for kind in sorted(kinds))
-        if self.model_type == "gpt_oss":
-            yield "attention sinks"
         if "auto_map" not in self.whole and not _takes_attention(self.model_type):
             yield "no pluggable attention"
 

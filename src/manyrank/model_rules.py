@@ -87,6 +87,8 @@ def _slow_attention(s: Situation, model: ModelFacts) -> str | None:
         return None
     keys = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
     found = [f"{key} {model.config[key]:g}" for key in keys if model.config.get(key)]
+    found += [f"heads of {width}" for width in sorted(set(model.head_widths)) if width % 8 or width > 256]
+    found += ["values as wide as no query"] if len(set(model.head_widths[:2])) > 1 else []
     return f"{', '.join(found)} in {model.place('config.json')}" if found else None
 
 
@@ -221,9 +223,9 @@ BASE_RULES = (
     ),
     Rule(
         "attention-by-documents", "warning", ("packing", "model:config.json"), _of_model(_slow_attention),
-        reason="The kernel for packed rows knows neither dropout nor soft-caps: attention takes one document at a time, "
-        "slower and with more memory.",
-        fix="set dropout to 0 in config.json; a soft-cap belongs to the model and stays",
+        reason="The kernel for packed rows knows neither dropout nor soft-caps, and takes heads of up to 256 in multiples of "
+        "8 with values as wide as queries: attention takes one document at a time, slower and with more memory.",
+        fix="set dropout to 0 in config.json; soft-caps and heads belong to the model and stay",
     ),
     Rule(
         "fp16-model-in-bf16", "warning", ("bf16", "model:config.json"), _of_model(_half_model),

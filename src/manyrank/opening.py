@@ -32,6 +32,7 @@ from .model import (
     with_adapters,
 )
 from .optim import build_optimizer
+from .packing_trial import prove as prove_packing
 from .positions import check_lengths
 from .questions import Question
 from .resume import Start, base_fingerprint, find_start
@@ -94,7 +95,7 @@ def open_session(
         meter=Meter(accelerator.device.type, setup, kind_of(accelerator.device)), callbacks=brought.callbacks, loss=brought.loss, heart=heart,
     )  # fmt: skip
     heart.beat(0, "trying the loss on a small example")
-    _prove_head(trainer)
+    _prove(trainer, bf16=bf16)
     if start.folder:
         start = _with_changes(start, trainer.run, config)
     _tell_balance(config, trainer, accelerator)
@@ -233,8 +234,19 @@ def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
     return lambda: own.set_attn_implementation(before)
 
 
+def _prove(trainer: Trainer, *, bf16: bool) -> None:
+    """All ranks see alike whether packs, and then the fused head, leave the model's results as they are."""
+    runtime, packed = trainer.runtime, trainer.config.packing != "none"
+    if not packed and trainer.token_loss is None:
+        return
+    with evaluation_mode(runtime.wrapped):
+        if packed:
+            prove_packing(runtime.wrapped, runtime.model, exact=not bf16)
+        _prove_head(trainer)
+    runtime.reshard()
+
+
 def _prove_head(trainer: Trainer) -> None:
-    """All ranks see alike whether the model leaves the fused head's result alone."""
     if trainer.token_loss is None:
         return
     runtime, micro = trainer.runtime, trial(packed=trainer.config.packing != "none").to(trainer.device)
@@ -242,9 +254,7 @@ def _prove_head(trainer: Trainer) -> None:
     def agree(seen: bool) -> bool:
         return runtime.sum(torch.tensor(float(not seen), device=trainer.device)).item() == 0
 
-    with evaluation_mode(runtime.wrapped):
-        trainer.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=agree)
-    runtime.reshard()
+    trainer.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=agree)
 
 
 def _needed(config: TrainConfig, world: int) -> int | None:

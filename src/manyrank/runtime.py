@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import NonFiniteError
+from .fsdp_preparation import buffers_kept_apart, name_layers
 from .optim import trainable
 
 OptimizerState = dict[str, torch.Tensor]
@@ -49,12 +50,15 @@ class Runtime:
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator, self.model = accelerator, model  # every strategy changes the model in place or wraps it
-        self.wrapped, self.prepared_optimizer = accelerator.prepare(model, optimizer)
+        self.wrapped, self.prepared_optimizer = self._prepare(model, optimizer)
         self.wrapped.train()  # models load in evaluation mode, without dropout
         self.trainable = trainable(self.model)
         held = [p for group in self.prepared_optimizer.param_groups for p in group["params"]]
         if self.keeps_parameters and sorted(map(id, held)) != sorted(map(id, self.trainable.values())):
             raise RuntimeError("the optimizer does not hold each trained parameter once")
+
+    def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        return self.accelerator.prepare(model, optimizer)
 
     # A step
 
@@ -179,6 +183,11 @@ class Runtime:
 
 class FsdpRuntime(Runtime):
     """FSDP2: parameters and optimizer state are DTensors."""
+
+    def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        name_layers(self.accelerator.state.fsdp_plugin, model)
+        with buffers_kept_apart(model):
+            return super()._prepare(model, optimizer)
 
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):

@@ -1,0 +1,75 @@
+"""Flash attention over packed documents: torch's variable-length kernel, what it takes, and how it is called.
+
+torch 2.11's `varlen_attn` has as many key heads as query heads; 2.12 and later have `enable_gqa`. Where the argument is
+missing, each key head is repeated for the query heads that share it: the same values, and the same gradients.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+WIDEST = 256  # of a head; and flash attention reads heads in blocks of 8
+
+
+def takes_groups(kernel: Callable) -> bool:
+    """Whether a version of `varlen_attn` lets several query heads share a key head."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
+# Once, not in each call: torch.compile traces those.
+GROUPED = takes_groups(varlen_attn)
+
+
+def obstacle(
+    *, device: str, dtype: torch.dtype, query_width: int, value_width: int, dropout: float = 0.0,
+    softcap: float | None = None, sinks: bool = False,
+) -> str | None:  # fmt: skip
+    """The reason why the kernel does not compute such attention; None where it does.
+
+    Args:
+        device: its type, as "cuda".
+        query_width, value_width: the size of a head of queries and keys, and of one of values.
+    """
+    reasons = {
+        f"a {device} device": device != "cuda",
+        f"{dtype}": dtype not in (torch.float16, torch.bfloat16),
+        f"heads of {query_width}, no multiple of 8": query_width % 8 != 0,
+        f"heads of {query_width}, above {WIDEST}": query_width > WIDEST,
+        f"values of {value_width} beside queries of {query_width}": value_width != query_width,
+        f"dropout {dropout:g}": bool(dropout),
+        f"soft-cap {softcap}": bool(softcap),
+        "attention sinks": sinks,
+    }
+    return ", ".join(reason for reason, holds in reasons.items() if holds) or None
+
+
+def arguments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, *,
+    scaling: float | None, window: int | None, grouped: bool,
+) -> tuple[tuple, dict]:  # fmt: skip
+    """Arguments of the kernel, by position and by name.
+
+    Args:
+        query, key, value: (1, heads, tokens, width); those of keys and values may be fewer heads.
+        bounds: (documents + 1,), int32.
+        longest: tokens of the longest document.
+        grouped: whether the kernel has `enable_gqa`.
+    """
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    share = query.shape[1] // key.shape[1]
+    named = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    if grouped:
+        named["enable_gqa"] = share > 1
+    elif share > 1:
+        key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
+    return (query, key, value, bounds, bounds, longest, longest), named
+
+
+def attend(query, key, value, bounds, longest, *, scaling: float | None, window: int | None) -> torch.Tensor:
+    """Causal attention inside each document, (1, tokens, heads, width); see `arguments`."""
+    given, named = arguments(query, key, value, bounds, longest, scaling=scaling, window=window, grouped=GROUPED)
+    return varlen_attn(*given, **named).unsqueeze(0)
