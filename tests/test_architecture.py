@@ -24,7 +24,7 @@ LEVEL = {
     "pages": 1, "tables": 1, "svg": 1, "memory": 2, "speed": 2.1, "planner": 2.2, "plan_view": 2.3, "plan_html": 2.4, "planning": 2.5,
     "scores": 1.4, "comparison": 1, "harness": 1, "contestants": 2, "eval_report": 2.2, "rules": 2, "launcher": 2, "kubernetes": 2, "submission": 2.3, "decision": 2.6, "filters": 1.3, "marks": 1.3, "rewards": 1.5, "grpo_rules": 1.9, "endings": 2, "export": 2,
     "doctor_probe": 2.2, "doctor_recipe": 3.1, "doctor_checks": 3.3, "doctor_launch": 3.35, "doctor_rank_checks": 3.4,
-    "spans": 2.5, "templates": 2.7, "render": 3, "stages": 3, "head": 2.9, "loss": 3, "lora": 3, "attention": 3, "optim": 3, "metrics": 3, "callbacks": 3, "watchdog": 3, "non_finite": 3, "fsdp_on_cpu": 3,
+    "spans": 2.5, "templates": 2.7, "render": 3, "stages": 3, "head": 2.9, "loss": 3, "lora": 3, "reach": 3, "coverage": 3.2, "adapters": 3.5, "attention": 3, "optim": 3, "metrics": 3, "callbacks": 3, "watchdog": 3, "non_finite": 3, "fsdp_on_cpu": 3,
     "workload": 3.2, "trackers": 3, "run_record": 3.2, "report_parts": 3.4, "report_html": 3.6, "report": 3.8,
     "strategy": 3.5, "runtime": 3.5, "tokenise": 3.5,
     "questions": 4, "evaluation": 5, "eval_process": 6, "evaluate": 7.5,
