@@ -14,7 +14,7 @@ from . import coverage
 from .config import TrainConfig
 from .errors import UserError
 from .lora import speed_up
-from .reach import Reach, unreached_modules, within
+from .reach import Reach, shape_of, unreached_modules, within
 
 Say = Callable[[str], None]
 
@@ -54,6 +54,7 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
     left_out = [*unreached, *(_refused(model) if config.lora_target_modules == "all-linear" else [])]
     excluded = "|".join(rf"(?:{pattern})(?:\..*)?" for pattern in left_out) or None
     fix = _fix_of_targets(model, config, excluded)
+    beyond = _beyond_text(model, reached)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -68,10 +69,18 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
     if "lora" not in config.plain_parts:
         speed_up(adapted)
-    for note in (coverage.of_adapters(adapted, reached), coverage.beyond_text(adapted, reached)):
+    for note in (coverage.of_adapters(adapted, reached), beyond):
         if note:
             say(note)
     return adapted
+
+
+def _beyond_text(model: torch.nn.Module, reached: Reach | None) -> str | None:
+    """A note on the layers that a text does not use, where they have matrices."""
+    left = {name: p for name, p in model.named_parameters() if reached and name not in reached.parameters}
+    if not any(len(shape_of(parameter)) > 1 for parameter in left.values()):
+        return None
+    return f"no adapters where no text comes: {within(left, model)}"
 
 
 def _refused(model: torch.nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from .errors import UserError
-from .reach import Reach, is_packed, kinds, shape_of, within
+from .reach import Reach, is_packed, kinds, shape_of
 
 PACKED_BYTES = 1.5  # of a weight at most, where it is quantised; 16 bits are 2
 SMALL = 0.05  # share that may stay unquantised without a word: routers, convolutions, state matrices
@@ -111,14 +111,6 @@ def of_adapters(model: torch.nn.Module, reached: Reach | None) -> str | None:
     if share >= NEARLY_ALL:
         return None
     return f"adapters reach {share:.0%} of the weights of the layers; without adapters: {_largest(left)}"
-
-
-def beyond_text(model: torch.nn.Module, reached: Reach | None) -> str | None:
-    """A note on the layers that a text does not use, which have no adapters."""
-    left = {f"{m.module}.{m.name}" for m in matrices(model)} - (reached.parameters if reached else set())
-    if reached is None or not left:
-        return None
-    return f"no adapters where no text comes: {within(left, model.get_base_model())}"
 
 
 def _largest(found: list[Matrix]) -> str:

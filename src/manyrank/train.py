@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import hardware, rules, strategy_files, topology
+from .allocator import may_expand
 from .config import Resolved, resolve
 from .errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
 from .interrupts import STOP
@@ -130,7 +131,7 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brough
     """
     config, machine = resolved.config, hardware.probe()
     _check_before_torch(resolved, place, machine, output_dir)
-    before_imports(machine)
+    before_imports(machine, expandable=may_expand(config))
     import torch
 
     from .opening import open_session
