@@ -289,7 +289,7 @@ def test_more_processes_than_cores_have_one_thread_each():
 
 def test_cpu_variables_are_set_where_there_is_no_gpu():
     assert set(make("quickstart").env) == {"OMP_NUM_THREADS", *CPU_VARIABLES}
-    assert set(make("quickstart", hardware=GPUS).env) == {"OMP_NUM_THREADS"}
+    assert set(make("quickstart", hardware=GPUS).env) == {"OMP_NUM_THREADS", allocator.NAME}
 
 
 def test_files_are_whole_paths_from_another_folder(tmp_path, monkeypatch):
