@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from manyrank.config import asset, resolve
+from manyrank import allocator
+from manyrank.config import TrainConfig, asset, resolve
 from manyrank.errors import UserError
 from manyrank.hardware import Gpu, Hardware
-from manyrank.launcher import CPU_VARIABLES, LaunchPlan, choose_strategy, output_dir, plan
+from manyrank.launcher import CPU_VARIABLES, LaunchPlan, before_imports, choose_strategy, output_dir, plan
 from manyrank.options import Where, parse
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,7 +49,7 @@ TWO = [("two_machines.txt", strategy, via, SECOND_OF_TWO, GPUS) for strategy in 
 def environment(monkeypatch):
     """The project's root as folder, and none of the variables that a plan would leave as the user has set them."""
     monkeypatch.chdir(ROOT)
-    for name in ("OMP_NUM_THREADS", *CPU_VARIABLES):
+    for name in ("OMP_NUM_THREADS", allocator.NAME, allocator.OLD_NAME, *CPU_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -56,6 +57,44 @@ def make(*argv: str, hardware: Hardware = CPU, folder: str = "output/run") -> La
     line = parse(argv, prog="manyrank train", launch=True)
     strategy, nproc = choose_strategy(resolve(line.recipe, line.overrides).config, line.where, hardware)
     return plan(line, strategy=strategy, nproc=nproc, output_dir=folder, hardware=hardware)
+
+
+ALLOCATOR = {allocator.NAME: "expandable_segments:True"}
+
+
+def test_segments_grow_on_gpus_alone():
+    assert make("quickstart", "--nproc=2", hardware=GPUS).env.items() >= ALLOCATOR.items()
+    assert allocator.NAME not in make("quickstart", "--nproc=2", hardware=CPU).env
+
+
+@pytest.mark.parametrize("vllm, colocated", [("colocate", True), ("server", False), ("off", False)])
+def test_segments_do_not_grow_beside_vllm(vllm, colocated):
+    config = TrainConfig(model_name_or_path="m", data_path="d", task="grpo", use_vllm=vllm)
+    assert allocator.may_expand(config) is not colocated
+    sft = config.model_copy(update={"task": "sft"})
+    assert allocator.may_expand(sft)
+
+
+def test_the_users_own_allocator_stands(monkeypatch):
+    monkeypatch.setenv(allocator.NAME, "max_split_size_mb:64")
+    assert make("quickstart", "--nproc=2", hardware=GPUS).env[allocator.NAME] == "max_split_size_mb:64"
+    before_imports(GPUS, expandable=True)
+    assert os.environ[allocator.NAME] == "max_split_size_mb:64"
+    monkeypatch.delenv(allocator.NAME)
+    monkeypatch.setenv(allocator.OLD_NAME, "max_split_size_mb:64")
+    assert allocator.NAME not in make("quickstart", "--nproc=2", hardware=GPUS).env
+    before_imports(GPUS, expandable=True)
+    assert allocator.NAME not in os.environ
+
+
+def test_a_worker_of_any_launcher_sets_it_before_torch(monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv(allocator.NAME, "")  # so that it is taken away again
+    monkeypatch.delenv(allocator.NAME)
+    before_imports(GPUS)
+    assert allocator.NAME not in os.environ
+    before_imports(GPUS, expandable=True)
+    assert os.environ[allocator.NAME] == "expandable_segments:True"
 
 
 def planned(case) -> LaunchPlan:
@@ -250,7 +289,7 @@ def test_more_processes_than_cores_have_one_thread_each():
 
 def test_cpu_variables_are_set_where_there_is_no_gpu():
     assert set(make("quickstart").env) == {"OMP_NUM_THREADS", *CPU_VARIABLES}
-    assert set(make("quickstart", hardware=GPUS).env) == {"OMP_NUM_THREADS"}
+    assert set(make("quickstart", hardware=GPUS).env) == {"OMP_NUM_THREADS", allocator.NAME}
 
 
 def test_files_are_whole_paths_from_another_folder(tmp_path, monkeypatch):

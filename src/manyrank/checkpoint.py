@@ -104,13 +104,14 @@ def save_weights(
 
 def _write_weights(runtime: Runtime, folder: Path, attempt: _Attempt, dtype: torch.dtype | None = None) -> None:
     model, main = runtime.model, runtime.accelerator.is_main_process
-    names, state = list(runtime.trainable), {}
+    adapter = hasattr(model, "peft_config")
+    # A whole model has also what is not trained: a vision tower under texts.
+    names, state = list(runtime.trainable if adapter else dict(model.named_parameters())), {}
     for name, tensor in runtime.full_parameters(names):
         if main:
             state[name] = tensor.to(dtype) if dtype else tensor.clone()
     if not main:
         return
-    adapter = hasattr(model, "peft_config")
     if not adapter:
         state |= _buffers(model)
     # A frozen second adapter, against which GRPO compares, is none of the result.

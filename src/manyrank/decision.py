@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import hardware, launcher, rules
+from .allocator import may_expand
 from .config import ALIASES, Entry, Resolved, normal, resolve
 from .errors import EXIT_MEMORY, UserError
 from .hardware import Hardware
@@ -103,7 +104,7 @@ def _checked(decision: Decision, folder: str) -> LaunchPlan:
     )
     return launcher.plan(
         decision.line, strategy=decision.strategy, nproc=decision.nproc, output_dir=folder, hardware=decision.machine,
-        elastic=decision.config.elastic,
+        elastic=decision.config.elastic, expandable=may_expand(decision.config),
     )  # fmt: skip
 
 

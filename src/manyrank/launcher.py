@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .allocator import allocator
 from .config import TrainConfig, asset
 from .errors import EXIT_FAILED, UserError
 from .hardware import Hardware
@@ -111,12 +112,14 @@ def plan(
     output_dir: str,
     hardware: Hardware,
     elastic: bool = False,
+    expandable: bool = True,
     program: Sequence[str] = (),
 ) -> LaunchPlan:
     """The command of every machine.
 
     Args:
         elastic: whether fewer machines may go on.
+        expandable: whether what runs goes with expandable segments, see `allocator`.
         program: what each process runs, as a module and its arguments; the train module with the line's recipe unless given.
 
     Raises:
@@ -134,6 +137,7 @@ def plan(
         output_dir=output_dir,
         hardware=hardware,
         elastic=elastic,
+        expandable=expandable,
         program=program,
     )
 
@@ -162,6 +166,7 @@ def lay_out(
     output_dir: str,
     hardware: Hardware,
     elastic: bool,
+    expandable: bool = True,
     program: Sequence[str] = (),
 ) -> LaunchPlan:
     """The plan of a launch whose flags are checked.
@@ -179,6 +184,7 @@ def lay_out(
     }[via]
     program = program or ("manyrank.train", *train_arguments(line, strategy, output_dir))
     env = {"OMP_NUM_THREADS": str(max(1, hardware.cpu_cores // nproc)), **({} if hardware.gpus else CPU_VARIABLES)}
+    env |= allocator(hardware, expandable=expandable)
     if where.nnodes > 1 or where.max_restarts:
         # The shared store keeps the addresses of the first round, and workers that are started anew call dead ones
         # (torch 2.13, dynamic_rendezvous.py).
@@ -339,8 +345,14 @@ def run_in_process(argv: tuple[str, ...]) -> None:
     launch_command(launch_command_parser().parse_args(list(argv[2:])))
 
 
-def before_imports(machine: Hardware) -> None:
-    """No telemetry, no remarks that every rank would repeat and nobody can act on, and no spinning threads."""
+def before_imports(machine: Hardware, *, expandable: bool = False) -> None:
+    """No telemetry, no remarks that every rank would repeat and nobody can act on, and no spinning threads.
+
+    Args:
+        expandable: whether this process trains what goes with expandable segments, see `allocator`.
+    """
+    for key, value in allocator(machine, expandable=expandable).items():
+        os.environ.setdefault(key, value)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package is not there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import Literal
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import hardware
+from . import coverage, hardware
 from .artifact import Artifact, find
 from .config import TrainConfig, recipe_of
 from .data import render_options
@@ -71,10 +72,23 @@ def load_model(
         device_map={"": device}, skeleton=False, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     model = base_model(plan)
+    if plan.quantization:
+        _check_quantised(model, quantization, found)
     if found.adapter:
         model = with_adapter(model, found)
         model = model.merge_and_unload() if merge else model
     return model.eval(), tokenizer_of(found, chat_template=chat_template, trust_remote_code=trust_remote_code)
+
+
+def _check_quantised(model: PreTrainedModel, quantization: str, found: Artifact) -> None:
+    note = coverage.check_quantised(
+        model,
+        asked=f"quantization {quantization}",
+        where=f"quantization, of {found.base}",
+        fix="leave quantization out",
+    )
+    if note:
+        print(f"quantization {quantization}: {note}", file=sys.stderr, flush=True)
 
 
 def load_stored(

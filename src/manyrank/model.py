@@ -15,7 +15,6 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError, TemplateSyntaxError
-from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -24,15 +23,16 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import coverage
+from .adapters import Say, freeze_unreached, with_lora
 from .attention import use_packed_attention
 from .config import TrainConfig, asset
 from .embedded import EMBEDDED, ensure
 from .errors import UserError
-from .lora import speed_up
+from .reach import reach
 
 
 @dataclass(frozen=True)
@@ -170,23 +170,42 @@ def _check_variables(variables: dict, tokenizer: PreTrainedTokenizerBase) -> Non
             raise UserError(what, where="chat_template_kwargs", fix="give one that the template uses")
 
 
-def load_model(plan: LoadPlan, config: TrainConfig) -> torch.nn.Module:
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def load_model(plan: LoadPlan, config: TrainConfig, *, say: Say = silent) -> torch.nn.Module:
     """Load the base and put adapters on it; the same start on every rank and strategy for a seed.
 
+    Args:
+        say: takes a line on what is not quantised, not trained or has no adapters.
+
     Raises:
-        UserError: the model cannot be loaded, packed or given these adapters.
+        UserError: the model cannot be loaded, quantised, packed or given these adapters.
     """
-    model = with_adapters(_skeleton(plan) if plan.skeleton else base_model(plan), config)
+    base = _skeleton(plan) if plan.skeleton else base_model(plan)
+    if plan.quantization:
+        _check_quantised(base, config, say)
+    model = with_adapters(base, config, say=say)
     if plan.skeleton:
         _give_addresses(model)
     return model
 
 
-def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool) -> torch.nn.Module:
+def _check_quantised(model: torch.nn.Module, config: TrainConfig, say: Say) -> None:
+    note = coverage.check_quantised(
+        model, asked=f"method {config.method}", where=f"method, with {config.model_name_or_path}",
+        fix="use method: lora, or full; fsdp and zero3 shard what does not fit",
+    )  # fmt: skip
+    if note:
+        say(f"method {config.method}: {note}")
+
+
+def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool, say: Say = silent) -> torch.nn.Module:
     """A base that a script brings, in the type that this project would load it in.
 
     Raises:
-        UserError: it has adapters, or it is quantised and the method is not, or the other way round.
+        UserError: it has adapters, or it is quantised and the method is not, or the other way round, or in name only.
     """
     if hasattr(model, "peft_config"):
         raise UserError("the model has adapters", where="model", fix="give its base: the method puts adapters on it")
@@ -195,17 +214,26 @@ def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool) -> torch.
         what = f"method {config.method} with a model that is {'' if quantised else 'not '}quantised"
         raise UserError(what, where="model", fix="load it with that method's quantization_config, or change the method")
     if quantised:
+        _check_quantised(model, config, say)
         return model
     return model.to(torch.bfloat16 if bf16 and config.method != "full" else torch.float32)
 
 
-def with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    """A base with everything on it that the recipe asks for: packed attention, checkpointing, adapters."""
+def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = silent) -> torch.nn.Module:
+    """A base with everything on it that the recipe asks for: packed attention, checkpointing, adapters.
+
+    What a text does not reach has no adapters and is not trained; `say` takes a line on it.
+    """
+    reached = reach(model)
     if config.packing != "none":
         use_packed_attention(model, plain="attention" in config.plain_parts)
     _checkpoint_layers(model, config.gradient_checkpointing)
     if config.uses_lora:
-        model = _with_lora(model, config)
+        model = with_lora(model, config, reached, say)
+        for own in model.peft_config.values():  # of a base that a script has loaded by a relative path
+            own.base_model_name_or_path = own.base_model_name_or_path and resolve_name(own.base_model_name_or_path)
+    else:
+        freeze_unreached(model, reached, say)
     if config.torch_compile:
         layers = _layers(model)
         if not layers:
@@ -213,29 +241,6 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Modul
         for layer in layers:
             layer.compile(dynamic=True)  # packs differ in length
     return model
-
-
-def _with_lora(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
-    model.requires_grad_(False)
-    set_seed(config.seed)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = get_peft_model(model, lora)
-    except ValueError as error:  # peft: no module has such a name
-        raise UserError(
-            str(error), where="lora_target_modules", fix="name linear layers of the model, or all-linear"
-        ) from None
-    for own in adapted.peft_config.values():  # of a base that a script has loaded by a relative path
-        own.base_model_name_or_path = own.base_model_name_or_path and resolve_name(own.base_model_name_or_path)
-    if "lora" not in config.plain_parts:
-        speed_up(adapted)
-    return adapted
 
 
 @torch.no_grad()

@@ -185,10 +185,15 @@ def _model(
     if own and config.is_grpo and config.beta and not config.uses_lora:
         fix = "use adapters, or beta=0: the reference would be loaded from model_name_or_path"
         raise UserError("grpo of a whole model that is brought along", where="model", fix=fix)
+
+    def say(line: str) -> None:
+        if accelerator.is_main_process:
+            print(line, flush=True)
+
     if own:
-        model = with_adapters(fitted(own, config, bf16=bf16), config)
+        model = with_adapters(fitted(own, config, bf16=bf16, say=say), config, say=say)
     else:
-        model = load_model(plan_load(config, accelerator, bf16=bf16), config)
+        model = load_model(plan_load(config, accelerator, bf16=bf16), config, say=say)
     if adapter := _sft_adapter(config):
         load_adapter(model, adapter)
     return model

@@ -11,14 +11,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from . import first_look
 from .errors import NonFiniteError
 from .fsdp_preparation import buffers_kept_apart, name_layers
 from .optim import trainable
@@ -56,6 +58,7 @@ class Runtime:
         held = [p for group in self.prepared_optimizer.param_groups for p in group["params"]]
         if self.keeps_parameters and sorted(map(id, held)) != sorted(map(id, self.trainable.values())):
             raise RuntimeError("the optimizer does not hold each trained parameter once")
+        self.has_looked = False  # at the gradients of the first backward
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         return self.accelerator.prepare(model, optimizer)
@@ -67,6 +70,22 @@ class Runtime:
         """Around the forward and backward of one micro-batch; gradients are exchanged only in a step's last."""
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
             yield
+        if last:
+            self._look_once()
+
+    def _look_once(self) -> None:
+        """After the first backward, say what gets no gradient; a UserError where the next step would wait for it."""
+        if self.has_looked:
+            return
+        self.has_looked = True
+        waits = isinstance(self.wrapped, DistributedDataParallel)
+        note = first_look.look(self._without_gradient(), self.trainable, waits=waits)
+        if note and self.accelerator.is_main_process:
+            print(note, flush=True)
+
+    def _without_gradient(self) -> list[str]:
+        """Names of the trained parameters to which the backward has brought no gradient on this rank."""
+        return [name for name, parameter in self.trainable.items() if parameter.grad is None]
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.accelerator.backward(loss)
@@ -250,10 +269,26 @@ class ZeroRuntime(Runtime):
 
     keeps_parameters = False
 
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(accelerator, model, optimizer)
+        # The engine takes gradients away as they come.
+        self.came: set[str] = set()
+        self.hooks = [p.register_hook(partial(self._note, name)) for name, p in self.trainable.items()]
+
+    def _note(self, name: str, gradient: torch.Tensor) -> None:
+        self.came.add(name)
+
+    def _without_gradient(self) -> list[str]:
+        for hook in self.hooks:
+            hook.remove()
+        return [name for name in self.trainable if name not in self.came]
+
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):
         self.wrapped.set_gradient_accumulation_boundary(is_boundary=last)
         yield
+        if last:
+            self._look_once()
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.wrapped.backward(loss)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import kubernetes, launcher, rules
+from .allocator import may_expand
 from .config import Entry, Resolved, asset, resolve
 from .errors import UserError
 from .hardware import Gpu, Hardware
@@ -116,7 +117,7 @@ def prepare(line: CommandLine) -> Submission:
     line = replace(line, where=replace(where, rdzv_endpoint=_endpoint(line, name)))
     launch = launcher.lay_out(
         line, "torchrun", strategy=strategy, nproc=nproc, output_dir=str(folder), hardware=machine,
-        elastic=resolved.config.elastic,
+        elastic=resolved.config.elastic, expandable=may_expand(resolved.config),
     )  # fmt: skip
     make = _slurm if where.via == "slurm" else _kubernetes
     return make(line, launch, machine, name=name, command=command, folder=folder)

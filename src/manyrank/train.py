@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import hardware, rules, strategy_files, topology
+from .allocator import may_expand
 from .config import Resolved, resolve
 from .errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
 from .interrupts import STOP, end_with_parent, ended_by
@@ -172,7 +173,7 @@ def _train_checked(
 ) -> Session:
     config = resolved.config
     heart.beat(0, "importing torch and transformers")
-    before_imports(machine)
+    before_imports(machine, expandable=may_expand(config))
     import torch
 
     from .opening import open_session
