@@ -322,6 +322,17 @@ def test_a_start_says_what_it_waits_for(capsys, monkeypatch):
     assert said.count("WARNING") == 1 and "loading" not in said and "callbacks" not in said
 
 
+def test_a_launch_that_waits_says_so_and_can_be_stopped(embedded_model, tmp_path):
+    """Before there is a worker, here for a reader of rows."""
+    (tmp_path / "slow.py").write_text("import time\ndef read(row):\n    time.sleep(600)\n")
+    argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={tmp_path / 'run'}"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen([*argv, "--format_type=slow:read"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().startswith("still checking the recipe, the model's files and the data after 1")
+    process.terminate()
+    assert process.wait(5) == 75 and not (tmp_path / "run").exists()
+
+
 HANG = """
 import os, sys, time
 import manyrank.compile_locks

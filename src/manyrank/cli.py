@@ -100,17 +100,18 @@ def _grpo(argv: Sequence[str]) -> int:
 
 
 def _launch(line: CommandLine) -> int:
-    from .interrupts import end_with_parent
+    from .interrupts import end_with_parent, ending_at_a_signal
     from .options import JOBS
 
     end_with_parent()  # of `manyrank verify`, which starts this command
-    if line.where.via in JOBS:
-        from . import submission
+    with ending_at_a_signal():
+        if line.where.via in JOBS:
+            from . import submission
 
-        return submission.main(line)
-    from . import decision
+            return submission.main(line)
+        from . import decision
 
-    return decision.train(line)
+        return decision.train(line)
 
 
 def _plan(argv: Sequence[str]) -> int:

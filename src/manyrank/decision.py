@@ -23,6 +23,7 @@ from .planner import MICRO_BATCH, Plan, Verdict, make_plan, with_micro_batch
 from .planning import machine_of, read_model
 from .schema import TrainConfig
 from .shapes import Architecture
+from .watchdog import Heart, Watchdog
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ def train(line: CommandLine) -> int:
     Raises:
         UserError: something is wrong that can be known here.
     """
-    decision = decide(line, hardware.probe())
-    folder = launcher.output_dir(decision.config, line)
-    rules.check_output_dir(decision.config, Path(folder))
-    launch = _checked(decision, folder)
+    heart = Heart(0)
+    heart.beat(0, "checking the recipe, the model's files and the data")
+    with Watchdog(heart, patience=math.inf, notices=True):
+        decision = decide(line, hardware.probe())
+        folder = launcher.output_dir(decision.config, line)
+        rules.check_output_dir(decision.config, Path(folder))
+        launch = _checked(decision, folder)
     if line.where.print:
         print(launch.text(), end="")
         return 0

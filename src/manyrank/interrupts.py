@@ -111,6 +111,20 @@ class StopRequest:
             self._end(ended_by(number))
 
 
+@contextlib.contextmanager
+def ending_at_a_signal() -> Iterator[None]:
+    """While this lasts, a signal ends this launcher, which has begun nothing: no workers that it could be passed on to."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda number, _: os._exit(ended_by(number))) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def ended_by(number: int) -> int:
     """The exit code of a run that a signal ended before its first step: nothing was begun that could be lost."""
     return 128 + number if number == signal.SIGINT else EXIT_PREEMPTED

@@ -150,15 +150,16 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brough
     Raises:
         UserError, NonFiniteError, SaveError, Preempted: see `main` for the exit codes they stand for.
     """
-    config, machine = resolved.config, hardware.probe()
-    _check_before_torch(resolved, place, machine, output_dir)
-    heart = Heart(place.rank)
-    claim = claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext()
-    with claim, Watchdog(heart, patience=config.hang_timeout, notices=place.local_rank == 0):
-        if place.is_main and not topology.restarts():
-            rules.check_new(config, output_dir)  # another run may have ended there meanwhile
+    config, heart = resolved.config, Heart(place.rank)
+    with Watchdog(heart, patience=config.hang_timeout, notices=place.local_rank == 0):
         try:
-            return _train_checked(resolved, place, machine, output_dir, heart, brought)
+            heart.beat(0, "checking the recipe, the model's files and the data")
+            machine = hardware.probe()
+            _check_before_torch(resolved, place, machine, output_dir)
+            with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
+                if place.is_main and not topology.restarts():
+                    rules.check_new(config, output_dir)  # another run may have ended there meanwhile
+                return _train_checked(resolved, place, machine, output_dir, heart, brought)
         finally:
             heart.stop()
 
