@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, launch
 from safetensors.torch import load_file
 from tokenizers.normalizers import Lowercase
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from manyrank import SFTConfig, SFTDataset, SFTTrainer, UserError, load_model
 from manyrank.metrics import read_metrics
@@ -75,13 +75,56 @@ def test_training_is_the_command_line_s(tmp_path, embedded_model):
 
 
 def test_a_second_training_in_the_process_and_a_resumed_one(tmp_path, embedded_model):
-    first = SFTTrainer(config(tmp_path / "a", save_steps=1, bf16=True)).train()
+    first = SFTTrainer(config(tmp_path / "a", save_steps=1, bf16="auto")).train()
     second = SFTTrainer(config(tmp_path / "b")).train()
     assert first.global_step == second.global_step == 3
     again = SFTTrainer(
-        config(tmp_path / "b", max_steps=3, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"), bf16=True)
+        config(tmp_path / "b", max_steps=3, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"), bf16="auto")
     )
     assert [line["loss"] for line in again.train().history] == [line["loss"] for line in first.history]
+
+
+def test_a_model_that_is_refused_is_given_back_as_it_was(tmp_path, embedded_model):
+    """The fix that the refusal names works with the same model."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(DogeConfig(**shape, num_key_value_heads=2, vocab_size=len(tokenizer)))
+    attention, names = model.config._attn_implementation, [name for name, _ in model.named_parameters()]
+    with pytest.raises(UserError, match="packing does not know a mask of its own") as refused:
+        SFTTrainer(config(tmp_path / "a"), model=model, tokenizer=tokenizer).train()
+    assert "packing: none" in refused.value.fix and not (tmp_path / "a").exists()
+    assert model.config._attn_implementation == attention and not hasattr(model, "peft_config")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == names
+    assert "forward" not in vars(model.lm_head)
+    result = SFTTrainer(config(tmp_path / "b", packing="none"), model=model, tokenizer=tokenizer).train()
+    assert result.global_step == 3 and (result.final_model / "adapter_model.safetensors").is_file()
+
+
+SECOND_INTERRUPT = """
+import os, signal, sys, threading, time
+from transformers import TrainerCallback
+from manyrank import SFTTrainer, SFTConfig
+class Hang(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        for after in (0.5, 2.5):
+            threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+        time.sleep(60)
+if __name__ == "__main__":
+    config = SFTConfig(model="embedded", data_path=sys.argv[1], output_dir=sys.argv[2], max_length=256, max_steps=3)
+    try:
+        SFTTrainer(config, callbacks=[Hang()]).train()
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def test_a_second_interrupt_ends_a_script_s_training(tmp_path, embedded_model):
+    script = tmp_path / "script.py"
+    script.write_text(SECOND_INTERRUPT)
+    argv = [sys.executable, str(script), DATA, str(tmp_path / "run")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=55, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "interrupted", done.stderr
 
 
 def test_a_model_a_tokenizer_callbacks_and_a_loss_of_one_s_own(tmp_path, embedded_model):

@@ -390,3 +390,11 @@ def test_every_preset_resolves(name):
     resolved = resolve(name, entries(**missing))
     assert all(getattr(resolved.config, key) for key in REQUIRED)
     assert text.startswith("#"), "a preset says what it is for"
+
+
+@pytest.mark.parametrize("text", ["learning_rate: {}", "nonsense: {}", "training: {}", "model: {}"])
+def test_an_empty_section_is_no_way_to_leave_a_key_out(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: embedded\ndata_path: d.jsonl\n{text}\n")
+    with pytest.raises(UserError, match="is a section") as refused:
+        resolve(str(tmp_path / "recipe.yaml"))
+    assert refused.value.fix == "leave it out"

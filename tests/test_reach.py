@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from manyrank import first_look
+from manyrank import checkpoint, first_look
 from manyrank.config import TrainConfig
 from manyrank.coverage import check_quantised, matrices
 from manyrank.errors import UserError
@@ -233,6 +233,29 @@ def test_the_first_backward_tells_what_gets_no_gradient(capsys):
     share = 3 * 32 * 48 / sum(p.numel() for p in model.parameters())
     assert line.startswith(f"{share:.1%} of the trained weights get no gradient in the first step: ")
     assert "model.layers.*.mlp.down_proj" in line
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "glm4_moe"])
+def test_a_whole_model_with_experts_is_saved_and_read_again(kind, tmp_path):
+    """transformers writes stacked experts one by one in a model for others, and a checkpoint has them as they are trained."""
+    runtime = prepared(tiny(kind))
+    before = {name: p.detach().clone() for name, p in runtime.model.named_parameters()}
+    checkpoint.save_weights(runtime, tmp_path / "final")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    assert again.keys() == runtime.model.state_dict().keys()
+    assert all(torch.equal(again[name], value) for name, value in runtime.model.state_dict().items())
+    attempt = checkpoint._Attempt(runtime)
+    checkpoint._write_weights(runtime, tmp_path / "checkpoint", attempt)
+    with torch.no_grad():
+        for parameter in runtime.model.parameters():
+            parameter.zero_()
+    checkpoint.load_weights(runtime, tmp_path / "checkpoint")
+    assert all(torch.equal(p, before[name]) for name, p in runtime.model.named_parameters())
+
+
+def prepared(model):
+    model.requires_grad_(True)
+    return prepare(Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_ddp_is_refused_before_it_waits():

@@ -544,6 +544,19 @@ def test_a_template_whose_end_of_turn_would_not_all_be_learned_is_refused(templa
     assert "stop_tokens" in str(refusal.value)
 
 
+def test_an_eos_that_also_begins_the_sequence_does_not_stand_unlearned():
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|done|>\n{% if m.role == 'assistant' %}"
+    )
+    template += "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = unasked_tokenizer(template, "<|endoftext|>")
+    tokenizer.bos_token = "<|endoftext|>"
+    with pytest.raises(BadRow, match=r"writes <\|endoftext\|> after <\|done\|>"):
+        render(tokenizer, [user("a"), said("b"), user("c"), said("d")])
+    options = RenderOptions(stop_tokens=("<|done|>\n<|endoftext|>",))
+    assert render(tokenizer, [user("a"), said("b")], options=options).supervised_texts == ["b<|done|>\n<|endoftext|>"]
+
+
 def test_a_turn_that_ends_once_more_than_others_is_refused():
     tokenizer = tokenizer_for(LATE_TURNS_END_TWICE)
     tokenizer.eos_token = "</s>"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
@@ -73,6 +74,16 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
         if note:
             say(note)
     return adapted
+
+
+def remove_adapters(model: torch.nn.Module) -> None:
+    """Put the base's own layers back where adapters were put on them."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoraLayer):
+                setattr(parent, name, child.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _beyond_text(model: torch.nn.Module, reached: Reach | None) -> str | None:

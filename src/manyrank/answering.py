@@ -141,8 +141,9 @@ class Answering:
                 if again := len(file.done):
                     print(f"{again:,} of {len(self.prompts):,} rows are there already", file=sys.stderr)
                 model, _ = load_model(self.found, quantization=asked.quantization, dtype=asked.dtype, **options)
-                self.stop.listen()
-                if not self._answer(model, tokenizer, stops, file):
+                with self.stop.listening(remember=True):
+                    finished = self._answer(model, tokenizer, stops, file)
+                if not finished:
                     print(f"stopped; {len(file.done):,} of {len(self.prompts):,} rows are written, and the same command goes on", file=sys.stderr)  # fmt: skip
                     return EXIT_PREEMPTED
             file.finish()

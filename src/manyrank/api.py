@@ -27,7 +27,7 @@ from . import topology, train
 from .config import Entry, Resolved, resolve
 from .data import prepare
 from .errors import UserError
-from .interrupts import STOP
+from .interrupts import STOP, end_with_parent
 from .model import load_tokenizer
 from .schema import TrainConfig
 from .session import Brought
@@ -120,6 +120,7 @@ class SFTTrainer:
             Preempted: a signal came, and the checkpoint is complete; it ends a script with exit code 75.
         """
         folder = Path(self.config.output_dir or "output/run")
+        end_with_parent()  # where torchrun or accelerate has started this script
         with STOP.listening(), _as_it_was():
             session = train.train(self.config._resolved, topology.from_environment(), folder, self.brought)
         state = session.trainer.state

@@ -14,6 +14,7 @@ Nothing in it is pickled. The position in the data and the learning rate follow 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,13 +97,21 @@ def save_weights(
         RuntimeError: tensors are missing in the written file; some wrappers of some versions lose them silently.
     """
     attempt = _Attempt(runtime)
-    _write_weights(runtime, folder, attempt, dtype)
+    _write_weights(runtime, folder, attempt, dtype, portable=True)
     if also:
         attempt.run(also, only_main=True)
     attempt.agree()
 
 
-def _write_weights(runtime: Runtime, folder: Path, attempt: _Attempt, dtype: torch.dtype | None = None) -> None:
+def _write_weights(
+    runtime: Runtime, folder: Path, attempt: _Attempt, dtype: torch.dtype | None = None, *, portable: bool = False
+) -> None:
+    """Write adapters, or a whole model.
+
+    Args:
+        portable: write a whole model under the names of the hub's files, which other software reads; else under those of
+            the parameters. They differ where transformers stacks experts.
+    """
     model, main = runtime.model, runtime.accelerator.is_main_process
     adapter = hasattr(model, "peft_config")
     # A whole model has also what is not trained: a vision tower under texts.
@@ -115,16 +124,27 @@ def _write_weights(runtime: Runtime, folder: Path, attempt: _Attempt, dtype: tor
     if not adapter:
         state |= _buffers(model)
     # A frozen second adapter, against which GRPO compares, is none of the result.
-    more = {"save_embedding_layers": False, "selected_adapters": ["default"]} if adapter else {}
+    more = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+    more = more if adapter else {"save_original_format": portable}
+    wanted = sum(tensor.numel() for tensor in state.values())  # saving empties the dictionary
     attempt.run(lambda: model.save_pretrained(folder, state_dict=state, **more))
     if not attempt.problem:
-        written = sum(len(safe_open(file, "pt").keys()) for file in folder.glob("*model*.safetensors"))
-        if written != len(state):
-            raise RuntimeError(f"{folder} has {written} tensors, not {len(state)}")
+        written = _elements(folder)
+        if written != wanted:
+            raise RuntimeError(f"{folder} has weights of {written} elements, not {wanted}")
+
+
+def _elements(folder: Path) -> int:
+    """Count the elements of the weights in a folder, from the headers of its files."""
+    total = 0
+    for path in folder.glob("*model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return total
 
 
 def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What belongs to a model's weights and is no parameter, as the biases that balance DeepSeek-V3's experts."""
+    """Return the buffers that belong to a model's weights, such as the biases that balance DeepSeek-V3's experts."""
     buffers, kept = dict(model.named_buffers()), model.state_dict().keys()
     return {name: buffer.detach().cpu().clone() for name, buffer in buffers.items() if name in kept}
 

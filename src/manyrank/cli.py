@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
+    except KeyboardInterrupt:
+        return 130  # as a shell tells of Ctrl-C
 
 
 def _usage() -> str:
@@ -100,10 +102,9 @@ def _grpo(argv: Sequence[str]) -> int:
 
 
 def _launch(line: CommandLine) -> int:
-    from .interrupts import end_with_parent, ending_at_a_signal
+    from .interrupts import ending_at_a_signal
     from .options import JOBS
 
-    end_with_parent()  # of `manyrank verify`, which starts this command
     with ending_at_a_signal():
         if line.where.via in JOBS:
             from . import submission

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,28 +34,44 @@ OLD = 600.0  # seconds without a new file, after which nobody compiles on a shar
 
 
 def remove_stale() -> list[str]:
-    """Remove locks that nobody holds, and say so. Before anything waits for them: a waiting process would then miss the result."""
+    """Remove the locks that nobody holds, before anything waits for them: a process that waited would miss the result.
+
+    Returns:
+        A line for each.
+    """
     return [
         f"removed {lock}: the process that compiled there was killed" for lock in _locks() if _remove_if_stale(lock)
     ]
 
 
 def explain() -> str | None:
-    """What a compiled extension waits for. Ends this process where it would wait without end."""
-    for lock in _locks():
-        holders = _holders(lock)
-        if holders:
-            return f"{lock.parent.name} is compiled by pid {holders[0]} (lock {lock})"
-        if _remove_if_stale(lock):
-            print(
-                f"error: the process that compiled {lock.parent.name} was killed meanwhile\n"
-                f"where: {lock}, which is removed now\n"
-                "fix:   start the same command again",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(EXIT_FAILED)
-        return f"{lock}: compiled on another machine, as far as can be seen here"
+    """Say what the main thread waits for in `FileBaton.wait`. Ends this process where it would wait without end."""
+    lock = _awaited()
+    if lock is None:
+        own = [lock.parent.name for lock in _locks() if os.getpid() in _holders(lock)]
+        return f"{own[0]} is compiled" if own else None
+    if holders := _holders(lock):
+        return f"{lock.parent.name} is compiled by pid {holders[0]} (lock {lock})"
+    if not _remove_if_stale(lock):
+        return f"{lock}: compiled on another machine, as far as can be seen here" if lock.exists() else None
+    print(
+        f"error: the process that compiled {lock.parent.name} was killed meanwhile\n"
+        f"where: {lock}, which is removed now\n"
+        "fix:   start the same command again",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_FAILED)
+
+
+def _awaited() -> Path | None:
+    """The lock that the main thread waits for now."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame:
+        baton = frame.f_locals.get("self")
+        if frame.f_code.co_name == "wait" and type(baton).__name__ == "FileBaton":
+            return Path(baton.lock_file_path)
+        frame = frame.f_back
     return None
 
 
@@ -81,7 +98,7 @@ def _same(one: os.stat_result, other: os.stat_result) -> bool:
 def _holders(lock: Path) -> list[int]:
     """Processes that have the lock open, and compilers that a killed one has left at work in its folder."""
     places = {str(lock), os.path.realpath(lock), os.path.realpath(lock.parent)}
-    return sorted({pid for pid, place in _open_places() if place in places and pid != os.getpid()})
+    return sorted({pid for pid, place in _open_places() if place in places})
 
 
 def _open_places() -> Iterator[tuple[int, str]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import EXIT_FAILED
-from .interrupts import end_with_parent, own_environment
+from .interrupts import die_with_parent
 from .launcher import LaunchPlan, run_in_process
 from .watchdog import DONE, Beat, beats
 
@@ -73,11 +74,11 @@ class Ranks:
         (folder / "argv.json").write_text(json.dumps(launch.argv))
         self.alone = launch.argv[0] == sys.executable  # one rank, without a launcher
         argv = launch.argv if self.alone else (sys.executable, "-m", "manyrank.doctor_launch", str(folder))
-        env = {**own_environment(), **launch.env, "TMPDIR": str(folder)}  # launchers and libraries leave folders there
+        env = {**os.environ, **launch.env, "TMPDIR": str(folder)}  # launchers and libraries leave folders there
         with (folder / LAUNCHER_LOG).open("w") as log:
             self.process = subprocess.Popen(
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         self.started = time.monotonic()
 
@@ -147,7 +148,6 @@ def last_words(folder: Path, rank: int, lines: int = 20) -> str:
 
 def main(folder: Path) -> int:
     """Run the launcher in this process, and write how its first worker failed."""
-    end_with_parent()
     logging.disable(logging.ERROR)  # the agents' report of a failure; it is told in the doctor's words
     argv = tuple(json.loads((folder / "argv.json").read_text()))
     ended = _launched(argv)

@@ -60,7 +60,7 @@ def find_endings(probe: Probe, tokens: re.Pattern, eos: str) -> Endings | None:
     """
     shared = probe.inner[: _whole_tokens(probe.inner, common(probe.inner, probe.after), tokens)]
     rest = probe.after[len(shared) :].strip()
-    opening = opening_tokens(probe.before, tokens, eos)
+    opening = opening_tokens(probe, tokens, eos)
     if not probe.after.strip():
         return _of_open_turns(probe, tokens, opening)
     whole, headers = shared, ""
@@ -87,14 +87,17 @@ def ending_tokens(stops: Iterable[str], opening: tuple[str, ...], tokens: re.Pat
     return frozenset({eos, *(token[0] for stop in stops for token in tokens.finditer(stop))} - {*opening, ""})
 
 
-def opening_tokens(before: str, tokens: re.Pattern, eos: str) -> tuple[str, ...]:
-    """What opens the first turn, the beginning of the sequence included: tokens, or words that look like tokens."""
+def opening_tokens(probe: Probe, tokens: re.Pattern, eos: str) -> tuple[str, ...]:
+    """Find the tokens, or words that look like tokens, that open the first turn, the beginning of the sequence included.
+
+    A tokenizer may have one token for both ends of a sequence: where the template ends an answer with it, it opens nothing.
+    """
     found = []
-    for token in adjacent(before, re.compile(f"{tokens.pattern}|{WORD}"), blanks=False):
+    for token in adjacent(probe.before, re.compile(f"{tokens.pattern}|{WORD}"), blanks=False):
         if found and token == eos:  # an empty system turn
             break
         found.append(token)
-    return tuple(dict.fromkeys(found))
+    return tuple(token for token in dict.fromkeys(found) if token != eos or eos not in probe.after)
 
 
 def adjacent(text: str, tokens: re.Pattern, *, blanks: bool = True) -> list[str]:

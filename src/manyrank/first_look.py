@@ -1,4 +1,4 @@
-"""Look after the first backward which trained parameters got no gradient on any rank, and say so before more is spent."""
+"""Look after the first backward which trained parameters got no gradient, and say so before more is spent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .reach import kinds
 
 
 def look(missing: Collection[str], trained: Mapping[str, torch.Tensor], *, waits: bool) -> str | None:
-    """Compare the parameters without a gradient over the ranks; all ranks together.
+    """Say which parameters have no gradient; all ranks together, unless the strategy waits for each.
 
     Args:
         missing: names of those on this rank. trained: all trained parameters.
@@ -22,13 +22,14 @@ def look(missing: Collection[str], trained: Mapping[str, torch.Tensor], *, waits
         A note on those that no rank has a gradient for.
 
     Raises:
-        UserError: the next step would wait in vain; on every rank.
+        UserError: the others wait for this rank in vain. This rank does not ask them: they may hear nothing by now.
     """
-    ranks = [set(names) for names in gather_object([sorted(missing)])]
-    nowhere, somewhere = set.intersection(*ranks), set.union(*ranks)
-    if waits and somewhere:
-        what = f"{_share(somewhere, trained)} get no gradient in the first step, and ddp waits for it: {_layers(somewhere)}"
-        raise UserError(what, where="strategy ddp", fix=_fix(somewhere, trained))
+    if waits:
+        if missing:
+            what = f"{_share(missing, trained)} get no gradient in the first step, and ddp waits for it: {_layers(missing)}"
+            raise UserError(what, where="strategy ddp", fix=_fix(missing, trained))
+        return None
+    nowhere = set.intersection(*(set(names) for names in gather_object([sorted(missing)])))
     if not nowhere:
         return None
     return f"{_share(nowhere, trained)} get no gradient in the first step: {_layers(nowhere)}"

@@ -55,10 +55,13 @@ def buffers_kept_apart(model: torch.nn.Module) -> Iterator[None]:
     ]
     for module, name in kept:
         module._non_persistent_buffers_set.add(name)
-    yield
+    try:
+        yield
+    finally:
+        for module, name in kept:
+            module._non_persistent_buffers_set.discard(name)
     values = [getattr(module, name).cpu() for module, name in kept]
     if values:  # a list of none is an error
         broadcast_object_list(values)
     for (module, name), value in zip(kept, values):
-        module._non_persistent_buffers_set.discard(name)
         module._buffers[name] = value.to(module._buffers[name].device)

@@ -27,7 +27,6 @@ STARTING = 20.0  # seconds that a worker has to start listening
 SAME = 1.0  # seconds in which a second SIGINT is the first one, which came from the terminal and from the launcher
 GRACE = 5.0  # seconds that a start has to end after a signal; it may wait in C++, where Python hears none
 NOTICE = 10.0  # seconds without a worker, after which the launcher says what it waits for
-PARENT = "MANYRANK_PARENT"  # of the environment: the process that starts workers, and that they end with
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -43,6 +42,8 @@ class StopRequest:
         self.requested = self.at_start = False
         self._remembers = True
         self._process = 0
+        self._interrupted: float | None = None  # since when, by SIGINT
+        self._watched = False  # by a thread, which hears a signal before the main thread does, and counts them
         self._end: Callable[[int], object] = os._exit
 
     def listen(self, end: Callable[[int], object] = os._exit) -> None:
@@ -51,28 +52,32 @@ class StopRequest:
         Args:
             end: ends the process with an exit code, from any thread.
         """
-        self._remembers, self._end = False, end
+        self._remembers, self._end, self._watched = False, end, True
         self._take_over()
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        # A forked helper, that tokenises for instance, would write its signals into the same pipe.
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._watch, args=(reading,), daemon=True, name="signals").start()
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals over for a while; in another thread than the main one they stay as they are."""
+    def listening(self, *, remember: bool = False) -> Iterator[None]:
+        """Take the signals over for a while; in another thread than the main one they stay as they are.
+
+        A second SIGINT is a KeyboardInterrupt.
+
+        Args:
+            remember: from the beginning.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        self._remembers = False
+        self._remembers = remember
         self._take_over()
         try:
             yield
         finally:
-            self.requested, self._remembers = False, True
+            self.requested, self.at_start, self._remembers, self._interrupted = False, False, True, None
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -89,19 +94,25 @@ class StopRequest:
         if os.getpid() != self._process:  # a forked helper; its parent ends it so
             os._exit(128 + number)
         again, self.requested = self.requested, True
+        if not self._watched and self._is_second_interrupt(number):
+            raise KeyboardInterrupt
         if not self._remembers and not again:  # once: what unwinds is left in peace
             self.at_start = True
             raise KeyboardInterrupt if number == signal.SIGINT else Preempted
 
+    def _is_second_interrupt(self, number: int) -> bool:
+        if number != signal.SIGINT:
+            return False
+        first, now = self._interrupted, time.monotonic()
+        self._interrupted = first or now
+        return first is not None and now - first > SAME
+
     def _watch(self, reading: int) -> None:
         """End the process where its main thread cannot, since it waits in C++, or for something that never comes."""
-        interrupted: float | None = None
         while True:
             for number in os.read(reading, 16):
-                now = time.monotonic()
-                if number == signal.SIGINT and interrupted is not None and now - interrupted > SAME:
+                if self._is_second_interrupt(number):
                     os._exit(128 + signal.SIGINT)
-                interrupted = interrupted or now if number == signal.SIGINT else interrupted
                 if number in SIGNALS and not self._remembers:
                     threading.Thread(target=self._end_if_still_starting, args=(number,), daemon=True).start()
 
@@ -130,11 +141,6 @@ def ended_by(number: int) -> int:
     return 128 + number if number == signal.SIGINT else EXIT_PREEMPTED
 
 
-def own_environment() -> dict[str, str]:
-    """The environment of a process that is to end with this one."""
-    return {**os.environ, PARENT: str(os.getpid())}
-
-
 def end_with_parent() -> None:
     """End this worker with the launcher that started it, also when that is killed.
 
@@ -145,7 +151,10 @@ def end_with_parent() -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends; its own main thread may hang by then."""
+    """Have the kernel kill this process when the thread that started it ends; its own main thread may hang by then.
+
+    Also for `preexec_fn` of subprocess: it holds in the program that is started then.
+    """
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended meanwhile
@@ -154,7 +163,7 @@ def die_with_parent() -> None:
 
 def _is_launcher(parent: int) -> bool:
     """Whether a parent is a launcher: a shell may end, and what it has started goes on."""
-    if os.environ.get(PARENT) == str(parent) or "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         return True
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return False
@@ -165,6 +174,27 @@ def _is_launcher(parent: int) -> bool:
 
 
 STOP = StopRequest()  # of this process
+_MORTAL: list[bool] = []  # not empty: processes that this one forks end with it
+
+
+def _after_fork() -> None:
+    """In a forked helper, that tokenises for instance: it would write its signals into the pipe of its parent."""
+    signal.set_wakeup_fd(-1)
+    if _MORTAL:
+        die_with_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextlib.contextmanager
+def mortal_children() -> Iterator[None]:
+    """While this lasts, processes that this one forks end with it: a pool's would wait for work without end."""
+    _MORTAL.append(True)
+    try:
+        yield
+    finally:
+        _MORTAL.pop()
 
 
 def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> int:
@@ -188,7 +218,6 @@ def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> i
         except BaseException as error:  # raised again below
             results.append(error)
 
-    os.environ[PARENT] = str(os.getpid())
     passing = _Passing()
     before = {number: signal.signal(number, passing) for number in SIGNALS}
     thread = threading.Thread(target=run, daemon=True)

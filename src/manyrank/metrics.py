@@ -101,7 +101,9 @@ def rewind(output_dir: Path, step: int) -> None:
     for file in (output_dir / "logs" / "metrics.jsonl", output_dir / "logs" / COMPLETIONS):
         if file.exists():
             kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
-            file.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            partial = file.with_suffix(".partial")  # a signal may end the start here
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            partial.replace(file)
 
 
 @contextlib.contextmanager

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from . import artifact, compile_locks, strategy, trackers
+from .adapters import remove_adapters
 from .batches import trial
 from .config import TrainConfig
 from .data import Examples, prepare
@@ -62,8 +65,15 @@ def open_session(
     Raises:
         UserError: something that only shows now is wrong: a row, the model, a checkpoint.
     """
-    _prepare_environment(config, place, output_dir)
     brought = brought or Brought()
+    with _restored_on_failure(brought.model):
+        return _open(config, place, output_dir, brought, heart, bf16=bf16)
+
+
+def _open(
+    config: TrainConfig, place: Topology, output_dir: Path, brought: Brought, heart: Heart | None, *, bf16: bool
+) -> Session:
+    _prepare_environment(config, place, output_dir)
     own_folder, heart = output_dir if heart and not config.dry_run else None, heart or Heart(place.rank)
     heart.beat(0, "loading the tokenizer")
     tokenizer = _tokenizer(config, brought)
@@ -196,7 +206,16 @@ def _model(
         model = load_model(plan_load(config, accelerator, bf16=bf16), config, say=say)
     if adapter := _sft_adapter(config):
         load_adapter(model, adapter)
+    _check_alike(model, accelerator)
     return model
+
+
+def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Raise where ranks train other parameters: each has looked by itself at what a text reaches."""
+    names = "\n".join(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    digests = gather_object([hashlib.sha256(names.encode()).hexdigest()])
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"ranks have other trained parameters than rank {accelerator.process_index}: {digests}")
 
 
 def _tokenizer(config: TrainConfig, brought: Brought) -> PreTrainedTokenizerBase:
@@ -232,11 +251,30 @@ def _fingerprint(own: PreTrainedModel | None) -> str | None:
 
 
 def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
-    """What gives a model that a script brings its attention back; the training's knows no key-value cache."""
+    """Return what gives a script's model its attention back; the training's knows no key-value cache."""
     if own is None:
         return lambda: None
     before = own.config._attn_implementation
     return lambda: own.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _restored_on_failure(own: PreTrainedModel | None) -> Iterator[None]:
+    """If the session cannot be opened, a script's model has no adapters and its own attention again."""
+    if own is None or hasattr(own, "peft_config"):  # which is refused as it is
+        yield
+        return
+    give_back = _lent(own)
+    trained = [(parameter, parameter.requires_grad) for parameter in own.parameters()]
+    try:
+        yield
+    except BaseException:
+        give_back()
+        remove_adapters(own)
+        vars(own.get_output_embeddings() or own).pop("forward", None)  # the fused one
+        for parameter, before in trained:
+            parameter.requires_grad_(before)
+        raise
 
 
 def _prove(trainer: Trainer, *, bf16: bool) -> None:

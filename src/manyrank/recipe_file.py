@@ -94,7 +94,7 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _OneKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"not valid YAML: {problem}", where=str(path), fix="mend the file") from None
+        raise UserError(f"not valid YAML: {problem}", where=str(path), fix="fix the file") from None
 
 
 class _OneKeyOnce(yaml.SafeLoader):
@@ -115,10 +115,14 @@ def _has_mapping(value: Any) -> bool:
 def _of_section(section: Entry, known: Known) -> list[Entry]:
     """The entries of a section, under their canonical keys."""
     meant = {str(key): known.inside(section.key, str(key)) for key in section.value}
-    readable = normal(section.key) in SECTIONS and all(len(keys) == 1 for keys in meant.values())
+    readable = (
+        normal(section.key) in SECTIONS and bool(section.value) and all(len(keys) == 1 for keys in meant.values())
+    )
+    if not readable:
+        raise _refused(section, meant, known)
     entries = []
     for (key, value), keys in zip(section.value.items(), meant.values()):
-        if not readable or (_has_mapping(value) and not keys <= known.mappings):
+        if _has_mapping(value) and not keys <= known.mappings:
             raise _refused(section, meant, known)
         entries.append(Entry(*keys, value, f"{section.where}.{key}"))
     return entries

@@ -79,11 +79,13 @@ def claimed(output_dir: Path) -> Iterator[None]:
         output_dir.mkdir(parents=True, exist_ok=True)
         own = _claim(output_dir)
     over = threading.Event()
-    threading.Thread(target=_keep, args=(output_dir, own, over), daemon=True, name="run lock").start()
+    beats = threading.Thread(target=_keep, args=(output_dir, own, over), daemon=True, name="run lock")
+    beats.start()
     try:
         yield
     finally:
         over.set()
+        beats.join(BEAT)  # else it might write into the lock of the next owner
         release(output_dir, own)
 
 

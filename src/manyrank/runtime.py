@@ -45,6 +45,26 @@ class Facts:
         return asdict(self)
 
 
+class _Arrivals:
+    """Notes which parameters a backward brings a gradient to: an engine may take gradients away as they come."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+        self.parameters = parameters
+        self.names: set[str] = set()
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        hooks = [p.register_hook(partial(self._note, name)) for name, p in self.parameters.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, name: str, gradient: torch.Tensor) -> None:
+        self.names.add(name)
+
+
 class Runtime:
     """One prepared model and optimizer: run steps, read and write full state. Single process or DDP."""
 
@@ -58,7 +78,7 @@ class Runtime:
         held = [p for group in self.prepared_optimizer.param_groups for p in group["params"]]
         if self.keeps_parameters and sorted(map(id, held)) != sorted(map(id, self.trainable.values())):
             raise RuntimeError("the optimizer does not hold each trained parameter once")
-        self.has_looked = False  # at the gradients of the first backward
+        self.gradients = _Arrivals(self.trainable)  # in the first backward that exchanges them
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         return self.accelerator.prepare(model, optimizer)
@@ -68,24 +88,26 @@ class Runtime:
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):
         """Around the forward and backward of one micro-batch; gradients are exchanged only in a step's last."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped), self._first_look(last=last):
             yield
-        if last:
-            self._look_once()
 
-    def _look_once(self) -> None:
-        """After the first backward, say what gets no gradient; a UserError where the next step would wait for it."""
-        if self.has_looked:
+    @contextlib.contextmanager
+    def _first_look(self, *, last: bool):
+        """Around the first backward that exchanges gradients: say what gets none; a UserError where ddp waits for it."""
+        if not last or self.gradients is None:
+            yield
             return
-        self.has_looked = True
+        arrivals, self.gradients = self.gradients, None
+        with arrivals.noted():
+            yield
         waits = isinstance(self.wrapped, DistributedDataParallel)
-        note = first_look.look(self._without_gradient(), self.trainable, waits=waits)
+        note = first_look.look(self._without_gradient(arrivals.names), self.trainable, waits=waits)
         if note and self.accelerator.is_main_process:
             print(note, flush=True)
 
-    def _without_gradient(self) -> list[str]:
-        """Names of the trained parameters to which the backward has brought no gradient on this rank."""
-        return [name for name, parameter in self.trainable.items() if parameter.grad is None]
+    def _without_gradient(self, arrived: set[str]) -> list[str]:
+        """Names of the trained parameters to which that backward has brought no gradient on this rank."""
+        return [name for name in self.trainable if name not in arrived]
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.accelerator.backward(loss)
@@ -216,6 +238,10 @@ class FsdpRuntime(Runtime):
         with super().forward_backward(last=last or not hasattr(self.model, "peft_config")):
             yield
 
+    def _without_gradient(self, arrived: set[str]) -> list[str]:
+        # Gradients are put into the shards past autograd.
+        return [name for name, parameter in self.trainable.items() if parameter.grad is None]
+
     def _full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
@@ -269,26 +295,11 @@ class ZeroRuntime(Runtime):
 
     keeps_parameters = False
 
-    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(accelerator, model, optimizer)
-        # The engine takes gradients away as they come.
-        self.came: set[str] = set()
-        self.hooks = [p.register_hook(partial(self._note, name)) for name, p in self.trainable.items()]
-
-    def _note(self, name: str, gradient: torch.Tensor) -> None:
-        self.came.add(name)
-
-    def _without_gradient(self) -> list[str]:
-        for hook in self.hooks:
-            hook.remove()
-        return [name for name in self.trainable if name not in self.came]
-
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):
         self.wrapped.set_gradient_accumulation_boundary(is_boundary=last)
-        yield
-        if last:
-            self._look_once()
+        with self._first_look(last=last):
+            yield
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.wrapped.backward(loss)

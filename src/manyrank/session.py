@@ -67,6 +67,11 @@ class Session:
         if self.accelerator.is_main_process:
             print(text, flush=True)
 
+    def _starts(self, phase: str) -> None:
+        """A sign of life before the first step."""
+        if self.trainer.heart:
+            self.trainer.heart.beat(0, phase)
+
     def dry_run(self) -> None:
         """Load everything, one step forward and backward, save nothing."""
         for warning in warnings_of_length(self.config, self.trainer.total_steps):
@@ -87,6 +92,7 @@ class Session:
         for note in (*self.start.notes, *warnings_of_length(self.config, self.trainer.total_steps)):
             self.say(note)
         if self.start.folder:
+            self._starts(f"resuming from {self.start.folder}")
             self.trainer.resume(self.start.folder)
             self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
         facts = self._write_facts()
@@ -179,6 +185,7 @@ class Session:
         kept = from_main(self.accelerator, lambda: metrics.read_samples(self.output_dir) or [])
         if kept and self.start.folder and [entry["question"] for entry in kept] == questions:
             return [entry["before"] for entry in kept]
+        self._starts("answering the sample questions")
         found = self._answers()
         if main and found:
             with metrics.beside_the_point():

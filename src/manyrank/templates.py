@@ -98,7 +98,7 @@ class Template:
                 reason=NO_STOP,
             )
         self.stops, self.closing = endings.stops, endings.closing
-        self.opening = opening_tokens(probe.before, self.tokens, self.eos)
+        self.opening = opening_tokens(probe, self.tokens, self.eos)
         self.ends = ending_tokens(self.stops, self.opening, self.tokens, self.eos)
         inner = probe.inner.lstrip()
         self._refuse_unlearned(inner, next((stop for stop in self.stops if inner.startswith(stop)), inner))

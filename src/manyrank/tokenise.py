@@ -27,7 +27,7 @@ from .dedup import MinHash, digest, texts
 from .errors import UserError
 from .files import Row
 from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, load_function, to_sample
-from .interrupts import die_with_parent
+from .interrupts import mortal_children
 from .render import IGNORE, Note, Notice, RenderOptions, render
 from .sources import Source, fingerprint, read_rows
 
@@ -140,7 +140,8 @@ def _cached(
     """What `make(**what)` yields, or what it yielded before under the same key."""
     disable_progress_bars()
     try:
-        return Dataset.from_generator(make, features=features, gen_kwargs=what, num_proc=processes, fingerprint=key)
+        with mortal_children():
+            return Dataset.from_generator(make, features=features, gen_kwargs=what, num_proc=processes, fingerprint=key)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -177,8 +178,6 @@ def _code(format_type: str) -> str:
 def _records(
     source: Source, tokenizer, options: TokeniseOptions, choice: Choice | None, shards: list
 ) -> Iterator[dict]:
-    if shards[0][1] > 1:  # in a process of a pool, which would wait for work without end
-        die_with_parent()
     for part, parts in shards:
         for order, row in enumerate(_chosen(source, choice)):
             if order % parts == part:

@@ -156,6 +156,7 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brough
             heart.beat(0, "checking the recipe, the model's files and the data")
             machine = hardware.probe()
             _check_before_torch(resolved, place, machine, output_dir)
+            heart.beat(0, "waiting for the lock of the run's folder")
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
                 if place.is_main and not topology.restarts():
                     rules.check_new(config, output_dir)  # another run may have ended there meanwhile

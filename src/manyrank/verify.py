@@ -21,7 +21,7 @@ from safetensors import safe_open
 from . import hardware
 from .config import TrainConfig, asset, resolve
 from .errors import EXIT_FAILED, UserError
-from .interrupts import own_environment
+from .interrupts import die_with_parent
 from .metrics import read_metrics
 from .options import Parser
 
@@ -105,7 +105,7 @@ def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int, more: 
         f"--via={case.via}", f"--nproc={processes(case.strategy, nproc)}", f"--max_steps={steps}", "--logging_steps=1",
         "--lora_dropout=0", f"--output_dir={output}", "--sample_questions=[]", "--report_to=none", *each, *more,
     ]  # fmt: skip
-    done = subprocess.run(argv, capture_output=True, text=True, env=own_environment())
+    done = subprocess.run(argv, capture_output=True, text=True, preexec_fn=die_with_parent)
     if done.returncode:
         return Outcome((), (), {}, 0, error=f"exit code {done.returncode}: {_last_words(done.stderr)}")
     lines = [line for line in read_metrics(output) if "loss" in line]

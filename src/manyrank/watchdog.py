@@ -110,11 +110,9 @@ class Heart:
                     empty.rmdir()
 
     def _detach(self) -> None:
-        if self.folder:
-            faulthandler.unregister(signal.SIGUSR2)
-            os.close(self.file)
-            self.stacks.close()
+        if self.folder:  # SIGUSR2 stays registered: one that another rank sends now would end this process
             self.folder = None
+            os.close(self.file)
 
     def _beat(self, step: int, phase: str) -> Beat:
         return Beat(self.count, self.rank, self.host, os.getpid(), step, phase, time.time())
@@ -145,12 +143,14 @@ class Watchdog(threading.Thread):
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
+        self.join(5)
 
     def run(self) -> None:
         while not self.over.wait(min(1.0 if self._starting else 5.0, self.patience / 4)):
             if self.notices and self._starting and (notice := self._notice()):
                 print(notice, file=sys.stderr, flush=True)
-            found = beats(self.heart.folder) if self.heart.folder else [self.heart.last]
+            folder = self.heart.folder
+            found = beats(folder) if folder else [self.heart.last]
             found = [beat for beat in found if beat.phase != DONE and beat.time >= self.started]
             if found and (report := self._report(found)):
                 print(report, file=sys.stderr, flush=True)
