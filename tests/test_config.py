@@ -392,9 +392,17 @@ def test_every_preset_resolves(name):
     assert text.startswith("#"), "a preset says what it is for"
 
 
-@pytest.mark.parametrize("text", ["learning_rate: {}", "nonsense: {}", "training: {}", "model: {}"])
+@pytest.mark.parametrize("text", ["learning_rate: {}", "nonsense: {}", "training: {}", "model: {}", "training:"])
 def test_an_empty_section_is_no_way_to_leave_a_key_out(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: embedded\ndata_path: d.jsonl\n{text}\n")
     with pytest.raises(UserError, match="is a section") as refused:
         resolve(str(tmp_path / "recipe.yaml"))
     assert refused.value.fix == "leave it out"
+
+
+def test_the_fix_of_a_section_in_a_section_names_its_keys(tmp_path):
+    text = "model_name_or_path: embedded\ndata_path: d.jsonl\ntraining: {lr: 1e-4, epochs: 1, lora: {r: 4}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match="training is a section") as refused:
+        resolve(str(tmp_path / "recipe.yaml"))
+    assert refused.value.fix == "write at the left margin: learning_rate, num_train_epochs, lora_r"

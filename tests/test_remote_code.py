@@ -7,7 +7,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from manyrank import answering, chat, evaluate, merge
+from manyrank import answering, chat, evaluate, inspection, merge
 from manyrank.artifact import find
 from manyrank.config import Entry, recipe_of, resolve
 from manyrank.errors import UserError
@@ -97,13 +97,24 @@ def test_what_is_typed_is(given, command, tmp_path):
     assert marker.exists() and list(tmp_path.iterdir())
 
 
-def test_only_the_recipe_of_this_command_counts(given):
+def test_only_the_recipe_of_this_command_counts(given, tmp_path):
     run, rows, _ = given
     assert "trust_remote_code: true" in (run / "config.yaml").read_text()
     assert recipe_of(find(str(run))).trust_remote_code is False
     own = [Entry(key, value, "typed") for key, value in {"task": "grpo", "sft_model": str(run)}.items()]
     grpo = resolve(None, [*own, Entry("data_path", str(rows), "typed"), Entry("rewards", "{exact: 1}", "typed")])
     assert grpo.config.model_name_or_path.endswith("base") and grpo.config.trust_remote_code is False
-    assert resolve(str(run / "config.yaml")).config.trust_remote_code is True  # `manyrank train RUN/config.yaml`
+    assert resolve(str(run / "config.yaml")).config.trust_remote_code is False  # `manyrank train RUN/config.yaml`
     typed = resolve(str(run / "config.yaml"), [Entry("trust_remote_code", "true", "typed")], finished=True)
     assert typed.config.trust_remote_code is True
+    (tmp_path / "recipe.yaml").write_text((run / "config.yaml").read_text())
+    assert resolve(str(tmp_path / "recipe.yaml")).config.trust_remote_code is True  # a recipe of one's own
+    (tmp_path / "other.yaml").write_text(f"base: {run / 'config.yaml'}\n")
+    assert resolve(str(tmp_path / "other.yaml")).config.trust_remote_code is False
+
+
+def test_inspecting_the_data_of_a_run_runs_no_code(given):
+    run, _, marker = given
+    forget(marker)
+    assert inspection.main([str(run / "config.yaml")]) == 0
+    assert not marker.exists()

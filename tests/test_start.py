@@ -35,6 +35,41 @@ def test_workers_end_with_a_launcher_that_is_killed(embedded_model, tmp_path, ar
     assert (folder / "logs" / "metrics.jsonl").read_text().count("\n") == steps
 
 
+@pytest.mark.parametrize("via", ["torchrun", "accelerate"])
+def test_workers_that_have_just_been_started_end_with_their_launcher(embedded_model, tmp_path, via):
+    """While they still import."""
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}", "--max_steps=5000"]
+    options = ["--strategy=ddp", "--nproc=2"] if via == "torchrun" else ["--strategy=single"]
+    process = subprocess.Popen([*argv, *options, f"--via={via}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_until(lambda: workers(process))
+    process.kill()
+    process.wait()
+    wait_until(lambda: not workers_alive(folder), seconds=10)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.1, 0.2, 0.4])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_the_command_becomes_the_worker(embedded_model, tmp_path, seconds, number, code):
+    argv = [
+        sys.executable,
+        "-m",
+        "manyrank.cli",
+        "train",
+        "verify",
+        f"--output_dir={tmp_path / 'run'}",
+        "--max_steps=5000",
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*argv, "--strategy=single"], cwd=ROOT, **pipes)
+    assert process.stdout.readline().startswith("strategy single")
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in said, said
+    assert run_folder.is_new(tmp_path / "run")
+
+
 BARE = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     "accelerate": [
@@ -152,6 +187,31 @@ def claim_and_die(folder: Path) -> int:
     process.wait()
     assert (folder / run_folder.LOCK).exists()
     return process.pid
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[]", '{"pid": 1}', "wrong pid", "wrong start"])
+def test_a_lock_that_names_no_owner_is_taken_over(tmp_path, text, capsys):
+    owner = asdict(run_lock._this_process())
+    owner |= {"pid": "abc"} if text == "wrong pid" else {"started": "x"} if text == "wrong start" else {}
+    (tmp_path / run_folder.LOCK).write_text(json.dumps(owner) if text.startswith("wrong") else text)
+    run_lock.refuse_if_held(tmp_path)
+    with run_lock.claimed(tmp_path):
+        assert "took over" in capsys.readouterr().err
+
+
+def test_a_lock_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a" / run_folder.LOCK).mkdir(parents=True)
+    with pytest.raises(UserError, match="is a folder"), run_lock.claimed(tmp_path / "a"):
+        pass
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [run_folder.LOCK]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"), run_lock.claimed(tmp_path / "b"):
+        pass
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_process_number_that_went_to_another_process_is_no_owner(tmp_path):

@@ -76,6 +76,12 @@ def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:
     )  # fmt: skip
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run that has begun."""
+    begun = ((folder / name).exists() for name in ("final_model", "launch.json"))
+    return any(begun) or bool(run_folder.checkpoints(folder))
+
+
 def _of_run(name: str, folder: Path) -> Path:
     """The folder itself; of a run what it has saved last."""
     if (folder / "final_model").is_dir():

@@ -223,16 +223,24 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def _entries(path: Path) -> list[Entry]:
+    """A recipe's entries; of the config that a run has written, without TYPED keys: the run may be somebody else's."""
+    entries = read_entries(path, KNOWN)
+    if path.name != "config.yaml" or not artifact.is_run(path.parent):
+        return entries
+    return [entry for entry in entries if normal(entry.key) not in TYPED]
+
+
 def _layers(recipe: str) -> list[list[Entry]]:
     path = find_recipe(recipe)
-    entries = read_entries(path, KNOWN)
+    entries = _entries(path)
     bases = [entry for entry in entries if entry.key == "base"]
     if not bases:
         return [entries]
     if not isinstance(bases[0].value, str):
         raise UserError("base is not a name", where=bases[0].where, fix="give a recipe's file or a preset's name")
     beside = path.parent / str(bases[0].value)
-    base = read_entries(find_recipe(str(beside) if beside.is_file() else str(bases[0].value)), KNOWN)
+    base = _entries(find_recipe(str(beside) if beside.is_file() else str(bases[0].value)))
     if any(entry.key == "base" for entry in base):
         raise UserError(
             f"the base {bases[0].value!r} has a base itself",

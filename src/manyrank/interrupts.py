@@ -13,9 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import EXIT_PREEMPTED, Preempted
 
@@ -53,11 +53,11 @@ class StopRequest:
             end: ends the process with an exit code, from any thread.
         """
         self._remembers, self._end, self._watched = False, end, True
-        self._take_over()
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reading,), daemon=True, name="signals").start()
+        self._take_over()
 
     @contextlib.contextmanager
     def listening(self, *, remember: bool = False) -> Iterator[None]:
@@ -128,12 +128,30 @@ def ending_at_a_signal() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda number, _: os._exit(ended_by(number))) for number in SIGNALS}
+    before = {number: signal.signal(number, _end_at_once) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    os._exit(ended_by(number))
+
+
+def begin_worker() -> None:
+    """In the first line of a worker: it ends with its launcher, and at a signal, until it takes signals over."""
+    end_with_parent()
+    for number in SIGNALS:
+        signal.signal(number, _end_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def become(argv: Sequence[str]) -> NoReturn:
+    """Replace this process by a worker, which hears a signal that comes meanwhile in `begin_worker`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.execv(argv[0], argv)
 
 
 def ended_by(number: int) -> int:
@@ -146,7 +164,10 @@ def end_with_parent() -> None:
 
     torch's agents start workers in sessions of their own without a parent-death signal (torch 2.13, subprocess_handler.py).
     """
-    if _is_launcher(os.getppid()):
+    parent = os.getppid()
+    if parent == 1 and _launched() and not any(word in _command(1) for word in (b"python", b"torchrun", b"accelerate")):
+        os._exit(128 + signal.SIGKILL)  # it ended before this line
+    if "TORCHELASTIC_RUN_ID" in os.environ or (_launched() and b"accelerate" in _command(parent)):
         die_with_parent()
 
 
@@ -161,16 +182,16 @@ def die_with_parent() -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def _is_launcher(parent: int) -> bool:
-    """Whether a parent is a launcher: a shell may end, and what it has started goes on."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return True
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return False
-    try:  # accelerate starts one process by itself, without torch's agent
-        return b"accelerate" in Path(f"/proc/{parent}/cmdline").read_bytes()
+def _launched() -> bool:
+    """Whether torch's agent or `accelerate launch` has started this process. A shell may end, and what it started goes on."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return True
+        return b""
 
 
 STOP = StopRequest()  # of this process

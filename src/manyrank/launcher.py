@@ -27,7 +27,7 @@ from .allocator import allocator
 from .config import TrainConfig, asset
 from .errors import EXIT_FAILED, UserError
 from .hardware import Hardware
-from .interrupts import die_with_parent, pass_on_while
+from .interrupts import become, die_with_parent, pass_on_while
 from .options import JOBS, CommandLine, Where
 from .topology import default_strategy
 
@@ -286,7 +286,7 @@ def run(launch: LaunchPlan, *, stay: bool = False) -> int:
     sys.stdout.flush()
     if launch.argv[0] == sys.executable:
         if not stay:
-            os.execv(sys.executable, launch.argv)
+            become(launch.argv)
         return pass_on_while(lambda: subprocess.run(launch.argv, preexec_fn=die_with_parent).returncode)
     meeting = (
         f"all {len(launch.nodes)} machines must run this command with their --node_rank"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,9 @@ def read_entries(path: Path, known: Known) -> list[Entry]:
     found = []
     for key, value in content.items():
         entry = Entry(str(key), value, f"{path}, {key}")
+        empty = value is None and normal(entry.key) in SECTIONS and normal(entry.key) not in known.spellings
+        if empty:
+            raise _refused(replace(entry, value={}), {}, known)
         if known.takes_mappings(entry.key) or not _has_mapping(value):
             found.append(entry)
         elif isinstance(value, dict):
@@ -130,10 +133,21 @@ def _of_section(section: Entry, known: Known) -> list[Entry]:
 
 def _refused(section: Entry, meant: Mapping[str, set[str]], known: Known) -> UserError:
     inside = ", ".join(meant) or "nothing"
-    lines = [_flat(section.key, key, keys, known) for key, keys in meant.items()]
+    lines = [
+        line
+        for (key, keys), value in zip(meant.items(), section.value.values())
+        for line in (_inner(key, value, known) or [_flat(section.key, key, keys, known)])
+    ]
     what = f"{section.key} is a section (with {inside}), and a recipe is flat"
     fix = f"write at the left margin: {', '.join(lines)}" if lines else "leave it out"
     return UserError(what, where=section.where, fix=fix)
+
+
+def _inner(section: str, value: Any, known: Known) -> list[str]:
+    """How the keys of a section inside a section are written."""
+    if not isinstance(value, dict) or known.takes_mappings(section):
+        return []
+    return [_flat(section, str(key), known.inside(section, str(key)), known) for key in value]
 
 
 def _flat(section: str, key: str, keys: set[str], known: Known) -> str:

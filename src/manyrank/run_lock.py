@@ -28,6 +28,9 @@ CLOCK = 5.0  # seconds by which the kernel's clock may have been set since
 WIDTH = 512  # bytes of the file, so that one write replaces all of the one before
 
 
+KINDS = {"token": str, "host": str, "pid": int, "started": float, "machine": str, "beat": int}
+
+
 @dataclass(frozen=True)
 class Owner:
     """A process that has, or had, a folder; `started` in seconds since 1970, `machine` its kernel and process namespace."""
@@ -75,9 +78,13 @@ def claimed(output_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another run has it, or the lock cannot be written.
     """
-    with writable(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        own = _claim(output_dir)
+    try:
+        with writable(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            own = _claim(output_dir)
+    except BaseException:
+        _remove_if_empty(output_dir)
+        raise
     over = threading.Event()
     beats = threading.Thread(target=_keep, args=(output_dir, own, over), daemon=True, name="run lock")
     beats.start()
@@ -94,8 +101,12 @@ def release(output_dir: Path, own: Owner) -> None:
     found = _read(output_dir / LOCK)
     if found and found.token == own.token:
         (output_dir / LOCK).unlink(missing_ok=True)
+    _remove_if_empty(output_dir)
+
+
+def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        output_dir.rmdir()
+        folder.rmdir()
 
 
 def _claim(output_dir: Path) -> Owner:
@@ -105,7 +116,7 @@ def _claim(output_dir: Path) -> Owner:
     except FileExistsError:
         return _take_over(output_dir, own)
     os.close(descriptor)
-    _write(lock, own)
+    _write_or_remove(lock, own)
     return own
 
 
@@ -123,8 +134,12 @@ def _take_over(output_dir: Path, own: Owner) -> Owner:
         raise _held(now, output_dir)
     partial = lock.with_name(f"{LOCK}.{own.token}")
     partial.touch()
-    _write(partial, own)
-    partial.replace(lock)
+    _write_or_remove(partial, own)
+    try:
+        partial.replace(lock)
+    except IsADirectoryError:
+        partial.unlink()
+        raise UserError(f"{lock} is a folder", where=f"output_dir {output_dir}", fix="remove it") from None
     time.sleep(SETTLE)
     if (now := _read(lock)) and now.token != own.token:
         raise _held(now, output_dir)
@@ -176,13 +191,21 @@ def _read(lock: Path, *, patient: bool = False) -> Owner | None:
     end = time.monotonic() + (1.0 if patient else 0.0)
     while True:
         try:
-            return Owner(**json.loads(lock.read_text()))
+            return _owner(json.loads(lock.read_text()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError):
             if time.monotonic() >= end:
                 return None
             time.sleep(0.05)
+
+
+def _owner(values: dict) -> Owner:
+    """The owner that a lock names; a TypeError or ValueError where it names none."""
+    owner = Owner(**values)
+    if any(type(getattr(owner, name)) is not kind for name, kind in KINDS.items()) or owner.pid <= 0:
+        raise ValueError(f"no owner: {values}")
+    return owner
 
 
 def _write(lock: Path, owner: Owner) -> None:
@@ -192,6 +215,15 @@ def _write(lock: Path, owner: Owner) -> None:
         os.fsync(descriptor)  # another machine reads it from the file server
     finally:
         os.close(descriptor)
+
+
+def _write_or_remove(file: Path, owner: Owner) -> None:
+    """Write a new file, or leave none: a disk that is full."""
+    try:
+        _write(file, owner)
+    except OSError:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _this_process() -> Owner:

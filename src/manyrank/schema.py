@@ -102,7 +102,7 @@ def _tag(value: str) -> str:
 
 
 Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
+Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Strings = Annotated[list[str], BeforeValidator(_listed)]
 Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(_listed)]
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]

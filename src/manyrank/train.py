@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from .interrupts import STOP, begin_worker, ended_by
+
+if __name__ == "__main__":  # the other imports take half a second
+    begin_worker()
+
 import atexit
 import contextlib
 import json
@@ -20,9 +25,8 @@ from . import hardware, rules, strategy_files, topology
 from .allocator import may_expand
 from .config import Resolved, resolve
 from .errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
-from .interrupts import STOP, end_with_parent, ended_by
 from .launcher import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
-from .options import CommandLine, parse
+from .options import parse
 from .run_folder import LAUNCH_FOLDER, writable
 from .run_lock import claimed
 from .topology import Topology
@@ -43,17 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 the user's input is wrong, 76 out of memory, 75 preempted after a complete checkpoint.
     """
-    end_with_parent()
     if (code := _last_word()) is not None:
         return code
-    STOP.listen(_end_start)
     try:
         place = topology.from_environment()
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
-    line = argv or sys.argv[1:]
-    return guarded(lambda: _train(parse(line, prog="python -m manyrank.train", launch=False), place), place)
+    return guarded(lambda: _train(argv or sys.argv[1:], place), place)
 
 
 def _for_good(code: int) -> int:
@@ -132,7 +133,9 @@ def _say(message: object, place: Topology) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _train(line: CommandLine, place: Topology) -> None:
+def _train(argv: Sequence[str], place: Topology) -> None:
+    STOP.listen(_end_start)
+    line = parse(argv, prog="python -m manyrank.train", launch=False)
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
     if config.per_device_train_batch_size == "auto":
