@@ -40,6 +40,17 @@ def launch(folder: Path, *args: str, recipe: str = "verify", cwd: Path = ROOT, *
     return Run(done.returncode, done.stdout, done.stderr, folder)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def accelerate_as_it_was():
+    """accelerate keeps the precision of a process's first Accelerator; the next file of tests may want another."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """The embedded model's folder."""
