@@ -164,11 +164,14 @@ def end_with_parent() -> None:
 
     torch's agents start workers in sessions of their own without a parent-death signal (torch 2.13, subprocess_handler.py).
     """
+    if not _launched():
+        return
     parent = os.getppid()
-    if parent == 1 and _launched() and not any(word in _command(1) for word in (b"python", b"torchrun", b"accelerate")):
-        os._exit(128 + signal.SIGKILL)  # it ended before this line
-    if "TORCHELASTIC_RUN_ID" in os.environ or (_launched() and b"accelerate" in _command(parent)):
+    # accelerate starts one process by itself, also inside of `manyrank`; any other parent may be a shell.
+    if "TORCHELASTIC_RUN_ID" in os.environ or _runs(parent, b"accelerate", b"manyrank"):
         die_with_parent()
+    if os.getppid() != parent or (parent == 1 and not _runs(1, b"python", b"torchrun", b"accelerate")):
+        os._exit(128 + signal.SIGKILL)  # it ended before this line
 
 
 def die_with_parent() -> None:
@@ -187,11 +190,13 @@ def _launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def _command(pid: int) -> bytes:
+def _runs(pid: int, *words: bytes) -> bool:
+    """Whether one of these is in a process's command line."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return b""
+        return False
+    return any(word in command for word in words)
 
 
 STOP = StopRequest()  # of this process
