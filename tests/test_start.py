@@ -36,7 +36,7 @@ def test_workers_end_with_a_launcher_that_is_killed(embedded_model, tmp_path, ar
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.1, 0.2])
-@pytest.mark.parametrize("via", ["torchrun"])
+@pytest.mark.parametrize("via", ["torchrun", "accelerate"])
 def test_workers_that_have_just_been_started_end_with_their_launcher(embedded_model, tmp_path, via, seconds):
     """While they still import."""
     folder = tmp_path / "run"

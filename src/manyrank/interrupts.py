@@ -191,12 +191,12 @@ def _launched() -> bool:
 
 
 def _runs(pid: int, *words: bytes) -> bool:
-    """Whether one of these is in a process's command line."""
+    """Whether one of these is in a process's command line, which is empty by now if the process is just ending."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
-    return any(word in command for word in words)
+        command = b""
+    return not command or any(word in command for word in words)
 
 
 STOP = StopRequest()  # of this process
