@@ -284,7 +284,9 @@ def _prove(trainer: Trainer, *, bf16: bool) -> None:
         return
     with evaluation_mode(runtime.wrapped):
         if packed:
-            prove_packing(runtime.wrapped, runtime.model, exact=not bf16)
+            prove_packing(
+                runtime.wrapped, runtime.model, exact=not bf16 and trainer.config.method != "int8"
+            )  # whose products round each row of activations
         _prove_head(trainer)
     runtime.reshard()
 
