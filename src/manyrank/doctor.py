@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     scope = _scope(rest, own.limit)
     report = _Report(scope, as_json=own.json)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # what is below is cleared away
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # what is below is cleared away
     folder = Path(tempfile.mkdtemp(prefix="manyrank-doctor-"))
     run = doctor_probe.existing(scope.output_dir) / f".manyrank-doctor-{secrets.token_hex(4)}"
     try:
@@ -92,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(run, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     return report.close(time.monotonic() - started)
 
 

@@ -284,9 +284,8 @@ def _prove(trainer: Trainer, *, bf16: bool) -> None:
         return
     with evaluation_mode(runtime.wrapped):
         if packed:
-            prove_packing(
-                runtime.wrapped, runtime.model, exact=not bf16 and trainer.config.method != "int8"
-            )  # whose products round each row of activations
+            exact = not bf16 and trainer.config.method != "int8"  # whose products round each row of activations
+            prove_packing(runtime.wrapped, runtime.model, exact=exact)
         _prove_head(trainer)
     runtime.reshard()
 
