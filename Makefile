@@ -10,7 +10,7 @@ RUN      ?= output/$(RECIPE)
 KILLS    ?= 50
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train plan test test-slurm test-faults doctor verify chat merge bench bench-data lint clean
+.PHONY: setup train plan test test-nightly test-slurm test-faults doctor verify chat merge bench bench-data lint clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions
 
@@ -34,14 +34,17 @@ merge: setup  ## RUN's adapter into its base: ARGS="--dtype bfloat16"
 	manyrank merge $(RUN) $(ARGS)
 
 test: setup  ## every test that needs no GPU
-	pytest $(ARGS)
+	pytest -m "not nightly" $(ARGS)
+
+test-nightly: setup  ## what takes minutes each: random kills, stories, benchmarks
+	pytest -m nightly $(ARGS)
 
 test-slurm: setup  ## a real SLURM job over two nodes on this machine; as root on Debian, it installs SLURM first
 	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }
-	pytest tests/test_slurm.py
+	pytest -m hosts tests/test_slurm.py
 
 test-faults: setup  ## a run of two processes that is killed KILLS times
-	MANYRANK_KILLS=$(KILLS) pytest tests/test_faults.py
+	MANYRANK_KILLS=$(KILLS) pytest -m "" tests/test_faults.py
 
 doctor: setup  ## examine this machine: NPROC=, ARGS="my.yaml --json"
 	manyrank doctor $(if $(NPROC),--nproc $(NPROC)) $(ARGS)

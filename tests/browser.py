@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="Debian's chromium is not installed")
+
+
+def needs_chromium(test):
+    """Marks a test that looks at a page."""
+    return pytest.mark.hosts(pytest.mark.skipif(not CHROMIUM, reason="Debian's chromium is not installed")(test))
 
 
 class Page(HTMLParser):

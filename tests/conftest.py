@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported; spinning threads starve the launched runs
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -33,10 +34,15 @@ class Run:
         return json.loads((self.folder / "logs" / "strategy.json").read_text())
 
 
-def launch(folder: Path, *args: str, recipe: str = "verify", cwd: Path = ROOT, **env: str) -> Run:
-    """`manyrank train` as a user runs it, with every step logged."""
+def launch(folder: Path, *args: str, recipe: str = "verify", cwd: Path = ROOT, cold: bool = False, **env: str) -> Run:
+    """`manyrank train` as a user runs it, with every step logged.
+
+    Args:
+        cold: in a new interpreter, see `warm`.
+    """
     argv = [sys.executable, "-m", "manyrank.cli", "train", recipe, f"--output_dir={folder}", "--logging_steps=1", *args]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=400)
+    run = subprocess.run if cold else warm.run
+    done = run(argv, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=400)
     return Run(done.returncode, done.stdout, done.stderr, folder)
 
 

@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, launch
 from safetensors.torch import load_file
 from tokenizers.normalizers import Lowercase
@@ -192,7 +193,7 @@ def test_a_checkpoint_is_evaluated_with_the_tokenizer_of_its_run(tmp_path, embed
             f"--data={DATA}",
         ]
         argv += ["--max-rows=8", "--no-base", "--dtype=float32", f"--output={tmp_path / 'evaluation' / name}"]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=200)
+        done = warm.run(argv)
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / "evaluation" / name / "eval_results.json").read_text())
         losses[name] = found["models"][str(tmp_path / name)]["metrics"]["loss"]["mean"]

@@ -18,6 +18,7 @@ def report(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.nightly
 def test_contenders_train_the_same_rows_to_the_same_losses(report):
     lines = {line["name"]: line for line in json.loads((report / "bench.json").read_text())}
     assert list(lines) == ["step fp32", "dataset", "trl fp32", "bare padded fp32"]
@@ -29,6 +30,7 @@ def test_contenders_train_the_same_rows_to_the_same_losses(report):
     assert lines["dataset"]["tokens"] > reference["tokens"]
 
 
+@pytest.mark.nightly
 def test_figures_are_of_this_run(report):
     for line in json.loads((report / "bench.json").read_text()):
         assert line["start_up"] > 0.5 and line["peak"] > 2**28
@@ -38,6 +40,7 @@ def test_figures_are_of_this_run(report):
     assert len(text.splitlines()) == 5 and picture.count("<rect") == 5 and "bare padded fp32" in picture
 
 
+@pytest.mark.nightly
 def test_two_processes_share_the_work(tmp_path):
     entry = bench.Entry("ddp", "step fp32", ("strategy=ddp",), nproc=2)
     single = bench.Entry("single", "step fp32")

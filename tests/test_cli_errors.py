@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from manyrank import __version__, cli, hardware
 from manyrank.config import asset
@@ -233,7 +234,7 @@ def test_model_folders(refused, names, error):
 
 
 def command(*argv: str, module: str = "manyrank.cli") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True)
+    return warm.run([sys.executable, "-m", module, *argv])
 
 
 @pytest.mark.parametrize("module, first", [("manyrank.cli", ["train"]), ("manyrank.train", [])])

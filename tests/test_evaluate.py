@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 from conftest import ROOT, launch
 
 from manyrank import scores
@@ -96,7 +97,7 @@ def test_predictions_have_the_answers_of_both_and_their_scores(run, evaluated):
 
 def test_two_processes_find_the_same(run, evaluated, tmp_path):
     argv = [sys.executable, "-m", "manyrank.cli", "evaluate", str(run.folder), *FAST, "--nproc", "2", "--output"]
-    done = subprocess.run([*argv, str(tmp_path / "two")], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = warm.run([*argv, str(tmp_path / "two")], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     (one, rows), (two, others) = read(evaluated), read(tmp_path / "two")
     assert others == rows
@@ -108,7 +109,7 @@ def test_what_is_wrong_on_two_processes_is_told_once(run, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n' * 2)
     argv = [sys.executable, "-m", "manyrank.cli", "evaluate", "embedded", "--data", str(tmp_path / "bad.jsonl")]
     argv += ["--nproc", "2", "--output", str(tmp_path / "out")]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = warm.run(argv, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 

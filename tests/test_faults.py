@@ -44,6 +44,7 @@ def test_a_save_that_is_killed_anywhere(embedded_model, tmp_path):
     assert [point["from"] for point in points] == sorted(point["from"] for point in points)
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_killed_at_random_moments(embedded_model, tmp_path):
     """Two processes that save at every step; each start goes on from a complete checkpoint."""
     steps = 30 + 25 * KILLS
@@ -145,6 +146,7 @@ def on_disk(tmp_path, small_disk, embedded_model):
     return run
 
 
+@pytest.mark.hosts
 def test_a_full_disk_that_is_emptied_in_time(on_disk, whole_run, tmp_path):
     """One failed save is a warning; the run ends as it would have, and no line of its log is lost."""
     run = on_disk("--save_steps=3", "--max_steps=6", EMPTY="1")
@@ -155,6 +157,7 @@ def test_a_full_disk_that_is_emptied_in_time(on_disk, whole_run, tmp_path):
     assert same(adapter(run.folder), adapter(whole_run.folder))
 
 
+@pytest.mark.hosts
 def test_a_disk_that_stays_full(on_disk):
     """Two failures in a row end the run; what was saved before is whole."""
     run = on_disk("--max_steps=8", "--save_steps=1")
@@ -165,6 +168,7 @@ def test_a_disk_that_stays_full(on_disk):
     assert found.folder.name == "checkpoint-2" and not found.passed_over
 
 
+@pytest.mark.hosts
 def test_a_folder_that_can_only_be_read(small_disk, embedded_model):
     disk = small_disk("1m")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -172,6 +176,7 @@ def test_a_folder_that_can_only_be_read(small_disk, embedded_model):
     assert run.code == 2 and "cannot be written to" in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.hosts
 def test_a_disk_that_is_full_before_the_first_step(small_disk, tmp_path, embedded_model):
     """Whichever file of the start finds no room: config.yaml, what is in logs/, a heartbeat."""
     disk = small_disk("1m")

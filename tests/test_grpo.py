@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, Run, launch
 from safetensors.torch import load_file
 
@@ -195,9 +196,7 @@ def test_a_signal_saves_and_ends_with_75(sft, tmp_path):
     assert [entry["event"] for entry in map(json.loads, (folder / "logs" / "history.jsonl").read_text().splitlines())] == [
         "started", "preempted",
     ]  # fmt: skip
-    again = subprocess.run(
-        [*command, f"--output_dir={folder}", "--resume_from_checkpoint=auto"], cwd=ROOT, env=os.environ
-    )
+    again = warm.run([*command, f"--output_dir={folder}", "--resume_from_checkpoint=auto"], cwd=ROOT)
     assert again.returncode == 0
     assert Run(0, "", "", folder).metrics("reward") == whole.metrics("reward")
     adapter = "final_model/adapter_model.safetensors"
@@ -253,7 +252,7 @@ def test_a_line_of_metrics_over_a_resume(sft, tmp_path):
             *more,
             f"--output_dir={tmp_path / name}",
         ]
-        assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+        assert warm.run(command, cwd=ROOT).returncode == 0
         lines.append([line for line in read_metrics(tmp_path / name) if "reward" in line])
     (whole,), (part,), _ = lines
     for key in ("loss", "reward", "kl", "entropy", "rewards/f1/mean"):
@@ -261,7 +260,7 @@ def test_a_line_of_metrics_over_a_resume(sft, tmp_path):
     again = [*command[:-1], f"--output_dir={tmp_path / 'd'}", "--eval_split=0.1"]
     again[again.index("--eval_steps=1")] = "--eval_steps=3"
     again.pop()
-    assert subprocess.run(again, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    assert warm.run(again, cwd=ROOT).returncode == 0
     (rarely,) = [line for line in read_metrics(tmp_path / "d") if "reward" in line]
     assert rarely["reward"] == lines[2][0]["reward"] and rarely["grad_norm"] == lines[2][0]["grad_norm"]
 
@@ -325,7 +324,7 @@ def test_gradients_do_not_depend_on_the_layout(sft, tmp_path):
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
         options = last_wins(*SMALL, *BATCH, f"--sft_model={sft.folder}", f"--per_device_train_batch_size={micro}")
         argv += [ROOT / "tests" / "grpo_worker.py", out, sft.folder, "fast_test", *options, f"--strategy={name}"]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        done = warm.run([str(part) for part in argv], cwd=ROOT)
         assert done.returncode == 0, done.stderr
         found[name, micro] = json.loads(out.read_text())
     first = found["single", 16]
@@ -455,6 +454,7 @@ def test_a_dry_run(embedded_model, tmp_path):
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not here")
+@pytest.mark.nightly
 def test_gsm8k(embedded_model, tmp_path):
     run = grpo(
         tmp_path / "run", *BATCH, f"--data_path={GSM8K}", "--rewards={numeric: 1, format: {final: true, weight: 0.1}}",

@@ -12,7 +12,7 @@ import pytest
 from conftest import Run, launch
 from test_submission import POD, pod, prepare
 
-pytestmark = pytest.mark.skipif(bool(hosts.available()), reason=str(hosts.available()))
+pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(hosts.available()), reason=str(hosts.available()))]
 STEPS = 14
 SLOWLY = """
 import time

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from browser import Page, browse, needs_chromium
 from hypothesis import given
 from hypothesis import strategies as st
@@ -257,7 +258,7 @@ def inspect(*args: str, **env: str) -> subprocess.CompletedProcess:
     argv = [sys.executable, "-m", "manyrank.cli", "data", "inspect", *args]
     clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
     env = {**clean, "CUDA_VISIBLE_DEVICES": "", **env}
-    return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=200)
+    return warm.run(argv, env=env)
 
 
 def test_command_without_a_terminal(embedded_model, tokenizer):

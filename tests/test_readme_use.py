@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import warm
 from conftest import ROOT, launch
 
 QUESTION = "What is the variance of a Bernoulli variable with p = 0.3?"
@@ -16,7 +17,7 @@ def test_the_merged_folder_answers_in_plain_transformers_as_the_readme_says(embe
     done = launch(tmp_path / "output" / "my", "--max_steps=2", "--strategy=single", cwd=tmp_path)
     assert done.code == 0, done.stderr
     run = [sys.executable, "-m", "manyrank.cli"]
-    merged = subprocess.run([*run, "merge", "output/my"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    merged = warm.run([*run, "merge", "output/my"], cwd=tmp_path)
     assert merged.returncode == 0, merged.stderr
     (tmp_path / "in.jsonl").write_text(f'{{"question": "{QUESTION}"}}\n')
     program = "import sys\n" + plain + retrieval + (
@@ -28,5 +29,5 @@ def test_the_merged_folder_answers_in_plain_transformers_as_the_readme_says(embe
     first, second = said.stdout.split("==")
     assert first.strip() and second.strip() and "<|im_end|>" not in first
     command = [*run, "generate", "output/my", "in.jsonl", "out.jsonl", "--max-new-tokens", "64", "--dtype", "float32"]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120).returncode == 0
+    assert warm.run(command, cwd=tmp_path).returncode == 0
     assert json.loads((tmp_path / "out.jsonl").read_text())["answers"][0]["text"] == first.strip()

@@ -1,13 +1,12 @@
 """Any adapter checkpoint resumes on any strategy, exactly: what one saves, each other one continues."""
 
 import json
-import os
-import subprocess
 import sys
 from functools import lru_cache
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, Run, launch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -41,7 +40,7 @@ def followed(strategy: str, folders: list, tmp_path, *args: str, nproc: int) -> 
     )
     argv = [*head, str(ROOT / "tests" / "resume_worker.py"), str(out), str(tmp_path / strategy), *map(str, folders)]
     argv += ["--", "verify", *chosen(strategy), f"--max_steps={STEPS}", "--logging_steps=1", *args]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ)
+    done = warm.run(argv, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / strategy / "logs" / "strategy.json").read_text())
     assert facts["world_size"] == nproc

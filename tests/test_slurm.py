@@ -13,7 +13,10 @@ from conftest import ROOT, Run, launch
 
 from manyrank import run_folder
 
-pytestmark = pytest.mark.skipif(bool(slurm_cluster.available()), reason=str(slurm_cluster.available()))
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(bool(slurm_cluster.available()), reason=str(slurm_cluster.available())),
+]
 STEPS = 12
 SLOWLY = """
 import time

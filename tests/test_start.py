@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm
 from conftest import ROOT
 from test_preemption import running, wait_until, workers, workers_alive
 
@@ -311,7 +312,7 @@ def test_a_start_that_fails_leaves_nothing(embedded_model, tmp_path):
         f"--output_dir={tmp_path / 'run'}",
     ]
     for options in (["--strategy=single"], ["--strategy=ddp", "--nproc=2"]):
-        done = subprocess.run([*argv, *options], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        done = warm.run([*argv, *options], cwd=ROOT, timeout=120)
         assert done.returncode == 2 and "1 of 151 rows cannot be used" in done.stderr, done.stderr
         assert not (tmp_path / "run").exists() or run_folder.is_new(tmp_path / "run")
 

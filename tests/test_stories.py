@@ -56,6 +56,7 @@ def interrupted(name: str, folder: Path) -> int:
     return job.returncode
 
 
+@pytest.mark.nightly
 def test_traces(tmp_path, embedded_model):
     assert interrupted("traces", tmp_path) == 75 and not (tmp_path / "run" / "final_model").exists()
     said = story("traces", tmp_path)
@@ -74,12 +75,14 @@ def test_traces(tmp_path, embedded_model):
     assert "final model" not in again
 
 
+@pytest.mark.nightly
 def test_pairs(tmp_path, embedded_model):
     said = story("pairs", tmp_path / "run", "--max_steps=4")
     assert said.index("training sample 1") < said.index("nothing was saved") < said.index("final model")
     assert (tmp_path / "run" / "report.html").is_file() and len(read_metrics(tmp_path / "run")) >= 1
 
 
+@pytest.mark.nightly
 def test_code(tmp_path, embedded_model):
     story("code", tmp_path)
     rows = [
@@ -96,6 +99,7 @@ def test_code(tmp_path, embedded_model):
     assert all(row["answers"][0]["finish"] in ("stop", "length") for row in answers if "answers" in row)
 
 
+@pytest.mark.nightly
 def test_chat(tmp_path, embedded_model):
     said = story("chat", tmp_path / "run")
     assert "stopped with 75; going on" in said and "resumed from" in said
@@ -104,6 +108,7 @@ def test_chat(tmp_path, embedded_model):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
 
 
+@pytest.mark.nightly
 def test_grpo_learns_what_is_rewarded(tmp_path, embedded_model):
     """From answers of which a third is right to nearly all, near the SFT model."""
     for name, mistakes in (("sums", 0), ("sums_with_mistakes", 2)):
@@ -120,6 +125,7 @@ def test_grpo_learns_what_is_rewarded(tmp_path, embedded_model):
 
 
 @pytest.mark.skipif(bool(NO_SLURM), reason=str(NO_SLURM))
+@pytest.mark.nightly
 def test_traces_as_a_job(tmp_path, embedded_model):
     log = tmp_path / "job.log"
     with slurm_cluster.cluster() as env:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from conftest import ROOT, Run
 
@@ -43,7 +44,7 @@ def documents(made: submission.Submission) -> list[dict]:
 
 def train(*argv: str, recipe: str = "verify", cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "manyrank.cli", "train", recipe, *argv]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    return warm.run(command, cwd=cwd, env={**os.environ, **env})
 
 
 # Golden text

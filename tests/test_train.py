@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, launch
 
 from manyrank import hardware
@@ -282,7 +282,7 @@ def accelerate_launch(config, *args, nproc=2):
         "verify",
         *args,
     ]
-    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return warm.run(argv, cwd=ROOT)
 
 
 def test_plain_accelerate_launch(whole_run, tmp_path):
