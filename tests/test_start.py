@@ -167,14 +167,14 @@ def test_a_resume_beside_a_running_run_is_refused_at_the_launch(embedded_model, 
 
 
 def test_a_folder_is_given_back_and_the_lock_of_a_dead_owner_is_taken_over(tmp_path, capsys):
-    folder = tmp_path / "run"
+    folder = tmp_path / "output" / "run"
     with run_lock.claimed(folder):
         assert (folder / run_folder.LOCK).exists()
         with pytest.raises(UserError, match="another run works in this folder"):
             run_lock.refuse_if_held(folder)
         with pytest.raises(UserError, match=f"pid {os.getpid()}"), run_lock.claimed(folder):
             pass
-    assert not folder.exists()  # nothing was put into it
+    assert not folder.parent.exists()  # nothing was put into it
     left = claim_and_die(folder)
     run_lock.refuse_if_held(folder)
     with run_lock.claimed(folder):

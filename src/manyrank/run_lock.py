@@ -73,17 +73,18 @@ def refuse_if_held(output_dir: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(output_dir: Path) -> Iterator[None]:
-    """Have the folder for this process while this lasts; the folder goes again if nothing else was put into it.
+    """Have the folder for this process while this lasts; what is made of its path goes again if it stays empty.
 
     Raises:
         UserError: another run has it, or the lock cannot be written.
     """
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         with writable(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             own = _claim(output_dir)
     except BaseException:
-        _remove_if_empty(output_dir)
+        _remove_if_empty(output_dir, *made)
         raise
     over = threading.Event()
     beats = threading.Thread(target=_keep, args=(output_dir, own, over), daemon=True, name="run lock")
@@ -93,20 +94,21 @@ def claimed(output_dir: Path) -> Iterator[None]:
     finally:
         over.set()
         beats.join(BEAT)  # else it might write into the lock of the next owner
-        release(output_dir, own)
+        _release(output_dir, own)
+        _remove_if_empty(output_dir, *made)
 
 
-def release(output_dir: Path, own: Owner) -> None:
-    """Give the folder up if it is still this owner's, and remove it if it is empty."""
+def _release(output_dir: Path, own: Owner) -> None:
+    """Give the folder up if it is still this owner's."""
     found = _read(output_dir / LOCK)
     if found and found.token == own.token:
         (output_dir / LOCK).unlink(missing_ok=True)
-    _remove_if_empty(output_dir)
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+def _remove_if_empty(*folders: Path) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _claim(output_dir: Path) -> Owner:
