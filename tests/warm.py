@@ -30,6 +30,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -209,6 +210,8 @@ def _begin(rest: list[str], argv: Sequence[str], env: dict[str, str], cwd: str) 
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
+    for finalizer in list(weakref.finalize._registry):  # of temporary folders, for instance, which are the parent's
+        finalizer.atexit = False
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
