@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import warm
@@ -32,7 +33,7 @@ RUNS = {
     "dropout": "verify --lora_dropout=0.1 --max_steps=4 --strategy=ddp --nproc=2",
     "int8": "verify --method=int8 --max_steps=4 --strategy=single",
     "bf16": "verify --bf16=auto --method=qlora --max_steps=4 --strategy=single",
-    "another optimizer and schedule": "verify --optim=adafactor --lr_scheduler_type=cosine --warmup_steps=2 --max_steps=4 --strategy=single",
+    "another optimizer and schedule": "verify --optim=sgd --lr_scheduler_type=cosine --warmup_steps=2 --max_steps=4 --strategy=single",
     "offload": "verify --max_steps=4 --strategy=zero3_offload --nproc=2",
     "a resume on other ranks": "verify --max_steps=6 --strategy=fsdp --nproc=2 --resume_from_checkpoint={packing}/checkpoint-3",
     "GRPO": "--config=fast_test --task=grpo --model=embedded --data_path={sums} --rewards={{f1: 1.0, numeric: 0.5}} --num_generations=4 "
@@ -107,13 +108,15 @@ def trained(line: str, folder: Path) -> dict:
 
 
 def runs(folder: Path) -> Iterator[tuple[str, dict]]:
-    from manyrank import verify
-
-    for case in verify.cases(verify.METHODS, verify.STRATEGIES, verify.LAUNCHERS):
-        nproc = verify.processes(case.strategy, 2)
-        options = f"--method={case.method} --strategy={case.strategy} --nproc={nproc} --via={case.launcher}"
-        options += " --hsdp_shard_size=2" if case.strategy == "hsdp" else ""
-        yield f"verify {case}", trained(f"verify {options} --max_steps=3", folder / str(case).replace(" ", "-"))
+    for method, strategy in product(("lora", "qlora", "full"), ("single", "ddp", "fsdp", "hsdp", "zero2", "zero3")):
+        nproc = {"single": 1, "hsdp": 4}.get(strategy, 2)
+        options = f"--method={method} --strategy={strategy} --nproc={nproc} --max_steps=3"
+        options += " --hsdp_shard_size=2" if strategy == "hsdp" else ""
+        for via in ("python",) if strategy == "single" else ("accelerate", "torchrun"):
+            yield (
+                f"{method} {strategy} {via}",
+                trained(f"verify {options} --via={via}", folder / f"{method}-{strategy}-{via}"),
+            )
     sums = folder / "sums.jsonl"
     rows = [{"question": f"What is {i} + {j}?", "answer": f"{i + j}"} for i in range(8) for j in range(8)]
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
