@@ -18,8 +18,8 @@ import torch
 from manyrank import run_folder, topology
 from manyrank.checkpoint import FullWriter
 from manyrank.config import Entry, resolve
+from manyrank.exits import leave
 from manyrank.opening import open_session
-from manyrank.train import leave
 
 ROUNDS, STEPS = 5, 10
 HIDDEN, FEED_FORWARD, LAYERS, RANK = 4096, 11008, 32, 16

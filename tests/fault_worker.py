@@ -18,9 +18,9 @@ import torch
 
 from manyrank import run_folder, topology
 from manyrank.config import Entry, resolve
+from manyrank.exits import leave
 from manyrank.opening import open_session
 from manyrank.optim import advance
-from manyrank.train import leave
 
 
 class Killer:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from manyrank import grpo as grpo_task
 from manyrank import topology
 from manyrank.config import resolve
+from manyrank.exits import guarded, leave
 from manyrank.loaded import load_model
 from manyrank.opening import open_session
 from manyrank.options import parse
-from manyrank.train import guarded, leave
 
 ROWS, PROMPT, ANSWER = 16, 6, 5
 LOSSES = ("dapo", "grpo", "dr_grpo")  # bnpo divides by the micro-batch
@@ -39,7 +40,7 @@ def main() -> int:
 
     def work() -> None:
         own, _ = load_model(str(sft), dtype="float32")  # not after ZeRO-3 is there, which would have a part of it
-        session = open_session(config, place, output_dir=out.with_suffix(""), bf16=False)
+        session = open_session(config, place, output_dir=out.with_suffix(""), bf16=False, task=grpo_task)
         trainer, runtime, policy = session.trainer, session.runtime, session.trainer.policy
         whole = answers()
         ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1)

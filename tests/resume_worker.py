@@ -9,9 +9,9 @@ from pathlib import Path
 
 from manyrank import topology
 from manyrank.config import resolve
+from manyrank.exits import guarded, leave
 from manyrank.opening import open_session
 from manyrank.options import parse
-from manyrank.train import guarded, leave
 
 
 def main() -> int:

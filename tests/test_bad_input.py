@@ -8,10 +8,11 @@ import pytest
 from manyrank import hardware, launcher, rules
 from manyrank.config import Entry, asset, resolve
 from manyrank.errors import UserError
-from manyrank.formats import BadRow, to_sample
+from manyrank.formats import to_sample
 from manyrank.hardware import Hardware
 from manyrank.options import parse
 from manyrank.sources import Source, read_rows
+from manyrank.types import BadRow
 
 DATA = str(asset("data", "sample.jsonl"))
 CPU = Hardware((), 4, False)

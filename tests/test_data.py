@@ -14,9 +14,9 @@ from manyrank.config import Entry, resolve
 from manyrank.data import prepare, write_quarantine
 from manyrank.errors import UserError
 from manyrank.model import load_tokenizer
-from manyrank.render import IGNORE
 from manyrank.sources import Source
 from manyrank.tokenise import count_rows
+from manyrank.types import IGNORE
 
 SAMPLE = "data/sample.jsonl"
 

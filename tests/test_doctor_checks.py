@@ -21,11 +21,12 @@ from manyrank.config import Entry, asset, resolve
 from manyrank.doctor import lines
 from manyrank.doctor_checks import Check, State
 from manyrank.doctor_launch import Ended, How
-from manyrank.doctor_probe import GpuState, Graphics, Network, Software, Space
+from manyrank.doctor_probe import GpuState, Graphics, Network, Space
 from manyrank.doctor_recipe import Data, Hub, HubAnswer, Wandb
 from manyrank.hardware import find_kind
 from manyrank.planner import Machine, make_plan
 from manyrank.situation import Rule, Violation
+from manyrank.versions import Software
 
 GIB = 1 << 30
 H100 = GpuState(0, "H100", 80 * GIB, 79 * GIB, (9, 0), nvlinks=18, nvlink_speed=450e9, pcie=(5, 16, 16))

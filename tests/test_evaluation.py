@@ -6,13 +6,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from manyrank.batches import side_by_side
 from manyrank.config import Entry, resolve
-from manyrank.data import prepare, render_options
+from manyrank.data import prepare
 from manyrank.evaluation import Asked, Layout, _add_batch, add_answers, add_losses
 from manyrank.evaluation import Entry as Found
 from manyrank.generation import Sampling
 from manyrank.loss import TokenLoss
 from manyrank.questions import read_questions
-from manyrank.render import prompt_ids, render
+from manyrank.render import prompt_ids, render, render_options
 from manyrank.scores import row_scores
 from manyrank.topology import Topology
 

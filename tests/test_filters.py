@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from manyrank.dedup import MinHash, digest, same_text
 from manyrank.errors import UserError
 from manyrank.filters import FILTERS, Item, find
-from manyrank.formats import BadRow
 from manyrank.numeric import number
 from manyrank.stages import Stage, build
+from manyrank.types import BadRow
 
 ROW = {
     "question": "How many?",

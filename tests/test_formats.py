@@ -12,7 +12,8 @@ from manyrank.config import asset
 from manyrank.errors import UserError
 from manyrank.formats import FORMATS, Conversation, PlainText, TokenIds, detect, load_function, to_sample
 from manyrank.sources import Source, read_rows
-from manyrank.turns import KEYS, ROLES, BadRow
+from manyrank.turns import KEYS, ROLES
+from manyrank.types import BadRow
 
 SAMPLES = {path.name: path for path in sorted(asset("data", "formats").iterdir())}
 REAL = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout, where somebody put it there

@@ -15,6 +15,7 @@ import warm
 from conftest import ROOT, Run, launch
 from safetensors.torch import load_file
 
+from manyrank import grpo as grpo_task
 from manyrank import topology
 from manyrank.api import _as_it_was
 from manyrank.config import Entry, asset, resolve
@@ -70,7 +71,9 @@ def session_of(folder: Path, *args: str):
     entries = [
         Entry(name, value, "test") for name, _, value in (a.partition("=") for a in last_wins(*SMALL, *BATCH, *args))
     ]
-    return open_session(resolve(None, entries).config, topology.from_environment(), output_dir=folder, bf16=False)
+    return open_session(
+        resolve(None, entries).config, topology.from_environment(), output_dir=folder, bf16=False, task=grpo_task
+    )
 
 
 def log_probs(model, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:

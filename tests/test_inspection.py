@@ -23,11 +23,12 @@ from manyrank.config import asset, resolve
 from manyrank.data import prepare
 from manyrank.errors import UserError
 from manyrank.formats import to_sample
+from manyrank.histogram import bars
 from manyrank.inspection_html import page
 from manyrank.options import Entry
 from manyrank.render import render
 from manyrank.sources import Source, read_rows
-from manyrank.survey import Piece, bars, gather, padding, pieces, spread
+from manyrank.survey import Piece, gather, padding, pieces, spread
 from manyrank.tables import visible
 
 SAMPLE, VALIDATION = (str(asset("data", name)) for name in ("sample.jsonl", "validation.jsonl"))

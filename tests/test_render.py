@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from manyrank.config import asset
-from manyrank.formats import BadRow
-from manyrank.render import IGNORE, RenderOptions, render
+from manyrank.render import RenderOptions, render
+from manyrank.types import IGNORE, BadRow
 
 OWN = {path.stem: path.read_text(encoding="utf-8") for path in asset("data", "templates").glob("*.jinja")}
 PACKAGED = {

@@ -442,12 +442,12 @@ def test_help_needs_no_torch():
 def test_a_report_that_cannot_be_made_is_a_warning(tmp_path, capsys, monkeypatch):
     folder = made_run(tmp_path / "run", line(1, loss=1.0))
     (folder / "report.html").mkdir()
-    with record.history(folder, step=lambda: 7, event="started"):
+    with record.history(folder, step=lambda: 7, event="started", failed=report.make_report):
         pass
-    assert record.make_report(folder) is None
+    assert report.make_report(folder) is None
     assert f"WARNING: the report could not be made: a page cannot be written to {folder}" in capsys.readouterr().err
     monkeypatch.setattr(report, "make", lambda folder: 1 / 0)
-    assert record.make_report(folder) is None
+    assert report.make_report(folder) is None
     assert "ZeroDivisionError: division by zero. `manyrank report" in capsys.readouterr().err
     assert [entry["event"] for entry in metrics.read_history(folder)] == ["started", "finished"]
 
@@ -455,7 +455,7 @@ def test_a_report_that_cannot_be_made_is_a_warning(tmp_path, capsys, monkeypatch
 def test_a_history_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
     folder = made_run(tmp_path / "run", line(1, loss=1.0))
     (folder / "logs" / "history.jsonl").mkdir()
-    with pytest.raises(Preempted), record.history(folder, step=lambda: 4, event="started"):
+    with pytest.raises(Preempted), record.history(folder, step=lambda: 4, event="started", failed=report.make_report):
         raise Preempted
     assert capsys.readouterr().err.count("WARNING: the report will lack something: ") == 2
     assert (folder / "report.html").is_file()
@@ -472,7 +472,10 @@ def test_a_history_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
 def test_how_a_run_ends_is_written_down_and_raised_again(tmp_path, error, event, status):
     folder = made_run(tmp_path / "run", line(1, loss=1.0))
     (folder / "logs" / "history.jsonl").write_text('{"event": "star')  # torn by a kill
-    with pytest.raises(type(error)) as caught, record.history(folder, step=lambda: 4, event="resumed", processes=2):
+    with (
+        pytest.raises(type(error)) as caught,
+        record.history(folder, step=lambda: 4, event="resumed", failed=report.make_report, processes=2),
+    ):
         raise error
     assert caught.value is error
     assert [entry["event"] for entry in metrics.read_history(folder)] == ["resumed", event]

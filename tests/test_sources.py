@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from manyrank.errors import UserError
 from manyrank.json_array import CHUNK
 from manyrank.sources import Source, fingerprint, read_rows
-from manyrank.turns import BadRow
+from manyrank.types import BadRow
 
 ROW = {"question": "q", "answer": "a"}
 

@@ -20,6 +20,11 @@ from .reach import Reach, shape_of, unreached_modules, within
 Say = Callable[[str], None]
 
 
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are learned, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def freeze_unreached(model: torch.nn.Module, reached: Reach | None, say: Say) -> None:
     """Do not train what no gradient comes to: ddp would wait for it, and an optimizer keep states for it.
 

@@ -14,14 +14,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answer_file import AnswerFile, check_output
+from .answer_file import AnswerFile
 from .artifact import Artifact, find
 from .errors import EXIT_FAILED, EXIT_PREEMPTED, UserError
 from .interrupts import StopRequest
 from .options import Parser
 from .prompts import Prompt, read_prompts
+from .run_folder import check_output
 from .sources import Source, digest, fingerprint
-from .turns import BadRow
+from .types import BadRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

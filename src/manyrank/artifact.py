@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import run_folder
 from .errors import UserError
-from .recipe_file import read_yaml
+from .yaml_file import read_yaml
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from .data import Examples
 from .errors import UserError
 from .packing import Packs, dataset_layout, imbalance, padded_layout, step_layout
-from .render import IGNORE
+from .types import IGNORE
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from .errors import UserError
-from .formats import BadRow, Message, to_sample
+from .formats import to_sample
 from .generation import Answer, Sampling, stream
 from .render import RenderOptions, prompt_ids, stop_ids
+from .types import BadRow, Message
 
 
 class Printer(TextStreamer):

@@ -25,14 +25,16 @@ from . import __version__, sources
 from .config import asset, normal
 from .dedup import digest
 from .errors import UserError
-from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset, written_beside
+from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
 from .filters import Item
-from .formats import IGNORE, BadRow, Conversation, Message, PlainText, Sample, detect, to_sample
+from .formats import Conversation, PlainText, Sample, detect, to_sample
 from .options import Parser
-from .recipe_file import read_yaml
+from .run_folder import written_beside
 from .schema import Columns, Float, Format, Int
 from .sources import Source, read_rows
 from .stages import Stage, build, unknown, validated
+from .types import IGNORE, BadRow, Message
+from .yaml_file import read_yaml
 
 
 class RawSource(BaseModel):
@@ -182,7 +184,7 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
             what = f"it lies in the source folder {source.path}, which would have its rows too the next time"
             raise UserError(what, where="output_dir", fix="choose another --output_dir")
     stages = build(config.filters, workers=config.workers, where=where)
-    with written_beside(output, overwrite=config.overwrite) as folder:
+    with written_beside(output, overwrite=config.overwrite, mark=SUMMARY) as folder:
         with closing(Writer(folder)) as writer:
             run = Preparation(config, writer)
             items: Generator[Item, None, None] = run.items()

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import TrainConfig
 from .errors import UserError
 from .formats import needs_template
-from .render import TEMPLATE_REASONS, RenderOptions
+from .render import TEMPLATE_REASONS, render_options
 from .schema import DataSource
 from .sources import Source, known_format, source_of
 from .tokenise import TABLE, USED, Choice, Fate, TokeniseOptions, count_rows, near_doubles, tokenise
@@ -288,15 +288,3 @@ def write_quarantine(examples: Examples, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in examples.report.bad())
-
-
-def render_options(config: TrainConfig) -> RenderOptions:
-    """What the recipe says of rendering; its template is the tokenizer's already."""
-    return RenderOptions(
-        last_turn_only=config.train_on_last_turn,
-        train_on_prompt=config.train_on_prompt,
-        train_on_opening=config.train_on_opening,
-        thinking=config.thinking,
-        template_kwargs=config.chat_template_kwargs,
-        stop_tokens=tuple(config.stop_tokens),
-    )

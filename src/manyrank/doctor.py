@@ -32,6 +32,7 @@ from .errors import EXIT_FAILED, UserError
 from .options import JOBS, CommandLine, Parser, parse, parser
 from .planner import Plan
 from .situation import Violation
+from .versions import software
 
 PROG = "manyrank doctor"
 ANY_RECIPE = "quickstart"  # stands for a recipe that is not given
@@ -170,14 +171,14 @@ def _look(scope: Scope, graphics: Graphics) -> dict[str, Any]:
     network = doctor_probe.network(where.rdzv_endpoint) if where.nnodes > 1 else None
     sources = doctor_recipe.data(config)
     hub = doctor_recipe.hub(doctor_recipe.hub_names(config, sources))
-    software = doctor_probe.software()
+    own = software()
     checks = [
         doctor_checks.libraries(
-            software,
+            own,
             tested=doctor_probe.tested_versions(asset("constraints.txt")),
             needed=doctor_probe.needed_versions(),
         ),
-        doctor_checks.driver(graphics, software.cuda),
+        doctor_checks.driver(graphics, own.cuda),
         *doctor_checks.gpus(graphics.gpus),
         *_resources(scope, graphics, hub),
         doctor_checks.network(network),
@@ -188,11 +189,11 @@ def _look(scope: Scope, graphics: Graphics) -> dict[str, Any]:
         doctor_checks.wandb_login(doctor_recipe.wandb() if "wandb" in config.report_to else None),
     ]
     host = socket.gethostname()
-    versions = {"manyrank": __version__, "python": software.python, "cuda": software.cuda, "driver": graphics.driver}
+    versions = {"manyrank": __version__, "python": own.python, "cuda": own.cuda, "driver": graphics.driver}
     return {
         "checks": [asdict(replace(check, machine=host)) for check in checks],
         "hub": bool(hub.answers) and all(answer.reached for answer in hub.answers),
-        "software": versions | software.libraries,
+        "software": versions | own.libraries,
         "recipe": _recipe_facts(scope, sources),
         "links": _links(graphics, network),
     }

@@ -13,11 +13,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from .doctor_probe import GpuState, Graphics, Network, Software, Space
+from .doctor_probe import GpuState, Graphics, Network, Space
 from .doctor_recipe import Data, Hub, Wandb
 from .plan_view import summary
 from .planner import Plan, Verdict
 from .situation import Violation
+from .versions import Software
 
 TESTED_PYTHON = "3.11"
 # The oldest driver for a torch that was built for CUDA 11.x, 12.x, 13.x (NVIDIA's minor version compatibility).

@@ -9,16 +9,13 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import resource
-import runpy
 import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}  # of a PCIe generation, each way
 NVIDIA = "0x10de"  # PCI vendor
 PCI = Path("/sys/bus/pci/devices")
@@ -30,19 +27,6 @@ MEMORY_LIMITS = (  # of a container: limit, use
 
 
 # Software
-
-
-@dataclass(frozen=True)
-class Software:
-    """Versions of Python, of LIBRARIES, and the CUDA version that torch was built for (None: for the CPU)."""
-
-    python: str
-    libraries: dict[str, str | None]
-    cuda: str | None
-
-
-def software() -> Software:
-    return Software(platform.python_version(), {name: _version(name) for name in LIBRARIES}, _cuda_of_torch())
 
 
 def tested_versions(constraints: Path) -> dict[str, str]:
@@ -57,21 +41,6 @@ def needed_versions() -> dict[str, str]:
 
     needed = map(Requirement, importlib.metadata.requires("manyrank") or ())
     return {entry.name: str(entry.specifier) for entry in needed if not entry.marker}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cuda_of_torch() -> str | None:
-    """From torch's file of versions: importing torch takes seconds."""
-    found = importlib.util.find_spec("torch")
-    if found is None or not found.origin:
-        return None
-    return runpy.run_path(str(Path(found.origin).with_name("version.py"))).get("cuda")
 
 
 # GPUs

@@ -22,10 +22,10 @@ from . import hardware, topology
 from .config import Resolved, resolve
 from .embedded import EMBEDDED
 from .errors import EXIT_FAILED, UserError
+from .exits import leave
 from .interrupts import end_with_parent
 from .options import parse
 from .topology import Topology
-from .train import leave
 from .watchdog import Heart
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .formats import BadRow
 from .marks import NO_STOP
+from .types import BadRow
 
 WORD = r"[<\[({|][^\s<>\[\](){}]*[<>\[\](){}|]"  # an end of turn that is no token, such as </s> or [END]
 

@@ -68,3 +68,10 @@ class Preempted(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(EXIT_PREEMPTED)
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error without a traceback: its type and the first line of what it says."""
+    if isinstance(error, UserError):
+        return error.what
+    return f"{type(error).__name__}: {error}".split("\n")[0].strip().removesuffix(":")

@@ -18,12 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from . import hardware, harness
 from .contestants import Contestant, Load
-from .data import Examples, prepare, render_options
+from .data import Examples, prepare
 from .errors import UserError
 from .evaluation import Asked, Entry, Layout, add_answers, add_losses, check_references
 from .generation import Sampling
 from .loaded import load_model
 from .questions import Key, Question, read_questions
+from .render import render_options
 from .schema import TrainConfig
 from .scores import row_scores
 from .topology import Topology

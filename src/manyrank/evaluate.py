@@ -23,13 +23,13 @@ from . import contestants, eval_report, hardware, harness, launcher, topology
 from .config import FIELDS
 from .contestants import DATA_KEYS, Load
 from .errors import UserError
-from .export import written_beside
+from .exits import guarded, leave
 from .interrupts import end_with_parent
 from .options import CommandLine, Parser, Where
+from .run_folder import written_beside
 from .schema import TrainConfig
 from .scores import SCORES, row_scores
 from .topology import Topology
-from .train import guarded, leave
 
 LOSS = ("loss", "perplexity")
 DEFAULT = "loss,normalised,f1"

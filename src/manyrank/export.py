@@ -13,57 +13,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import UserError
-from .formats import BadRow
+from .types import BadRow
 
 Kind = Any  # None (no value yet), the name of a type, [kind of the entries] or {key: kind}
 SUMMARY = "sft_data_summary.json"
 QUARANTINE = "quarantine"
-
-
-@contextmanager
-def written_beside(
-    output: Path, *, overwrite: bool, mark: str = SUMMARY, option: str = "--output_dir"
-) -> Iterator[Path]:
-    """A new folder that takes the place of `output` at the end, or vanishes on any error.
-
-    Args:
-        mark: a file that is in every folder which the command has written, so that it never replaces another one.
-        option: what names the folder.
-
-    Raises:
-        UserError: `output` has files, and may not be overwritten or was not written by this command.
-    """
-    check_output(output, overwrite=overwrite, mark=mark, option=option)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))  # a name that nobody has
-    partial.chmod(0o755)
-    try:
-        yield partial
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_output(output: Path, *, overwrite: bool, mark: str = SUMMARY, option: str = "--output_dir") -> None:
-    """Refuse a folder that would lose something."""
-    where = option.lstrip("-")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not output.is_dir() or not (output / mark).is_file():
-        what = f"there is something else at {output}" if output.is_dir() else f"{output} is a file"
-        raise UserError(what, where=where, fix=f"choose another {option}")
-    if not overwrite:
-        raise UserError(f"{output} is there already", where=where, fix=f"choose another {option}, or add --overwrite")
 
 
 def json_line(row: dict[str, Any]) -> bytes:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from .errors import UserError
 from .json_array import items
-from .turns import BadRow
+from .types import BadRow
 
 CHUNK = 1 << 20  # bytes read at a time
 BATCH = 256  # rows of a Parquet file read at a time

@@ -27,10 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .dedup import MinHash, digest, texts
 from .errors import UserError
-from .formats import BadRow, load_function
+from .fields import find, find_text, refusal
+from .formats import load_function
 from .numeric import number
-from .sandbox import Limits, Refused, run
+from .sandbox import Limits
 from .schema import Float, Int, Pattern, Strings
+from .types import BadRow
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,30 +53,6 @@ class Item:
 
 
 Check = Callable[[Item], "str | None"]  # the reason to drop the row; None keeps it
-
-
-def find(row: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path; a number is an item of a list, and a key may hold dots itself.
-
-    Raises:
-        BadRow: there is nothing, or null.
-    """
-    value: Any = row
-    for part in [path] if path in row else path.split("."):
-        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is None:
-            raise BadRow(f"the row has no field {path!r}", reason="missing field")
-    return value
-
-
-def find_text(row: dict[str, Any], path: str) -> str:
-    value = find(row, path)
-    if not isinstance(value, str):
-        raise BadRow(f"the field {path!r} is {type(value).__name__}, not text", reason="wrong type")
-    return value
 
 
 # The filters: options, and the check that they make.
@@ -214,23 +192,8 @@ class Command(BaseModel):
     network: bool = False
 
     def check(self) -> Check:
-        command = [part.replace("{file}", self.file) for part in self.run]
         limits = Limits(seconds=self.timeout, memory_mb=self.memory_mb, network=self.network)
-
-        def accepted(item: Item) -> str | None:
-            content = "\n".join(find_text(item.row, path) for path in self.content)
-            try:
-                outcome = run(command, files={self.file: content}, limits=limits)
-            except UnicodeEncodeError:
-                raise BadRow(
-                    "the content has half a surrogate pair, which is no text", "half a surrogate pair"
-                ) from None
-            except Refused as error:
-                fix = "mend `run`" if self.network else "mend `run`, or set network: true to run it with the network"
-                raise UserError(str(error), where=f"the filter command, run: {' '.join(self.run)}", fix=fix) from None
-            return None if outcome.code == 0 else outcome.reason
-
-        return accepted
+        return lambda item: refusal(item.row, self.content, run=self.run, file=self.file, limits=limits)
 
 
 class Quality(BaseModel):

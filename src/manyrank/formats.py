@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .turns import BadRow, Message, json_object, listed, name_answers, optional, read_tools, read_turns, text
+from .turns import json_object, listed, name_answers, optional, read_tools, read_turns, text
+from .types import IGNORE, BadRow, Message
 
 Values = dict[str, Any]  # a row
 Columns = Mapping[str, str]  # a format's field -> the row's column
-
-IGNORE = -100  # the label of a token that is not learned
 
 
 @dataclass(frozen=True)

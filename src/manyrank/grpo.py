@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -24,11 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from . import metrics
 from .batches import MicroBatch, epoch_order
 from .config import TrainConfig
-from .data import Examples, render_options
+from .data import Examples
 from .errors import UserError
 from .model import evaluation_mode
 from .policy import Policy
 from .questions import Question, prompt_of, read_questions
+from .render import render_options
 from .rewards import read_rewards, rewarded, scorers
 from .runtime import Runtime
 from .scores import SCORES
@@ -178,18 +179,18 @@ def _check_questions(
             raise UserError(f"{what} into the model's {context:,}", where=question.place, fix=fix)
 
 
-def open_policy(
+def trainer_of(
     model: torch.nn.Module, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question], *, bf16: bool,
-) -> Policy:  # fmt: skip
-    """trl's part, before the strategy wraps the model.
+) -> tuple[Callable[..., PolicyTrainer], str]:  # fmt: skip
+    """What makes the trainer, with trl's part, before the strategy wraps the model; and the fingerprint of the questions.
 
     Raises:
         UserError: the vLLM server cannot be reached.
     """
     per_rank = config.batch(accelerator.num_processes) // accelerator.num_processes
     try:
-        return Policy(
+        policy = Policy(
             model, config, accelerator=accelerator, tokenizer=tokenizer, questions=questions,
             rewards=read_rewards(config.rewards), accumulation=per_rank // config.per_device_train_batch_size,
             bf16=bf16,
@@ -197,6 +198,7 @@ def open_policy(
     except ConnectionError as error:
         fix = "start it (trl vllm-serve), or mend vllm_server_base_url"
         raise UserError(f"the vLLM server: {error}", where="vllm_server_base_url", fix=fix) from None
+    return partial(PolicyTrainer, policy=policy), fingerprint(questions)
 
 
 class PolicyTrainer(Trainer):

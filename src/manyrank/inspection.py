@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from .config import resolve
+from .histogram import Bar
 from .inspection_html import page
 from .inspection_tables import bad_rows_note, overlap, part_tables, reading_tables, sample_line, settings
 from .model import load_tokenizer
@@ -17,7 +18,7 @@ from .options import Parser, parse, parser
 from .pages import check_page, write_page
 from .rules import check_sources
 from .survey import Part, Piece, SampleFacts, Survey, gather
-from .tables import Bar, Table, one_line, visible
+from .tables import Table, one_line, visible
 
 PROG = "manyrank data inspect"
 GREEN, DIM, BOLD, OFF = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"

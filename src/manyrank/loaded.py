@@ -16,10 +16,9 @@ from transformers.utils import logging as transformers_logging
 from . import coverage, hardware
 from .artifact import Artifact, find
 from .config import TrainConfig, recipe_of
-from .data import render_options
 from .errors import UserError
 from .model import LoadPlan, base_model, load_tokenizer, read_config, resolve_name
-from .render import RenderOptions
+from .render import RenderOptions, render_options
 
 QUANTIZATION = {"4bit": "nf4", "8bit": "int8"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

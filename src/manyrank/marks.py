@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .formats import BadRow, Message
+from .types import BadRow, Message
 
 # Reasons to refuse a conversation.
 REFUSED, DROPPED, CHANGED = "refused by template", "dropped by template", "changed by template"

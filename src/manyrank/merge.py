@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 from . import hub
 from .artifact import Artifact, find
 from .errors import EXIT_FAILED, UserError
-from .export import check_output, written_beside
 from .options import Parser
+from .run_folder import check_output, written_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UserError
-from .formats import BadRow
 from .host_memory import page_out, trim
 from .render import RenderOptions, stop_ids
+from .types import BadRow
 
 
 def merged(model: PeftModel, own: torch.dtype, dtype: torch.dtype) -> PreTrainedModel:

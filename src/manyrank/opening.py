@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -48,31 +48,52 @@ from .trainer import Trainer
 from .watchdog import Heart
 
 
+class Task(Protocol):
+    """What a run learns from, where that is more than the examples."""
+
+    def questions_of(
+        self, train: Examples, evaluation: Examples | None, config: TrainConfig, tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+    ) -> tuple[Examples, Examples | None, Sequence[Question]]:  # fmt: skip
+        """The examples that have a question, and these."""
+
+    def trainer_of(
+        self, model: torch.nn.Module, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Question], *, bf16: bool,
+    ) -> tuple[Callable[..., Trainer], str]:  # fmt: skip
+        """What makes the trainer, and the fingerprint of the questions."""
+
+
 def open_session(
     config: TrainConfig,
     place: Topology,
     *,
     output_dir: Path,
     bf16: bool,
+    task: Task | None = None,
     brought: Brought | None = None,
     heart: Heart | None = None,
 ) -> Session:
     """Start the strategy, read the data, load and wrap the model.
 
     Args:
+        task: what the run learns from, where that is more than the examples (`tasks.of`).
         heart: of a run that has `output_dir` for itself; its signs of life are written there once all ranks have met.
 
     Raises:
         UserError: something that only shows now is wrong: a row, the model, a checkpoint.
     """
+    if config.is_grpo != (task is not None):
+        raise ValueError(f"the task of the recipe is {config.task}, and {task} was given")
     brought = brought or Brought()
     with _restored_on_failure(brought.model):
-        return _open(config, place, output_dir, brought, heart, bf16=bf16)
+        return _open(config, place, output_dir, task, brought, heart, bf16=bf16)
 
 
 def _open(
-    config: TrainConfig, place: Topology, output_dir: Path, brought: Brought, heart: Heart | None, *, bf16: bool
-) -> Session:
+    config: TrainConfig, place: Topology, output_dir: Path, task: Task | None, brought: Brought, heart: Heart | None,
+    *, bf16: bool,
+) -> Session:  # fmt: skip
     _prepare_environment(config, place, output_dir)
     own_folder, heart = output_dir if heart and not config.dry_run else None, heart or Heart(place.rank)
     heart.beat(0, "loading the tokenizer")
@@ -84,7 +105,7 @@ def _open(
         config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
     needed = start.run["needed"] if start.folder else _needed(config, accelerator.num_processes)
     heart.beat(0, "reading and tokenising the data")
-    train, evaluation, questions = _data(config, tokenizer, needed, brought.model)
+    train, evaluation, questions = _data(config, tokenizer, needed, task, brought.model)
     if accelerator.is_main_process:
         _tell(config, train, evaluation)
     setup = _foreseen(config, accelerator, place, brought.model, bf16=bf16)
@@ -92,7 +113,7 @@ def _open(
     base, give_back = _fingerprint(brought.model), _lent(brought.model)
     heart.beat(0, "loading the model")
     model = _model(config, accelerator, brought.model, bf16=bf16)
-    kind, rows = _kind(config, model, accelerator, tokenizer, questions, bf16=bf16)
+    kind, rows = _kind(config, task, model, accelerator, tokenizer, questions, bf16=bf16)
     with heart.waiting("distributing the model and the optimizer", compile_locks.explain):
         runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
@@ -124,16 +145,11 @@ def _meet(config: TrainConfig, place: Topology, heart: Heart, folder: Path | Non
 
 
 def _kind(
-    config: TrainConfig, model: torch.nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question], *, bf16: bool,
+    config: TrainConfig, task: Task | None, model: torch.nn.Module, accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, bf16: bool,
 ) -> tuple[Callable[..., Trainer], str | None]:  # fmt: skip
     """What makes the task's trainer, and the fingerprint of the questions that it asks."""
-    if not config.is_grpo:
-        return Trainer, None
-    from . import grpo  # not before: trl takes seconds to import
-
-    policy = grpo.open_policy(model, config, accelerator, tokenizer, questions, bf16=bf16)
-    return partial(grpo.PolicyTrainer, policy=policy), grpo.fingerprint(questions)
+    return task.trainer_of(model, config, accelerator, tokenizer, questions, bf16=bf16) if task else (Trainer, None)
 
 
 def _run(
@@ -309,20 +325,22 @@ def _needed(config: TrainConfig, world: int) -> int | None:
 
 
 def _data(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None, own: PreTrainedModel | None
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    needed: int | None,
+    task: Task | None,
+    own: PreTrainedModel | None,
 ) -> tuple[Examples, Examples | None, Sequence[Question]]:
-    """The examples to train on and to validate with; of grpo, those that have a question, and these."""
+    """The examples to train on and to validate with; of a task that asks questions, those that have one, and these."""
     train, evaluation = prepare(config.data_path, tokenizer, config, needed=needed), None
     if config.eval_split:
         train, evaluation = train.split(config.eval_split)
     elif config.eval_data_path:
         evaluation = prepare(config.eval_data_path, tokenizer, config)
-    if not config.is_grpo:
+    if task is None:
         check_lengths(config, [int(rows.lengths.max()) for rows in (train, evaluation) if rows and len(rows)], own)
         return train, evaluation, ()
-    from . import grpo
-
-    return grpo.questions_of(train, evaluation, config, tokenizer, _context(config, own))
+    return task.questions_of(train, evaluation, config, tokenizer, _context(config, own))
 
 
 def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:

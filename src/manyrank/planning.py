@@ -1,7 +1,7 @@
 """`manyrank plan`: will it fit, where, and how fast. No torch, no GPU, no weights.
 
 manyrank plan my.yaml --gpu H100-80GB --nproc 8
-manyrank plan --model Llama-3.1-70B --method qlora --gpu RTX4090 --nproc 2 --nnodes 1,2,4,...,128 --html plan.html
+manyrank plan --model Llama-3.1-70B --method qlora --gpu RTX4090 --nproc 2 --nnodes 1,2,4,...,128
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from .config import Entry, Resolved, TrainConfig, normal, resolve
 from .embedded import EMBEDDED, ensure
 from .errors import UserError
 from .options import CommandLine, Job, Parser, Where, parse, parser
-from .pages import check_page, write_page
-from .plan_html import page
 from .plan_view import as_text, as_values
 from .planner import Machine, Plan, make_plan, scaling, with_micro_batch
 from .rules import violations
@@ -29,7 +27,7 @@ from .shapes import Architecture
 from .situation import Situation
 
 PROG = "manyrank plan"
-OWN = ("gpu", "gpu_memory", "host_memory", "network", "price", "tokens", "json", "html")
+OWN = ("gpu", "gpu_memory", "host_memory", "network", "price", "tokens", "json")
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 1e3, "mb": 1e6, "gb": 1e9}  # fmt: skip
 NO_DATA = "(none)"  # stands for the data of a plan without a recipe
 BYTES_A_TOKEN = 4  # of text in a data file, about
@@ -54,8 +52,6 @@ def main(argv: Sequence[str]) -> int:
         print(_help())
         return 0
     asked = _parse(argv)
-    if asked.own.html:
-        check_page(asked.own.html)
     resolved = _resolved(asked.line)
     config = resolved.config
     machine, bf16 = _machine(asked, config)
@@ -70,11 +66,7 @@ def main(argv: Sequence[str]) -> int:
         "tokens": _tokens(config, plan, asked.own.tokens), "price": price, "scales": scales,
         "against": _against(resolved, config, plan),
     }  # fmt: skip
-    if asked.own.html:
-        write_page(page(plan, **facts), asked.own.html)
     print(json.dumps(as_values(plan, **facts), indent=1) if asked.own.json else as_text(plan, **facts))
-    if asked.own.html and not asked.own.json:
-        print(f"written to {asked.own.html}")
     return 0
 
 
@@ -134,7 +126,6 @@ def _options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--strategy", metavar="NAME", help="one strategy, or all (default: all, and the fastest that fits is chosen)"
     )
     shown.add_argument("--json", action="store_true", help="print values instead of tables")
-    shown.add_argument("--html", metavar="FILE", type=Path, help="write a page too")
     return made
 
 
@@ -142,9 +133,7 @@ def _help() -> str:
     made = parser(PROG, launch=True)
     made.conflict_handler = "resolve"  # --nnodes and --strategy say more here
     _options(made)
-    made.usage = (
-        f"{PROG} [RECIPE] [--model NAME|FOLDER|config.json] [--key value ...] [--gpu KIND] [--json] [--html FILE]"
-    )
+    made.usage = f"{PROG} [RECIPE] [--model NAME|FOLDER|config.json] [--key value ...] [--gpu KIND] [--json]"
     made.description = (
         "Will it fit, where, and how fast: memory and speed of a recipe on every strategy, before anything is started."
     )

@@ -23,9 +23,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .callbacks import training_arguments
 from .config import TrainConfig
-from .data import render_options
 from .questions import Question
-from .render import prompt_ids, stop_ids
+from .render import prompt_ids, render_options, stop_ids
 from .reward_model import reward_model
 from .rewards import Reward, rewarded, scorers
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from .errors import UserError
 from .files import Row
-from .formats import BadRow, Conversation, Message, detect, to_sample
+from .formats import Conversation, detect, to_sample
 from .sources import Source, read_rows
 from .turns import ROLES
+from .types import BadRow, Message
 
 # The field of a row's question, that of its answer, and the fields of a turn that are its role.
 ANSWERED_BY = {"question": "answer", "instruction": "output", "prompt": "completion"}

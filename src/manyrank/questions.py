@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from .config import TrainConfig
 from .errors import UserError
 from .files import Row
-from .formats import BadRow, Conversation, Message, to_sample
+from .formats import Conversation, to_sample
 from .render import RenderOptions, prompt_ids
 from .schema import DataSource
 from .sources import Source, known_format, read_rows, source_of
+from .types import BadRow, Message
 
 Key = tuple[str, int]  # the path of a source, and the number of a row in it
 

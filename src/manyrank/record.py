@@ -6,20 +6,19 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, metrics, report
+from . import __version__, metrics
 from .config import TrainConfig
 from .data import Examples, write_quarantine
-from .doctor_probe import software
-from .errors import Preempted, UserError
+from .errors import Preempted, in_one_line
 from .hardware import probe
 from .run_folder import TOKENIZER
 from .runtime import Facts
 from .survey import of_run
+from .versions import software
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,42 +57,27 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def history(output_dir: Path, *, step: Callable[[], int], event: str, **facts: object) -> Iterator[None]:
-    """Write down how a run begins and how it ends, and make its report whichever way that is.
+def history(
+    output_dir: Path, *, step: Callable[[], int], event: str, failed: Callable[[Path], object], **facts: object
+) -> Iterator[None]:
+    """Write down how a run begins and how it ends.
 
     Args:
         step: asks for the step that the run has come to.
         event: how it begins.
+        failed: what is done with the folder of a run that ends with an error, once that is written down.
     """
     with metrics.beside_the_point():
         metrics.note(output_dir, event, step=step(), **facts)
     try:
         yield
     except (Exception, Preempted) as error:
-        ending = {"event": "preempted"} if isinstance(error, Preempted) else {"event": "failed", "why": _what(error)}
+        ending = (
+            {"event": "preempted"} if isinstance(error, Preempted) else {"event": "failed", "why": in_one_line(error)}
+        )
         with metrics.beside_the_point():
             metrics.note(output_dir, step=step(), **ending)
-        make_report(output_dir)
+        failed(output_dir)
         raise
     with metrics.beside_the_point():
         metrics.note(output_dir, "finished", step=step())
-
-
-def make_report(output_dir: Path) -> Path | None:
-    """report.html. The training is over and saved: whatever is wrong with its page is told, and changes nothing of that."""
-    try:
-        return report.make(output_dir)
-    except Exception as error:
-        print(
-            f"WARNING: the report could not be made: {_what(error)}. `manyrank report {output_dir}` tries again",
-            file=sys.stderr,
-            flush=True,
-        )
-        return None
-
-
-def _what(error: BaseException) -> str:
-    """What is wrong, in one line."""
-    if isinstance(error, UserError):
-        return error.what
-    return f"{type(error).__name__}: {error}".split("\n")[0].strip().removesuffix(":")

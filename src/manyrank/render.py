@@ -22,9 +22,10 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from .formats import IGNORE, BadRow, Message
+from .config import TrainConfig
 from .marks import CHANGED, DROPPED, NO_STOP, REFUSED, THINK_END, THINK_TAGS, Layout
 from .templates import Template
+from .types import IGNORE, BadRow, Message
 
 TEMPLATE_REASONS = frozenset({REFUSED, DROPPED, CHANGED, NO_STOP, "no template"})
 
@@ -52,6 +53,18 @@ class RenderOptions:
     chat_template: str | None = None
     template_kwargs: dict = field(default_factory=dict)
     stop_tokens: tuple[str, ...] = ()
+
+
+def render_options(config: TrainConfig) -> RenderOptions:
+    """What the recipe says of rendering; its template is the tokenizer's already."""
+    return RenderOptions(
+        last_turn_only=config.train_on_last_turn,
+        train_on_prompt=config.train_on_prompt,
+        train_on_opening=config.train_on_opening,
+        thinking=config.thinking,
+        template_kwargs=config.chat_template_kwargs,
+        stop_tokens=tuple(config.stop_tokens),
+    )
 
 
 class Notice(StrEnum):

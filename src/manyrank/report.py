@@ -6,10 +6,11 @@ manyrank report output/a output/b --output ab.html
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, in_one_line
 from .options import Parser
 from .pages import check_page, write_page
 from .report_html import comparison_page, run_page
@@ -42,6 +43,19 @@ def make(folder: Path, output: Path | None = None) -> Path:
         UserError: the folder is none of a run, or the page cannot be written.
     """
     return _write(run_page(read_run(folder)), output or folder / NAME)
+
+
+def make_report(output_dir: Path) -> Path | None:
+    """report.html. The training is over and saved: whatever is wrong with its page is told, and changes nothing of that."""
+    try:
+        return make(output_dir)
+    except Exception as error:
+        print(
+            f"WARNING: the report could not be made: {in_one_line(error)}. `manyrank report {output_dir}` tries again",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
 
 
 def compare(folders: Sequence[Path], output: Path | None = None) -> Path:

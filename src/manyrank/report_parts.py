@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from .histogram import Bar
 from .memory import GiB
 from .run_record import RunRecord
 from .svg import Chart, Curve
-from .tables import Bar, Cell, Table, count, decimal, one_line, share, word
+from .tables import Cell, Table, count, decimal, one_line, share, word
 
 NONE = Cell("–")
 MEDIANS = "Rates, step and padding are medians over the lines of metrics."

@@ -24,8 +24,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
-from .filters import Command, Item
+from .fields import refusal
 from .numeric import NUMBER
+from .sandbox import Limits
 from .schema import Float, Int, Pattern, Strings
 from .scores import SCORES, RowScore, row_scores, scored, spoken
 
@@ -110,13 +111,14 @@ class Program(BaseModel):
     network: bool = False
 
     def scorer(self) -> RowScore:
-        options = self.model_dump(exclude={"tests"})
-        accepted = Command(**options, content=["answer", *(f"row.{path}" for path in self.tests)]).check()
+        limits = Limits(seconds=self.timeout, memory_mb=self.memory_mb, network=self.network)
+        content = ["answer", *(f"row.{path}" for path in self.tests)]
 
         def score(answer: str, reference: str, row: Mapping[str, Any]) -> float:
             fenced = FENCED.findall(answer)
             code = fenced[-1] if fenced else answer
-            return float(accepted(Item("", {"answer": code, "row": dict(row)})) is None)
+            fields = {"answer": code, "row": dict(row)}
+            return float(refusal(fields, content, run=self.run, file=self.file, limits=limits) is None)
 
         return score
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from . import run_lock
 from .config import Resolved, TrainConfig
 from .errors import UserError, UserErrors
-from .formats import BadRow, needs_template, to_sample
+from .formats import needs_template, to_sample
 from .grpo_rules import GRPO_RULES
 from .model_facts import find_facts
 from .model_rules import MODEL_RULES
@@ -31,6 +31,7 @@ from .situation import Rule, Situation, Violation
 from .sources import known_format, read_rows, source_of
 from .strategy_rules import STRATEGY_RULES
 from .turns import bad_rows_error, usual_fix
+from .types import BadRow
 
 __all__ = [
     "RULES",

@@ -20,7 +20,9 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,3 +235,42 @@ def _remove(folder: Path) -> None:
 def _hash(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def written_beside(
+    output: Path, *, overwrite: bool, mark: str | None = None, option: str = "--output_dir"
+) -> Iterator[Path]:
+    """A new folder that takes the place of `output` at the end, or vanishes on any error.
+
+    Args:
+        mark: a file that is in every folder which the command has written, so that it never replaces another one;
+            None replaces nothing.
+        option: what names the folder.
+
+    Raises:
+        UserError: `output` has files, and may not be overwritten or was not written by this command.
+    """
+    check_output(output, overwrite=overwrite, mark=mark, option=option)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))  # a name that nobody has
+    partial.chmod(0o755)
+    try:
+        yield partial
+        if output.exists():
+            shutil.rmtree(output)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(output: Path, *, overwrite: bool, mark: str | None, option: str = "--output_dir") -> None:
+    """Refuse a folder that would lose something."""
+    where = option.lstrip("-")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir() or mark is None or not (output / mark).is_file():
+        what = f"there is something else at {output}" if output.is_dir() else f"{output} is a file"
+        raise UserError(what, where=where, fix=f"choose another {option}")
+    if not overwrite:
+        raise UserError(f"{output} is there already", where=where, fix=f"choose another {option}, or add --overwrite")

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import first_look
+from .adapters import trainable
 from .errors import NonFiniteError
 from .fsdp_preparation import buffers_kept_apart, name_layers
-from .optim import trainable
 
 OptimizerState = dict[str, torch.Tensor]
 

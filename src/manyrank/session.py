@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from . import checkpoint, metrics, record, run_folder, trackers
 from .config import TrainConfig
-from .data import render_options
 from .errors import Preempted, SaveError
 from .foresight import compared, is_out_of_memory, out_of_memory
 from .generate import answers
 from .loss import LossFunction
 from .model import evaluation_mode
+from .render import render_options
 from .resume import Start, from_main
 from .rules import warnings_of_length
 from .runtime import Facts, Runtime
@@ -87,8 +87,12 @@ class Session:
             f"peak memory {peak / 2**30:.2f} GiB a process; nothing was saved"
         )
 
-    def run(self) -> None:
-        """Train, save final_model, show the answers to the recipe's questions before and after."""
+    def run(self, report: Callable[[Path], Path | None] = lambda folder: None) -> None:
+        """Train, save final_model, show the answers to the recipe's questions before and after.
+
+        Args:
+            report: makes the page of a run that has ended, in its folder.
+        """
         for note in (*self.start.notes, *warnings_of_length(self.config, self.trainer.total_steps)):
             self.say(note)
         if self.start.folder:
@@ -96,7 +100,7 @@ class Session:
             self.trainer.resume(self.start.folder)
             self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
         facts = self._write_facts()
-        with self._recorded(facts):
+        with self._recorded(facts, report):
             try:
                 with self._explained():
                     before = self._before()
@@ -108,7 +112,7 @@ class Session:
                 raise
             self._tell(before, after, final)
             self._compare()
-        if self.accelerator.is_main_process and (page := record.make_report(self.output_dir)):
+        if self.accelerator.is_main_process and (page := report(self.output_dir)):
             self.say(f"report: {page}")
         self.accelerator.wait_for_everyone()
 
@@ -125,7 +129,7 @@ class Session:
             if self.setup and self.accelerator.is_main_process and (line := compared(self.setup, self.output_dir)):
                 self.say(line)
 
-    def _recorded(self, facts: Facts) -> contextlib.AbstractContextManager:
+    def _recorded(self, facts: Facts, report: Callable[[Path], object]) -> contextlib.AbstractContextManager:
         """The run's history, on rank 0."""
         if not self.accelerator.is_main_process:
             return contextlib.nullcontext()
@@ -133,6 +137,7 @@ class Session:
             self.output_dir,
             step=lambda: self.trainer.state.global_step,
             event="resumed" if self.start.folder else "started",
+            failed=report,
             processes=self.accelerator.num_processes,
             total_steps=self.trainer.total_steps,
             wrapper=facts.wrapper,

@@ -21,7 +21,7 @@ from .errors import UserError
 from .files import SUFFIXES, Row, file_rows, kind_of, numbered
 from .formats import detect
 from .schema import DataSource, TrainConfig
-from .turns import BadRow
+from .types import BadRow
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WHERE = "data_path or eval_data_path"

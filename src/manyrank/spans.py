@@ -17,8 +17,8 @@ from functools import cached_property
 from typing import Protocol
 
 from .endings import common
-from .formats import BadRow, Message
 from .marks import CHANGED, DROPPED, MARK, NO_STOP, OTHER, Form, Marked, Position, Slot, Turn, mark_text, written
+from .types import BadRow, Message
 
 
 class Renders(Protocol):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import UserError
 from .filters import FILTERS, Check, Command, Function, Item
-from .formats import BadRow
+from .types import BadRow
 
 Refuse = Callable[[Item, str, BadRow], None]  # takes a broken row, with the stage's name; may raise
 Model = TypeVar("Model", bound=BaseModel)

@@ -18,7 +18,7 @@ from typing import Any
 
 from .config import asset
 from .errors import UserError
-from .recipe_file import read_yaml
+from .yaml_file import read_yaml
 
 
 @dataclass(frozen=True)

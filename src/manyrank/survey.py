@@ -19,14 +19,13 @@ from .batches import StepLoader, epoch_order
 from .config import TrainConfig
 from .data import Examples, bad_reasons, prepare
 from .errors import UserError
+from .histogram import Bar, bars
 from .packing import dataset_layout
-from .render import IGNORE
 from .schema import DataSource
-from .tables import Bar
 from .turns import SHOWN
+from .types import IGNORE
 
 RANKS = (1, 2, 4, 8)
-BARS = 16  # of a histogram, at most
 STEPS = 20  # that the balance of ranks is measured over
 
 
@@ -278,22 +277,6 @@ def _lengths(lengths: np.ndarray) -> Lengths:
         longest=int(lengths.max()),
         bars=bars(lengths),
     )
-
-
-def bars(lengths: np.ndarray) -> tuple[Bar, ...]:
-    """A histogram of round steps: 1, 2 or 5 times a power of ten, the smallest that makes at most BARS bars.
-
-    What is longer than 99% of the examples may be together in one last bar, so that a few do not flatten the rest.
-    """
-    usual, longest = int(np.percentile(lengths, 99, method="higher")), int(lengths.max())
-    steps = (digit * 10**power for power in range(19) for digit in (1, 2, 5))
-    step = next(step for step in steps if usual // step - lengths.min() // step < BARS - 1)
-    numbers = range(int(lengths.min() // step), usual // step + 1)
-    counts = np.bincount(np.minimum(lengths // step, numbers.stop), minlength=numbers.stop + 1)
-    found = [Bar(k * step, (k + 1) * step - 1, int(counts[k])) for k in numbers]
-    if counts[numbers.stop]:
-        found.append(Bar(numbers.stop * step, longest, int(counts[numbers.stop])))
-    return tuple(found)
 
 
 def _packing(examples: Examples, tokenizer, config: TrainConfig, *, seed: int | None) -> Packing:

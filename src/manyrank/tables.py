@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from .histogram import Bar
+
 # What a terminal or a browser would obey, or cannot show: control characters but newline and tab, half surrogate pairs,
 # and the marks that turn the direction of text.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -58,15 +60,6 @@ def decimal(number: float) -> Cell:
 
 def share(part: float) -> Cell:
     return Cell(f"{part:.1%}", repr(part))
-
-
-@dataclass(frozen=True)
-class Bar:
-    """So many examples of `first` to `last` tokens."""
-
-    first: int
-    last: int
-    count: int
 
 
 # HTML

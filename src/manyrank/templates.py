@@ -24,7 +24,6 @@ from itertools import product
 from transformers import PreTrainedTokenizerBase
 
 from .endings import Endings, Probe, adjacent, ending_tokens, find_endings, opening_tokens, refuse_unlearned
-from .formats import BadRow, Message
 from .marks import (
     CHANGED,
     MARK,
@@ -48,6 +47,7 @@ from .marks import (
     written,
 )
 from .spans import MarkedText
+from .types import BadRow, Message
 
 CACHED_LAYOUTS = 2048
 QUESTION, ANSWER = {"role": "user", "content": mark_text(0)}, {"role": "assistant", "content": mark_text(1)}

@@ -26,10 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from .dedup import MinHash, digest, texts
 from .errors import UserError
 from .files import Row
-from .formats import BadRow, Conversation, PlainText, Sample, TokenIds, load_function, to_sample
+from .formats import Conversation, PlainText, Sample, TokenIds, load_function, to_sample
 from .interrupts import mortal_children
-from .render import IGNORE, Note, Notice, RenderOptions, render
+from .render import Note, Notice, RenderOptions, render
 from .sources import Source, fingerprint, read_rows
+from .types import IGNORE, BadRow
 
 CACHE_VERSION = 10  # raise it when the same input gives other tokens
 NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same

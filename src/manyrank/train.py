@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from .interrupts import STOP, begin_worker, ended_by
+from .interrupts import STOP, begin_worker
 
 if __name__ == "__main__":  # the other imports take half a second
     begin_worker()
 
-import atexit
 import contextlib
 import json
 import os
-import signal
 import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from . import hardware, rules, strategy_files, topology
+from . import hardware, rules, strategy_files, tasks, topology
 from .allocator import may_expand
 from .config import Resolved, resolve
-from .errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
+from .errors import EXIT_USER, UserError
+from .exits import for_good, guarded, last_word, leave, say_stopped
 from .launcher import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
 from .options import parse
 from .run_folder import LAUNCH_FOLDER, writable
@@ -38,7 +34,6 @@ if TYPE_CHECKING:
 # The last session of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
 # takes DistributedDataParallel apart.
 _KEPT: list[object] = []
-PATIENCE = 5.0  # seconds that a rank leaves to local rank 0 to say what is wrong
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 the user's input is wrong, 76 out of memory, 75 preempted after a complete checkpoint.
     """
-    if (code := _last_word()) is not None:
+    if (code := last_word()) is not None:
         return code
     try:
         place = topology.from_environment()
@@ -57,80 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _train(argv or sys.argv[1:], place), place)
 
 
-def _for_good(code: int) -> int:
-    """An end that would be the same the next time: workers that are started anew hear of it, see `_last_word`."""
-    if topology.may_restart():
-        _word_file().write_text(str(code))
-    return code
-
-
-def _word_file() -> Path:
-    return Path(tempfile.gettempdir()) / f"manyrank-{os.getppid()}-{os.environ['TORCHELASTIC_RUN_ID']}"
-
-
-def _last_word() -> int | None:
-    """With what a worker of this agent has ended for good; a run that was told to stop is not to be started anew.
-
-    torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
-    """
-    if not topology.restarts() or not _word_file().exists():
-        return None
-    import psutil
-
-    since = psutil.Process(os.getppid()).create_time()
-    return int(_word_file().read_text()) if _word_file().stat().st_mtime > since else None
-
-
-def guarded(work: Callable[[], None], place: Topology) -> int:
-    """Run `work` and turn its exceptions into messages and exit codes."""
-    try:
-        try:
-            work()
-        finally:
-            STOP.remember()  # how this ends is decided
-    except UserError as error:
-        _say(error, place)
-        return _for_good(EXIT_MEMORY if isinstance(error, OutOfMemory) else EXIT_USER)
-    except NonFiniteError as error:
-        _say(f"stopped before the optimizer used it: {error}", place)
-        return _for_good(EXIT_FAILED)
-    except SaveError as error:
-        _say(f"stopped: {error}", place)
-        return _for_good(EXIT_FAILED)
-    except (Preempted, KeyboardInterrupt) as stop:
-        if STOP.at_start:
-            _say_stopped(place.rank)
-        return _for_good(stop.code if isinstance(stop, Preempted) else ended_by(signal.SIGINT))
-    except Exception:
-        print(f"rank {place.rank} failed:", file=sys.stderr)
-        traceback.print_exc()
-        return EXIT_FAILED
-    return 0
-
-
 def _end_start(code: int) -> None:
     """End this process from another thread: its main thread waits where it hears no signal."""
-    _say_stopped(int(os.environ.get("RANK", "0")))
-    os._exit(_for_good(code))
-
-
-def _say_stopped(rank: int) -> None:
-    if rank == 0:
-        print("stopped before the first step: nothing was begun that could be lost", file=sys.stderr, flush=True)
-
-
-def _say(message: object, place: Topology) -> None:
-    """On a machine, local rank 0 speaks for all that fail alike.
-
-    The others give it time: the first process that ends makes the launcher end all. One that is still there after that
-    failed alone.
-    """
-    end = time.monotonic() + PATIENCE
-    while place.local_rank and time.monotonic() < end:
-        if STOP.requested:  # by the launcher, since another one has ended
-            return
-        time.sleep(0.1)
-    print(message, file=sys.stderr, flush=True)
+    say_stopped(int(os.environ.get("RANK", "0")))
+    os._exit(for_good(code))
 
 
 def _train(argv: Sequence[str], place: Topology) -> None:
@@ -182,6 +107,7 @@ def _train_checked(
     import torch
 
     from .opening import open_session
+    from .report import make_report
 
     if machine.gpus and not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
@@ -189,7 +115,9 @@ def _train_checked(
 
     bf16 = hardware.computes_in_bf16(config.bf16, machine)
     try:
-        session = open_session(config, place, output_dir=output_dir, bf16=bf16, brought=brought, heart=heart)
+        session = open_session(
+            config, place, output_dir=output_dir, bf16=bf16, task=tasks.of(config), brought=brought, heart=heart
+        )
     except BaseException:
         heart.withdraw()
         raise
@@ -201,7 +129,7 @@ def _train_checked(
             if place.is_main:
                 with writable(output_dir):
                     _write_launch(output_dir, resolved)
-            session.run()
+            session.run(make_report)
     finally:
         session.close()
     return session
@@ -233,18 +161,6 @@ def _write_launch(output_dir: Path, resolved: Resolved) -> None:
     if packed:
         (output_dir / LAUNCH_FOLDER).mkdir(exist_ok=True)
         (output_dir / LAUNCH_FOLDER / "plan.txt").write_text(LaunchPlan.unpacked(packed).text(), encoding="utf-8")
-
-
-def leave(code: int) -> NoReturn:
-    """End this process now. Everything is on disk by then.
-
-    With gloo, tearing the interpreter down sometimes aborts or hangs on a busy machine (torch 2.13: a C++ thread of the
-    process group is still running), and a finished run would count as failed.
-    """
-    atexit._run_exitfuncs()  # trackers send what they still hold
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from itertools import islice
 from typing import Any
 
 from .errors import UserError
-
-Message = dict[str, Any]  # role, content, and optionally tool_calls, reasoning_content, weight, name, tool_call_id
+from .types import BadRow, Message
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -36,22 +35,6 @@ KEYS = {  # of a message, besides its role and content; another one would be los
     "assistant": {"name", "weight", "tool_calls", "function_call", *REASONING},
     "tool": {"name", "weight", "tool_call_id"},
 }
-
-
-class BadRow(ValueError):
-    """A row that cannot become a sample.
-
-    Args:
-        detail: what is wrong, with the field or turn; the text of the error.
-        reason: the kind of problem in a few words, the same for all such rows, to count them.
-    """
-
-    def __init__(self, detail: str, reason: str) -> None:
-        super().__init__(detail, reason)  # both, so that it can be pickled
-        self.detail, self.reason = detail, reason
-
-    def __str__(self) -> str:
-        return self.detail
 
 
 SHOWN = 10  # bad rows in an error

@@ -1,0 +1,40 @@
+"""Versions of Python and of the libraries that a run depends on. No torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
+
+
+@dataclass(frozen=True)
+class Software:
+    """Versions of Python, of LIBRARIES, and the CUDA version that torch was built for (None: for the CPU)."""
+
+    python: str
+    libraries: dict[str, str | None]
+    cuda: str | None
+
+
+def software() -> Software:
+    return Software(platform.python_version(), {name: _version(name) for name in LIBRARIES}, _cuda_of_torch())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda_of_torch() -> str | None:
+    """From torch's file of versions: importing torch takes seconds."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.origin:
+        return None
+    return runpy.run_path(str(Path(found.origin).with_name("version.py"))).get("cuda")
