@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manyrank.catalogue import read
-from manyrank.config import Entry, resolve
-from manyrank.hardware import find_kind
-from manyrank.memory import GiB
-from manyrank.plan_view import count
-from manyrank.planner import Machine, Verdict, make_plan
+from manyrank.config.resolve import Entry, resolve
+from manyrank.models.catalog import read
+from manyrank.plan.memory import GiB
+from manyrank.plan.planner import Machine, Verdict, make_plan
+from manyrank.plan.view import count
+from manyrank.topology.gpus import find_kind
 
 FILE = Path(__file__).with_name("choosing.md")
 MODELS = ("qwen3-1.7b", "llama-3.1-8b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b", "qwen3-30b-a3b")

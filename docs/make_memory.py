@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from manyrank.catalogue import read
-from manyrank.config import Entry, resolve
-from manyrank.memory import estimate
-from manyrank.setup import Setup
+from manyrank.config.resolve import Entry, resolve
+from manyrank.models.catalog import read
+from manyrank.plan.memory import estimate
+from manyrank.plan.planned_run import Setup
 
 FILE = Path(__file__).with_name("memory.md")
 FIGURES = Path(__file__).with_name("published_memory.csv")

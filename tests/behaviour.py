@@ -40,7 +40,7 @@ RUNS = {
     "--max_completion_length=12 --bf16=no --lr=1e-3 --lr_scheduler_type=constant --per_device_train_batch_size=4 --global_batch_size=16 --max_steps=2",
     "GRPO on two ranks": "--config=fast_test --task=grpo --model=embedded --data_path={sums} --rewards={{f1: 1.0}} --num_generations=4 "
     "--max_completion_length=12 --bf16=no --lr=1e-3 --per_device_train_batch_size=4 --global_batch_size=16 --max_steps=2 --strategy=fsdp --nproc=2",
-}  # fmt: skip
+}
 CONVERSATIONS = [
     [("user", "What is two and two?"), ("assistant", "Four.")],
     [("system", "Be brief."), ("user", "What is two and two?"), ("assistant", "Four.")],
@@ -50,35 +50,96 @@ CONVERSATIONS = [
     [("user", "Hello"), ("assistant", "Hello"), ("user", "Hello"), ("assistant", "Hello")],
 ]
 PLANS = [
-    "quickstart --gpu L4 --nproc 1", "--model qwen3-8b --gpu H100 --nproc 8", "--model qwen3-8b --gpu L4 --nproc 2 --method qlora",
-    "--model llama-3.1-8b --gpu A100-80GB --nproc 8 --method full", "--model llama-3.1-8b --gpu H100 --nproc 8 --nnodes 4 --max_length 8192",
-    "deepseek_32b_qlora --gpu H100 --nproc 8", "full_zero3 --model qwen3-8b --gpu H100 --nproc 8", "low_memory --model qwen3-4b --gpu RTX4090 --nproc 1",
-    "--model qwen3-8b --gpu H200 --nproc 8 --task grpo --rewards={numeric: 1}", "verify --nproc 2",
-]  # fmt: skip
+    "quickstart --gpu L4 --nproc 1",
+    "--model qwen3-8b --gpu H100 --nproc 8",
+    "--model qwen3-8b --gpu L4 --nproc 2 --method qlora",
+    "--model llama-3.1-8b --gpu A100-80GB --nproc 8 --method full",
+    "--model llama-3.1-8b --gpu H100 --nproc 8 --nnodes 4 --max_length 8192",
+    "deepseek_32b_qlora --gpu H100 --nproc 8",
+    "full_zero3 --model qwen3-8b --gpu H100 --nproc 8",
+    "low_memory --model qwen3-4b --gpu RTX4090 --nproc 1",
+    "--model qwen3-8b --gpu H200 --nproc 8 --task grpo --rewards={numeric: 1}",
+    "verify --nproc 2",
+]
 LAUNCHES = [
-    "quickstart", "quickstart --nproc=2", "quickstart --nproc=2 --via=torchrun", "verify --strategy=fsdp --nproc=4", "verify --strategy=zero3 --nproc=2",
-    "verify --strategy=hsdp --nproc=4 --hsdp_shard_size=2", "verify --strategy=ddp --nproc=2 --nnodes=2 --rdzv_endpoint=host:29500",
-    "verify --strategy=ddp --nproc=2 --nnodes=2 --node_rank=1 --rdzv_endpoint=host:29500 --via=torchrun", "verify --nproc=2 --max_restarts=2 --via=torchrun",
+    "quickstart",
+    "quickstart --nproc=2",
+    "quickstart --nproc=2 --via=torchrun",
+    "verify --strategy=fsdp --nproc=4",
+    "verify --strategy=zero3 --nproc=2",
+    "verify --strategy=hsdp --nproc=4 --hsdp_shard_size=2",
+    "verify --strategy=ddp --nproc=2 --nnodes=2 --rdzv_endpoint=host:29500",
+    "verify --strategy=ddp --nproc=2 --nnodes=2 --node_rank=1 --rdzv_endpoint=host:29500 --via=torchrun",
+    "verify --nproc=2 --max_restarts=2 --via=torchrun",
     "verify --nproc=2 --nnodes=4 --elastic --rdzv_endpoint=host:29500",
-]  # fmt: skip
+]
 REFUSED = [
-    "train nowhere.yaml", "train verify --learnin_rate=1", "train verify --lr=much", "train verify --lr=inf", "train verify --strategy=dpp",
-    "train verify --method=int8 --strategy=fsdp --nproc=2", "train verify --data_path=nowhere.jsonl", "train verify --data_path=empty.jsonl",
-    "train verify --data_path=bad.jsonl", "train verify --data_path=shapes.jsonl", "train verify --data_path=", "train verify --model=nowhere/at-all/x",
-    "train verify --model=empty", "train verify --model=broken", "train verify --max_length=0", "train verify --lora_r=-1", "train verify --lora_dropout=2",
-    "train verify --global_batch_size=0", "train verify --eval_steps=0", "train verify --packing=maybe",
-    "train verify --resume_from_checkpoint=nowhere", "train verify --output_dir=taken", "train verify --via=python --nproc=2",
-    "train verify --nnodes=2", "train verify --node_rank=1", "train verify --elastic", "train verify --strategy=single --nproc=2",
-    "train verify --chat_template=broken.jinja", "train verify --chat_template=nowhere.jinja", "train verify --report_to=nobody", "train verify --optim=none",
-    "train verify --lr_scheduler_type=none", "train verify --bf16=perhaps", "train verify --format_type=nothing", "train verify --target_modules=none_such",
-    "train wrong.yaml", "train list.yaml", "train circle.yaml", "plan --model=nowhere/at-all/x", "plan quickstart --gpu=Z80", "plan", "plan quickstart --nproc=0",
-    "data inspect verify --data_path=nowhere.jsonl", "data prepare nowhere", "data", "merge nowhere", "generate nowhere in.jsonl out.jsonl", "evaluate nowhere",
-    "chat nowhere", "report nowhere", "doctor nowhere.yaml", "verify --methods=none", "nonsense", "trian verify",
-]  # fmt: skip
+    "train nowhere.yaml",
+    "train verify --learnin_rate=1",
+    "train verify --lr=much",
+    "train verify --lr=inf",
+    "train verify --strategy=dpp",
+    "train verify --method=int8 --strategy=fsdp --nproc=2",
+    "train verify --data_path=nowhere.jsonl",
+    "train verify --data_path=empty.jsonl",
+    "train verify --data_path=bad.jsonl",
+    "train verify --data_path=shapes.jsonl",
+    "train verify --data_path=",
+    "train verify --model=nowhere/at-all/x",
+    "train verify --model=empty",
+    "train verify --model=broken",
+    "train verify --max_length=0",
+    "train verify --lora_r=-1",
+    "train verify --lora_dropout=2",
+    "train verify --global_batch_size=0",
+    "train verify --eval_steps=0",
+    "train verify --packing=maybe",
+    "train verify --resume_from_checkpoint=nowhere",
+    "train verify --output_dir=taken",
+    "train verify --via=python --nproc=2",
+    "train verify --nnodes=2",
+    "train verify --node_rank=1",
+    "train verify --elastic",
+    "train verify --strategy=single --nproc=2",
+    "train verify --chat_template=broken.jinja",
+    "train verify --chat_template=nowhere.jinja",
+    "train verify --report_to=nobody",
+    "train verify --optim=none",
+    "train verify --lr_scheduler_type=none",
+    "train verify --bf16=perhaps",
+    "train verify --format_type=nothing",
+    "train verify --target_modules=none_such",
+    "train wrong.yaml",
+    "train list.yaml",
+    "train circle.yaml",
+    "plan --model=nowhere/at-all/x",
+    "plan quickstart --gpu=Z80",
+    "plan",
+    "plan quickstart --nproc=0",
+    "data inspect verify --data_path=nowhere.jsonl",
+    "data prepare nowhere",
+    "data",
+    "merge nowhere",
+    "generate nowhere in.jsonl out.jsonl",
+    "evaluate nowhere",
+    "chat nowhere",
+    "report nowhere",
+    "doctor nowhere.yaml",
+    "verify --methods=none",
+    "nonsense",
+    "trian verify",
+]
 FILES = {
-    "empty.jsonl": "", "bad.jsonl": '{"question": "q"\n', "shapes.jsonl": '{"colour": 1}\n', "broken/config.json": "{", "taken/mine.txt": "mine",
-    "broken.jinja": "{% for m in messages %}", "wrong.yaml": "learnin_rate: 1\n", "list.yaml": "- a\n- b\n", "circle.yaml": "base: circle.yaml\n",
-}  # fmt: skip
+    "empty.jsonl": "",
+    "bad.jsonl": '{"question": "q"\n',
+    "shapes.jsonl": '{"colour": 1}\n',
+    "broken/config.json": "{",
+    "taken/mine.txt": "mine",
+    "broken.jinja": "{% for m in messages %}",
+    "wrong.yaml": "learnin_rate: 1\n",
+    "list.yaml": "- a\n- b\n",
+    "circle.yaml": "base: circle.yaml\n",
+}
 
 
 def manyrank(line: str, cwd: Path = ROOT):
@@ -172,8 +233,12 @@ def refusals(folder: Path) -> Iterator[tuple[str, list]]:
 
 
 PARTS: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {
-    "refusals": refusals, "launches": launches, "plans": plans, "masks": masks, "runs": runs,
-}  # fmt: skip
+    "refusals": refusals,
+    "launches": launches,
+    "plans": plans,
+    "masks": masks,
+    "runs": runs,
+}
 
 
 def record(file: Path, parts: list[str]) -> None:

@@ -21,10 +21,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 from transformers import AutoTokenizer
 
-from manyrank.config import asset
-from manyrank.embedded import ensure
-from manyrank.packing import dataset_layout, imbalance, step_layout
-from manyrank.render import render
+from manyrank.chat_template.render import render
+from manyrank.config.resolve import asset
+from manyrank.data.packing import dataset_layout, imbalance, step_layout
+from manyrank.models.tiny import ensure
 
 ROUNDS, ROWS = 5, 2000
 
@@ -99,9 +99,9 @@ def preparing(numbers: tuple[int, ...] = (25_000, 50_000, 100_000)) -> None:
 
 
 def prepare_rows() -> None:
-    from manyrank.config import Entry, resolve
-    from manyrank.data import prepare
-    from manyrank.model import load_tokenizer
+    from manyrank.config.resolve import Entry, resolve
+    from manyrank.data.dataset import prepare
+    from manyrank.models.load import load_tokenizer
 
     given = {"model_name_or_path": "embedded", "data_path": os.environ["MANYRANK_BENCH_ROWS"]}
     config = resolve(None, [Entry(key, value, "bench") for key, value in given.items()]).config

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from manyrank import run_folder, topology
-from manyrank.checkpoint import FullWriter
-from manyrank.config import Entry, resolve
-from manyrank.exits import leave
-from manyrank.opening import open_session
+from manyrank.checkpoint.state import FullWriter
+from manyrank.config.resolve import Entry, resolve
+from manyrank.runs import folder as run_folder
+from manyrank.topology import ranks as topology
+from manyrank.training.exits import leave
+from manyrank.training.run import open_session
 
 ROUNDS, STEPS = 5, 10
 HIDDEN, FEED_FORWARD, LAYERS, RANK = 4096, 11008, 32, 16

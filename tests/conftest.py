@@ -60,7 +60,7 @@ def accelerate_as_it_was():
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """The embedded model's folder."""
-    from manyrank.embedded import ensure
+    from manyrank.models.tiny import ensure
 
     return ensure()
 

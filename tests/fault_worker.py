@@ -16,11 +16,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from manyrank import run_folder, topology
-from manyrank.config import Entry, resolve
-from manyrank.exits import leave
-from manyrank.opening import open_session
-from manyrank.optim import advance
+from manyrank.config.resolve import Entry, resolve
+from manyrank.runs import folder as run_folder
+from manyrank.topology import ranks as topology
+from manyrank.training.exits import leave
+from manyrank.training.optim import advance
+from manyrank.training.run import open_session
 
 
 class Killer:

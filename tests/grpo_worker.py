@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from manyrank import grpo as grpo_task
-from manyrank import topology
-from manyrank.config import resolve
-from manyrank.exits import guarded, leave
-from manyrank.loaded import load_model
-from manyrank.opening import open_session
-from manyrank.options import parse
+from manyrank.config.args import parse
+from manyrank.config.resolve import resolve
+from manyrank.models.inference import load_model
+from manyrank.tasks.grpo import task as grpo_task
+from manyrank.topology import ranks as topology
+from manyrank.training.exits import guarded, leave
+from manyrank.training.run import open_session
 
 ROWS, PROMPT, ANSWER = 16, 6, 5
 LOSSES = ("dapo", "grpo", "dr_grpo")  # bnpo divides by the micro-batch

@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from manyrank import topology
-from manyrank.config import resolve
-from manyrank.exits import guarded, leave
-from manyrank.opening import open_session
-from manyrank.options import parse
+from manyrank.config.args import parse
+from manyrank.config.resolve import resolve
+from manyrank.topology import ranks as topology
+from manyrank.training.exits import guarded, leave
+from manyrank.training.run import open_session
 
 
 def main() -> int:

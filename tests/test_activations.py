@@ -7,12 +7,13 @@ import torch
 from test_shapes import LATENT, MOE, SMALL
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from manyrank import activations, shapes
-from manyrank.config import resolve
-from manyrank.loss import TokenLoss
-from manyrank.model import with_adapters
-from manyrank.options import parse
-from manyrank.setup import Setup
+from manyrank.config.args import parse
+from manyrank.config.resolve import resolve
+from manyrank.models import spec as shapes
+from manyrank.models.load import with_adapters
+from manyrank.plan import activations
+from manyrank.plan.planned_run import Setup
+from manyrank.training.loss import TokenLoss
 
 TOKENS, DOCUMENTS = 256, 4
 SHAPE = {**SMALL, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32}

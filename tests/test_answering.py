@@ -11,12 +11,12 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from manyrank import answering
-from manyrank.answer_file import AnswerFile
+from manyrank.chat_template.render import RenderOptions, prompt_ids, stop_ids
+from manyrank.data.prompts import read_prompts
+from manyrank.data.sources import Source
 from manyrank.errors import UserError
-from manyrank.prompts import read_prompts
-from manyrank.render import RenderOptions, prompt_ids, stop_ids
-from manyrank.sources import Source
+from manyrank.tools.generate import main as answering
+from manyrank.tools.generate.answer_file import AnswerFile
 
 DATA = ROOT / "data" / "validation.jsonl"
 SHORT = ["--dtype=float32", "--max-new-tokens=16"]

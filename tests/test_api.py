@@ -17,7 +17,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from manyrank import SFTConfig, SFTDataset, SFTTrainer, UserError, load_model
-from manyrank.metrics import read_metrics
+from manyrank.runs.logs import read_metrics
 
 DATA = str(ROOT / "data" / "sample.jsonl")
 SMALL = {

@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-from manyrank.artifact import find
-from manyrank.config import Entry, resolve
-from manyrank.embedded import ensure
+from manyrank.config.resolve import Entry, resolve
 from manyrank.errors import UserError
-from manyrank.loaded import load_model
-from manyrank.model import load_model as with_model
-from manyrank.model import plan_load, with_adapters
+from manyrank.models.inference import load_model
+from manyrank.models.load import load_model as with_model
+from manyrank.models.load import plan_load, with_adapters
+from manyrank.models.tiny import ensure
+from manyrank.runs.artifact import find
 
 
 @pytest.fixture(scope="module")

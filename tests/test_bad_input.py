@@ -5,14 +5,16 @@ import sys
 
 import pytest
 
-from manyrank import hardware, launcher, rules
-from manyrank.config import Entry, asset, resolve
+from manyrank.chat_template.types import BadRow
+from manyrank.config.args import parse
+from manyrank.config.resolve import Entry, asset, resolve
+from manyrank.data.formats import to_sample
+from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
-from manyrank.formats import to_sample
-from manyrank.hardware import Hardware
-from manyrank.options import parse
-from manyrank.sources import Source, read_rows
-from manyrank.types import BadRow
+from manyrank.launch import command as launcher
+from manyrank.rules import check as rules
+from manyrank.topology import gpus as hardware
+from manyrank.topology.gpus import Hardware
 
 DATA = str(asset("data", "sample.jsonl"))
 CPU = Hardware((), 4, False)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from manyrank import bench, gpu_bench
 from manyrank.cli import main
+from manyrank.tools.bench import gpu_bench
+from manyrank.tools.bench import main as bench
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_two_processes_share_the_work(tmp_path):
     ],
 )
 def test_wrong_options_are_the_users(argv, capsys, monkeypatch):
-    from manyrank import hardware
+    from manyrank.topology import gpus as hardware
 
     monkeypatch.setattr(hardware, "probe", lambda: hardware.Hardware((), 2, False))
     assert main(["bench", *argv]) == 2

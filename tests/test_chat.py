@@ -16,14 +16,14 @@ from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from manyrank import chat
-from manyrank.chat import HELP, interruptible, side_by_side
-from manyrank.conversation import Conversation, Speaker, save
+from manyrank.chat_template.render import RenderOptions, stop_ids
+from manyrank.data.formats import to_sample
+from manyrank.data.sources import Source, known_format, read_rows
 from manyrank.errors import UserError
-from manyrank.formats import to_sample
-from manyrank.generation import Sampling
-from manyrank.render import RenderOptions, stop_ids
-from manyrank.sources import Source, known_format, read_rows
+from manyrank.models.generation import Sampling
+from manyrank.tools.chat import main as chat
+from manyrank.tools.chat.conversation import Conversation, Speaker, save
+from manyrank.tools.chat.main import HELP, interruptible, side_by_side
 
 QUESTION = "What is the variance of a Bernoulli variable with p = 0.3?"
 never = bool  # bool() is False

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import warm
 
-from manyrank import __version__, cli, hardware
-from manyrank.config import asset
-from manyrank.hardware import Gpu, Hardware
+from manyrank import __version__, cli
+from manyrank.config.resolve import asset
+from manyrank.topology import gpus as hardware
+from manyrank.topology.gpus import Gpu, Hardware
 
 DATA = str(asset("data", "sample.jsonl"))
 CPU = Hardware(gpus=(), cpu_cores=4, cpu_bf16=False)

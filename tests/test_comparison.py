@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from manyrank.comparison import compare, mean_interval, sign_test
+from manyrank.tools.evaluate.comparison import compare, mean_interval, sign_test
 
 
 def test_the_mean_is_of_tokens_and_not_of_means():

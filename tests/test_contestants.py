@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from manyrank.contestants import line_up, reading
-from manyrank.embedded import default_folder
 from manyrank.errors import UserError
+from manyrank.models.tiny import default_folder
+from manyrank.tools.evaluate.contestants import line_up, reading
 
 RECIPE = "model_name_or_path: {base}\ndata_path: train.jsonl\nmax_length: {length}\nformat_type: text\n"
 

@@ -12,15 +12,15 @@ from datasets import load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyrank import curate
-from manyrank.config import asset
-from manyrank.curate import lengths, main, question, split_of, statistics
+from manyrank.config.resolve import asset
+from manyrank.data.formats import Conversation, PlainText, TokenIds, detect, to_sample
+from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
-from manyrank.export import kind, merged
-from manyrank.filters import Item
-from manyrank.formats import Conversation, PlainText, TokenIds, detect, to_sample
-from manyrank.sources import Source, read_rows
-from manyrank.stages import build
+from manyrank.tools.prepare import main as curate
+from manyrank.tools.prepare.export import kind, merged
+from manyrank.tools.prepare.filters import Item
+from manyrank.tools.prepare.main import lengths, main, question, split_of, statistics
+from manyrank.tools.prepare.stages import build
 
 SOLUTIONS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_model_solutions.jsonl"
 PARTS = {"train": 0.85, "validation": 0.15}

@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from manyrank import tokenise
-from manyrank.batches import StepLoader, epoch_order
-from manyrank.config import Entry, resolve
-from manyrank.data import prepare, write_quarantine
+from manyrank.chat_template.types import IGNORE
+from manyrank.config.resolve import Entry, resolve
+from manyrank.data import tokenize as tokenise
+from manyrank.data.dataset import prepare, write_quarantine
+from manyrank.data.loader import StepLoader, epoch_order
+from manyrank.data.sources import Source
+from manyrank.data.tokenize import count_rows
 from manyrank.errors import UserError
-from manyrank.model import load_tokenizer
-from manyrank.sources import Source
-from manyrank.tokenise import count_rows
-from manyrank.types import IGNORE
+from manyrank.models.load import load_tokenizer
 
 SAMPLE = "data/sample.jsonl"
 
@@ -387,7 +387,7 @@ def test_a_short_run_looks_further_where_few_rows_can_be_used(examples_of, file)
 def test_rows_are_counted_once(file, monkeypatch):
     source = Source(file(*[qa(f"{i}") for i in range(30)]))
     assert count_rows(source) == 30
-    monkeypatch.setattr("manyrank.tokenise.read_rows", None)
+    monkeypatch.setattr("manyrank.data.tokenize.read_rows", None)
     assert count_rows(source) == 30
     monkeypatch.undo()
     file(*[qa(f"{i}") for i in range(31)])
@@ -449,7 +449,7 @@ def test_a_function_of_one_s_own_and_its_changes(examples_of, file, tmp_path, mo
     first = examples_of(data_path=path, format_type="own_rows:rows")
     module.write_text("def rows(row):\n    return {'question': row['x'], 'answer': 'one and two'}\n")
     monkeypatch.delitem(__import__("sys").modules, "own_rows")
-    __import__("manyrank.formats").formats.load_function.cache_clear()
+    __import__("manyrank.data.formats").formats.load_function.cache_clear()
     assert examples_of(data_path=path, format_type="own_rows:rows").fingerprint != first.fingerprint
 
 
@@ -490,9 +490,9 @@ def test_packs_of_the_data_set_lose_and_repeat_nothing(examples_of):
 
 MEMORY = """
 import resource, sys
-from manyrank.config import Entry, resolve
-from manyrank.data import prepare
-from manyrank.model import load_tokenizer
+from manyrank.config.resolve import Entry, resolve
+from manyrank.data.dataset import prepare
+from manyrank.models.load import load_tokenizer
 
 def peak(path):
     config = resolve(None, [Entry("model", "embedded", ""), Entry("data_path", path, ""), Entry("dataset_num_proc", 1, "")]).config

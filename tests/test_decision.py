@@ -3,10 +3,10 @@
 import pytest
 from conftest import launch
 
-from manyrank.decision import decide
+from manyrank.config.args import parse
 from manyrank.errors import EXIT_MEMORY, UserError
-from manyrank.hardware import Gpu, Hardware, find_kind
-from manyrank.options import parse
+from manyrank.launch.main import decide
+from manyrank.topology.gpus import Gpu, Hardware, find_kind
 
 
 def machine(gpu: str | None = None, count: int = 1) -> Hardware:

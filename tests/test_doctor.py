@@ -13,10 +13,12 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from manyrank import cli, doctor, hardware
-from manyrank import doctor_rank_checks as rank_checks
-from manyrank.config import asset
+from manyrank import cli
+from manyrank.config.resolve import asset
 from manyrank.errors import UserError
+from manyrank.tools.doctor import main as doctor
+from manyrank.tools.doctor import rank_checks
+from manyrank.topology import gpus as hardware
 
 GPUS = len(hardware.probe().gpus)
 
@@ -107,7 +109,7 @@ def ranks_of(running: subprocess.Popen, count: int) -> list[psutil.Process]:
 
 def is_rank(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()[1:3] == ["-u", "-m"] and process.cmdline()[3] == "manyrank.doctor_ranks"
+        return process.cmdline()[1:3] == ["-u", "-m"] and process.cmdline()[3] == "manyrank.tools.doctor.ranks"
     except (psutil.NoSuchProcess, IndexError):
         return False
 
@@ -186,7 +188,7 @@ def test_wrong_input(argv, error):
 def test_the_command_of_the_ranks(capsys):
     assert cli.main(["doctor", "--nproc=2", "--print"]) == 0
     command = capsys.readouterr().out
-    assert "torchrun --nproc_per_node 2 --nnodes 1 --standalone -m manyrank.doctor_ranks" in command
+    assert "torchrun --nproc_per_node 2 --nnodes 1 --standalone -m manyrank.tools.doctor.ranks" in command
 
 
 def test_help(capsys):

@@ -13,20 +13,20 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from manyrank import doctor_checks as checks
-from manyrank import doctor_probe, doctor_recipe
-from manyrank import doctor_rank_checks as rank_checks
-from manyrank.catalogue import read
-from manyrank.config import Entry, asset, resolve
-from manyrank.doctor import lines
-from manyrank.doctor_checks import Check, State
-from manyrank.doctor_launch import Ended, How
-from manyrank.doctor_probe import GpuState, Graphics, Network, Space
-from manyrank.doctor_recipe import Data, Hub, HubAnswer, Wandb
-from manyrank.hardware import find_kind
-from manyrank.planner import Machine, make_plan
-from manyrank.situation import Rule, Violation
-from manyrank.versions import Software
+from manyrank.config.resolve import Entry, asset, resolve
+from manyrank.models.catalog import read
+from manyrank.plan.planner import Machine, make_plan
+from manyrank.rules.rule import Rule, Violation
+from manyrank.runs.versions import Software
+from manyrank.tools.doctor import checks, rank_checks
+from manyrank.tools.doctor import probe as doctor_probe
+from manyrank.tools.doctor import recipe as doctor_recipe
+from manyrank.tools.doctor.checks import Check, State
+from manyrank.tools.doctor.launch import Ended, How
+from manyrank.tools.doctor.main import lines
+from manyrank.tools.doctor.probe import GpuState, Graphics, Network, Space
+from manyrank.tools.doctor.recipe import Data, Hub, HubAnswer, Wandb
+from manyrank.topology.gpus import find_kind
 
 GIB = 1 << 30
 H100 = GpuState(0, "H100", 80 * GIB, 79 * GIB, (9, 0), nvlinks=18, nvlink_speed=450e9, pcie=(5, 16, 16))
@@ -431,7 +431,7 @@ def test_room_for_what_the_hub_sends():
 def test_a_hub_that_cannot_be_reached(tmp_path):
     """In a process of its own, since the hub's client reads its address once: nobody listens there."""
     program = (
-        "from dataclasses import asdict; import json; from manyrank import doctor_recipe\n"
+        "from dataclasses import asdict; import json; from manyrank.tools.doctor import recipe as doctor_recipe\n"
         "print(json.dumps(asdict(doctor_recipe.hub([('org/model', 'model'), ('org/rows', 'dataset')]))))"
     )
     env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_none"}

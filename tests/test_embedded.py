@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
-from manyrank import embedded
 from manyrank.errors import UserError
+from manyrank.models import tiny as embedded
 
 TEXTS = (
     "What is the mean of 1, 22 and 12345?",

@@ -9,10 +9,10 @@ import pytest
 import warm
 from conftest import ROOT, launch
 
-from manyrank import scores
+from manyrank.data import scores
 from manyrank.errors import UserError
-from manyrank.evaluate import main
-from manyrank.loaded import load_model
+from manyrank.models.inference import load_model
+from manyrank.tools.evaluate.main import main
 
 FAST = ["--dtype", "float32", "--max-new-tokens", "12"]
 
@@ -67,7 +67,7 @@ def test_a_rows_loss_is_plain_cross_entropy(evaluated, embedded_model, tokenizer
     import torch
     from transformers import AutoModelForCausalLM
 
-    from manyrank.render import render
+    from manyrank.chat_template.render import render
 
     row = read(evaluated)[1][3]
     rendered = render(tokenizer, [*row["prompt"], {"role": "assistant", "content": row["reference"]}])
@@ -206,7 +206,7 @@ def test_adapters_of_4_bits_share_their_base(run, tmp_path):
 
 
 def test_help_needs_no_torch():
-    program = "import sys; from manyrank.evaluate import parse\ntry: parse(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    program = "import sys; from manyrank.tools.evaluate.main import parse\ntry: parse(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and "--quantization" in done.stdout, done.stderr
 

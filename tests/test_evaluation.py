@@ -4,17 +4,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from manyrank.batches import side_by_side
-from manyrank.config import Entry, resolve
-from manyrank.data import prepare
-from manyrank.evaluation import Asked, Layout, _add_batch, add_answers, add_losses
-from manyrank.evaluation import Entry as Found
-from manyrank.generation import Sampling
-from manyrank.loss import TokenLoss
-from manyrank.questions import read_questions
-from manyrank.render import prompt_ids, render, render_options
-from manyrank.scores import row_scores
-from manyrank.topology import Topology
+from manyrank.chat_template.render import prompt_ids, render, render_options
+from manyrank.config.resolve import Entry, resolve
+from manyrank.data.dataset import prepare
+from manyrank.data.loader import side_by_side
+from manyrank.data.questions import read_questions
+from manyrank.data.scores import row_scores
+from manyrank.models.generation import Sampling
+from manyrank.topology.ranks import Topology
+from manyrank.training.evaluation import Asked, Layout, _add_batch, add_answers, add_losses
+from manyrank.training.evaluation import Entry as Found
+from manyrank.training.loss import TokenLoss
 
 ONE = Topology()
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyrank.dedup import MinHash, digest, same_text
+from manyrank.chat_template.types import BadRow
+from manyrank.data.dedup import MinHash, digest, same_text
+from manyrank.data.numeric import number
 from manyrank.errors import UserError
-from manyrank.filters import FILTERS, Item, find
-from manyrank.numeric import number
-from manyrank.stages import Stage, build
-from manyrank.types import BadRow
+from manyrank.tools.prepare.filters import FILTERS, Item, find
+from manyrank.tools.prepare.stages import Stage, build
 
 ROW = {
     "question": "How many?",
@@ -421,7 +421,7 @@ def test_functions_that_fail_name_the_row(module, body, problem):
 
 
 def test_a_function_that_calls_a_row_broken(module):
-    name = module("from manyrank.formats import BadRow\ndef f(row):\n    raise BadRow('odd', 'odd row')\n")
+    name = module("from manyrank.data.formats import BadRow\ndef f(row):\n    raise BadRow('odd', 'odd row')\n")
     with pytest.raises(BadRow, match="odd"):
         verdict(f"{name}:f", {})
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
 
-from manyrank.fsdp_preparation import layers_apart, name_layers
+from manyrank.parallel.fsdp_preparation import layers_apart, name_layers
 
 SMALL = dict(
     vocab_size=1536, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from manyrank.attention import PACKED, PACKED_PLAIN, use_packed_attention
-from manyrank.generate import answers
-from manyrank.render import RenderOptions
+from manyrank.chat_template.render import RenderOptions
+from manyrank.models.attention import PACKED, PACKED_PLAIN, use_packed_attention
+from manyrank.models.generate import answers
 
 QUESTION = ["How many beads are on the string?"]
 

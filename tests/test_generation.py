@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
+from manyrank.chat_template.render import RenderOptions, stop_ids
 from manyrank.errors import UserError
-from manyrank.generation import Answer, Sampling, _processors, generate
-from manyrank.render import RenderOptions, stop_ids
+from manyrank.models.generation import Answer, Sampling, _processors, generate
 
 QUESTIONS = [
     "What is the variance of a Bernoulli variable with p = 0.3?",

@@ -15,15 +15,15 @@ import warm
 from conftest import ROOT, Run, launch
 from safetensors.torch import load_file
 
-from manyrank import grpo as grpo_task
-from manyrank import topology
 from manyrank.api import _as_it_was
-from manyrank.config import Entry, asset, resolve
+from manyrank.chat_template.render import RenderOptions, prompt_ids, stop_ids
+from manyrank.config.resolve import Entry, asset, resolve
 from manyrank.errors import UserError
-from manyrank.loaded import load_model
-from manyrank.metrics import read_completions, read_metrics
-from manyrank.opening import open_session
-from manyrank.render import RenderOptions, prompt_ids, stop_ids
+from manyrank.models.inference import load_model
+from manyrank.runs.logs import read_completions, read_metrics
+from manyrank.tasks.grpo import task as grpo_task
+from manyrank.topology import ranks as topology
+from manyrank.training.run import open_session
 
 SUMS = ROOT / "data" / "stories" / "sums.jsonl"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from manyrank import hardware, topology
-from manyrank.hardware import Gpu, Hardware
-from manyrank.topology import Topology
+from manyrank.topology import gpus as hardware
+from manyrank.topology import ranks as topology
+from manyrank.topology.gpus import Gpu, Hardware
+from manyrank.topology.ranks import Topology
 
 A100 = Gpu("A100", 80 << 30, (8, 0))
 V100 = Gpu("V100", 32 << 30, (7, 0))

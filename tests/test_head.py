@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from manyrank import head
-from manyrank.head import HeadLoss, fuse
-from manyrank.loss import TokenLoss
+from manyrank.models import fused_head as head
+from manyrank.models.fused_head import HeadLoss, fuse
+from manyrank.training.loss import TokenLoss
 
 SMALL = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,

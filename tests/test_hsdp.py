@@ -13,7 +13,7 @@ MICRO_BATCHES = ("--global_batch_size=24", "--per_device_train_batch_size=1", "-
 COUNTER = """
 import json, os
 import torch.distributed as dist
-from manyrank.trainer import Trainer
+from manyrank.training.trainer import Trainer
 from transformers import TrainerCallback
 
 sums = []

@@ -17,19 +17,19 @@ from browser import Page, browse, needs_chromium
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyrank import inspection
-from manyrank.batches import StepLoader
-from manyrank.config import asset, resolve
-from manyrank.data import prepare
+from manyrank.chat_template.render import render
+from manyrank.config.args import Entry
+from manyrank.config.resolve import asset, resolve
+from manyrank.data.dataset import prepare
+from manyrank.data.formats import to_sample
+from manyrank.data.histogram import bars
+from manyrank.data.loader import StepLoader
+from manyrank.data.sources import Source, read_rows
+from manyrank.data.stats import Piece, gather, padding, pieces, spread
 from manyrank.errors import UserError
-from manyrank.formats import to_sample
-from manyrank.histogram import bars
-from manyrank.inspection_html import page
-from manyrank.options import Entry
-from manyrank.render import render
-from manyrank.sources import Source, read_rows
-from manyrank.survey import Piece, gather, padding, pieces, spread
-from manyrank.tables import visible
+from manyrank.tools.inspect_data import main as inspection
+from manyrank.tools.inspect_data.inspection_html import page
+from manyrank.tools.report.tables import visible
 
 SAMPLE, VALIDATION = (str(asset("data", name)) for name in ("sample.jsonl", "validation.jsonl"))
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from manyrank import allocator
-from manyrank.config import TrainConfig, asset, resolve
+from manyrank.config.args import Where, parse
+from manyrank.config.resolve import TrainConfig, asset, resolve
 from manyrank.errors import UserError
-from manyrank.hardware import Gpu, Hardware
-from manyrank.launcher import CPU_VARIABLES, LaunchPlan, before_imports, choose_strategy, output_dir, plan
-from manyrank.options import Where, parse
+from manyrank.launch.command import CPU_VARIABLES, LaunchPlan, before_imports, choose_strategy, output_dir, plan
+from manyrank.topology import allocator
+from manyrank.topology.gpus import Gpu, Hardware
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = asset()
@@ -353,7 +353,7 @@ def test_output_dir(tmp_path, monkeypatch, argv, folder):
 
 
 def launched(launch: LaunchPlan) -> subprocess.CompletedProcess:
-    program = f"import sys\nfrom manyrank.launcher import LaunchPlan, run\nsys.exit(run({launch!r}))"
+    program = f"import sys\nfrom manyrank.launch.command import LaunchPlan, run\nsys.exit(run({launch!r}))"
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from manyrank.lora import speed_up
+from manyrank.models.lora import speed_up
 
 IDS = torch.arange(48).view(2, 24) % 200
 

@@ -9,11 +9,11 @@ from test_activations import CHECKPOINTED, FULL, LORA, TOKENS, made, packs, reci
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from manyrank import memory
-from manyrank.loss import TokenLoss
-from manyrank.model import LoadPlan, base_model
-from manyrank.optim import build_optimizer
-from manyrank.setup import Setup
+from manyrank.models.load import LoadPlan, base_model
+from manyrank.plan import memory
+from manyrank.plan.planned_run import Setup
+from manyrank.training.loss import TokenLoss
+from manyrank.training.optim import build_optimizer
 
 KINDS = (
     "llama",

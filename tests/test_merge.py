@@ -14,11 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from manyrank import merge, merging
 from manyrank.errors import UserError
-from manyrank.host_memory import page_out, trim
-from manyrank.hub import shard_bytes
-from manyrank.logits import in_float32, logits
+from manyrank.tools.merge import main as merge
+from manyrank.tools.merge import merging
+from manyrank.tools.merge.host_memory import page_out, trim
+from manyrank.tools.merge.hub import shard_bytes
+from manyrank.tools.merge.logits import in_float32, logits
 
 IDS = torch.arange(5, 69).view(2, 32)
 
@@ -179,8 +180,8 @@ def test_adapters_on_experts_and_a_base_in_bin(embedded_model, tmp_path):
 MEMORY = """
 import json, sys
 from pathlib import Path
-from manyrank import merge, metrics
-from manyrank.artifact import find
+from manyrank.tools.merge import main as merge; from manyrank.runs import logs as metrics
+from manyrank.runs.artifact import find
 peaks = []
 for name in sys.argv[1:]:
     report = merge.merge(find(name), Path(name + "-merged"), dtype="bfloat16")

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from manyrank import speed
-from manyrank.batches import Step, StepLoader
-from manyrank.config import Entry, resolve
-from manyrank.data import prepare
-from manyrank.hardware import find_kind
-from manyrank.meter import Meter, kind_of
-from manyrank.setup import Setup
-from manyrank.shapes import from_config
+from manyrank.config.resolve import Entry, resolve
+from manyrank.data.dataset import prepare
+from manyrank.data.loader import Step, StepLoader
+from manyrank.models.spec import from_config
+from manyrank.plan import speed
+from manyrank.plan.planned_run import Setup
+from manyrank.topology.gpus import find_kind
+from manyrank.training.metrics import Meter, kind_of
 
 SHAPE = from_config(
     {

@@ -16,12 +16,12 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from manyrank.attention import PACKED, PACKED_PLAIN, use_packed_attention
-from manyrank.batches import Ahead, MicroBatch, StepLoader
-from manyrank.config import Entry, resolve
-from manyrank.data import prepare
-from manyrank.loss import TokenLoss
-from manyrank.model import with_adapters
+from manyrank.config.resolve import Entry, resolve
+from manyrank.data.dataset import prepare
+from manyrank.data.loader import Ahead, MicroBatch, StepLoader
+from manyrank.models.attention import PACKED, PACKED_PLAIN, use_packed_attention
+from manyrank.models.load import with_adapters
+from manyrank.training.loss import TokenLoss
 
 
 def config(**values):

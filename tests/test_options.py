@@ -2,9 +2,9 @@
 
 import pytest
 
-from manyrank.config import ALIASES, FIELDS, SWITCHES, resolve
+from manyrank.config.args import Where, parse, parser
+from manyrank.config.resolve import ALIASES, FIELDS, SWITCHES, resolve
 from manyrank.errors import UserError
-from manyrank.options import Where, parse, parser
 
 
 def read(*argv: str, launch: bool = True):

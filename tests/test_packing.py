@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyrank.packing import Layout, padded_layout, step_layout
+from manyrank.data.packing import Layout, padded_layout, step_layout
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=80)
 RANKS = st.integers(1, 9)

@@ -19,10 +19,10 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from manyrank.attention import PACKED, own_attention, packed_attention, use_packed_attention
-from manyrank.batches import side_by_side
+from manyrank.data.loader import side_by_side
 from manyrank.errors import UserError
-from manyrank.packing_trial import prove
+from manyrank.models.attention import PACKED, own_attention, packed_attention, use_packed_attention
+from manyrank.training.packing_trial import prove
 
 SMALL = dict(
     vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -8,15 +8,17 @@ import sys
 import pytest
 from conftest import ROOT
 
-from manyrank import catalogue, cli, memory, planner, speed
-from manyrank.config import resolve
+from manyrank import cli
+from manyrank.config.args import parse
+from manyrank.config.resolve import resolve
 from manyrank.errors import UserError
-from manyrank.hardware import GPU_KINDS, find_kind
-from manyrank.memory import GiB
-from manyrank.options import parse
-from manyrank.planner import Machine, Verdict, make_plan
-from manyrank.planning import _nodes
-from manyrank.setup import Setup
+from manyrank.models import catalog as catalogue
+from manyrank.plan import memory, planner, speed
+from manyrank.plan.command import _nodes
+from manyrank.plan.memory import GiB
+from manyrank.plan.planned_run import Setup
+from manyrank.plan.planner import Machine, Verdict, make_plan
+from manyrank.topology.gpus import GPU_KINDS, find_kind
 
 
 def config(*argv: str):

@@ -14,10 +14,10 @@ from transformers import (
     XGLMConfig,
 )
 
-from manyrank.config import Entry, resolve
+from manyrank.config.resolve import Entry, resolve
 from manyrank.errors import UserError
-from manyrank.opening import _data
-from manyrank.positions import check_lengths, table_of
+from manyrank.models.positions import check_lengths, table_of
+from manyrank.training.run import _data
 
 SMALL = {"vocab_size": 1600, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 WIDE = {"n_embd": 32, "n_layer": 1, "n_head": 2}

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from conftest import ROOT, launch
 
-from manyrank import run_folder, watchdog
+from manyrank.runs import folder as run_folder
+from manyrank.training import watchdog
 
 
 @contextmanager
@@ -166,7 +167,7 @@ def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sl
 ASKED = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from manyrank.watchdog import Heart
+from manyrank.training.watchdog import Heart
 heart = Heart(0)
 heart.attach(Path(sys.argv[1]))
 def start_and_end():

@@ -7,15 +7,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from manyrank import checkpoint, first_look
-from manyrank.config import TrainConfig
-from manyrank.coverage import check_quantised, matrices
+from manyrank.checkpoint import state as checkpoint
+from manyrank.config.resolve import TrainConfig
 from manyrank.errors import UserError
-from manyrank.loaded import load_model as load_to_use
-from manyrank.model import LoadPlan, load_model, with_adapters
-from manyrank.optim import build_optimizer
-from manyrank.reach import reach, unreached_modules
-from manyrank.runtime import prepare
+from manyrank.models.coverage import check_quantised, matrices
+from manyrank.models.inference import load_model as load_to_use
+from manyrank.models.load import LoadPlan, load_model, with_adapters
+from manyrank.models.reach import reach, unreached_modules
+from manyrank.parallel import first_look
+from manyrank.parallel.engine import prepare
+from manyrank.training.optim import build_optimizer
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -7,10 +7,14 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from manyrank import answering, chat, evaluate, inspection, merge
-from manyrank.artifact import find
-from manyrank.config import Entry, recipe_of, resolve
+from manyrank.config.resolve import Entry, recipe_of, resolve
 from manyrank.errors import UserError
+from manyrank.runs.artifact import find
+from manyrank.tools.chat import main as chat
+from manyrank.tools.evaluate import main as evaluate
+from manyrank.tools.generate import main as answering
+from manyrank.tools.inspect_data import main as inspection
+from manyrank.tools.merge import main as merge
 
 CODE = """
 from pathlib import Path

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from manyrank.config import asset
-from manyrank.render import RenderOptions, render
-from manyrank.types import IGNORE, BadRow
+from manyrank.chat_template.render import RenderOptions, render
+from manyrank.chat_template.types import IGNORE, BadRow
+from manyrank.config.resolve import asset
 
 OWN = {path.stem: path.read_text(encoding="utf-8") for path in asset("data", "templates").glob("*.jinja")}
 PACKAGED = {

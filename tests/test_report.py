@@ -17,10 +17,13 @@ import pytest
 from browser import Page, browse, needs_chromium
 from conftest import Run, launch
 
-from manyrank import cli, metrics, record, report, trackers
-from manyrank.config import Entry, resolve
+from manyrank import cli
+from manyrank.config.resolve import Entry, resolve
 from manyrank.errors import NonFiniteError, Preempted, UserError
-from manyrank.run_record import read_run
+from manyrank.runs import logs as metrics
+from manyrank.tools.report import main as report
+from manyrank.tools.report.run_record import read_run
+from manyrank.training import record, trackers
 
 STOPPER = """
 import os, signal

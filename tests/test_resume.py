@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, launch
 
-from manyrank import run_folder
+from manyrank.runs import folder as run_folder
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3"])

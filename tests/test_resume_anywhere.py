@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from manyrank import run_folder
+from manyrank.runs import folder as run_folder
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero2", "zero3")
 STEPS, SAVED = 6, 3
@@ -174,7 +174,7 @@ def test_rows_are_seen_once_over_three_topologies(embedded_model, tmp_path):
 
 COUNTER = """
 import json, os, signal
-from manyrank.trainer import Trainer
+from manyrank.training.trainer import Trainer
 from transformers import TrainerCallback
 
 original = Trainer.train_step

@@ -2,8 +2,8 @@
 
 import pytest
 
+from manyrank.data.rewards import read_rewards, rewarded, scorers
 from manyrank.errors import UserError
-from manyrank.rewards import read_rewards, rewarded, scorers
 
 
 def scores(rewards: dict, answer: str, reference: str = "", row: dict | None = None, on_error="error") -> dict:

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from manyrank import cli, hardware, recipe_rules, strategy_files
-from manyrank.config import Entry, Resolved, asset, presets, resolve
+from manyrank import cli
+from manyrank.config.resolve import Entry, Resolved, asset, presets, resolve
 from manyrank.errors import UserError, UserErrors
-from manyrank.hardware import Gpu, Hardware
-from manyrank.recipe_rules import TRACKERS, filesystem
-from manyrank.rules import (
+from manyrank.rules import recipe as recipe_rules
+from manyrank.rules.check import (
     RULES,
     Situation,
     as_markdown,
@@ -25,6 +24,10 @@ from manyrank.rules import (
     violations,
     warnings_of_length,
 )
+from manyrank.rules.recipe import TRACKERS, filesystem
+from manyrank.topology import gpus as hardware
+from manyrank.topology import strategies as strategy_files
+from manyrank.topology.gpus import Gpu, Hardware
 
 CPU = Hardware(gpus=(), cpu_cores=4, cpu_bf16=False)
 CPU_WITH_BF16 = Hardware(gpus=(), cpu_cores=4, cpu_bf16=True)
@@ -344,7 +347,7 @@ def run_folder(folder: Path, run: dict) -> Path:
 
 
 def identity_of(recipe: Resolved) -> dict:
-    from manyrank.run_identity import identity
+    from manyrank.config.identity import identity
 
     return identity(recipe.config)
 
@@ -579,7 +582,7 @@ def test_what_the_table_does_not_name_is_allowed(strategy, method):
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "fsdp_offload"])
 def test_what_accelerate_launch_passes_on_says_what_the_files_say(strategy):
-    from manyrank.strategy import config_environment
+    from manyrank.parallel.accelerator import config_environment
 
     read, passed = strategy_files.read(strategy), config_environment(strategy, 2)
     found = strategy_files.from_environment(passed | {"WORLD_SIZE": "1" if strategy == "single" else "2"})
@@ -592,7 +595,7 @@ def test_what_accelerate_launch_passes_on_says_what_the_files_say(strategy):
 
 
 def strategy_files_rules():
-    from manyrank.strategy_rules import FILE_RULES
+    from manyrank.rules.strategy import FILE_RULES
 
     return FILE_RULES
 
@@ -662,7 +665,7 @@ def test_pluggable_attention_is_what_the_class_says(model_type):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from manyrank.model_facts import _takes_attention
+    from manyrank.models.model_facts import _takes_attention
 
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     assert _takes_attention(model_type) == bool(cls._supports_attention_backend)
@@ -673,7 +676,7 @@ def test_peft_refuses_dropout_on_these_experts(model_type):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from manyrank.model_rules import PARAMETER_EXPERTS
+    from manyrank.rules.model import PARAMETER_EXPERTS
 
     assert model_type in PARAMETER_EXPERTS
     small = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

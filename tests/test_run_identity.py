@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from manyrank.config import Entry, resolve
+from manyrank.config.identity import FIXED, early_changes, identity, refuse_changes
+from manyrank.config.resolve import Entry, resolve
 from manyrank.errors import UserError
-from manyrank.run_identity import FIXED, early_changes, identity, refuse_changes
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from decimal import Decimal
 
 import pytest
 
+from manyrank.data.numeric import number
+from manyrank.data.scores import choice, exact, f1, letter, normal_text, normalised, numeric, row_scores, scored
 from manyrank.errors import UserError
-from manyrank.numeric import number
-from manyrank.scores import choice, exact, f1, letter, normal_text, normalised, numeric, row_scores, scored
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from manyrank import catalogue, shapes
 from manyrank.errors import UserError
+from manyrank.models import catalog as catalogue
+from manyrank.models import spec as shapes
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyrank.chat_template.types import BadRow
+from manyrank.data.json_array import CHUNK
+from manyrank.data.sources import Source, fingerprint, read_rows
 from manyrank.errors import UserError
-from manyrank.json_array import CHUNK
-from manyrank.sources import Source, fingerprint, read_rows
-from manyrank.types import BadRow
 
 ROW = {"question": "q", "answer": "a"}
 
@@ -402,7 +402,7 @@ def test_a_folder_with_a_broken_file(tmp_path):
 
 
 def test_a_name_on_the_hub_without_a_connection():
-    program = "from manyrank.sources import *; next(read_rows(Source('no/such-data-set', split='test')))"
+    program = "from manyrank.data.sources import *; next(read_rows(Source('no/such-data-set', split='test')))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
@@ -481,7 +481,7 @@ def test_a_fingerprint_of_a_folder(saved):
 
 def test_a_fingerprint_of_a_name_on_the_hub():
     program = (
-        "from manyrank.sources import *\n"
+        "from manyrank.data.sources import *\n"
         "for name, split in (('no/such', None), ('no/such', 'test'), ('no/other', None), ('no/such', None)):\n"
         "    print(fingerprint(Source(name, split=split)))"
     )
@@ -496,7 +496,7 @@ def test_a_fingerprint_of_a_name_on_the_hub():
 
 READ = """
 import resource, sys
-from manyrank.sources import Source, read_rows
+from manyrank.data.sources import Source, read_rows
 warm, path = sys.argv[1:]
 list(read_rows(Source(warm)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

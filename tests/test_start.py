@@ -17,9 +17,11 @@ import warm
 from conftest import ROOT
 from test_preemption import running, wait_until, workers, workers_alive
 
-from manyrank import compile_locks, run_folder, run_lock
 from manyrank.errors import UserError
-from manyrank.watchdog import Heart, Watchdog
+from manyrank.parallel import compile_locks
+from manyrank.runs import folder as run_folder
+from manyrank.runs import lock as run_lock
+from manyrank.training.watchdog import Heart, Watchdog
 
 # Workers and their launcher
 
@@ -106,7 +108,7 @@ POOL = """
 import os, sys, time
 from pathlib import Path
 from datasets import Dataset, Features, Value
-from manyrank.tokenise import _cached
+from manyrank.data.tokenize import _cached
 def make(shards):
     Path(sys.argv[1], str(os.getpid())).touch()
     time.sleep(600)
@@ -185,7 +187,7 @@ def test_a_folder_is_given_back_and_the_lock_of_a_dead_owner_is_taken_over(tmp_p
 
 def claim_and_die(folder: Path) -> int:
     """The process id of an owner that was killed while it had the folder."""
-    code = f"import os; from pathlib import Path; from manyrank import run_lock\nwith run_lock.claimed(Path({str(folder)!r})): os.kill(os.getpid(), 9)"
+    code = f"import os; from pathlib import Path; from manyrank.runs import lock as run_lock\nwith run_lock.claimed(Path({str(folder)!r})): os.kill(os.getpid(), 9)"
     process = subprocess.Popen([sys.executable, "-c", code])
     process.wait()
     assert (folder / run_folder.LOCK).exists()
@@ -270,7 +272,7 @@ def test_of_many_that_want_a_folder_at_once_one_has_it(tmp_path, stale):
 
 def test_an_owner_that_lost_its_lock_ends_itself(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from manyrank import run_lock; run_lock.BEAT = 0.1\n"
+        "import sys, time; from pathlib import Path; from manyrank.runs import lock as run_lock; run_lock.BEAT = 0.1\n"
         "with run_lock.claimed(Path(sys.argv[1])): print('has it', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -366,7 +368,7 @@ def test_a_lock_that_a_compiler_holds_stays(stale_lock, code):
 
 WAIT = """
 import sys, threading, time
-from manyrank import compile_locks
+from manyrank.parallel import compile_locks
 from torch.utils.file_baton import FileBaton
 def watch():
     while True:
@@ -385,7 +387,7 @@ def test_a_lock_on_a_shared_folder_stays_until_it_is_old(stale_lock, monkeypatch
 
 
 def test_a_start_says_what_it_waits_for(capsys, monkeypatch):
-    monkeypatch.setattr("manyrank.watchdog.NOTICE", 0.5)
+    monkeypatch.setattr("manyrank.training.watchdog.NOTICE", 0.5)
     heart = Heart(0)
     with Watchdog(heart, patience=1.2, notices=True):
         with heart.waiting("distributing the model", lambda: "somebody compiles"):
@@ -414,12 +416,12 @@ def test_a_launch_that_waits_says_so_and_can_be_stopped(embedded_model, tmp_path
 
 HANG = """
 import os, sys, time
-import manyrank.compile_locks
+import manyrank.parallel.compile_locks
 def hang():
     open(os.environ["REACHED"], "w").close()
     while True:
         time.sleep(0.1) if os.environ["HOW"] == "python" else __import__("ctypes").CDLL(None).sleep(1000)
-manyrank.compile_locks.remove_stale = hang
+manyrank.parallel.compile_locks.remove_stale = hang
 from manyrank.train import leave, main
 leave(main(sys.argv[1:]))
 """

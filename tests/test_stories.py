@@ -15,7 +15,7 @@ import slurm_cluster
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from manyrank.metrics import read_metrics
+from manyrank.runs.logs import read_metrics
 
 MAKE = runpy.run_path(str(ROOT / "data" / "stories" / "make.py"))
 NO_SLURM = slurm_cluster.available()

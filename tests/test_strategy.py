@@ -8,10 +8,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-from manyrank.config import Entry, asset, resolve
+from manyrank.config.resolve import Entry, asset, resolve
 from manyrank.errors import UserError
-from manyrank.strategy import _parallelism, config_environment, copies, wanted
-from manyrank.topology import Topology
+from manyrank.parallel.accelerator import _parallelism, config_environment, copies, wanted
+from manyrank.topology.ranks import Topology
 
 NAMES = ["single", "ddp", "fsdp", "fsdp_offload", "hsdp", "zero2", "zero3", "zero3_offload"]
 PRINT = "import json, os; print('ENV' + json.dumps({k: v for k, v in os.environ.items() if k.startswith(('ACCELERATE_', 'FSDP_', 'PARALLELISM_'))}))"
@@ -100,7 +100,7 @@ def test_a_skeleton_holds_no_base_weights(embedded_model):
     """Under FSDP only rank 0 reads the base; what the others get has no memory behind it."""
     import torch
 
-    from manyrank.model import LoadPlan, load_model
+    from manyrank.models.load import LoadPlan, load_model
 
     given = {"model_name_or_path": "embedded", "data_path": "x"}
     config = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config

@@ -14,10 +14,11 @@ import warm
 import yaml
 from conftest import ROOT, Run
 
-from manyrank import cli, kubernetes, submission
-from manyrank.config import asset
-from manyrank.launcher import CPU_VARIABLES
-from manyrank.options import parse
+from manyrank import cli
+from manyrank.config.args import parse
+from manyrank.config.resolve import asset
+from manyrank.launch import kubernetes, submission
+from manyrank.launch.command import CPU_VARIABLES
 
 GOLDEN = Path(__file__).parent / "golden"
 SLURM = ("--via=slurm", "--time=1-12:00:00", "--partition=gpu", "--account=lab", "--grace=300")

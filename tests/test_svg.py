@@ -8,7 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyrank.svg import HEIGHT, LEFT, MOST, RIGHT, WIDTH, Chart, Curve, chart_html, label, smoothed, thinned, ticks
+from manyrank.tools.report.svg import (
+    HEIGHT,
+    LEFT,
+    MOST,
+    RIGHT,
+    WIDTH,
+    Chart,
+    Curve,
+    chart_html,
+    label,
+    smoothed,
+    thinned,
+    ticks,
+)
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False).filter(lambda value: value == 0 or abs(value) > 1e-9)
 

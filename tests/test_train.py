@@ -10,15 +10,15 @@ import torch
 import warm
 from conftest import ROOT, launch
 
-from manyrank import hardware
-from manyrank.config import asset
-from manyrank.launcher import LaunchPlan
+from manyrank.config.resolve import asset
+from manyrank.launch.command import LaunchPlan
+from manyrank.topology import gpus as hardware
 
 
 def plain_loss(model, tokenizer, path) -> float:
     """Mean loss of supervised tokens with nothing but transformers: row by row, all logits."""
-    from manyrank.config import Entry, resolve
-    from manyrank.data import prepare
+    from manyrank.config.resolve import Entry, resolve
+    from manyrank.data.dataset import prepare
 
     given = {"model_name_or_path": "embedded", "data_path": path, "max_length": 256}
     config = resolve(None, [Entry(k, v, "test") for k, v in given.items()]).config

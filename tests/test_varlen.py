@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from manyrank.varlen import arguments, obstacle, takes_groups
+from manyrank.models.varlen import arguments, obstacle, takes_groups
 
 
 def of_torch_2_11(

@@ -5,8 +5,8 @@ import math
 import pytest
 import warm
 
-from manyrank import verify
-from manyrank.config import asset
+from manyrank.config.resolve import asset
+from manyrank.tools import verify
 
 CASES = list(verify.cases(verify.METHODS, verify.STRATEGIES, verify.LAUNCHERS))
 

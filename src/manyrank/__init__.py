@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import SFTConfig, SFTDataset, SFTTrainer, Trained
     from .errors import UserError
-    from .loaded import load_model
+    from .models.inference import load_model
 
 __version__ = "0.1.0"
 __all__ = ["SFTConfig", "SFTDataset", "SFTTrainer", "Trained", "UserError", "load_model"]
-_WHERE = {"UserError": "errors", "load_model": "loaded"}
+_WHERE = {"UserError": "errors", "load_model": "models.inference"}
 
 
 def __getattr__(name: str) -> object:
@@ -20,8 +20,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    from .hardware import probe
-    from .launcher import before_imports
+    from .launch.command import before_imports
+    from .topology.gpus import probe
 
     before_imports(probe())
     return getattr(import_module(f".{_WHERE.get(name, 'api')}", __name__), name)

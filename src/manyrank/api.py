@@ -23,14 +23,15 @@ from pydantic import PrivateAttr
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from . import topology, train
-from .config import Entry, Resolved, resolve
-from .data import prepare
+from . import train
+from .config.resolve import Entry, Resolved, resolve
+from .config.schema import TrainConfig
+from .data.dataset import prepare
 from .errors import UserError
-from .interrupts import STOP, end_with_parent
-from .model import load_tokenizer
-from .schema import TrainConfig
-from .session import Brought
+from .models.load import load_tokenizer
+from .signals import STOP, end_with_parent
+from .topology import ranks as topology
+from .training.session import Brought
 
 
 class SFTConfig(TrainConfig):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .options import CommandLine
+    from .config.args import CommandLine
 
 COMMANDS = {
     "train": "fine-tune a model as a recipe says",
@@ -90,33 +90,33 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from .options import parse
+    from .config.args import parse
 
     return _launch(parse(argv, prog="manyrank train", launch=True))
 
 
 def _grpo(argv: Sequence[str]) -> int:
-    from .options import as_grpo, parse
+    from .config.args import as_grpo, parse
 
     return _launch(as_grpo(parse(argv, prog="manyrank grpo", launch=True)))
 
 
 def _launch(line: CommandLine) -> int:
-    from .interrupts import ending_at_a_signal
-    from .options import JOBS
+    from .config.args import JOBS
+    from .signals import ending_at_a_signal
 
     with ending_at_a_signal():
         if line.where.via in JOBS:
-            from . import submission
+            from .launch import submission
 
             return submission.main(line)
-        from . import decision
+        from .launch import main as decision
 
         return decision.train(line)
 
 
 def _plan(argv: Sequence[str]) -> int:
-    from . import planning
+    from .plan import command as planning
 
     return planning.main(argv)
 
@@ -125,11 +125,11 @@ def _data(argv: Sequence[str]) -> int:
     from .errors import UserError
 
     if argv and argv[0] == "inspect":
-        from . import inspection
+        from .tools.inspect_data import main as inspection
 
         return inspection.main(argv[1:])
     if argv and argv[0] == "prepare":
-        from . import curate
+        from .tools.prepare import main as curate
 
         return curate.main(argv[1:])
     if argv and argv[0] in ("-h", "--help"):
@@ -141,7 +141,7 @@ def _data(argv: Sequence[str]) -> int:
 
 
 def _doctor(argv: Sequence[str]) -> int:
-    from . import doctor
+    from .tools.doctor import main as doctor
 
     return doctor.main(argv)
 
@@ -149,7 +149,7 @@ def _doctor(argv: Sequence[str]) -> int:
 def _rules(argv: Sequence[str]) -> int:
     import argparse
 
-    from . import rules
+    from .rules import check as rules
 
     argparse.ArgumentParser(prog="manyrank rules", description="Print every rule, as docs/rules.md.").parse_args(argv)
     print(rules.as_markdown(), end="")
@@ -157,53 +157,53 @@ def _rules(argv: Sequence[str]) -> int:
 
 
 def _verify(argv: Sequence[str]) -> int:
-    from . import verify
+    from .tools import verify
 
     return verify.main(argv)
 
 
 def _report(argv: Sequence[str]) -> int:
-    from . import report
+    from .tools.report import main as report
 
     return report.main(argv)
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    from . import evaluate
+    from .tools.evaluate import main as evaluate
 
     return evaluate.main(argv)
 
 
 def _bench(argv: Sequence[str]) -> int:
-    from . import bench
+    from .tools.bench import main as bench
 
     return bench.main(argv)
 
 
 def _quiet() -> None:
     """Before torch and the libraries are imported."""
-    from .hardware import probe
-    from .launcher import before_imports
+    from .launch.command import before_imports
+    from .topology.gpus import probe
 
     before_imports(probe())
 
 
 def _chat(argv: Sequence[str]) -> int:
-    from . import chat
+    from .tools.chat import main as chat
 
     _quiet()
     return chat.main(argv)
 
 
 def _generate(argv: Sequence[str]) -> int:
-    from . import answering
+    from .tools.generate import main as answering
 
     _quiet()
     return answering.main(argv)
 
 
 def _merge(argv: Sequence[str]) -> int:
-    from . import merge
+    from .tools.merge import main as merge
 
     _quiet()
     return merge.main(argv)
@@ -217,8 +217,8 @@ def _embedded_model(argv: Sequence[str]) -> int:
     )
     parser.parse_args(argv)
 
-    from .embedded import ensure
-    from .launcher import CPU_VARIABLES
+    from .launch.command import CPU_VARIABLES
+    from .models.tiny import ensure
 
     os.environ.setdefault("OMP_WAIT_POLICY", CPU_VARIABLES["OMP_WAIT_POLICY"])  # torch is not imported yet
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .interrupts import STOP, begin_worker
+from .signals import STOP, begin_worker
 
 if __name__ == "__main__":  # the other imports take half a second
     begin_worker()
@@ -16,20 +16,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import hardware, rules, strategy_files, tasks, topology
-from .allocator import may_expand
-from .config import Resolved, resolve
+from . import tasks
+from .config.args import parse
+from .config.resolve import Resolved, resolve
 from .errors import EXIT_USER, UserError
-from .exits import for_good, guarded, last_word, leave, say_stopped
-from .launcher import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
-from .options import parse
-from .run_folder import LAUNCH_FOLDER, writable
-from .run_lock import claimed
-from .topology import Topology
-from .watchdog import Heart, Watchdog
+from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
+from .rules import check as rules
+from .runs.folder import LAUNCH_FOLDER, writable
+from .runs.lock import claimed
+from .topology import gpus as hardware
+from .topology import ranks as topology
+from .topology import strategies as strategy_files
+from .topology.allocator import may_expand
+from .topology.ranks import Topology
+from .training.exits import for_good, guarded, last_word, leave, say_stopped
+from .training.watchdog import Heart, Watchdog
 
 if TYPE_CHECKING:
-    from .session import Brought, Session
+    from .training.session import Brought, Session
 
 # The last session of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
 # takes DistributedDataParallel apart.
@@ -106,8 +110,8 @@ def _train_checked(
     before_imports(machine, expandable=may_expand(config))
     import torch
 
-    from .opening import open_session
-    from .report import make_report
+    from .tools.report.main import make_report
+    from .training.run import open_session
 
     if machine.gpus and not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"

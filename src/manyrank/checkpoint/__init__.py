@@ -1,0 +1,1 @@
+"""Full state by name, complete or absent, for any strategy."""

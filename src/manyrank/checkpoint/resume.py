@@ -1,0 +1,117 @@
+"""Whether and where a run goes on: rank 0 looks, every rank hears the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from ..config.resolve import TrainConfig
+from ..errors import UserError
+from ..runs import folder as run_folder
+from ..topology.ranks import restarts
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: None at its first step. `notes` are for the user, `run` is the checkpoint's identity."""
+
+    folder: Path | None
+    notes: tuple[str, ...] = ()
+    run: dict = field(default_factory=dict)
+
+
+def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) -> Start:
+    """Clear away what a killed run left, and find the checkpoint to go on from. All ranks together.
+
+    A run that a launcher has started anew after a failure goes on from its newest checkpoint without being told.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or the machines do not share the run's folder; on every rank.
+    """
+    places = [config.resume_from_checkpoint] if config.resume_from_checkpoint else []
+    if any(gather_object([restarts()])) and places != ["auto"]:
+        places = ["auto", *places]  # what this run has saved itself comes before where it began
+    start = from_main(accelerator, lambda: _start(output_dir, places, dry_run=config.dry_run))
+    _check_shared(output_dir, start.folder, accelerator)
+    return start
+
+
+def _start(output_dir: Path, places: list[str], *, dry_run: bool) -> Start:
+    notes: list[str] = []
+    if places and not dry_run:  # without them the folder is new
+        notes += run_folder.tidy(output_dir)
+    for place in places:
+        found = run_folder.find(output_dir, place)
+        notes += [f"passed over: {problem}" for problem in found.passed_over]
+        if found.folder:
+            return Start(found.folder, tuple(notes), json.loads((found.folder / "run.json").read_text()))
+    if places:
+        notes.append(f"{output_dir} has no checkpoint yet: starting from the beginning")
+    return Start(None, tuple(notes))
+
+
+def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; a UserError too."""
+    told: list = [None]
+    if accelerator.is_main_process:
+        try:
+            told = [work()]
+        except UserError as error:
+            told = [error]
+    broadcast_object_list(told)
+    if isinstance(told[0], UserError):
+        raise told[0]
+    return told[0]
+
+
+def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerator) -> None:
+    """Every machine must see what rank 0 writes: found now, and not at the first save.
+
+    Raises:
+        UserError: one of them does not; on every rank.
+    """
+    token = output_dir / f".shared-{from_main(accelerator, lambda: secrets.token_hex(8))}"
+    several = accelerator.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    if not several:
+        return
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    accelerator.wait_for_everyone()
+    sees = token.exists() and (folder is None or (folder / run_folder.MANIFEST).exists())
+    blind = [host for host, sees in gather_object([(os.uname().nodename, sees)]) if not sees]
+    if accelerator.is_main_process:
+        token.unlink()
+    if blind:
+        what = f"{', '.join(sorted(set(blind)))} cannot see {output_dir} of machine 0"
+        raise UserError(what, where="output_dir", fix="give a folder that all machines share")
+
+
+def base_fingerprint(name: str, commit: str | None) -> str:
+    """What tells a base model from others, wherever it lies: its config, and a piece of each file of weights.
+
+    Args:
+        name: a folder, or a name on the hub.
+        commit: of the hub.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{commit}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            stream.seek(size // 2)
+            digest.update(b"%d" % size + stream.read(1 << 16))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,110 @@
+"""What makes a run the one that it is: the values that a resumed run must share with its checkpoint. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from ..runs import folder as run_folder
+from .resolve import FIELDS, TrainConfig
+
+# What shapes the result; a resumed run must not differ in it.
+IDENTITY = (
+    "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length",
+    "packing", "chat_template_kwargs", "train_on_last_turn", "train_on_prompt", "train_on_opening", "thinking", "stop_tokens",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "seed",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)  # fmt: skip
+OF_GRPO = (
+    "rewards", "on_reward_error", "num_generations", "max_completion_length", "beta", "temperature", "top_p", "loss_type",
+    "scale_rewards", "mask_truncated_completions", "use_vllm",
+)  # fmt: skip
+# What a run's identity calls otherwise than the recipe does.
+CALLED = {
+    "per_device_train_batch_size": ("batch_per_process",),
+    "gradient_accumulation_steps": ("batch_per_process",),
+    "data_path": ("data", "examples", "tokens", "rows"),
+    "model_name_or_path": ("model",),
+    "sft_model": ("sft_model",),
+    "num_train_epochs": ("total_steps",),
+    "max_steps": ("total_steps",),
+}
+FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
+
+
+def identity(config: TrainConfig, **facts: object) -> dict:
+    """What must be the same when the run is resumed."""
+    own = {key: getattr(config, key) for key in OF_GRPO} if config.is_grpo else {}
+    return {"task": config.task} | {key: getattr(config, key) for key in IDENTITY} | own | facts
+
+
+def batch_per_process(config: TrainConfig) -> int | None:
+    """Examples of one process in a step, where that is what the recipe says."""
+    if config.global_batch_size:
+        return None
+    return config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
+
+
+def early_changes(folder: Path, config: TrainConfig, *, bf16: bool) -> list[str]:
+    """What a resume would change and may not, as far as the recipe alone tells, as `shown` writes it."""
+    batch = {"batch_per_process": batch_per_process(config), "global_batch_size": config.global_batch_size}
+    run = identity(config, bf16=bf16, **{key: value for key, value in batch.items() if value})
+    return shown(run_folder.changes(folder, run, allowed=allowed_names(config.resume_changes)))
+
+
+def keys_of(name: str) -> tuple[str, ...]:
+    """The keys that let a value of a run's identity change, as resume_changes takes them; none where it cannot."""
+    called = tuple(key for key, names in CALLED.items() if name in names)
+    return called or ((name,) if name in FIELDS and name not in FIXED else ())
+
+
+def shown(changes: list[str]) -> list[str]:
+    """Changes as 'name: before -> now', with the keys that allow them where those are called otherwise."""
+    return [_shown(change, change.partition(": ")[0]) for change in changes]
+
+
+def _shown(change: str, name: str) -> str:
+    keys = keys_of(name)
+    if not keys:
+        return f"{change} (cannot change)"
+    return change if keys == (name,) else f"{change} (in resume_changes: {' or '.join(keys)})"
+
+
+def allowed_names(keys: list[str]) -> set[str]:
+    """What a run's identity calls the keys that may differ."""
+    return {name for key in keys for name in CALLED.get(key, (key,))}
+
+
+def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
+    """Compare a run with the checkpoint that it goes on from.
+
+    Args:
+        allowed: keys of the recipe that may differ.
+
+    Returns:
+        What differs and is allowed to, as 'key: before -> now'.
+
+    Raises:
+        UserError: something else differs, or a key cannot be allowed.
+    """
+    names = allowed_names(allowed)
+    for key in allowed:
+        if key not in FIELDS or not set(CALLED.get(key, (key,))) <= run.keys():
+            known = sorted({*IDENTITY, *OF_GRPO, *CALLED, "global_batch_size", "bf16"} - set(FIXED))
+            fix = f"known: {known}"
+            if key not in FIELDS and key in run and (keys := keys_of(key)):
+                fix = f"name the key that it comes from: {' or '.join(keys)}"
+            raise UserError(f"{key} is nothing that a resume compares", where="resume_changes", fix=fix)
+        if key in FIXED:
+            fix = "start a new run"
+            raise UserError(f"{key} cannot change: it shapes the saved state", where="resume_changes", fix=fix)
+    if changed := run_folder.changes(folder, run, allowed=names):
+        raise UserError(
+            f"the resumed run would not be the same: {'; '.join(shown(changed))}",
+            where=str(folder),
+            fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
+        )
+    return run_folder.changes(folder, run, allowed=run.keys() - names)

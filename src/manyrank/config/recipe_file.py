@@ -1,0 +1,138 @@
+"""A recipe's YAML file as flat entries, each with its place.
+
+    training:                        learning_rate  2e-4   recipe.yaml, training.lr
+      lr: 2e-4             ->        lora_r         8      recipe.yaml, lora.r
+    lora: {r: 8}
+
+A recipe is flat. Sections by the names in SECTIONS are read as well, where each of their keys can mean one thing only; any
+other mapping, in a key that takes none, is an error, also where the command line gives that key again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..runs.yaml_file import read_yaml
+
+# What these group is not changed by their names; `eval: {batch_size: 1}` would be something else than batch_size.
+SECTIONS = (
+    "model",
+    "data",
+    "dataset",
+    "lora",
+    "training",
+    "training_args",
+    "training_arguments",
+    "optimization",
+    "wandb",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value as it was given, and where."""
+
+    key: str
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """The keys of a recipe: every spelling with its canonical key, and the canonical keys that take mappings."""
+
+    spellings: Mapping[str, str]
+    mappings: frozenset[str]
+
+    def takes_mappings(self, key: str) -> bool:
+        return self.spellings.get(normal(key)) in self.mappings
+
+    def inside(self, section: str, key: str) -> set[str]:
+        """What a key of a section can stand for: itself, or with the section's name in front."""
+        names = (normal(key), f"{normal(section)}_{normal(key)}")
+        return {self.spellings[name] for name in names if name in self.spellings}
+
+
+def normal(key: str) -> str:
+    return key.lstrip("-").replace("-", "_")
+
+
+def read_entries(path: Path, known: Known) -> list[Entry]:
+    """The entries of a recipe.
+
+    Raises:
+        UserError: no YAML, no mapping, or a section that cannot be read.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        fix = "see launch/recipes/default.yaml"
+        raise UserError("a recipe is a list of `key: value` lines", where=str(path), fix=fix)
+    found = []
+    for key, value in content.items():
+        entry = Entry(str(key), value, f"{path}, {key}")
+        empty = value is None and normal(entry.key) in SECTIONS and normal(entry.key) not in known.spellings
+        if empty:
+            raise _refused(replace(entry, value={}), {}, known)
+        if known.takes_mappings(entry.key) or not _has_mapping(value):
+            found.append(entry)
+        elif isinstance(value, dict):
+            found += _of_section(entry, known)
+        elif normal(entry.key) in known.spellings:  # else told as an unknown key
+            fix = f"write {entry.key}: and its value"
+            raise UserError(f"{entry.key} takes no list of mappings", where=entry.where, fix=fix)
+        else:
+            found.append(entry)
+    return found
+
+
+def _has_mapping(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_has_mapping, value)))
+
+
+def _of_section(section: Entry, known: Known) -> list[Entry]:
+    """The entries of a section, under their canonical keys."""
+    meant = {str(key): known.inside(section.key, str(key)) for key in section.value}
+    readable = (
+        normal(section.key) in SECTIONS and bool(section.value) and all(len(keys) == 1 for keys in meant.values())
+    )
+    if not readable:
+        raise _refused(section, meant, known)
+    entries = []
+    for (key, value), keys in zip(section.value.items(), meant.values()):
+        if _has_mapping(value) and not keys <= known.mappings:
+            raise _refused(section, meant, known)
+        entries.append(Entry(*keys, value, f"{section.where}.{key}"))
+    return entries
+
+
+def _refused(section: Entry, meant: Mapping[str, set[str]], known: Known) -> UserError:
+    inside = ", ".join(meant) or "nothing"
+    lines = [
+        line
+        for (key, keys), value in zip(meant.items(), section.value.values())
+        for line in (_inner(key, value, known) or [_flat(section.key, key, keys, known)])
+    ]
+    what = f"{section.key} is a section (with {inside}), and a recipe is flat"
+    fix = f"write at the left margin: {', '.join(lines)}" if lines else "leave it out"
+    return UserError(what, where=section.where, fix=fix)
+
+
+def _inner(section: str, value: Any, known: Known) -> list[str]:
+    """How the keys of a section inside a section are written."""
+    if not isinstance(value, dict) or known.takes_mappings(section):
+        return []
+    return [_flat(section, str(key), known.inside(section, str(key)), known) for key in value]
+
+
+def _flat(section: str, key: str, keys: set[str], known: Known) -> str:
+    """How a key of a section is written without it."""
+    if keys:
+        return " or ".join(sorted(keys))
+    close = difflib.get_close_matches(f"{normal(section)}_{normal(key)}", known.spellings, 1, cutoff=0.6)
+    close = close or difflib.get_close_matches(normal(key), known.spellings, 1, cutoff=0.6)
+    return known.spellings[close[0]] if close else f"(there is no option {key!r})"

@@ -1,0 +1,371 @@
+"""The recipe: a flat YAML file or command line, turned into one typed, frozen `TrainConfig`.
+
+Precedence: defaults < the recipe's `base:` < the recipe < command line. Names are those of transformers'
+TrainingArguments; ALIASES and METHOD_FLAGS hold the other spellings that people type. Every value remembers where
+it came from, so that an error can name the place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import UserError, UserErrors
+from ..runs import artifact
+from ..runs.artifact import Artifact
+from .recipe_file import Entry, Known, normal, read_entries
+from .schema import DataSource, Method, TrainConfig
+
+FIELDS = TrainConfig.model_fields
+METHODS = frozenset(get_args(Method))
+
+# Other spellings of a key. Dashes and underscores are the same everywhere.
+ALIASES = {
+    "train_data": "data_path",
+    "dataset_path": "data_path",
+    "val_data": "eval_data_path",
+    "val_size": "eval_split",
+    "dedup": "duplicates",
+    "train_on_inputs": "train_on_prompt",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "lora_rank": "lora_r",
+    "target_modules": "lora_target_modules",
+    "experiment_name": "run_name",
+    "resume_from": "resume_from_checkpoint",
+    "num_samples": "num_generations",
+    "max_new_tokens": "max_completion_length",
+}
+
+# Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
+METHOD_FLAGS = {
+    "use_lora": frozenset({"lora", "qlora", "int8"}),
+    "no_lora": frozenset({"full"}),
+    "use_qlora": frozenset({"qlora"}),
+    "use_4bit": frozenset({"qlora"}),
+    "no_4bit": frozenset({"full", "lora", "int8"}),
+    "use_8bit": frozenset({"int8"}),
+}
+# What the task grpo sets where nobody says otherwise: answers are padded, and the best model has the best reward.
+BY_TASK = "task grpo"
+DEFAULTS_OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "greater_is_better": True}
+# Of adapter_config.json, what the adapters made here have, so that theirs is told by rank, scale and modules.
+PLAIN_ADAPTER = {
+    "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "lora_bias": False, "rank_pattern": {},
+    "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "target_parameters": None,
+    "trainable_token_indices": None, "fan_in_fan_out": False,
+}  # fmt: skip
+METHOD_PREFERENCE = ("lora", "qlora", "int8", "full")
+SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
+TYPED = frozenset({"trust_remote_code"})  # what a run's own config cannot switch on: it may be somebody else's
+KNOWN = Known(
+    {**{key: key for key in (*FIELDS, *SWITCHES)}, **ALIASES},
+    frozenset(key for key, field in FIELDS.items() if re.search("dict|DataSource", str(field.annotation))),
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config with the origin of each of its values."""
+
+    config: TrainConfig
+    origin: dict[str, str] = field(default_factory=dict)
+
+    def where(self, *keys: str) -> str:
+        """Where these keys were given, for an error."""
+        return ", ".join(f"{key} ({self.origin.get(key, 'default')})" for key in keys)
+
+    def as_yaml(self) -> str:
+        """The whole config as YAML, each line with its origin; it can be trained again as it is."""
+        lines = []
+        for key, value in self.config.plain().items():
+            text = yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=True, width=10_000)
+            lines.append(f"{text.strip()[1:-1]}  # {' '.join(self.origin.get(key, 'default').split())}")
+        return "\n".join(lines) + "\n"
+
+
+def asset(*parts: str) -> Path:
+    """A file of the project: from the checkout, or from the installed package."""
+    packaged = Path(__file__).parents[1] / "assets"
+    root = packaged if packaged.exists() else Path(__file__).parents[3]
+    return root.joinpath(*parts)
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in asset("launch", "recipes").glob("*.yaml"))
+
+
+def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bool = False) -> Resolved:
+    """Merge defaults, the recipe and its base, and the command line.
+
+    Args:
+        recipe: a YAML file or a preset's name; None for the command line alone.
+        overrides: the command line's values, in order.
+        finished: of a run that is over: what it went on from need not be there, and TYPED keys count from `overrides`
+            alone.
+
+    Raises:
+        UserError: an unknown key, a wrong type, a contradiction, or a file that cannot be read.
+    """
+    merged: dict[str, Entry] = {}
+    layers = _layers(recipe) if recipe else []
+    if finished:
+        layers = [[entry for entry in layer if normal(entry.key) not in TYPED] for layer in layers]
+    for entries in (*layers, overrides):
+        merged |= _canonical(entries, merged.get("method"))
+    if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
+        del merged["bf16"]
+    if "task" in merged and merged["task"].value == "grpo":
+        merged = {key: Entry(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
+    if not finished and "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
+        merged = _gone_on_from(merged["sft_model"], merged)
+    return Resolved(_validate(merged), {key: entry.where for key, entry in merged.items()})
+
+
+def recipe_of(found: Artifact) -> TrainConfig | None:
+    """The recipe of the run that an artifact comes from."""
+    file = found.run / "config.yaml" if found.run else None
+    return resolve(str(file), finished=True).config if file and file.is_file() else None
+
+
+def _gone_on_from(entry: Entry, merged: dict[str, Entry]) -> dict[str, Entry]:
+    """With the base of what SFT has made, how it was spoken to, and the shape of its adapter, which cannot be another."""
+    if not Path(str(entry.value)).expanduser().is_dir():
+        fix = "give a run's folder, a checkpoint, an adapter or a merged model"
+        raise UserError(f"there is no folder {entry.value!r}", where=entry.where, fix=fix)
+    found = artifact.find(str(entry.value))
+    base = merged.get("model_name_or_path", Entry("model_name_or_path", found.base, entry.where))
+    if not found.adapter and str(base.value) != found.base:
+        what = f"{entry.value} is a whole model, and model_name_or_path is {base.value}"
+        raise UserError(what, where=f"{base.where}; {entry.where}", fix="leave model_name_or_path out")
+    shape = _adapter_shape(found.adapter, entry) if found.adapter else {}
+    for key, theirs in shape.items():
+        mine = merged.get(key)
+        if mine and not _is_same(mine, theirs):
+            raise UserError(
+                f"{key} is {mine.value}, and that of {entry.value} is {theirs}",
+                where=f"{mine.where}; {entry.where}",
+                fix=f"leave {key} out: the same adapter is trained on",
+            )
+    own = {key: Entry(key, value, entry.where) for key, value in (_speech(found) | shape).items()}
+    return own | merged | {"model_name_or_path": base} | {key: own[key] for key in shape}
+
+
+def _is_same(mine: Entry, theirs: Any) -> bool:
+    """Whether a value fits the adapter; a preset's is for other models, too, and all-linear has come to a list in it."""
+    if mine.where.startswith(str(asset("launch", "recipes"))) or mine.value == "all-linear":
+        return True
+    if isinstance(theirs, list):
+        names = mine.value if isinstance(mine.value, list) else str(mine.value).strip("[] ").split(",")
+        return {str(name).strip() for name in names} == set(theirs)
+    return str(mine.value) == str(theirs) or mine.value == theirs
+
+
+def _speech(found: Artifact) -> dict[str, Any]:
+    """What the recipe of SFT says of rendering; a template of its own is kept with its tokenizer."""
+    recipe = recipe_of(found)
+    if not recipe:
+        return {}
+    given = {key: getattr(recipe, key) for key in ("chat_template_kwargs", "stop_tokens", "thinking", "chat_template")}
+    if found.own_tokenizer:
+        del given["chat_template"]
+    return {key: value for key, value in given.items() if value != FIELDS[key].default}
+
+
+def _adapter_shape(adapter: Path, entry: Entry) -> dict[str, Any]:
+    """The keys of a recipe that make an adapter of this shape.
+
+    Raises:
+        UserError: no recipe makes it, or its config cannot be read.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        special = [key for key, usual in PLAIN_ADAPTER.items() if (found.get(key) or usual) != usual]
+        targets = found.get("target_modules")
+        if special or not isinstance(targets, str | list):
+            what = f"the adapter is none that manyrank makes ({', '.join(special) or 'target_modules'})"
+            fix = "merge it (manyrank merge), and go on from the result"
+            raise UserError(what, where=f"{entry.where}, {file}", fix=fix)
+        shape = {"lora_r": found["r"], "lora_alpha": found["lora_alpha"]}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
+    return {**shape, "lora_target_modules": targets if isinstance(targets, str) else sorted(targets)}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by preset name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    preset = asset("launch", "recipes", f"{name}.yaml")
+    if re.fullmatch(r"[\w-]+", name) and preset.is_file():
+        return preset
+    close = difflib.get_close_matches(name, presets(), 1)
+    raise UserError(
+        f"there is no recipe {name!r}",
+        where="the recipe, which is a YAML file or a preset's name",
+        fix=(f"did you mean {close[0]}? " if close else "") + f"presets: {', '.join(presets())}",
+    )
+
+
+def _entries(path: Path) -> list[Entry]:
+    """A recipe's entries; of the config that a run has written, without TYPED keys: the run may be somebody else's."""
+    entries = read_entries(path, KNOWN)
+    if path.name != "config.yaml" or not artifact.is_run(path.parent):
+        return entries
+    return [entry for entry in entries if normal(entry.key) not in TYPED]
+
+
+def _layers(recipe: str) -> list[list[Entry]]:
+    path = find_recipe(recipe)
+    entries = _entries(path)
+    bases = [entry for entry in entries if entry.key == "base"]
+    if not bases:
+        return [entries]
+    if not isinstance(bases[0].value, str):
+        raise UserError("base is not a name", where=bases[0].where, fix="give a recipe's file or a preset's name")
+    beside = path.parent / str(bases[0].value)
+    base = _entries(find_recipe(str(beside) if beside.is_file() else str(bases[0].value)))
+    if any(entry.key == "base" for entry in base):
+        raise UserError(
+            f"the base {bases[0].value!r} has a base itself",
+            where=bases[0].where,
+            fix="one level of base is all there is",
+        )
+    return [base, [entry for entry in entries if entry.key != "base"]]
+
+
+def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entry]:
+    """One layer's entries under their canonical keys; `method` is what lower layers chose."""
+    found: dict[str, Entry] = {}
+    allowed, because = METHODS, []
+    for entry in entries:
+        key = ALIASES.get(normal(entry.key), normal(entry.key))
+        if key in METHOD_FLAGS:
+            chosen = METHOD_FLAGS[key] if _yes(entry) else METHODS - METHOD_FLAGS[key]
+            allowed, because = allowed & chosen, [*because, entry]
+            continue
+        if key == "wandb":
+            entry = Entry("report_to", ["wandb"] if _yes(entry) else [], entry.where)
+            key = "report_to"
+        if key not in FIELDS:
+            raise unknown_key(entry)
+        if key in found and found[key].value != entry.value:
+            raise _contradiction([found[key], entry])
+        found[key] = entry
+    if because:
+        if "method" in found:
+            allowed, because = allowed & {str(found["method"].value)}, [*because, found["method"]]
+        if not allowed:
+            raise _contradiction(because)
+        current = str(method.value) if method else "lora"
+        if current not in METHODS:
+            raise UserError(
+                f"method: {current!r} is none of {', '.join(METHOD_PREFERENCE)}", where=method.where, fix="choose one"
+            )
+        value = current if current in allowed else next(name for name in METHOD_PREFERENCE if name in allowed)
+        found["method"] = Entry("method", value, "; ".join(entry.where for entry in because))
+    return found
+
+
+def _located(config: TrainConfig) -> TrainConfig:
+    """The config with the project's own data files, which are found from any folder."""
+
+    def found(path: str) -> str:
+        own = asset(path)
+        home = str(Path(path).expanduser())
+        return str(own) if not Path(home).exists() and own.is_file() else home
+
+    sources = {
+        key: [source.model_copy(update={"path": found(source.path)}) for source in getattr(config, key)]
+        for key in ("data_path", "eval_data_path")
+        if getattr(config, key)
+    }
+    return config.model_copy(update=sources)
+
+
+def _yes(entry: Entry) -> bool:
+    if str(entry.value).lower() in ("true", "yes", "on", "1"):
+        return True
+    if str(entry.value).lower() in ("false", "no", "off", "0"):
+        return False
+    raise UserError(f"{entry.key}: {entry.value!r} is not true or false", where=entry.where, fix="give true or false")
+
+
+def unknown_key(entry: Entry, more: Iterable[str] = ()) -> UserError:
+    """The error for a key that does not exist, with the nearest that does (`more` are other valid names)."""
+    close = difflib.get_close_matches(normal(entry.key), [*FIELDS, *ALIASES, *SWITCHES, *more], 1, cutoff=0.5)
+    fix = f"did you mean {close[0]}?" if close else "`--help` lists every option"
+    return UserError(f"there is no option {entry.key!r}", where=entry.where, fix=fix)
+
+
+def _contradiction(entries: Sequence[Entry]) -> UserError:
+    said = " against ".join(f"{entry.key}={entry.value}" for entry in entries)
+    return UserError(
+        f"these contradict each other: {said}",
+        where="; ".join(entry.where for entry in entries),
+        fix="keep one of them",
+    )
+
+
+def _validate(merged: dict[str, Entry]) -> TrainConfig:
+    values = {key: entry.value for key, entry in merged.items()}
+    if values.get("report_to") in ("none", ["none"]):
+        values["report_to"] = []
+    # What a base sets can be taken back: `--eval_data_path none`.
+    values |= {key: None for key, value in values.items() if value in ("none", "null") and FIELDS[key].default is None}
+    try:
+        return _located(TrainConfig(**values))
+    except ValidationError as invalid:
+        problems = invalid.errors()
+    missing = [
+        str(problem["loc"][0]) for problem in problems if problem["type"] == "missing" and len(problem["loc"]) == 1
+    ]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} must be given",
+            where="the recipe and the command line",
+            fix=" ".join(f"--{key} ({FIELDS[key].description})" for key in missing),
+        )
+    found: dict[str, list[dict]] = {}
+    for problem in problems:
+        found.setdefault(str(problem["loc"][0]), []).append(problem)
+    wrong = [_wrong(key, values[key], of_key, merged[key].where) for key, of_key in found.items()]
+    raise wrong[0] if len(wrong) == 1 else UserErrors(wrong)
+
+
+def _wrong(key: str, value: Any, problems: list[dict], where: str) -> UserError:
+    # Of the alternatives of a type, a number is held against that of numbers.
+    numeric = str(value).lstrip("-").replace(".", "", 1).isdecimal()
+    problem = next((p for p in problems if not (numeric and p["type"] == "literal_error")), problems[0])
+    if problem["type"] == "extra_forbidden":
+        inside = str(problem["loc"][-1])
+        close = difflib.get_close_matches(inside, DataSource.model_fields, 1, cutoff=0.5)
+        fix = f"did you mean {close[0]}?" if close else f"a source has {', '.join(DataSource.model_fields)}"
+        return UserError(f"{key}: a source has no {inside!r}", where=where, fix=fix)
+    expected = problem["msg"].removeprefix("Value error, ")
+    inner = "".join(
+        f"{part}: "
+        for part in problem["loc"][1:]
+        if isinstance(part, str) and not part.startswith(("function-", "constrained-", "literal["))
+    )
+    return UserError(
+        f"{key}: {value!r} is not right: {inner}{expected[0].lower()}{expected[1:]}",
+        where=where,
+        fix=f"{key} is: {FIELDS[key].description}",
+    )

@@ -1,0 +1,342 @@
+"""What a recipe may say: every key with its type, default and description. `resolve` reads recipes into this."""
+
+from __future__ import annotations
+
+import re
+from datetime import date
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+Task = Literal["sft", "grpo"]
+Method = Literal["full", "lora", "qlora", "int8"]
+Strategy = Literal["single", "ddp", "fsdp", "fsdp_offload", "hsdp", "zero2", "zero3", "zero3_offload"]
+FORMATS = (
+    "auto", "question_answer", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens",
+)  # fmt: skip
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a yes/no value is not a number")
+    if str(value).strip().lower().lstrip("+-") in ("inf", "infinity", "nan", ".inf", ".nan"):
+        raise ValueError("not a finite number")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """One string may stand for a list: a YAML list in brackets, or items between commas."""
+    if not isinstance(value, str):
+        return value
+    if not value.startswith("["):
+        return [item for item in value.split(",") if item]
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError("not a list like [a, b]") from None
+
+
+def _mapped(value: Any) -> Any:
+    """A mapping may come as YAML text, as on the command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError("not a mapping like {a: b}") from None
+
+
+def _dates_as_text(value: Any) -> Any:
+    """YAML makes dates of what templates want as text."""
+    if isinstance(value, dict):
+        return {key: _dates_as_text(inner) for key, inner in value.items()}
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def _sources(value: Any) -> Any:
+    """One path stands for itself; text in brackets is a YAML list of paths and sources."""
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        value = _mapped(value)
+    return [value] if isinstance(value, str | dict) else value
+
+
+def _layers(value: Any) -> Any:
+    """A yes/no value stands for all layers or none."""
+    text = str(value).strip().lower()
+    return {"true": "full", "yes": "full", "on": "full", "false": "off", "no": "off"}.get(text, text)
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def _format(value: str) -> str:
+    if value not in FORMATS and not (":" in value and all(part for part in value.split(":", 1))):
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, nor module:function")
+    return value
+
+
+def _vllm(value: Any) -> Any:
+    """A yes/no value stands for a vLLM on the training's GPUs, or none."""
+    text = str(value).strip().lower()
+    return {"true": "colocate", "yes": "colocate", "on": "colocate", "false": "off", "no": "off"}.get(text, text)
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
+def _tag(value: str) -> str:
+    if not 1 <= len(value) <= 64 or "," in value:
+        raise ValueError("a tag has 1 to 64 characters, and no comma")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Strings = Annotated[list[str], BeforeValidator(_listed)]
+Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(_listed)]
+Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
+MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
+Parts = Annotated[list[Literal["head", "lora", "attention"]], BeforeValidator(_listed)]
+Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
+Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
+Format = Annotated[str, AfterValidator(_format)]
+
+
+class DataSource(BaseModel):
+    """One source of rows. What is not given is the recipe's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(min_length=1, description="a file, a folder that datasets saved or reads, or a hub name")
+    split: str | None = Field(None, description="a split of a folder or hub name")
+    name: str | None = Field(None, description="the configuration of a hub name that has several")
+    format_type: Format | None = Field(None, description="as the recipe's format_type")
+    columns: Columns | None = Field(None, description="as the recipe's columns")
+    weight: Float = Field(1.0, gt=0, description="how often a row is seen in an epoch; 0.5: another half each epoch")
+    max_rows: Int | None = Field(None, gt=0, description="at most so many rows, chosen by the seed")
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Source = Annotated[DataSource, BeforeValidator(_source)]
+Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_sources)]
+
+
+class TrainConfig(BaseModel):
+    """Everything that one run needs to know. Frozen; batch counts are in examples, lengths in tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # Task
+    task: Task = Field("sft", description="sft: learn the answers of the data; grpo: answer, and learn from rewards")
+
+    # Model
+    model_name_or_path: str = Field(
+        min_length=1, description="a folder, a hub name, or 'embedded' for the small model made here"
+    )
+    sft_model: str | None = Field(
+        None,
+        min_length=1,
+        description="what grpo goes on from: a run, a checkpoint, an adapter or a merged model; it brings its base along",
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    method: Method = Field("lora", description="full, lora, qlora (NF4, double quantisation) or int8 (8-bit LoRA)")
+    lora_r: Int = Field(16, gt=0, description="rank of the adapters")
+    lora_alpha: Float = Field(32, gt=0, description="adapters are scaled by lora_alpha / lora_r")
+    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
+    lora_target_modules: Literal["all-linear"] | Strings = Field(
+        "all-linear", description="'all-linear' (every linear layer but the head) or a list of module names"
+    )
+
+    # Data
+    data_path: Sources = Field(description="training data: a file, folder or hub name, or a list of sources")
+    eval_data_path: Sources | None = Field(None, description="validation data, used every eval_steps")
+    eval_split: Float = Field(
+        0.0, ge=0, lt=1, description="part of the training data to validate with instead, by the hash of the content"
+    )
+    format_type: Format = Field(
+        "auto", description="how rows are read; 'auto' looks at the first row; or module:function"
+    )
+    columns: Columns | None = Field(None, description="the format's fields by the names they have in the rows")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be used: stop, or put it aside"
+    )
+    duplicates: Literal["keep", "drop", "drop_near"] = Field("keep", description="rows that are the same, or nearly")
+    max_length: Int = Field(1024, gt=1, description="tokens of one example; longer ones are handled as `overlong` says")
+    overlong: Literal["truncate", "drop", "split", "error"] = Field(
+        "truncate", description="what to do with a longer example"
+    )
+    packing: Literal["step", "dataset", "none"] = Field(
+        "step",
+        description="'step': each step's examples side by side, no padding; 'dataset': examples put together into packs "
+        "of max_length, and a batch counts packs; 'none': padded rows",
+    )
+    dataset_num_proc: Int | None = Field(None, gt=0, description="processes that tokenise; none: by rows and cores")
+
+    # What is learned
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="a Jinja file, a name out of chatml, llama3, gemma, mistral, zephyr, plain, or one of the tokenizer's names",
+    )
+    chat_template_kwargs: Mapping = Field(
+        {}, description="variables for the template, such as {enable_thinking: false}"
+    )
+    stop_tokens: Strings = Field([], description="what ends a turn, for templates (GLM's) that do not write it")
+    thinking: Literal["keep", "strip"] = Field(
+        "keep", description="the assistant's thinking: as the template has it, or none"
+    )
+    train_on_last_turn: bool = Field(False, description="learn only the last assistant turn of each conversation")
+    train_on_prompt: bool = Field(False, description="learn every token, the prompt's too")
+    train_on_opening: bool = Field(
+        False, description="learn also what the template writes before the content, such as an empty thinking block"
+    )
+
+    # Rewards and answers of grpo, whose batches count answers
+    rewards: Mapping = Field(
+        {},
+        description="by name a weight, or {weight: 1, option: ...}: numeric, exact, normalised, f1, choice, format, length, "
+        "repetition, command, model or module:function",
+    )
+    on_reward_error: Literal["error"] | Float = Field(
+        "error", description="an answer whose reward cannot be computed: stop and name the row, or give it this score"
+    )
+    num_generations: Int = Field(4, gt=1, description="answers to each prompt, which are compared with each other")
+    max_completion_length: Int = Field(256, gt=0, description="most tokens of an answer")
+    beta: Float = Field(0.04, ge=0, description="weight of the KL divergence from the model that grpo began with")
+    temperature: Float = Field(1.0, gt=0, description="of the answers' draws")
+    top_p: Float = Field(1.0, gt=0, le=1, description="answers are drawn from the likeliest tokens of this probability")
+    loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = Field(
+        "dapo",
+        description="how token losses are averaged: over the step, each answer, the micro-batch, or a fixed length",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="by whose standard deviation the advantages are divided"
+    )
+    mask_truncated_completions: bool = Field(False, description="learn nothing from answers that are cut off")
+    use_vllm: Vllm = Field("off", description="answer with vLLM: on the training's GPUs (colocate), or a server's")
+    vllm_server_base_url: str | None = Field(None, min_length=1, description="of the vLLM server, as http://host:8000")
+    vllm_gpu_memory_utilization: Float = Field(
+        0.3, gt=0, lt=1, description="share of a GPU that a colocated vLLM takes"
+    )
+
+    # Batch
+    per_device_train_batch_size: MicroBatch = Field(
+        4, description="examples of max_length that one process holds; auto: as many as fit, with a global_batch_size"
+    )
+    gradient_accumulation_steps: Int | None = Field(None, gt=0, description="micro-batches to one optimizer step")
+    global_batch_size: Int | None = Field(None, gt=0, description="examples to one optimizer step, over all processes")
+    per_device_eval_batch_size: Int | None = Field(None, gt=0, description="as for training, unless given")
+
+    # Optimisation
+    learning_rate: Float = Field(2e-4, ge=0, description="peak learning rate")
+    lr_scheduler_type: Schedule = Field("cosine", description="shape of the learning rate")
+    warmup_steps: Int = Field(0, ge=0, description="steps from 0 to learning_rate")
+    num_train_epochs: Float = Field(3.0, gt=0, description="passes over the data")
+    max_steps: Int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
+    optim: Optimizer = Field("adamw_torch", description="optimizer")
+    weight_decay: Float = Field(0.0, ge=0, description="decay of matrices (not of biases and norms)")
+    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
+    adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    max_grad_norm: Float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
+    seed: Int = Field(42, ge=0, lt=2**32, description="seed of the adapter's start, data order and dropout")
+
+    # Precision and memory
+    bf16: bool | Literal["auto"] = Field(
+        "auto", description="compute in bf16; auto: where the GPU or CPU does it natively"
+    )
+    gradient_checkpointing: Layers = Field(
+        "auto",
+        description="compute activations again instead of keeping them: off, full (every layer), the first N layers, "
+        "or auto: as few as the GPU's memory asks for",
+    )
+
+    # Speed
+    torch_compile: bool = Field(False, description="compile each layer; takes a minute or two at the start")
+    plain_parts: Parts = Field(
+        [], description="parts to run as the libraries have them, to compare: head, lora, attention (of CPUs in bf16)"
+    )
+
+    # Where it runs
+    strategy: Annotated[Strategy | None, BeforeValidator(_auto)] = Field(
+        None, description="an accelerate_configs/ name, or auto: on GPUs the fastest that fits, else single or ddp"
+    )
+    hsdp_shard_size: Int | None = Field(
+        None, gt=1, description="processes that share one copy of the model under hsdp; none: those of a machine"
+    )
+    elastic: bool = Field(False, description="go on with the machines that are left when others are gone")
+
+    # Logging, validation, saving
+    output_dir: str | None = Field(
+        None, min_length=1, description="the run's folder; made from the recipe's name when not given"
+    )
+    run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
+    logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
+    report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
+    wandb_project: str | None = Field(None, min_length=1, description="W&B project")
+    wandb_tags: Tags = Field([], description="tags of the W&B run")
+    eval_steps: Int | None = Field(None, gt=0, description="steps between two validations; needs eval_data_path")
+    save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints; none when not given")
+    save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
+    load_best_model_at_end: bool = Field(False, description="final_model is the checkpoint with the best metric")
+    metric_for_best_model: str = Field("eval_loss", description="validation metric that decides which is best")
+    greater_is_better: bool = Field(False, description="whether a greater metric is better")
+    early_stopping_patience: Int | None = Field(None, gt=0, description="validations without a better metric to stop")
+    resume_from_checkpoint: str | None = Field(
+        None, min_length=1, description="a checkpoint folder, or 'auto' for the run's newest"
+    )
+    resume_changes: Strings = Field(
+        [],
+        description="what a resumed run may have otherwise than its checkpoint: learning_rate, max_steps, data_path, ...",
+    )
+    hang_timeout: Float = Field(
+        600, gt=0, description="seconds without a sign of life after which a rank is named and its stacks are written"
+    )
+    callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
+    sample_questions: Strings = Field([], description="questions answered before and after the training")
+    sample_max_new_tokens: Int = Field(64, gt=0, description="tokens of such an answer")
+    ignore_warnings: Strings = Field([], description="warnings not to print, by the names in docs/rules.md")
+    dry_run: bool = Field(False, description="load everything, one step forward and backward, save nothing")
+
+    @property
+    def is_grpo(self) -> bool:
+        return self.task == "grpo"
+
+    def plain(self) -> dict[str, Any]:
+        """The values as YAML writes them; a source that is only a path is that path."""
+        values = self.model_dump()
+        for key in ("data_path", "eval_data_path"):
+            sources = [source.model_dump(exclude_defaults=True) for source in getattr(self, key) or []]
+            plain = [source["path"] if len(source) == 1 else source for source in sources]
+            values[key] = (plain[0] if len(plain) == 1 and isinstance(plain[0], str) else plain) or None
+        return values
+
+    @property
+    def has_validation(self) -> bool:
+        return bool(self.eval_data_path or self.eval_split)
+
+    @property
+    def uses_lora(self) -> bool:
+        return self.method != "full"
+
+    def batch(self, world_size: int) -> int:
+        """Examples to one optimizer step; the product with `world_size` unless the recipe fixes it."""
+        return self.global_batch_size or (
+            self.per_device_train_batch_size * (self.gradient_accumulation_steps or 1) * world_size
+        )

@@ -1,0 +1,1 @@
+"""Files to rows, messages, tokens, packs and micro-batches."""

@@ -1,0 +1,93 @@
+"""Rows as questions: what a model is asked, and what the row says is right.
+
+row -> conversation -> prompt: all before the last answer that is to be learned   ->  token ids, up to where it begins
+                   '-> reference: that answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..chat_template.render import RenderOptions, prompt_ids
+from ..chat_template.types import BadRow, Message
+from ..config.resolve import TrainConfig
+from ..config.schema import DataSource
+from ..errors import UserError
+from .files import Row
+from .formats import Conversation, to_sample
+from .sources import Source, known_format, read_rows, source_of
+
+Key = tuple[str, int]  # the path of a source, and the number of a row in it
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row to be answered.
+
+    Attributes:
+        key: of the row. place: the same for people.
+        row: as the file has it.
+        prompt: the messages before the answer.
+        reference: the answer that the row has.
+    """
+
+    key: Key
+    place: str
+    row: Mapping[str, Any]
+    prompt: list[Message]
+    reference: str
+    tools: list[dict] | None = None
+    documents: list[dict] | None = None
+
+
+def read_questions(sources: Sequence[DataSource], config: TrainConfig, wanted: Iterable[Key]) -> dict[Key, Question]:
+    """The questions of these rows; rows without an answer in words (plain text, a call of a tool) have none.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    wanted, found = set(wanted), {}
+    for source in (known_format(source_of(source, config)) for source in sources):
+        for row in read_rows(source):
+            key = (source.path, row.number)
+            if key in wanted and (question := _question(key, row, source)):
+                found[key] = question
+    return found
+
+
+def prompt_of(question: Question, tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> list[int]:
+    """Token ids up to where the answer begins.
+
+    Raises:
+        UserError: the template refuses the row.
+    """
+    try:
+        return prompt_ids(
+            tokenizer, question.prompt, tools=question.tools, documents=question.documents, options=options
+        )
+    except BadRow as problem:
+        fix = "mend the row, or choose a chat template that knows such rows: --chat_template"
+        raise UserError(str(problem), where=question.place, fix=fix) from None
+
+
+def _question(key: Key, row: Row, source: Source) -> Question | None:
+    try:
+        sample = to_sample(row.readable(), source.format_type, source.columns)
+    except BadRow:
+        return None
+    if not isinstance(sample, Conversation):
+        return None
+    messages = sample.messages
+    learned = [
+        index for index, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)
+    ]
+    last = messages[learned[-1]]
+    if not learned[-1] or last.get("tool_calls") or not (last.get("content") or "").strip():
+        return None
+    return Question(
+        key, row.place, row.value, messages[: learned[-1]], last["content"], sample.tools, sample.documents
+    )  # fmt: skip

@@ -1,0 +1,318 @@
+"""One source of rows to one table of tokens, made once and cached by datasets.
+
+    row 12 -> conversation -> ids and labels -> kept | cut | pieces | too long | bad, with the reason
+
+Every row of the source leaves a record, also when it cannot be used: nothing is dropped without a count. A row that is
+split leaves one for each piece. Rows are streamed, so the source may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from itertools import chain, compress
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
+
+from ..chat_template.render import Note, Notice, RenderOptions, render
+from ..chat_template.types import IGNORE, BadRow
+from ..errors import UserError
+from ..signals import mortal_children
+from .dedup import MinHash, digest, texts
+from .files import Row
+from .formats import Conversation, PlainText, Sample, TokenIds, load_function, to_sample
+from .sources import Source, fingerprint, read_rows
+
+CACHE_VERSION = 10  # raise it when the same input gives other tokens
+NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same
+PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
+
+
+class Fate(IntEnum):
+    """What became of a row."""
+
+    KEPT = 0
+    CUT = 1
+    PIECE = 2
+    EMPTY_PIECE = 3
+    TOO_LONG = 4
+    BAD = 5
+
+
+USED = (Fate.KEPT, Fate.CUT, Fate.PIECE)
+FEATURES = Features(
+    {
+        "input_ids": Sequence(Value("int32")),
+        "labels": Sequence(Value("int32")),
+        "length": Value("int32"),
+        "supervised": Value("int32"),
+        "row": Value("int64"),  # its number in the source
+        "content": Value("int64"),  # hash of what is said, before any template
+        "tokens": Value("int64"),  # hash of input_ids and labels
+        "fate": Value("int8"),
+        **{notice: Value("bool") for notice in Notice},
+        "problem": Value("string"),  # JSON of a bad row: reason, detail, place, row
+    }
+)
+TABLE = [name for name in FEATURES if name not in ("input_ids", "labels", "problem")]
+
+
+@dataclass(frozen=True)
+class TokeniseOptions:
+    """What decides how a row becomes tokens, besides the tokenizer."""
+
+    max_length: int
+    overlong: str
+    render: RenderOptions
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows to read: the first `count` of a shuffle of all `rows`; None: all."""
+
+    rows: int
+    count: int
+    seed: int
+
+    def mask(self) -> np.ndarray:
+        """(rows,), whether each is read."""
+        return np.random.default_rng([self.seed, self.rows]).permutation(self.rows) < self.count
+
+
+def tokenise(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokeniseOptions,
+    *,
+    choice: Choice | None = None,
+    processes: int | None = None,
+) -> Dataset:
+    """The table of a source (FEATURES), from the cache if it was made before.
+
+    Every rank calls this. On each machine the first one works and the others wait for its file lock, without a
+    time-out, and read the result.
+
+    Args:
+        source: with its format (`sources.known_format`).
+        processes: that tokenise; None: one, or up to eight for a large source.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    processes = processes or _processes(source)
+    what = {"source": source, "tokenizer": tokenizer, "options": options, "choice": choice}
+    key = _fingerprint(source, tokenizer, options, choice)
+    try:
+        shards = [(part, processes) for part in range(processes)]
+        return _cached(_records, FEATURES, key, processes if processes > 1 else None, **what, shards=shards)
+    except DatasetGenerationError:
+        if processes == 1:
+            raise
+        # What a process raised is a text by now: one process raises it as it is.
+        return _cached(_records, FEATURES, key, **what, shards=[(0, 1)])
+
+
+def count_rows(source: Source) -> int:
+    """The rows of a source, counted once.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    key = hashlib.sha256(f"rows of {fingerprint(source)}".encode()).hexdigest()[:32]
+    return _cached(_row_count, Features({"rows": Value("int64")}), key, source=source)[0]["rows"]
+
+
+def _row_count(source: Source) -> Iterator[dict]:
+    yield {"rows": sum(1 for _ in read_rows(source))}
+
+
+def _cached(
+    make: Callable[..., Iterator[dict]], features: Features, key: str, processes: int | None = None, **what: object
+) -> Dataset:
+    """What `make(**what)` yields, or what it yielded before under the same key."""
+    disable_progress_bars()
+    try:
+        with mortal_children():
+            return Dataset.from_generator(make, features=features, gen_kwargs=what, num_proc=processes, fingerprint=key)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def _processes(source: Source) -> int:
+    path = Path(source.path)
+    size = path.stat().st_size if path.is_file() else 0
+    return 1 if size < PARALLEL_BYTES else min(8, len(os.sched_getaffinity(0)))
+
+
+def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, choice: Choice | None) -> str:
+    state = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    digest = hashlib.sha256(state.encode())
+    what = [
+        fingerprint(source), source.path, source.format_type, source.columns, _code(source.format_type), asdict(options),
+        asdict(choice) if choice else None, tokenizer.chat_template, tokenizer.special_tokens_map, CACHE_VERSION,
+    ]  # fmt: skip
+    digest.update(json.dumps(what, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+def _code(format_type: str) -> str:
+    """The text of the module whose function reads the rows."""
+    if ":" not in format_type:
+        return ""
+    file = Path(getattr(sys.modules[load_function(format_type).__module__], "__file__", None) or "")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def _records(
+    source: Source, tokenizer, options: TokeniseOptions, choice: Choice | None, shards: list
+) -> Iterator[dict]:
+    for part, parts in shards:
+        for order, row in enumerate(_chosen(source, choice)):
+            if order % parts == part:
+                yield from _row_records(row, source, tokenizer, options)
+
+
+def _chosen(source: Source, choice: Choice | None) -> Iterator[Row]:
+    return compress(read_rows(source), choice.mask()) if choice else read_rows(source)
+
+
+def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) -> Iterator[dict]:
+    blank = {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "row": row.number, "content": 0, "tokens": 0}
+    blank |= {"fate": 0, "problem": ""} | dict.fromkeys(Notice, False)
+    try:
+        sample = _sample(row, source)
+        blank["content"] = content_hash(sample)
+        ids, labels, notes = _ids_and_labels(sample, tokenizer, options.render)
+        blank |= {note.kind: True for note in notes}
+        pieces = list(_fitted(ids, labels, options))
+    except BadRow as problem:
+        told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row)}
+        yield {**blank, "fate": Fate.BAD, "problem": json.dumps(told)}
+        return
+    for ids, labels, fate in pieces:
+        learned = sum(label != IGNORE for label in labels)
+        found = {"input_ids": ids, "labels": labels, "tokens": _tokens_hash(ids, labels), "fate": fate}
+        yield {**blank, **found, "length": len(ids), "supervised": learned}
+
+
+def _sample(row: Row, source: Source) -> Sample:
+    return to_sample(row.readable(), source.format_type, source.columns)
+
+
+def _writable(row: Row) -> str:
+    """The row as text for the quarantine file; half surrogate pairs and the like are escaped."""
+    return row.text if isinstance(row.value, BadRow) else json.dumps(row.value, default=str)
+
+
+def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[list[int], list[int], tuple[Note, ...]]:
+    if isinstance(sample, TokenIds):
+        labels = (label for label in sample.labels if label != IGNORE)
+        strange = next((token for token in chain(sample.input_ids, labels) if not 0 <= token < len(tokenizer)), None)
+        if strange is not None:
+            raise BadRow(f"{strange} is not in the vocabulary of {len(tokenizer)} tokens", reason="unknown token")
+        return list(sample.input_ids), list(sample.labels), ()
+    if isinstance(sample, PlainText):
+        ids = tokenizer(sample.text)["input_ids"]
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        return ids, list(ids), ()
+    rendered = render(tokenizer, sample.messages, tools=sample.tools, documents=sample.documents, options=options)
+    return rendered.input_ids, rendered.labels, rendered.notes
+
+
+def _fitted(ids: list[int], labels: list[int], options: TokeniseOptions) -> Iterator[tuple[list[int], list[int], Fate]]:
+    """The row in at most max_length tokens, as `overlong` says."""
+    limit = options.max_length
+    if len(ids) <= limit:
+        pieces, fate = [(ids, labels)], Fate.KEPT
+    elif options.overlong == "error":
+        raise BadRow(f"{len(ids)} tokens, more than max_length {limit}", reason="too long")
+    elif options.overlong == "drop":
+        yield [], [], Fate.TOO_LONG
+        return
+    else:
+        pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, len(ids), limit)]
+        pieces, fate = (pieces[:1], Fate.CUT) if options.overlong == "truncate" else (pieces, Fate.PIECE)
+    # The first token has nothing in front that could predict it.
+    pieces = [(ids, [IGNORE, *labels[1:]]) for ids, labels in pieces]
+    learned = [any(label != IGNORE for label in labels) for _, labels in pieces]
+    if not any(learned):
+        cut = (
+            f"the first {limit} of {len(ids)} tokens are all prompt"
+            if fate is Fate.CUT
+            else "no token is to be learned"
+        )
+        raise BadRow(cut, reason="nothing to learn")
+    for (ids, labels), good in zip(pieces, learned):
+        yield (ids, labels, fate) if good else ([], [], Fate.EMPTY_PIECE)
+
+
+def content_hash(sample: Sample) -> int:
+    """64 bits of what is said: the same for the same conversation, in any file and format."""
+    if isinstance(sample, TokenIds):
+        return _tokens_hash(sample.input_ids)
+    return int.from_bytes(digest(said(sample))[:8], "little", signed=True)
+
+
+def _tokens_hash(*lists: list[int]) -> int:
+    numbers = np.array(lists, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(numbers, digest_size=8).digest(), "little", signed=True)
+
+
+def said(sample: Sample) -> object:
+    """Everything in a sample that somebody wrote."""
+    if not isinstance(sample, Conversation):
+        return asdict(sample)
+    messages = [{key: value for key, value in message.items() if key != "weight"} for message in sample.messages]
+    return [messages, sample.tools, sample.documents]
+
+
+def _words(sample: Sample) -> str:
+    """What tells a sample from others that share a system text and tools."""
+    if not isinstance(sample, Conversation):
+        return " ".join(texts(said(sample)))
+    return " ".join(message["content"] for message in sample.messages if message["role"] in ("user", "assistant"))
+
+
+def near_doubles(sources: list[Source], choices: list[Choice | None], unused: list[set[int]]) -> Dataset:
+    """For every row its source, its number, and whether it is nearly the same as an earlier one of any source.
+
+    One process reads all rows for this, and remembers a signature of each.
+
+    Args:
+        unused: by source, the numbers of rows that are left out anyway.
+    """
+    key = [[fingerprint(source), source.format_type, source.columns, _code(source.format_type)] for source in sources]
+    key += [[asdict(choice) if choice else None for choice in choices], [sorted(rows) for rows in unused]]
+    key += [NEAR, CACHE_VERSION]
+    return _cached(
+        _near_doubles,
+        Features({"source": Value("int64"), "row": Value("int64"), "near": Value("bool")}),
+        hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
+        sources=tuple(sources),
+        choices=tuple(choices),
+        unused=tuple(unused),
+    )
+
+
+def _near_doubles(
+    sources: tuple[Source, ...], choices: tuple[Choice | None, ...], unused: tuple[set[int], ...]
+) -> Iterator[dict]:
+    before = MinHash(NEAR)
+    for number, (source, choice, left_out) in enumerate(zip(sources, choices, unused)):
+        for row in _chosen(source, choice):
+            near = row.number not in left_out and before.seen(_words(_sample(row, source)))
+            yield {"source": number, "row": row.number, "near": near}

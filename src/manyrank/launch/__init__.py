@@ -1,0 +1,1 @@
+"""A recipe and a machine to a command and its processes. No torch."""

@@ -1,0 +1,385 @@
+"""Recipe and machine to a command, then run it. A `LaunchPlan` is a plain value: what is shown is what runs.
+
+    python       one process: this process becomes `python -m manyrank.train`
+    accelerate   `accelerate launch --config_file accelerate_configs/NAME.yaml ... -m manyrank.train`
+    torchrun     `torchrun ... -m manyrank.train --strategy NAME`; the train module applies the same file
+
+The launchers of accelerate and torch run inside this process, so that a worker's exit code is ours. `submission` makes
+jobs of the torchrun plan.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..config.args import JOBS, CommandLine, Where
+from ..config.resolve import TrainConfig, asset
+from ..errors import EXIT_FAILED, UserError
+from ..signals import become, die_with_parent, pass_on_while
+from ..topology.allocator import allocator
+from ..topology.gpus import Hardware
+from ..topology.ranks import default_strategy
+
+LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the packed plan, which the run writes into its folder
+
+CPU_VARIABLES = {
+    # Threads that wait in a spin slow a step down 10 to 40 times when anything else runs on the machine.
+    "OMP_WAIT_POLICY": "passive",
+    # glibc gives big freed buffers back to the system at once, and every step faults them in again (1.25 times slower).
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+}
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """The launch on every machine: the argv of each, the environment, and the files that are read with their content."""
+
+    nodes: tuple[tuple[str, ...], ...]
+    env: dict[str, str]  # as it is on a machine like this one
+    files: dict[str, str]
+    node_rank: int = 0  # of this machine
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """What runs on this machine."""
+        return self.nodes[self.node_rank]
+
+    def __str__(self) -> str:
+        return self.command(self.node_rank)
+
+    def command(self, node: int) -> str:
+        """The command of a machine as a shell takes it."""
+        variables = "".join(f"{key}={shlex.quote(value)} \\\n" for key, value in self.env.items())
+        return variables + shlex.join(self.nodes[node])
+
+    def text(self) -> str:
+        """Everything: the command of every machine, and the files."""
+        commands = [f"# node {node}\n{self.command(node)}\n" for node in range(len(self.nodes))]
+        return "\n".join([*commands, *(file_text(name, content) for name, content in self.files.items())])
+
+    def packed(self) -> str:
+        """As one environment variable, of which Linux takes 128 KiB: the command of hundreds of machines."""
+        return base64.b64encode(zlib.compress(json.dumps(asdict(self)).encode())).decode()
+
+    @classmethod
+    def unpacked(cls, text: str) -> LaunchPlan:
+        """What `packed` has made."""
+        values = json.loads(zlib.decompress(base64.b64decode(text)))
+        return cls(**values | {"nodes": tuple(map(tuple, values["nodes"]))})
+
+
+def file_text(name: str, content: str) -> str:
+    """A file as it is shown."""
+    return f"# file {name}\n{content}"
+
+
+def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tuple[str, int]:
+    """The strategy, and the number of processes on this machine.
+
+    Raises:
+        UserError: several processes without GPUs, and nobody said how many.
+    """
+    gpus = len(hardware.gpus)
+    nproc = where.nproc or (1 if config.strategy in (None, "single") and gpus < 2 else gpus)
+    if config.strategy == "single":
+        nproc = where.nproc or 1
+    if nproc == 0:
+        raise UserError(
+            f"strategy {config.strategy} on a machine without GPUs",
+            where="nproc",
+            fix="say how many processes: --nproc 2",
+        )
+    return config.strategy or default_strategy(nproc * where.nnodes), nproc
+
+
+def plan(
+    line: CommandLine,
+    *,
+    strategy: str,
+    nproc: int,
+    output_dir: str,
+    hardware: Hardware,
+    elastic: bool = False,
+    expandable: bool = True,
+    program: Sequence[str] = (),
+) -> LaunchPlan:
+    """The command of every machine.
+
+    Args:
+        elastic: whether fewer machines may go on.
+        expandable: whether what runs goes with expandable segments, see `topology.allocator`.
+        program: what each process runs, as a module and its arguments; the train module with the line's recipe unless given.
+
+    Raises:
+        UserError: several machines without an endpoint, or `via python` for more than one process.
+    """
+    where = line.where
+    check_elastic(where, elastic=elastic)
+    _check_nodes(where)
+    via = _via(where, strategy, nproc, elastic=elastic)
+    return lay_out(
+        line,
+        via,
+        strategy=strategy,
+        nproc=nproc,
+        output_dir=output_dir,
+        hardware=hardware,
+        elastic=elastic,
+        expandable=expandable,
+        program=program,
+    )
+
+
+def _via(where: Where, strategy: str, nproc: int, *, elastic: bool) -> str:
+    usual = "torchrun" if elastic or where.max_restarts else "accelerate"
+    via = where.via or ("python" if strategy == "single" and nproc * where.nnodes == 1 else usual)
+    if elastic and via != "torchrun":
+        raise UserError(f"via {via} with elastic", where="via", fix="use torchrun, which can go on with fewer machines")
+    if where.max_restarts and where.nnodes == 1 and via != "torchrun":
+        # accelerate meets on one machine in a store that keeps the dead workers' addresses (torch 2.13, static_tcp_rendezvous.py).
+        raise UserError(f"max_restarts via {via} on one machine", where="max_restarts", fix="use --via torchrun")
+    if via == "python" and (strategy != "single" or nproc * where.nnodes > 1):
+        raise UserError(
+            "via python starts one process of strategy single", where="via", fix="use accelerate or torchrun"
+        )
+    return via
+
+
+def lay_out(
+    line: CommandLine,
+    via: str,
+    *,
+    strategy: str,
+    nproc: int,
+    output_dir: str,
+    hardware: Hardware,
+    elastic: bool,
+    expandable: bool = True,
+    program: Sequence[str] = (),
+) -> LaunchPlan:
+    """The plan of a launch whose flags are checked.
+
+    Args:
+        via: python, accelerate or torchrun.
+        nproc: processes on each machine.
+        hardware: of each machine.
+    """
+    where = line.where
+    head: Callable[[int], list[str]] = {
+        "python": lambda node: [sys.executable],
+        "accelerate": lambda node: _accelerate(strategy, nproc, where, node),
+        "torchrun": lambda node: _torchrun(nproc, where, node, elastic=elastic),
+    }[via]
+    program = program or ("manyrank.train", *train_arguments(line, strategy, output_dir))
+    env = {"OMP_NUM_THREADS": str(max(1, hardware.cpu_cores // nproc)), **({} if hardware.gpus else CPU_VARIABLES)}
+    env |= allocator(hardware, expandable=expandable)
+    if where.nnodes > 1 or where.max_restarts:
+        # The shared store keeps the addresses of the first round, and workers that are started anew call dead ones
+        # (torch 2.13, dynamic_rendezvous.py).
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return LaunchPlan(
+        nodes=tuple((*head(node), "-m", *program) for node in range(where.nnodes)),
+        env={key: os.environ.get(key, value) for key, value in env.items()},  # what the user has set stands
+        files={str(file): file.read_text(encoding="utf-8") for file in _files(strategy)},
+        node_rank=where.node_rank,
+    )
+
+
+def check_elastic(where: Where, *, elastic: bool) -> None:
+    """Refuse to go on with fewer machines than one."""
+    if elastic and where.nnodes == 1:
+        raise UserError("elastic on one machine", where="elastic", fix="leave it out, or give --nnodes")
+
+
+def _check_nodes(where: Where) -> None:
+    if where.nnodes == 1 and (where.node_rank or where.rdzv_endpoint):
+        raise UserError(
+            "node_rank and rdzv_endpoint are for several machines", where="command line", fix="give --nnodes, too"
+        )
+    host, _, port = (where.rdzv_endpoint or "").rpartition(":")
+    if where.nnodes > 1 and not (host and port.isdecimal()):
+        raise UserError(
+            f"{where.nnodes} machines, and rdzv_endpoint is {where.rdzv_endpoint}", where="command line",
+            fix="give HOST:PORT of machine 0",
+        )  # fmt: skip
+    if where.node_rank >= where.nnodes:
+        raise UserError(
+            f"node_rank {where.node_rank} of {where.nnodes} machines", where="command line", fix="count from 0"
+        )
+
+
+def train_arguments(line: CommandLine, strategy: str, output_dir: str) -> list[str]:
+    """The recipe and every override, with the strategy and the folder that were chosen."""
+    given = {entry.split("=")[0] for entry in line.argv}
+    extra = [f"--strategy={strategy}"] if "--strategy" not in given else []
+    extra += [f"--output_dir={output_dir}"] if "--output_dir" not in given else []
+    return [*line.argv, *extra]
+
+
+def _files(strategy: str) -> list[Path]:
+    ds = asset("ds_configs", f"{strategy}.json")
+    return [_shown(asset("accelerate_configs", f"{strategy}.yaml"))] + ([_shown(ds)] if ds.exists() else [])
+
+
+def _shown(path: Path) -> Path:
+    """Relative where that is shorter and the same."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _accelerate(strategy: str, nproc: int, where: Where, node: int) -> list[str]:
+    config, *deepspeed = _files(strategy)
+    argv = ["accelerate", "launch", "--config_file", str(config)]
+    if deepspeed:  # the YAML names it relative to the project's root
+        argv += ["--deepspeed_config_file", str(deepspeed[0])]
+    argv += ["--num_processes", str(nproc * where.nnodes), "--num_machines", str(where.nnodes)]
+    if where.nnodes == 1:
+        return [*argv, "--main_process_port", "0"]  # any free one: several runs may share a machine
+    host, _, port = where.rdzv_endpoint.rpartition(":")
+    return [
+        *argv, "--machine_rank", str(node), "--main_process_ip", host, "--main_process_port", port,
+        "--rdzv_backend", "c10d", "--rdzv_conf", _rendezvous(where, node), *_restarts(where),
+    ]  # fmt: skip
+
+
+def _restarts(where: Where) -> list[str]:
+    """A worker that fails alike every time is no reason to try again; a machine that went away is."""
+    count = where.max_restarts if where.max_restarts is not None else 3 if where.nnodes > 1 else 0
+    return ["--max_restarts", str(count)] if count else []
+
+
+def _rendezvous(where: Where, node: int) -> str:
+    """Machine 0 has the store; by itself torch compares names, which a machine's DNS may not know yet."""
+    return f"join_timeout={where.rdzv_timeout},is_host={str(node == 0).lower()}"
+
+
+def _torchrun(nproc: int, where: Where, node: int, *, elastic: bool) -> list[str]:
+    nnodes = f"1:{where.nnodes}" if elastic else str(where.nnodes)
+    argv = ["torchrun", "--nproc_per_node", str(nproc), "--nnodes", nnodes, *_restarts(where)]
+    if where.nnodes == 1:
+        return [*argv, "--standalone"]
+    return [
+        *argv, "--node_rank", str(node), "--rdzv_backend", "c10d", "--rdzv_id", "manyrank",
+        "--rdzv_endpoint", where.rdzv_endpoint, "--rdzv_conf", _rendezvous(where, node),
+    ]  # fmt: skip
+
+
+def run(launch: LaunchPlan, *, stay: bool = False) -> int:
+    """Run a plan in this process; `python` replaces it, unless it is to `stay`.
+
+    Returns:
+        The exit code of the worker that ended first with an error, or 0.
+    """
+    os.environ.update(launch.env)
+    os.environ[LAUNCH_VARIABLE] = launch.packed()
+    sys.stdout.flush()
+    if launch.argv[0] == sys.executable:
+        if not stay:
+            become(launch.argv)
+        return pass_on_while(lambda: subprocess.run(launch.argv, preexec_fn=die_with_parent).returncode)
+    meeting = (
+        f"all {len(launch.nodes)} machines must run this command with their --node_rank"
+        if len(launch.nodes) > 1
+        else None
+    )
+    return pass_on_while(lambda: _launched(launch.argv), waits_for=meeting)
+
+
+def _launched(argv: tuple[str, ...]) -> int:
+    logging.disable(logging.ERROR)  # the agents report a worker's failure in 30 lines; the worker has said it in three
+    from subprocess import CalledProcessError
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
+
+    try:
+        run_in_process(argv)
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+    except CalledProcessError as failed:
+        code = failed.returncode
+    except RendezvousConnectionError:
+        print(
+            "error: machine 0, where the machines meet, is gone, cannot be reached, or has another use for the port\n"
+            "where: the rendezvous\n"
+            "fix:   start the same command on all machines, with --resume_from_checkpoint auto",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+    except RendezvousTimeoutError:
+        print(
+            "error: a machine is gone, or never came: the others have waited for it as long as --rdzv_timeout says\n"
+            "where: the rendezvous\n"
+            "fix:   start the same command on it, with --resume_from_checkpoint auto; or go on without: --elastic",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+    except ConnectionError as error:  # accelerate looks before it starts anything
+        fix = "choose another port in rdzv_endpoint, or end what listens there"
+        raise UserError(str(error).split(". ")[0], where="the rendezvous port", fix=fix) from None
+    else:
+        return 0
+    return code if code > 0 else EXIT_FAILED if code == 0 else 128 - code
+
+
+def run_in_process(argv: tuple[str, ...]) -> None:
+    """Run torchrun or accelerate launch; they raise what ends their workers."""
+    if argv[0] == "torchrun":
+        from torch.distributed.run import main
+
+        main(list(argv[1:]))
+        return
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launch_command(launch_command_parser().parse_args(list(argv[2:])))
+
+
+def before_imports(machine: Hardware, *, expandable: bool = False) -> None:
+    """No telemetry, no remarks that every rank would repeat and nobody can act on, and no spinning threads.
+
+    Args:
+        expandable: whether this process trains what goes with expandable segments, see `topology.allocator`.
+    """
+    for key, value in allocator(machine, expandable=expandable).items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package is not there
+    if not machine.gpus:
+        os.environ.setdefault("OMP_WAIT_POLICY", CPU_VARIABLES["OMP_WAIT_POLICY"])
+
+
+def default_output_dir(line: CommandLine) -> Path:
+    """output/NAME, after the recipe."""
+    return Path("output") / (Path(line.recipe).stem if line.recipe else "run")
+
+
+def output_dir(config: TrainConfig, line: CommandLine) -> str:
+    """The run's folder: as given, else that of the resumed checkpoint, else output/NAME, output/NAME-2, ... that is free,
+    or with auto the last one that is there."""
+    if config.output_dir:
+        return config.output_dir
+    resume = config.resume_from_checkpoint
+    if resume and resume != "auto":
+        folder = Path(resume)
+        return str((folder.resolve() if folder.is_symlink() or not folder.name else folder).parent)
+    base = default_output_dir(line)
+    # Every machine must come to the same name; and a job that was written first is the one that is submitted then.
+    if line.where.nnodes > 1 or line.where.via in JOBS:
+        return str(base)
+    last, folder, number = base, base, 1
+    while folder.exists():
+        last, number = folder, number + 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return str(last if resume else folder)

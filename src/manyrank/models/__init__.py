@@ -1,0 +1,1 @@
+"""Model shapes, loading, adapters, fused kernels and generation."""

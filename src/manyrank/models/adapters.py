@@ -1,0 +1,138 @@
+"""Put adapters on a base where a text reaches it and peft can adapt it, and freeze what no gradient comes to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
+
+from ..config.resolve import TrainConfig
+from ..errors import UserError
+from . import coverage
+from .lora import speed_up
+from .reach import Reach, shape_of, unreached_modules, within
+
+Say = Callable[[str], None]
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are learned, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def freeze_unreached(model: torch.nn.Module, reached: Reach | None, say: Say) -> None:
+    """Do not train what no gradient comes to: ddp would wait for it, and an optimizer keep states for it.
+
+    Args:
+        reached: what a text uses; None freezes nothing.
+        say: takes a line on what is frozen.
+    """
+    left = {name: p for name, p in model.named_parameters() if reached and name not in reached.parameters}
+    for parameter in left.values():
+        parameter.requires_grad_(False)
+    if left:
+        share = _weights(left.values()) / _weights(model.parameters())
+        say(f"{share:.1%} of the weights are not trained, a text does not reach them: {within(left, model)}")
+
+
+def _weights(parameters) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None, say: Say) -> torch.nn.Module:
+    """A base with the recipe's adapters, and nothing else trained; the same start on every rank for a seed.
+
+    Args:
+        reached: what a text uses; None: all of it.
+        say: takes a line on what has no adapters.
+
+    Raises:
+        UserError: these adapters cannot be put on it.
+    """
+    model.requires_grad_(False)
+    set_seed(config.seed)
+    unreached = unreached_modules(model, reached) if reached else []
+    left_out = [*unreached, *(_refused(model) if config.lora_target_modules == "all-linear" else [])]
+    excluded = "|".join(rf"(?:{pattern})(?:\..*)?" for pattern in left_out) or None
+    fix = _fix_of_targets(model, config, excluded)
+    beyond = _beyond_text(model, reached)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        exclude_modules=excluded,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
+        raise UserError(str(error), where="lora_target_modules", fix=fix) from None
+    if "lora" not in config.plain_parts:
+        speed_up(adapted)
+    for note in (coverage.of_adapters(adapted, reached), beyond):
+        if note:
+            say(note)
+    return adapted
+
+
+def remove_adapters(model: torch.nn.Module) -> None:
+    """Put the base's own layers back where adapters were put on them."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoraLayer):
+                setattr(parent, name, child.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _beyond_text(model: torch.nn.Module, reached: Reach | None) -> str | None:
+    """A note on the layers that a text does not use, where they have matrices."""
+    left = {name: p for name, p in model.named_parameters() if reached and name not in reached.parameters}
+    if not any(len(shape_of(parameter)) > 1 for parameter in left.values()):
+        return None
+    return f"no adapters where no text comes: {within(left, model)}"
+
+
+def _refused(model: torch.nn.Module) -> list[str]:
+    """Patterns of the layers that peft refuses to adapt in this model: Mamba's fused kernels read their weights."""
+    try:
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check  # peft 0.21; no public name
+    except ImportError:
+        return []
+    found = []
+    for name in _linear_names(model):
+        try:
+            check(LoraConfig(), model, name)
+        except ValueError:
+            found.append(rf"(?:.*\.)?{re.escape(name)}")
+    return found
+
+
+def _linear_names(model: torch.nn.Module, excluded: str | None = None) -> list[str]:
+    """The last parts of the names of a model's linear layers, lm_head aside."""
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not head
+        and not (excluded and re.fullmatch(excluded, name))
+    }
+    return sorted(names)
+
+
+def _fix_of_targets(model: torch.nn.Module, config: TrainConfig, excluded: str | None) -> str:
+    """Targets that work: those of the recipe that can be adapted, else all that can."""
+    refused = "|".join(filter(None, [excluded, *_refused(model)])) or None
+    known = _linear_names(model, refused)
+    if not known:
+        return "use method: full; the model has no linear layers of its own"
+    asked = [] if isinstance(config.lora_target_modules, str) else config.lora_target_modules
+    names = [name for name in asked if name.rpartition(".")[2] in known] or known
+    return f"give --lora_target_modules '[{','.join(names)}]', or all-linear"

@@ -1,0 +1,200 @@
+"""Attention over packed documents: several examples in one row, none of which sees another.
+
+    tokens      [ a a a a | b b | c c c ]          one row, no padding
+    cu_seq_lens [ 0         4     6       9 ]      where documents begin and end
+
+On CUDA this is one variable-length flash attention call, where its kernel takes such heads (see `varlen`); elsewhere
+one call per document. The function is registered with transformers under PACKED; a model uses it after
+`model.set_attn_implementation(PACKED)`. transformers builds no mask for a name it has no mask function for, so nothing
+of size tokens x tokens ever exists.
+
+Every argument that a model hands over is honoured, is one that says nothing here (SILENT), or is refused: a model whose
+attention is more than these arguments say would train on other losses. `training.packing_trial` tries the loaded model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import UserError
+from . import varlen
+from .model_facts import ATTENTION_LAYERS
+
+logger = logging.get_logger(__name__)
+
+PACKED, PACKED_PLAIN = "manyrank_packed", "manyrank_packed_plain"
+# Tokens of a document up to which plain products are taken on a CPU in bf16. sdpa of torch 2.13 needs twice as long
+# there; in float32 it is the faster one.
+SHORT = 1024
+
+
+# Arguments that change nothing inside attention. The positions are in the queries and keys already, keys have the bounds
+# of queries, and the rest is about what the model returns.
+SILENT = frozenset(
+    {"position_ids", "cu_seq_lens_k", "max_length_k", "use_cache", "output_router_logits", "output_hidden_states"}
+)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    short: int = SHORT,
+    **others,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each document of a packed row.
+
+    Args:
+        query: (1, heads, tokens, head_dim).
+        key, value: (1, key_value_heads, tokens, head_dim); heads is a multiple of key_value_heads.
+        attention_mask: None; the document bounds say everything.
+        cu_seq_lens_q: (documents + 1,), int32, from 0 to tokens.
+        max_length_q: tokens of the longest document.
+        s_aux: (heads,), attention sinks: logits beside those of the keys, of no value.
+        is_causal: of this call; None, as the module says.
+        short: tokens up to which a document may be computed by plain products, see SHORT.
+        others: see SILENT.
+
+    Returns:
+        (1, tokens, heads, head_dim), contiguous, and None for the weights.
+
+    Raises:
+        UserError: the model hands over something else, or no bounds.
+    """
+    causal = getattr(module, "is_causal", True) is not False if is_causal is None else is_causal
+    _refuse_unknown(module, attention_mask, cu_seq_lens_q, causal, others)
+    if torch.is_autocast_enabled(query.device.type):  # a norm may have given float32 queries, beside 16-bit values
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    why = varlen.obstacle(
+        device=query.device.type, dtype=query.dtype, query_width=query.shape[-1], value_width=value.shape[-1],
+        dropout=dropout, softcap=softcap, sinks=s_aux is not None,
+    )  # fmt: skip
+    if why is None:
+        bounds, window = (cu_seq_lens_q, max_length_q), sliding_window
+        return varlen.attend(query, key, value, *bounds, scaling=scaling, window=window), None
+    if query.is_cuda:
+        logger.warning_once(f"attention takes one document at a time (slower, more memory): {why}")
+    lengths = cu_seq_lens_q.diff().tolist()
+    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+    options = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
+    parts = [_document(q, k, v, **options, short=short).transpose(1, 2) for q, k, v in documents]
+    return torch.cat(parts, dim=1).contiguous(), None
+
+
+def _refuse_unknown(module, attention_mask, bounds, causal: bool, others: dict) -> None:
+    reasons = [
+        name for name, value in others.items() if name not in SILENT and value is not None and value is not False
+    ]
+    reasons = [f"the argument {name}" for name in sorted(reasons)]
+    reasons += ["a mask of its own"] if attention_mask is not None else []
+    reasons += ["attention to later tokens"] if not causal else []
+    reasons += ["attention that is not given the bounds of documents"] if bounds is None else []
+    if reasons:
+        raise unpackable(", ".join(reasons), getattr(module, "config", None))
+
+
+def unpackable(what: str, config) -> UserError:
+    """The error that a model cannot be packed."""
+    kind = getattr(config, "model_type", "given")
+    return UserError(
+        f"packing does not know {what} of a {kind} model", where="packing", fix="set packing: none, which pads instead"
+    )
+
+
+def _document(query, key, value, *, scaling, window, dropout, softcap, sinks, short) -> torch.Tensor:
+    tokens = query.shape[2]
+    plain = query.dtype == torch.bfloat16 and query.device.type == "cpu" and tokens <= short
+    if softcap or sinks is not None or (plain and not dropout):
+        options = {"scaling": scaling, "window": window, "softcap": softcap, "sinks": sinks, "dropout": dropout}
+        return _products(query, key, value, **options)
+    mask = _allowed(tokens, window, query.device) if window is not None and tokens > window else None
+    return F.scaled_dot_product_attention(
+        query, key, value,
+        attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def _products(query, key, value, *, scaling, window, softcap, sinks, dropout) -> torch.Tensor:
+    """Plain products of matrices, the heads that share a key one below the other."""
+    _, heads, tokens, size = query.shape
+    groups, times = key.shape[1], heads // key.shape[1]
+    hidden = ~_allowed(tokens, window, query.device)
+    mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -torch.inf).repeat(times, 1)
+    queries, keys = query.reshape(groups, times * tokens, size), key.squeeze(0).transpose(1, 2)
+    scaling = size**-0.5 if scaling is None else scaling
+    if softcap:
+        scores = torch.tanh(queries @ keys * (scaling / softcap)) * softcap + mask
+    else:
+        scores = torch.baddbmm(mask, queries, keys, alpha=scaling)
+    if sinks is not None:  # one more column, whose share goes nowhere
+        column = sinks.to(scores.dtype).view(groups, times, 1, 1).expand(-1, -1, tokens, -1)
+        scores = torch.cat([scores, column.reshape(groups, times * tokens, 1)], dim=-1)
+    shares = scores.softmax(-1)[..., :tokens]
+    shares = F.dropout(shares, dropout) if dropout else shares
+    return torch.bmm(shares, value.squeeze(0)).view(1, heads, tokens, -1)
+
+
+def _allowed(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(tokens, tokens), which keys a query sees."""
+    position = torch.arange(tokens, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < (window or tokens))
+
+
+def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None:
+    """Make `model` attend inside documents only.
+
+    Args:
+        plain: by sdpa alone, where there is no kernel for packed documents.
+
+    Raises:
+        UserError: the architecture mixes tokens in a way that document bounds do not stop. (What only a forward shows
+            is found by `training.packing_trial.prove`.)
+    """
+    config = model.config.get_text_config()
+    kinds = set(map(str, getattr(config, "layer_types", None) or [])) - ATTENTION_LAYERS
+    reasons = [f"{kind} layers" for kind in sorted(kinds)]
+    reasons += ["no pluggable attention"] if not model._supports_attention_backend else []
+    if reasons:
+        raise unpackable(", ".join(reasons), config)
+    if model.config._attn_implementation not in (PACKED, PACKED_PLAIN):
+        model.attention_before_packing = model.config._attn_implementation
+    model.set_attn_implementation(PACKED_PLAIN if plain else PACKED)
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While this lasts, a packed model has the attention that it was loaded with, which also knows a cache."""
+    before = model.config._attn_implementation
+    if before not in (PACKED, PACKED_PLAIN):
+        yield
+        return
+    model.set_attn_implementation(model.attention_before_packing)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionInterface.register(PACKED_PLAIN, partial(packed_attention, short=0))

@@ -1,0 +1,85 @@
+"""The shape of a model by its name: a folder, a config.json, a hub name, or one of the list that ships with the project.
+
+`data/architectures.json` holds configs by short names, so that well-known models can be planned offline.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..config.resolve import asset
+from ..errors import UserError
+from .spec import Architecture, from_config
+
+
+def read(model: str) -> Architecture:
+    """The architecture of a shipped name, a model folder or a config.json; hub names from the local cache.
+
+    Raises:
+        UserError: it is none of these, or not a language model's config.
+    """
+    path = Path(model).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        return from_config(_json(path), name=model, where=str(path))
+    shipped = known()
+    key = _short(model, shipped)
+    if key in shipped:
+        return from_config(shipped[key], name=model, where=f"data/architectures.json, {key}")
+    if cached := _cached(model):
+        return from_config(_json(cached), name=model, where=str(cached))
+    close = difflib.get_close_matches(key, shipped, 3, 0.5)
+    raise UserError(
+        f"nothing is known here of the model {model}", where="model_name_or_path",
+        fix="give its folder or config.json" + (f", or a known name: {', '.join(close)}" if close else ""),
+    )  # fmt: skip
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """The shipped configs by their short names."""
+    shipped = _json(asset("data", "architectures.json"))
+
+    def whole(entry: dict[str, Any]) -> dict[str, Any]:
+        return {**whole(shipped[entry["like"]]), **entry} if "like" in entry else entry
+
+    return {name: whole(entry) for name, entry in shipped.items()}
+
+
+# Parts of a hub name that do not change the architecture.
+VARIANTS = frozenset({"instruct", "chat", "base", "it", "hf", "pt", "4bit", "bnb", "unsloth", "fp16", "bf16", "meta"})
+
+
+def _short(model: str, names: Collection[str]) -> str:
+    """The short name: `Qwen/Qwen2.5-7B-Instruct` and `qwen2.5-7b` are one architecture, as are dated versions."""
+    parts = model.rsplit("/", 1)[-1].lower().replace("_", "-").split("-")
+    parts = [part for part in parts if part not in VARIANTS]
+    for end in range(len(parts), 0, -1):
+        name = "-".join(parts[:end])
+        if name in names:
+            return name
+        if not re.fullmatch(r"v[0-9.]+|[0-9]{4}|[0-9]+k", parts[end - 1]):
+            break  # a size or a family: another model
+    return "-".join(parts)
+
+
+def _cached(model: str) -> Path | None:
+    """config.json of a hub name that was downloaded before."""
+    from huggingface_hub import constants
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob(f"models--{model.replace('/', '--')}/snapshots/*/config.json"))
+    return folders[-1] if folders else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a JSON file: {error}", where=str(path), fix="give a model's config.json") from None
+    if not isinstance(found, dict):
+        raise UserError("not a JSON object", where=str(path), fix="give a model's config.json")
+    return found

@@ -1,0 +1,167 @@
+"""Load a model to use it: base, adapter or merged, in 16, 8 or 4 bits; with its tokenizer, ready to generate."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..chat_template.render import RenderOptions, render_options
+from ..config.resolve import TrainConfig, recipe_of
+from ..errors import UserError
+from ..runs.artifact import Artifact, find
+from ..topology import gpus as hardware
+from . import coverage
+from .load import LoadPlan, base_model, load_tokenizer, read_config, resolve_name
+
+QUANTIZATION = {"4bit": "nf4", "8bit": "int8"}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def quiet() -> None:
+    """No progress bars, and no notes of transformers and peft on what is not the user's to mend."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
+    if not hardware.probe().gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, once imported, writes to stdout
+
+
+def load_model(
+    name: str | Artifact,
+    *,
+    quantization: Literal["4bit", "8bit"] | None = None,
+    merge: bool = False,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode, and its tokenizer with padding on the left.
+
+    Args:
+        name: what `artifact.find` knows: a run's folder, a checkpoint, an adapter, a model's folder or a hub name.
+        quantization: of the base.
+        merge: put the adapter into the weights; not with a quantised base, whose weights would lose it by rounding.
+        dtype: bfloat16, float16 or float32; auto: bfloat16 where the machine computes in it, else float32.
+        device: where to; None: the first GPU, or the CPU.
+
+    Raises:
+        UserError: it cannot be found or loaded, or an option does not go with it.
+    """  # fmt: skip
+    found = find(name) if isinstance(name, str) else name
+    if merge and (quantization or not found.adapter):
+        what = "merging into a quantised base" if quantization else "there is no adapter to merge"
+        raise UserError(what, where=found.name, fix="leave merge out")
+    for value, known in ((quantization or "4bit", QUANTIZATION), (dtype, ("auto", *DTYPES))):
+        if value not in known:
+            raise UserError(f"{value!r} is not known", where=found.name, fix=f"one of {', '.join(known)}")
+    machine = hardware.probe()
+    device = torch.device(device or ("cuda:0" if machine.gpus else "cpu"))
+    if dtype == "auto":
+        dtype = "bfloat16" if hardware.computes_in_bf16("auto", machine) else "float32"
+    plan = LoadPlan(
+        name=resolve_name(found.base), dtype=DTYPES[dtype], compute_dtype=DTYPES[dtype], quantization=QUANTIZATION.get(quantization),
+        device_map={"": device}, skeleton=False, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    model = base_model(plan)
+    if plan.quantization:
+        _check_quantised(model, quantization, found)
+    if found.adapter:
+        model = with_adapter(model, found)
+        model = model.merge_and_unload() if merge else model
+    return model.eval(), tokenizer_of(found, chat_template=chat_template, trust_remote_code=trust_remote_code)
+
+
+def _check_quantised(model: PreTrainedModel, quantization: str, found: Artifact) -> None:
+    note = coverage.check_quantised(
+        model,
+        asked=f"quantization {quantization}",
+        where=f"quantization, of {found.base}",
+        fix="leave quantization out",
+    )
+    if note:
+        print(f"quantization {quantization}: {note}", file=sys.stderr, flush=True)
+
+
+def load_stored(
+    name: str | Artifact, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A model in host memory, its weights in the type that they are stored in, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be found or loaded, or is stored in 8 or 4 bits.
+    """
+    found = find(name) if isinstance(name, str) else name
+    source, cpu = resolve_name(found.base), torch.device("cpu")
+    config = TrainConfig(model_name_or_path=source, data_path="none", trust_remote_code=trust_remote_code)
+    if read_config(config).get("quantization_config"):
+        what = f"the weights of {found.base} are quantised"
+        raise UserError(what, where=found.name, fix="name the same model in full precision with --base")
+    plan = LoadPlan(
+        name=source, dtype="auto", compute_dtype=torch.float32, quantization=None, device_map={"": cpu}, skeleton=False,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    model = base_model(plan)
+    model = with_adapter(model, found) if found.adapter else model
+    return model.eval(), tokenizer_of(found, trust_remote_code=trust_remote_code)
+
+
+def with_adapter(model: PreTrainedModel, found: Artifact) -> PeftModel:
+    """The adapter on its base.
+
+    Raises:
+        UserError: the two do not fit, or the adapter is damaged.
+    """
+    if not any(found.adapter.glob("adapter_model.*")):
+        fix = "give a whole adapter, as it was saved"
+        raise UserError("the adapter has no weights: no adapter_model.safetensors", where=str(found.adapter), fix=fix)
+    try:
+        return PeftModel.from_pretrained(model, str(found.adapter))
+    except (SafetensorError, OSError, TypeError) as error:
+        what = f"the adapter cannot be read: {str(error).splitlines()[0]}"
+        raise UserError(what, where=str(found.adapter), fix="give a whole adapter, as it was saved") from None
+    except (ValueError, RuntimeError, KeyError) as error:
+        what = f"the adapter does not fit its base {found.base}: {str(error).splitlines()[0]}"
+        raise UserError(what, where=str(found.adapter), fix="name the base that it was trained on") from None
+
+
+def rendering_of(found: Artifact) -> RenderOptions:
+    """How conversations were rendered when it was trained: the template's variables, and what ends a turn."""
+    recipe = recipe_of(found)
+    return render_options(recipe) if recipe else RenderOptions()
+
+
+def context_of(found: Artifact, *, trust_remote_code: bool = False) -> int | None:
+    """The most tokens that an artifact's base reads at once, where its config says so; loads no weights."""
+    name = resolve_name(found.base)
+    read_config(TrainConfig(model_name_or_path=name, data_path="none", trust_remote_code=trust_remote_code))
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def tokenizer_of(
+    found: Artifact, *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of an artifact, which pads on the left.
+
+    Checkpoints have none: theirs is that of their run, else the base's with the chat template of the run's recipe.
+    """
+    name = found.tokenizer
+    recipe = None if found.own_tokenizer else recipe_of(found)
+    if recipe:
+        name = found.base if found.adapter else recipe.model_name_or_path
+        chat_template = chat_template or recipe.chat_template
+    config = TrainConfig(
+        model_name_or_path=name, data_path="none", chat_template=chat_template, trust_remote_code=trust_remote_code
+    )  # fmt: skip
+    tokenizer = load_tokenizer(config)
+    tokenizer.padding_side = "left"
+    return tokenizer

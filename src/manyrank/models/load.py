@@ -1,0 +1,378 @@
+"""Decide how to load a model, then load it: a `LoadPlan` is a plain value, made from the recipe and the strategy."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import DistributedType
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError, TemplateSyntaxError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..config.resolve import TrainConfig, asset
+from ..errors import UserError
+from . import coverage
+from .adapters import Say, freeze_unreached, with_lora
+from .attention import use_packed_attention
+from .reach import reach
+from .tiny import EMBEDDED, ensure
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How this rank gets the base model.
+
+    Attributes:
+        name: a folder or a hub name.
+        dtype: of the weights that are not quantised; "auto": the one that they are stored in.
+        quantization: None, "nf4" or "int8".
+        device_map: where quantised weights go; None leaves placing to accelerate.
+        skeleton: make the modules without weights; FSDP sends this rank its shards from rank 0.
+    """
+
+    name: str
+    dtype: torch.dtype | Literal["auto"]
+    compute_dtype: torch.dtype
+    quantization: str | None
+    device_map: dict | None
+    skeleton: bool
+    trust_remote_code: bool
+
+
+def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> LoadPlan:
+    """Decide from the recipe and from what came up."""
+    compute = torch.bfloat16 if bf16 else torch.float32
+    quantization = {"qlora": "nf4", "int8": "int8"}.get(config.method)
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    zero3 = accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
+    return LoadPlan(
+        name=resolve_name(config.model_name_or_path),
+        # What is trained whole keeps float32 weights; the forward runs in the compute type all the same.
+        dtype=torch.float32 if config.method == "full" else compute,
+        compute_dtype=compute,
+        quantization=quantization,
+        device_map={"": accelerator.device} if quantization and not zero3 else None,
+        skeleton=bool(
+            fsdp
+            and not quantization  # accelerate 1.15 cannot send 4-bit weights to other ranks (fsdp2_prepare_model)
+            and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+            and not accelerator.is_main_process
+        ),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def resolve_name(name: str) -> str:
+    """A folder by its whole path, so that an adapter on it is found from any folder; a hub name as it is."""
+    if name == EMBEDDED:
+        return str(ensure())
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
+def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the recipe's chat template if it names one.
+
+    Args:
+        own: take this one instead.
+
+    Raises:
+        UserError: it cannot be loaded, is not a fast one, or there is no such template.
+    """
+    name = resolve_name(config.model_name_or_path)
+    with loading(name):
+        tokenizer = copy.deepcopy(own) if own else _stored_tokenizer(name, config.trust_remote_code)
+    if config.chat_template:
+        tokenizer.chat_template = _template(config.chat_template, tokenizer)
+    _check_template(tokenizer, where=config.chat_template or name)
+    _check_variables(config.chat_template_kwargs, tokenizer)
+    if not tokenizer.is_fast:
+        raise UserError("the tokenizer has no fast version", where=name, fix="convert it to a tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _stored_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, StrictDataclassError):
+        raise  # told as what is wrong with the model
+    except Exception as error:  # a damaged tokenizer.json: a KeyError, or an Exception of the tokenizers library
+        what = f"cannot load the tokenizer: {type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UserError(what, where=name, fix="give a folder with a whole tokenizer.json") from error
+
+
+def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a template given as a file, as one of the project's, or as one of the tokenizer's."""
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name in own:
+        return own[name]
+    for file in (Path(name), asset("data", "templates", f"{name}.jinja")):
+        if file.is_file():
+            return _text(file)
+    known = sorted({*own, *(path.stem for path in asset("data", "templates").glob("*.jinja"))})
+    raise UserError(
+        f"there is no chat template {name!r}", where="chat_template", fix=f"a file, or one of {', '.join(known)}"
+    )
+
+
+def _text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError("not text in UTF-8", where=str(file), fix="give a Jinja template") from None
+    if not text.strip():
+        raise UserError("an empty template", where=str(file), fix="give a Jinja template")
+    return text
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
+    """A template that is no Jinja would make every row a bad one."""
+    if not tokenizer.chat_template:
+        return
+    with contextlib.suppress(TemplateError, ValueError, TypeError):  # it may well refuse this conversation
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            place = f"{where}, line {error.lineno}"
+            raise UserError(f"the chat template is no Jinja: {error}", where=place, fix="mend the template") from None
+
+
+def _check_variables(variables: dict, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A template ignores a variable that it does not know, and so would a misspelt one be."""
+    own = tokenizer.chat_template or ""
+    text = "\n".join(own.values()) if isinstance(own, dict) else own
+    taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    for name in variables:
+        if name in taken:
+            what = f"{name!r} is not the recipe's to set"
+            raise UserError(what, where="chat_template_kwargs", fix="leave it out")
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            what = f"the chat template knows no variable {name!r}"
+            raise UserError(what, where="chat_template_kwargs", fix="give one that the template uses")
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def load_model(plan: LoadPlan, config: TrainConfig, *, say: Say = silent) -> torch.nn.Module:
+    """Load the base and put adapters on it; the same start on every rank and strategy for a seed.
+
+    Args:
+        say: takes a line on what is not quantised, not trained or has no adapters.
+
+    Raises:
+        UserError: the model cannot be loaded, quantised, packed or given these adapters.
+    """
+    base = _skeleton(plan) if plan.skeleton else base_model(plan)
+    if plan.quantization:
+        _check_quantised(base, config, say)
+    model = with_adapters(base, config, say=say)
+    if plan.skeleton:
+        _give_addresses(model)
+    return model
+
+
+def _check_quantised(model: torch.nn.Module, config: TrainConfig, say: Say) -> None:
+    note = coverage.check_quantised(
+        model, asked=f"method {config.method}", where=f"method, with {config.model_name_or_path}",
+        fix="use method: lora, or full; fsdp and zero3 shard what does not fit",
+    )  # fmt: skip
+    if note:
+        say(f"method {config.method}: {note}")
+
+
+def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool, say: Say = silent) -> torch.nn.Module:
+    """A base that a script brings, in the type that this project would load it in.
+
+    Raises:
+        UserError: it has adapters, or it is quantised and the method is not, or the other way round, or in name only.
+    """
+    if hasattr(model, "peft_config"):
+        raise UserError("the model has adapters", where="model", fix="give its base: the method puts adapters on it")
+    quantised, wanted = bool(getattr(model, "is_quantized", False)), config.method in ("qlora", "int8")
+    if quantised != wanted:
+        what = f"method {config.method} with a model that is {'' if quantised else 'not '}quantised"
+        raise UserError(what, where="model", fix="load it with that method's quantization_config, or change the method")
+    if quantised:
+        _check_quantised(model, config, say)
+        return model
+    return model.to(torch.bfloat16 if bf16 and config.method != "full" else torch.float32)
+
+
+def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = silent) -> torch.nn.Module:
+    """A base with everything on it that the recipe asks for: packed attention, checkpointing, adapters.
+
+    What a text does not reach has no adapters and is not trained; `say` takes a line on it.
+    """
+    reached = reach(model)
+    if config.packing != "none":
+        use_packed_attention(model, plain="attention" in config.plain_parts)
+    _checkpoint_layers(model, config.gradient_checkpointing)
+    if config.uses_lora:
+        model = with_lora(model, config, reached, say)
+        for own in model.peft_config.values():  # of a base that a script has loaded by a relative path
+            own.base_model_name_or_path = own.base_model_name_or_path and resolve_name(own.base_model_name_or_path)
+    else:
+        freeze_unreached(model, reached, say)
+    if config.torch_compile:
+        layers = _layers(model)
+        if not layers:
+            raise UserError("the model's layers are not known", where="torch_compile", fix="leave it out")
+        for layer in layers:
+            layer.compile(dynamic=True)  # packs differ in length
+    return model
+
+
+@torch.no_grad()
+def load_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Give a model's new adapters the values of a saved one of the same shape.
+
+    Raises:
+        UserError: they do not fit, or cannot be read.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+        for name, parameter in own.items():
+            parameter.copy_(saved.pop(name.replace(".default.", ".")))
+        if saved:
+            raise KeyError(next(iter(saved)))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        what = f"the adapter does not fit the model: {error}"
+        raise UserError(what, where=str(folder), fix="give the base that it was trained on") from None
+
+
+def _checkpoint_layers(model: torch.nn.Module, wanted: int | str) -> None:
+    if wanted in ("auto", "off", 0):  # auto was settled before, where there is a plan (see `training.memory`)
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = _layers(model)
+    if isinstance(wanted, int):
+        if wanted > len(layers):
+            fix = f"the model has {len(layers)} layers"
+            raise UserError(f"{wanted} layers to compute again", where="gradient_checkpointing", fix=fix)
+        for layer in layers[wanted:]:
+            layer.gradient_checkpointing = False
+
+
+def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def base_model(plan: LoadPlan) -> torch.nn.Module:
+    """The base model as a plan has it."""
+    options = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
+    if plan.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=plan.compute_dtype,
+            # Packed into the compute type, the 4-bit base can be sharded; as bytes FSDP2 would copy it to every rank.
+            bnb_4bit_quant_storage=plan.compute_dtype,
+        )
+    elif plan.quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if plan.device_map:
+        options["device_map"] = plan.device_map
+    with loading(plan.name):
+        return AutoModelForCausalLM.from_pretrained(plan.name, **options)
+
+
+def _skeleton(plan: LoadPlan) -> torch.nn.Module:
+    with loading(plan.name):
+        config = AutoConfig.from_pretrained(plan.name, trust_remote_code=plan.trust_remote_code)
+    with init_empty_weights(include_buffers=False):  # buffers that are not in a checkpoint keep their values
+        model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
+    model.tie_weights()
+    return model
+
+
+def read_config(config: TrainConfig) -> dict:
+    """The content of the model's config.json, with what its type adds."""
+    name = resolve_name(config.model_name_or_path)
+    with loading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).to_dict()
+
+
+def _give_addresses(model: torch.nn.Module) -> None:
+    """Put the trained parameters of a skeleton into (untouched, so not resident) host memory.
+
+    accelerate 1.15 finds the optimizer's parameters again by their address (Accelerator._prepare_fsdp2), and on the
+    meta device all have address 0: the optimizer would hold one parameter many times. Values come from rank 0.
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and parameter.is_meta:
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    model.tie_weights()
+
+
+@contextlib.contextmanager
+def loading(name: str):
+    """Tell what libraries raise as what is wrong with a model."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, StrictDataclassError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        if needs_its_code(error):
+            raise untrusted(name, where=f"model_name_or_path {name}") from None
+        said, there = " ".join(str(error).split())[:300], Path(name).is_dir()
+        what = f"cannot load the model: {'' if there else f'there is no folder {name} here, and of the hub: '}{said}"
+        if Path(name).is_absolute() and not there:  # transformers takes it for a name on the hub
+            what = f"there is no folder {name}"
+        raise UserError(
+            what,
+            where=f"model_name_or_path {name}",
+            fix="give a folder with config.json, weights and tokenizer, or a hub name that can be reached",
+        ) from None
+
+
+def needs_its_code(error: Exception) -> bool:
+    """Whether transformers has refused to run code that comes with a model."""
+    return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
+
+
+def untrusted(name: str, *, where: str) -> UserError:
+    what = f"{name} needs Python code that comes with it, and this command does not say to run it"
+    return UserError(what, where=where, fix="read that code, and if you trust it, add --trust-remote-code")
+
+
+@contextlib.contextmanager
+def evaluation_mode(wrapped: torch.nn.Module):
+    """No dropout, no gradients; training mode afterwards.
+
+    bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 at the first eval-mode forward of a Linear4bit on a CPU, in
+    place; sharding, saving and merging then read garbage. Those layers, which have no dropout of their own, stay as they
+    are. It can go when Linear4bit.forward repacks a copy.
+    """
+    wrapped.eval()
+    for module in wrapped.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        wrapped.train()

@@ -1,0 +1,1 @@
+"""Strategies as one interface: single and DDP, FSDP2, DeepSpeed."""

@@ -1,0 +1,237 @@
+"""Bring up the strategy that was asked for, and prove that it came up.
+
+`accelerate_configs/NAME.yaml` is the one truth. `accelerate launch` applies it to the environment; under torchrun and
+srun `start` applies the same file, with accelerate's own code. What differs on CPUs (gloo, FSDP2, DeepSpeed's
+accelerator) is decided here, from what the machine has. `engine` then runs the steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ParallelismConfig,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from ..config.resolve import TrainConfig, asset
+from ..errors import UserError
+from ..topology.ranks import Topology, default_strategy
+from . import compile_locks
+from .fsdp_on_cpu import promote_to_fsdp
+
+# Rank 0 reads, hashes and writes while the others wait; NCCL's default of 10 minutes would end big runs.
+TIMEOUT = timedelta(hours=2)
+# Of the environment, through which `accelerate launch` tells its processes what a config says.
+PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an accelerate config asks for."""
+
+    distributed_type: str  # NO, MULTI_GPU, FSDP or DEEPSPEED
+    zero_stage: int = 0
+    offload: bool = False
+    replicas: bool = False  # several copies of the model, each in shards of its own
+
+
+def config_file(name: str) -> Path:
+    """The accelerate config of a strategy."""
+    return asset("accelerate_configs", f"{name}.yaml")
+
+
+def wanted(name: str) -> Wanted:
+    """Read what a strategy's accelerate config (and the DeepSpeed JSON that it names) asks for."""
+    content = yaml.safe_load(config_file(name).read_text())
+    if content["distributed_type"] == "DEEPSPEED":
+        zero = json.loads(asset(content["deepspeed_config"]["deepspeed_config_file"]).read_text())["zero_optimization"]
+        return Wanted("DEEPSPEED", zero["stage"], "offload_param" in zero or "offload_optimizer" in zero)
+    offload = bool(content.get("fsdp_config", {}).get("fsdp_offload_params"))
+    return Wanted(content["distributed_type"], offload=offload, replicas=bool(content.get("parallelism_config")))
+
+
+def launched_by_accelerate(environ=os.environ) -> bool:
+    """Whether `accelerate launch` has already applied a config."""
+    return "ACCELERATE_MIXED_PRECISION" in environ
+
+
+def config_environment(name: str, world_size: int) -> dict[str, str]:
+    """The variables of PREFIXES that `accelerate launch --config_file` would set, by accelerate's own code."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import launch
+
+    argv = ["--config_file", str(config_file(name)), "--num_processes", str(world_size), "--num_machines", "1"]
+    argv += ["--main_process_port", "0", "-m", "manyrank.train"]
+    if wanted(name).distributed_type == "DEEPSPEED":
+        argv[2:2] = ["--deepspeed_config_file", str(asset("ds_configs", f"{name}.json"))]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, environment = launch.prepare_deepspeed_cmd_env(args)
+    elif args.use_fsdp or args.multi_gpu:
+        environment = launch.prepare_multi_gpu_env(args)
+    else:
+        _, environment = launch.prepare_simple_launcher_cmd_env(args)
+    return {key: value for key, value in environment.items() if key.startswith(PREFIXES)}
+
+
+def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
+    """Start the process group and the Accelerator, and check that they are what was asked for.
+
+    Raises:
+        UserError: the strategy needs a launcher or a GPU, or another one was started than asked for.
+    """
+    name = config.strategy or (None if launched_by_accelerate() else default_strategy(topology.world_size))
+    if not launched_by_accelerate():
+        os.environ.update(config_environment(name, topology.world_size))
+    _needs_launcher(name)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which other packages do, too
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        for line in compile_locks.remove_stale():
+            print(line, file=sys.stderr, flush=True)
+    accelerator = _accelerator(config, _parallelism(config, name, topology), bf16=bf16, on_cpu=on_cpu)
+    _check(accelerator, config, name, topology, bf16=bf16)
+    return accelerator
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def _needs_launcher(name: str | None) -> None:
+    if "LOCAL_RANK" not in os.environ and (_flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP")):
+        raise UserError(
+            f"strategy {name} needs a launcher",
+            where="python -m manyrank.train",
+            fix=f"start it with `manyrank train ... --strategy {name}`, torchrun or accelerate launch",
+        )
+
+
+def copies(config: TrainConfig, topology: Topology) -> tuple[int, int]:
+    """Under hsdp, the copies of the model, and the processes that share one; `rules` keep each on one machine."""
+    shards = config.hsdp_shard_size or topology.local_world_size
+    return topology.world_size // shards, shards
+
+
+def _parallelism(config: TrainConfig, name: str | None, topology: Topology) -> ParallelismConfig | None:
+    """The sizes of replicas and shards, where the accelerate config asks for them.
+
+    Raises:
+        UserError: accelerate was told other sizes, or nobody said hsdp, and `rules` has not looked at them.
+    """
+    if not _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return None
+    where = "the accelerate config"
+    if name is None or not wanted(name).replicas:
+        raise UserError("it has a parallelism_config", where=where, fix="give --strategy hsdp with it")
+    replicas, shards = copies(config, topology)
+    sizes = {"dp_replicate": replicas, "dp_shard": shards, "tp": 1, "cp": 1, "sp": 1}
+    for key, size in sizes.items():
+        told = os.environ.get(f"PARALLELISM_CONFIG_{key.upper()}_SIZE", "1")
+        if told not in ("1", str(size)):  # 1 is also what accelerate says where nobody said anything
+            fix = "leave the sizes out; --hsdp_shard_size is the one there is"
+            raise UserError(f"{key}_size is {told}, not {size}", where=where, fix=fix)
+    # accelerate 1.15 takes the flattened dimension dp_shard_cp out of the mesh (fsdp2_prepare_model), on every rank.
+    warnings.filterwarnings("ignore", "Slicing a flattened dim from root mesh", category=UserWarning)
+    return ParallelismConfig(**{f"{key}_size": size for key, size in sizes.items()})
+
+
+def _accelerator(
+    config: TrainConfig, parallelism: ParallelismConfig | None, *, bf16: bool, on_cpu: bool
+) -> Accelerator:
+    options = {"mixed_precision": "bf16" if bf16 else "no"}
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=TIMEOUT)]
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        if on_cpu:
+            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=TIMEOUT)]
+        return Accelerator(deepspeed_plugin=_deepspeed_plugin(config), **options)
+    if _flag("ACCELERATE_USE_FSDP"):
+        # Without an accelerator the plugin cannot pin host memory.
+        if on_cpu and _flag("FSDP_OFFLOAD_PARAMS"):
+            raise UserError("fsdp_offload needs a GPU", where="strategy", fix="use fsdp on CPUs")
+        # accelerate would give the loss and the sum of gradients in bf16, too.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+        plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+        if plugin.fsdp_version != 2:
+            raise UserError("FSDP version 1 is not supported", where="the accelerate config", fix="set fsdp_version: 2")
+        if not on_cpu:
+            return Accelerator(fsdp_plugin=plugin, parallelism_config=parallelism, **options)
+        accelerator = Accelerator(fsdp_plugin=plugin, cpu=True, **options)
+        promote_to_fsdp(accelerator, plugin, parallelism)
+        return accelerator
+    # accelerate 1.15 passes the name on that torch 2.13 calls old, and every rank says so (accelerator.py, prepare_model).
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    ddp = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # the tables of rotary embeddings; they are the same everywhere
+    )
+    options["kwargs_handlers"].append(ddp)
+    return Accelerator(cpu=on_cpu, **options)
+
+
+def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin:
+    plugin = DeepSpeedPlugin()
+    # The recipe owns these. Accumulation stays 1: the loop itself says which micro-batch is the last of a step.
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+    plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+    return plugin
+
+
+def _check(accelerator: Accelerator, config: TrainConfig, name: str | None, topology: Topology, *, bf16: bool) -> None:
+    """Compare what came up with what was asked for; several of the libraries fall back without a word."""
+    found = {"processes": accelerator.num_processes, "precision": _precision(accelerator)}
+    asked = {"processes": topology.world_size, "precision": "bf16" if bf16 else "no"}
+    if name:
+        want = wanted(name)
+        found |= {"type": accelerator.distributed_type.value, "ZeRO stage": _zero_stage(accelerator)}
+        asked |= {"type": _types(want, topology), "ZeRO stage": want.zero_stage}
+        found |= {"mesh of processes": _mesh(accelerator)}
+        asked |= {"mesh of processes": copies(config, topology) if want.replicas else ()}
+        asked["type"] = found["type"] if found["type"] in asked["type"] else asked["type"][0]
+    differ = [f"{key} is {found[key]}, not {asked[key]}" for key in asked if found[key] != asked[key]]
+    if differ:
+        raise UserError(
+            f"what came up is not what was asked for: {'; '.join(differ)}",
+            where=f"strategy {name}" if name else "the accelerate config",
+            fix="give accelerate launch the --config_file of the same strategy, or leave --strategy away",
+        )
+
+
+def _types(want: Wanted, topology: Topology) -> list[str]:
+    if want.distributed_type == "MULTI_GPU":
+        return ["MULTI_GPU", "MULTI_CPU"] + (["NO"] if topology.world_size == 1 else [])
+    if want.distributed_type == "NO" and topology.world_size == 1:  # of one process, but started by torchrun
+        return ["NO", "MULTI_GPU", "MULTI_CPU"]
+    return [want.distributed_type]
+
+
+def _mesh(accelerator: Accelerator) -> tuple[int, ...]:
+    mesh = accelerator.torch_device_mesh
+    return () if mesh is None else tuple(mesh.shape)
+
+
+def _precision(accelerator: Accelerator) -> str:
+    if accelerator.deepspeed_plugin is not None:
+        return "bf16" if accelerator.deepspeed_plugin.get_value("bf16.enabled") else "no"
+    return accelerator.mixed_precision
+
+
+def _zero_stage(accelerator: Accelerator) -> int:
+    return accelerator.deepspeed_plugin.zero_stage if accelerator.deepspeed_plugin is not None else 0

@@ -1,0 +1,389 @@
+"""How a step runs, and how full tensors are read and written, under each family of strategies.
+
+The trainer speaks to a `Runtime` and knows no backend. `Runtime` itself is one process or DDP, `FsdpRuntime` FSDP2 and
+`ZeroRuntime` DeepSpeed. Full tensors go by the parameter names of the unwrapped model, so that what one strategy
+writes another can read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import NonFiniteError
+from ..models.adapters import trainable
+from . import first_look
+from .fsdp_preparation import buffers_kept_apart, name_layers
+
+OptimizerState = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What really came up: written to the run folder, and asserted by `manyrank verify`."""
+
+    distributed_type: str
+    wrapper: str
+    world_size: int
+    precision: str
+    base_bytes: int  # of the frozen and trained base weights, over the whole model
+    base_bytes_here: tuple[int, ...]  # the part that each rank holds
+    trainable_tensors: int
+    mesh: tuple[int, ...] = ()  # of FSDP: (shards,), or (copies, shards of each)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class _Arrivals:
+    """Notes which parameters a backward brings a gradient to: an engine may take gradients away as they come."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+        self.parameters = parameters
+        self.names: set[str] = set()
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        hooks = [p.register_hook(partial(self._note, name)) for name, p in self.parameters.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, name: str, gradient: torch.Tensor) -> None:
+        self.names.add(name)
+
+
+class Runtime:
+    """One prepared model and optimizer: run steps, read and write full state. Single process or DDP."""
+
+    keeps_parameters = True  # the optimizer works on the model's own parameters
+
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.accelerator, self.model = accelerator, model  # every strategy changes the model in place or wraps it
+        self.wrapped, self.prepared_optimizer = self._prepare(model, optimizer)
+        self.wrapped.train()  # models load in evaluation mode, without dropout
+        self.trainable = trainable(self.model)
+        held = [p for group in self.prepared_optimizer.param_groups for p in group["params"]]
+        if self.keeps_parameters and sorted(map(id, held)) != sorted(map(id, self.trainable.values())):
+            raise RuntimeError("the optimizer does not hold each trained parameter once")
+        self.gradients = _Arrivals(self.trainable)  # in the first backward that exchanges them
+
+    def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        return self.accelerator.prepare(model, optimizer)
+
+    # A step
+
+    @contextlib.contextmanager
+    def forward_backward(self, *, last: bool):
+        """Around the forward and backward of one micro-batch; gradients are exchanged only in a step's last."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped), self._first_look(last=last):
+            yield
+
+    @contextlib.contextmanager
+    def _first_look(self, *, last: bool):
+        """Around the first backward that exchanges gradients: say what gets none; a UserError where ddp waits for it."""
+        if not last or self.gradients is None:
+            yield
+            return
+        arrivals, self.gradients = self.gradients, None
+        with arrivals.noted():
+            yield
+        waits = isinstance(self.wrapped, DistributedDataParallel)
+        note = first_look.look(self._without_gradient(arrivals.names), self.trainable, waits=waits)
+        if note and self.accelerator.is_main_process:
+            print(note, flush=True)
+
+    def _without_gradient(self, arrived: set[str]) -> list[str]:
+        """Names of the trained parameters to which that backward has brought no gradient on this rank."""
+        return [name for name in self.trainable if name not in arrived]
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self.accelerator.backward(loss)
+
+    def step(self, *, learning_rate: float, max_grad_norm: float) -> float:
+        """Clip, check and apply the gradients.
+
+        Returns:
+            The norm of the whole gradient before clipping.
+
+        Raises:
+            NonFiniteError: the norm is not finite; no parameter has changed.
+        """
+        self._set_learning_rate(learning_rate)
+        norm = self._clip(max_grad_norm or math.inf)
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the gradient's norm is {norm}")
+        self.prepared_optimizer.step()
+        self.prepared_optimizer.zero_grad()
+        return norm
+
+    def _clip(self, max_norm: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), max_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def discard_gradients(self) -> None:
+        self.prepared_optimizer.zero_grad()
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that does the arithmetic, out of its wrappers."""
+        return self.prepared_optimizer.optimizer
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks."""
+        return self.accelerator.reduce(values, "sum")
+
+    def reshard(self) -> None:
+        """After a forward without a backward: give back what it gathered."""
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """While this lasts, each rank holds the whole model, and may forward by itself. (Under ZeRO-3 trl sees to it.)"""
+        yield
+
+    # Full state
+
+    def full_parameters(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, full tensor on the CPU), all ranks together; trained ones in the precision of the optimizer."""
+        parameters = dict(self.model.named_parameters())
+        for name in names:
+            yield name, self._full(name, parameters[name]).detach().cpu()
+
+    def _full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter
+
+    @torch.no_grad()
+    def set_parameter(self, name: str, value: torch.Tensor) -> None:
+        """Overwrite one trained parameter from its full value, all ranks together."""
+        self.trainable[name].copy_(value)
+
+    def optimizer_state(self) -> Iterator[tuple[str, OptimizerState]]:
+        """Yield each trained parameter's (name, optimizer state in full, on the CPU), all ranks together."""
+        for name, parameter in self.trainable.items():
+            state = self.optimizer.state.get(parameter, {})
+            yield name, {key: self._full_state(value) for key, value in state.items()}
+
+    def _full_state(self, value) -> torch.Tensor:
+        return torch.as_tensor(value).detach().cpu()
+
+    def set_optimizer_state(self, states: dict[str, OptimizerState], dry_step: Callable[[], None]) -> None:
+        """Overwrite the optimizer's state from what `optimizer_state` gave, on any strategy.
+
+        Args:
+            states: for each trained parameter its state in full.
+            dry_step: forward and backward of a loss that is zero, for optimizers that make their state in a step.
+        """
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = {id(parameter): name for name, parameter in self.trainable.items()}
+        state = {
+            index: {key: self._local_state(parameter, value) for key, value in states[names[id(parameter)]].items()}
+            for index, parameter in enumerate(order)
+        }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def _local_state(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.to(parameter.device) if value.ndim else value
+
+    # Facts
+
+    def facts(self) -> Facts:
+        base = [p for name, p in self.model.named_parameters() if ".lora_" not in name]
+        here = torch.tensor([sum(self._bytes_here(p) for p in base)], device=self.accelerator.device)
+        return Facts(
+            distributed_type=self.accelerator.distributed_type.value,
+            wrapper=type(self.wrapped).__name__,
+            world_size=self.accelerator.num_processes,
+            precision=self.accelerator.mixed_precision,
+            base_bytes=sum(self._bytes(p) for p in base),
+            base_bytes_here=tuple(self.accelerator.gather(here).tolist()),
+            trainable_tensors=len(self.trainable),
+        )
+
+    def _bytes(self, parameter: torch.Tensor) -> int:
+        return parameter.numel() * parameter.element_size()
+
+    def _bytes_here(self, parameter: torch.Tensor) -> int:
+        return self._bytes(parameter)
+
+
+class FsdpRuntime(Runtime):
+    """FSDP2: parameters and optimizer state are DTensors."""
+
+    def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        name_layers(self.accelerator.state.fsdp_plugin, model)
+        with buffers_kept_apart(model):
+            return super()._prepare(model, optimizer)
+
+    @contextlib.contextmanager
+    def forward_backward(self, *, last: bool):
+        # Between micro-batches FSDP2 would hold whole gradients on every rank: small for adapters, too big for the model.
+        # Its gradients are summed in shards, and the shards over copies of the model only in a step's last.
+        self.wrapped.set_requires_all_reduce(last)
+        with super().forward_backward(last=last or not hasattr(self.model, "peft_config")):
+            yield
+
+    def _without_gradient(self, arrived: set[str]) -> list[str]:
+        # Gradients are put into the shards past autograd.
+        return [name for name, parameter in self.trainable.items() if parameter.grad is None]
+
+    def _full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+    def _full_state(self, value) -> torch.Tensor:
+        return super()._full_state(value.full_tensor() if isinstance(value, DTensor) else value)
+
+    def reshard(self) -> None:
+        for unit in self._units:  # the root, and what it forwards last, keep theirs until a backward
+            unit.reshard()
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        for unit in self._units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.set_reshard_after_forward(True, recurse=False)
+            self.reshard()
+
+    @cached_property
+    def _units(self) -> list[FSDPModule]:
+        return [module for module in self.wrapped.modules() if isinstance(module, FSDPModule)]
+
+    @torch.no_grad()
+    def set_parameter(self, name: str, value: torch.Tensor) -> None:
+        self.reshard()  # else the next forward would take what was gathered before
+        parameter = self.trainable[name]
+        parameter.to_local().copy_(self._shard(parameter, value).to_local())
+
+    def _local_state(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return self._shard(parameter, value) if value.shape == parameter.shape else value
+
+    def _shard(self, parameter: DTensor, value: torch.Tensor) -> DTensor:
+        # Every rank has read the same full value, so nothing need be sent.
+        value = value.to(device=parameter.device, dtype=parameter.dtype)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def facts(self) -> Facts:
+        (mesh,) = {p.device_mesh for p in self.model.parameters() if isinstance(p, DTensor)}
+        return replace(super().facts(), mesh=tuple(mesh.shape))
+
+    def _bytes_here(self, parameter: torch.Tensor) -> int:
+        return self._bytes(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+
+
+class ZeroRuntime(Runtime):
+    """DeepSpeed ZeRO: the engine clips, checks and steps; full state goes through its own safe_* functions."""
+
+    keeps_parameters = False
+
+    @contextlib.contextmanager
+    def forward_backward(self, *, last: bool):
+        self.wrapped.set_gradient_accumulation_boundary(is_boundary=last)
+        with self._first_look(last=last):
+            yield
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self.wrapped.backward(loss)
+
+    def step(self, *, learning_rate: float, max_grad_norm: float) -> float:
+        # max_grad_norm is in the DeepSpeed config already; see strategy._deepspeed_plugin.
+        self._set_learning_rate(learning_rate)
+        self.wrapped.step()
+        if not self.wrapped.was_step_applied():
+            raise NonFiniteError("the gradient's norm is not finite")
+        return float(self.wrapped.get_global_grad_norm())
+
+    def discard_gradients(self) -> None:
+        # The engine has no other door to drop accumulated gradients than a step; at rate 0 it changes no parameter.
+        self._set_learning_rate(0.0)
+        self.wrapped.step()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.wrapped.optimizer.optimizer
+
+    def _full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if name in self.trainable:
+            return safe_get_full_fp32_param(parameter)
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.cpu().clone()
+
+    @torch.no_grad()
+    def set_parameter(self, name: str, value: torch.Tensor) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter = self.trainable[name]
+        value = value.to(self.accelerator.device)
+        safe_set_full_fp32_param(parameter, value.float())
+        # That sets the master copy only; the next forward reads the working copy.
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    def optimizer_state(self) -> Iterator[tuple[str, OptimizerState]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = torch.tensor(float(self.wrapped.global_steps))
+        for name, parameter in self.trainable.items():
+            moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in self._moments()}
+            yield name, {"step": steps, **moments}
+
+    def _moments(self) -> list[str]:
+        state = next(iter(self.optimizer.state.values()), {})
+        return [key for key in ("exp_avg", "exp_avg_sq", "momentum_buffer") if state.get(key) is not None]
+
+    def set_optimizer_state(self, states: dict[str, OptimizerState], dry_step: Callable[[], None]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        dry_step()  # DeepSpeed's optimizer makes its state in its first step (KeyError before)
+        self.discard_gradients()
+        for name, parameter in self.trainable.items():
+            for key in self._moments():
+                value = states[name][key].to(device=self.accelerator.device, dtype=torch.float32)
+                safe_set_full_optimizer_state(parameter, value, key)
+        steps = next(iter(states.values()))["step"]
+        self.wrapped.global_steps = int(steps)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"].copy_(steps)
+            elif "step" in state:
+                state["step"] = int(steps)
+
+    def facts(self) -> Facts:
+        facts = super().facts().as_dict()
+        return Facts(**{**facts, "precision": "bf16" if self.wrapped.bfloat16_enabled() else "no"})
+
+    def _bytes(self, parameter: torch.Tensor) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+
+    def _bytes_here(self, parameter: torch.Tensor) -> int:
+        shard = getattr(parameter, "ds_tensor", parameter)
+        return shard.numel() * shard.element_size()
+
+
+def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Runtime:
+    """Wrap model and optimizer for the accelerator's strategy."""
+    families = {DistributedType.FSDP: FsdpRuntime, DistributedType.DEEPSPEED: ZeroRuntime}
+    return families.get(accelerator.distributed_type, Runtime)(accelerator, model, optimizer)

@@ -1,0 +1,140 @@
+"""One way to run a recipe, as the plan sees it: model, strategy, processes; what is trained and with how many bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+from ..config.schema import TrainConfig
+from ..models.spec import Architecture, Layer, Linear
+
+# Experts of these types get adapters under all-linear: peft 0.21 gives them for the names that transformers 4 had, and
+# then leaves the dense matrices of those names without (peft/utils/transformers_weight_conversion.py).
+ADAPTED_EXPERTS = {
+    "mixtral": ("w1", "w2", "w3"), **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
+}  # fmt: skip
+SHARDED = ("fsdp", "fsdp_offload", "hsdp", "zero3", "zero3_offload")
+FSDP = ("fsdp", "fsdp_offload", "hsdp")
+OFFLOADED = ("fsdp_offload", "zero3_offload")
+ZERO = ("zero2", "zero3", "zero3_offload")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe on a strategy. `nproc` processes on each of `nnodes` machines; `gpu` says whether they compute on GPUs."""
+
+    config: TrainConfig
+    shape: Architecture
+    strategy: str
+    nproc: int = 1
+    nnodes: int = 1
+    bf16: bool = True
+    gpu: bool = True
+
+    @property
+    def world(self) -> int:
+        return self.nproc * self.nnodes
+
+    @property
+    def shards(self) -> int:
+        """Processes over which weights and states are spread; hsdp has several copies of them."""
+        return (self.config.hsdp_shard_size or self.nproc) if self.strategy == "hsdp" else self.world
+
+    @property
+    def compute(self) -> int:
+        """Bytes of an element of what is computed."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def full(self) -> bool:
+        return self.config.method == "full"
+
+    @property
+    def autocast(self) -> bool:
+        """Whether float32 weights are cast for each use: full fine-tuning in bf16 where no strategy casts them."""
+        return self.full and self.bf16 and self.strategy in ("single", "ddp")
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch."""
+        return self.config.per_device_train_batch_size * self.config.max_length
+
+    @property
+    def checkpointed(self) -> int:
+        """Layers whose activations are computed again."""
+        wanted = self.config.gradient_checkpointing
+        return {"auto": 0, "off": 0, "full": self.shape.depth}.get(wanted, wanted)
+
+    def with_options(self, **values) -> Setup:
+        """The same with other values in the recipe."""
+        return replace(self, config=self.config.model_copy(update=values))
+
+    def on(self, strategy: str) -> Setup:
+        """The same on another strategy."""
+        return replace(self, strategy=strategy)
+
+    # What is trained
+
+    def adapted(self, layer: Layer) -> dict[str, Linear]:
+        """The matrices of a layer that have adapters."""
+        targets = self.config.lora_target_modules
+        if self.full:
+            return {}
+        taken = ADAPTED_EXPERTS.get(self.shape.model_type, ()) if self._sparse else ()
+        return {
+            name: linear
+            for name, linear in layer.linears.items()
+            if name not in taken and (targets == "all-linear" or _named(name, targets))
+        }
+
+    def adapted_experts(self, layer: Layer) -> bool:
+        names = ADAPTED_EXPERTS.get(self.shape.model_type)
+        if self.full or not layer.experts or not names:
+            return False
+        targets = self.config.lora_target_modules
+        return targets == "all-linear" or any(name in targets for name in names)
+
+    @cached_property
+    def _sparse(self) -> bool:
+        return any(layer.experts for layer in self.shape.layers)
+
+    def expert_adapters(self, layer: Layer) -> list[int]:
+        """Elements of each adapter tensor of a layer's experts and of its router."""
+        if not self.adapted_experts(layer):
+            return []
+        rank, hidden, experts = self.config.lora_r, self.shape.hidden, layer.experts
+        all_of_them = experts.number * rank
+        # Gate and up are one tensor, with adapters of twice the rank.
+        sizes = [2 * all_of_them * hidden, 4 * all_of_them * experts.intermediate]
+        sizes += [all_of_them * experts.intermediate, all_of_them * hidden]
+        return sizes + (
+            [rank * hidden, rank * experts.number] if self.config.lora_target_modules == "all-linear" else []
+        )
+
+    def adapters(self, layer: Layer) -> list[int]:
+        """Elements of each adapter tensor of one layer."""
+        rank = self.config.lora_r
+        plain = [(rank * linear.inputs, rank * linear.outputs) for linear in self.adapted(layer).values()]
+        return [*chain.from_iterable(plain), *self.expert_adapters(layer)]
+
+    @cached_property
+    def active_adapters(self) -> int:
+        """Elements of the adapters that multiply a token: of the experts only those that it takes."""
+        idle = 0.0
+        for layer in self.shape.layers:
+            if layer.experts:
+                part = 1 - layer.experts.per_token / layer.experts.number
+                idle += layer.count * part * sum(self.expert_adapters(layer))
+        return int(self.trainable - idle)
+
+    @cached_property
+    def trainable(self) -> int:
+        """Elements that are learned."""
+        if self.full:
+            return self.shape.parameters
+        return sum(layer.count * sum(self.adapters(layer)) for layer in self.shape.layers)
+
+
+def _named(name: str, targets: list[str]) -> bool:
+    return any(name == target.rsplit(".", 1)[-1] for target in targets)

@@ -1,0 +1,209 @@
+"""How long a step takes: products, memory traffic and communication of a setup, from the figures of a kind of GPU.
+
+    compute        products of matrices at a share of the GPU's rate, attention, what is bound by its memory
+    communication  bytes of gathering weights and reducing gradients over the slowest link; hidden behind compute
+    step           micro-batches x the longer of the two, then reduction and optimizer
+
+LoRA needs 4 operations a weight and token (forward, and the gradient of the input), full fine-tuning 6, and 2 more where
+activations are computed again. These are estimates for comparing strategies: no constant is fitted to a measurement of
+this project.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..topology.gpus import GpuKind
+from . import activations, memory
+from .planned_run import OFFLOADED, SHARDED, ZERO, Setup
+
+# Shares of the maker's figures that large kernels usually reach.
+MATMUL, ATTENTION, TRAFFIC, LINK = 0.7, 0.5, 0.8, 0.8
+# An activation that is kept is written, read again in backward, and so are the gradients beside it and what is not kept.
+PASSES = 6
+SUPERVISED = 0.6  # of all tokens, as in GSM8K; the head runs on these alone
+LAUNCH, HOP = 20e-6, 3e-6  # seconds of a collective, and for each rank of its ring
+BUCKET = 25 * 2**20  # bytes, of DistributedDataParallel
+HOST_LINK, HOST_ADAM = 25e9, 4e8  # bytes a second over PCIe, elements a second of AdamW on a CPU
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one optimizer step. Times in seconds; `flops` of one process, LoRA-aware.
+
+    Attributes:
+        compute: all micro-batches of a process.
+        communication: the same, wherever it is hidden.
+        exposed: what of the communication compute does not hide.
+        tokens: of all processes. examples: of one process.
+    """
+
+    compute: float
+    communication: float
+    exposed: float
+    optimizer: float
+    flops: float
+    tokens: int
+    peak_flops: float
+    world: int
+    examples: float
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.exposed + self.optimizer
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step
+
+    @property
+    def mfu(self) -> float:
+        """Share of the GPU's rate that goes into needed operations; what is computed again does not count."""
+        return self.flops / self.step / self.peak_flops
+
+
+def micro_batches(setup: Setup) -> int:
+    """Of one process in a step."""
+    return math.ceil(setup.config.batch(setup.world) / (setup.config.per_device_train_batch_size * setup.world))
+
+
+def estimate(setup: Setup, kind: GpuKind) -> Speed:
+    """How fast a setup runs on a kind of GPU."""
+    count, share = micro_batches(setup), setup.config.batch(setup.world) / setup.world
+    # A step with fewer examples than micro-batches hold is cut into smaller ones, down to one example.
+    setup = setup.with_options(
+        per_device_train_batch_size=min(setup.config.per_device_train_batch_size, max(1, math.ceil(share)))
+    )
+    compute = count * _micro_batch(setup, kind)
+    each, once = _communication(setup, kind)
+    # Gathering runs beside compute; the first layers' and the reduction of the last gradients cannot hide.
+    hidden = min(count * each * 0.9, compute) + min(once * 0.8, compute / count / 2)
+    total = count * each + once
+    return Speed(
+        compute=compute,
+        communication=total,
+        exposed=total - hidden,
+        optimizer=_optimizer(setup, kind),
+        flops=share * setup.config.max_length * needed(setup),
+        tokens=setup.config.batch(setup.world) * setup.config.max_length,
+        peak_flops=rate(setup, kind),
+        world=setup.world,
+        examples=share,
+    )
+
+
+# Operations
+
+
+def needed(setup: Setup, *, supervised: float = SUPERVISED, length: float | None = None) -> float:
+    """Floating-point operations of a token, forward and backward, without what is computed again.
+
+    Args:
+        supervised: share of the tokens that the head runs on.
+        length: of the document that a token is in, on average over tokens; max_length where it is not known.
+    """
+    shape, full = setup.shape, setup.full
+    layers = (6 if full else 4) * shape.active
+    adapters = 0 if full else 6 * setup.active_adapters
+    head = (6 if full else 4) * shape.embedding * supervised
+    return layers + adapters + head + _attention(setup, length) * 3.5
+
+
+def rate(setup: Setup, kind: GpuKind) -> float:
+    """Operations a second of the kind, in the type of computation."""
+    return kind.flops if setup.bf16 else kind.float32_flops
+
+
+def _attention(setup: Setup, length: float | None = None) -> float:
+    """Operations of a token's causal attention, forward, in documents of a length, or of max_length."""
+    total = 0.0
+    for layer in setup.shape.layers:
+        seen = (length or setup.config.max_length) / 2
+        if layer.attention.window:
+            seen = min(seen, layer.attention.window)
+        total += layer.count * 2 * seen * (layer.attention.query + layer.attention.output)
+    return total
+
+
+def _micro_batch(setup: Setup, kind: GpuKind) -> float:
+    """Seconds of forward and backward of one micro-batch."""
+    shape, tokens = setup.shape, setup.tokens
+    again = setup.checkpointed / shape.depth
+    attention = _attention(setup)
+    products = needed(setup) - 3.5 * attention + again * 2 * shape.active
+    seconds = tokens * products / (rate(setup, kind) * MATMUL) + tokens * attention * (3.5 + again) / (
+        rate(setup, kind) * ATTENTION
+    )
+    kept = activations.saved(setup.with_options(gradient_checkpointing="off"))
+    seconds += PASSES * (1 + again / 2) * kept / (kind.bandwidth * TRAFFIC)
+    if setup.config.method in (
+        "qlora",
+        "int8",
+    ):  # each pass reads the packed weights and writes them in 16 bits, and reads these
+        quantised = sum(layer.count * sum(x.weights for x in layer.linears.values()) for layer in shape.layers)
+        seconds += (2 + again) * quantised * (2 * 2 + 0.5) / (kind.bandwidth * TRAFFIC)
+    return seconds
+
+
+def _optimizer(setup: Setup, kind: GpuKind) -> float:
+    mine = setup.trainable / (setup.shards if setup.strategy in (*SHARDED, "zero2") else 1)
+    if setup.strategy in OFFLOADED:
+        return mine / HOST_ADAM + 2 * mine * setup.compute / HOST_LINK
+    if setup.config.optim.startswith("paged"):
+        return mine * 28 / HOST_LINK
+    return mine * 28 / (kind.bandwidth * TRAFFIC)  # reads and writes of weights, moments and gradients in float32
+
+
+# Communication
+
+
+def _communication(setup: Setup, kind: GpuKind) -> tuple[float, float]:
+    """Seconds of each micro-batch, and of the end of a step."""
+    if setup.world == 1:
+        return _offload(setup), 0.0
+    trained, layers = setup.trainable * memory.FLOAT, setup.shape.depth
+    if setup.strategy == "zero2":  # reduces each micro-batch into shards, and gathers the new weights
+        size = setup.trainable * setup.compute
+        calls = math.ceil(setup.trainable / memory.zero_settings("zero2")["reduce_bucket_size"])
+        return _ring(setup, kind, size, calls=calls), _ring(setup, kind, size, calls=calls)
+    if setup.strategy not in SHARDED:  # an all-reduce is a reduce-scatter and an all-gather, in trees of NCCL
+        calls = math.ceil(trained / BUCKET)
+        return 0.0, 2 * _ring(setup, kind, trained, calls=0) + calls * (LAUNCH + HOP * math.log2(setup.world))
+    weights = memory.base_weights(setup)[0]
+    if setup.full:
+        weights = setup.shape.parameters * setup.compute
+    gather = 2 * _ring(setup, kind, weights, calls=layers)
+    reduce = _ring(setup, kind, trained, calls=layers)
+    if setup.shards < setup.world:  # the copies of hsdp add up their gradients
+        size = trained / setup.shards
+        reduce += 2 * size / (kind.network * LINK) + layers * (LAUNCH + HOP * setup.world / setup.shards)
+    each = gather + _offload(setup)
+    every = setup.full or setup.strategy in ZERO  # reduced in each micro-batch
+    return (each + reduce, 0.0) if every else (each, reduce)
+
+
+def _ring(setup: Setup, kind: GpuKind, size: float, *, calls: int) -> float:
+    """Seconds of gathering or scattering `size` bytes over the processes that share shards, in so many calls."""
+    ranks = setup.shards
+    across = ranks > setup.nproc
+    slowest = min(kind.link, kind.network * setup.nproc) if across else kind.link
+    return size * (ranks - 1) / ranks / (slowest * LINK) + calls * (LAUNCH + HOP * ranks)
+
+
+def _offload(setup: Setup) -> float:
+    """Seconds of a micro-batch in which weights come from host memory."""
+    if setup.strategy not in OFFLOADED:
+        return 0.0
+    return 2 * memory.base_weights(setup)[0] / setup.shards / HOST_LINK
+
+
+def why_slow(speed: Speed) -> str:
+    """What a setup's step waits for, in a few words."""
+    if speed.examples < 1:
+        return "the batch: it has fewer examples than there are GPUs"
+    if speed.exposed > 0.25 * speed.step:
+        return "the links: weights and gradients take longer than the products"
+    if speed.optimizer > 0.25 * speed.step:
+        return "the optimizer"
+    return "products and memory traffic"

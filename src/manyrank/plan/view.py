@@ -1,0 +1,268 @@
+"""A plan as text for a terminal and as values for JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .memory import GiB
+from .planned_run import OFFLOADED, Setup
+from .planner import Option, Plan, Scale, Verdict, short_of
+
+WIDTH = 32  # characters of a bar
+FILLS = (  # what a bar is made of, in this order
+    ("weights", "█"), ("adapters", "▓"), ("gradients", "▓"), ("optimizer", "▓"), ("activations", "▒"), ("cache", "▒"), ("head and loss", "▒"),
+    ("working", "▒"), ("gathered", "░"), ("context", "·"), ("slack", "·"),
+)  # fmt: skip
+LEGEND = "again: layers whose activations are computed again; micro, length: the largest that fit, under auto with all of them\n█ weights  ▓ adapters, gradients, optimizer  ▒ activations, head, working  ░ gathered  · CUDA, slack  │ the GPU's memory"
+
+
+def as_text(plan: Plan, *, tokens: int | None, price: float | None, scales: list[Scale], against: list[str]) -> str:
+    """The tables of a plan.
+
+    Args:
+        tokens: of the whole training, if known. price: dollars an hour of one GPU.
+        against: what `manyrank train` would refuse.
+    """
+    parts = [headline(plan), _table(plan), LEGEND, f"\n{plan.chosen.strategy}: {plan.why}", _parts(plan.chosen)]
+    parts += [_time(plan.chosen, tokens, price)] if plan.chosen.speed else []
+    parts += [scaling_table(scales)] if scales else []
+    told = [*(f"train refuses: {what}" for what in against), *(f"note: {note}" for note in notes(plan))]
+    return "\n".join([*parts, *told])
+
+
+def summary(plan: Plan) -> str:
+    """What a launch says of its plan."""
+    chosen = plan.chosen
+    of = f" of {plan.machine.memory / GiB:.1f}" if plan.machine.memory else ""
+    rate = (
+        f", {count(chosen.speed.tokens_per_second)} tokens/s, {chosen.speed.step:.3g} s a step" if chosen.speed else ""
+    )
+    return (
+        f"planned: {chosen.memory.peak / GiB:.1f}{of} GiB a GPU ({chosen.verdict}){rate}; {chosen.strategy}: {plan.why}"
+    )
+
+
+def headline(plan: Plan) -> str:
+    setup, machine = plan.chosen.setup, plan.machine
+    config, shape = setup.config, setup.shape
+    lora = "" if setup.full else f" r {config.lora_r}, {count(setup.trainable)} trained"
+    gpu = "GPU of unknown memory" if machine.memory is None else f"GPU of {machine.memory / GiB:.0f} GiB"
+    gpu = machine.kind.name if machine.kind else gpu
+    nodes = f"{machine.nnodes} machines x " if machine.nnodes > 1 else ""
+    return (
+        f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}; {'bf16' if setup.bf16 else 'float32'}; "
+        f"{nodes}{machine.nproc} x {gpu}\n"
+        f"micro-batch {config.per_device_train_batch_size} x {config.max_length:,} tokens; {config.optim}\n"
+    )
+
+
+def count(number: float) -> str:
+    """With a unit, in three digits."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def _table(plan: Plan) -> str:
+    most = max([option.memory.peak for option in plan.options] + [plan.machine.memory or 0])
+    head = f"{'strategy':<15}{'':<14}{'GiB':>6}  {'':<{WIDTH}}  {'tokens/s':>10} {'MFU':>5} {'again':>6} {'micro':>6} {'length':>9}"
+    return "\n".join([head, *(_line(option, plan, most) for option in plan.options)])
+
+
+def _line(option: Option, plan: Plan, most: int) -> str:
+    mark = "*" if option is plan.chosen and not option.refused else " "
+    short = short_of(option, plan.machine)
+    state = "refused" if option.refused else f"no: {short}" if short else str(option.verdict)
+    rate = f"{option.speed.tokens_per_second:>10,.0f} {option.speed.mfu:>5.0%}" if option.speed else f"{'':>10} {'':>5}"
+    again = f"{option.setup.checkpointed}/{option.setup.shape.depth}"
+    largest = [
+        "" if n is None else f"{n:,}" if n else "-" for n in (option.largest_micro_batch, option.largest_max_length)
+    ]
+    return (
+        f"{mark}{option.strategy:<14}{state:<14}{option.memory.peak / GiB:>6.1f}  "
+        f"{_bar(option, plan.machine.memory, most):<{WIDTH}}  {rate} {again:>6} {largest[0]:>6} {largest[1]:>9}"
+    ).rstrip()
+
+
+def _bar(option: Option, available: int | None, most: int) -> str:
+    """The parts side by side, to the scale of `most` bytes, with the GPU's end marked."""
+    bar, done = "", 0
+    for name, fill in FILLS:
+        done += option.memory.parts.get(name, 0)
+        bar += fill * (round(WIDTH * done / most) - len(bar))
+    if available is None:
+        return bar
+    end = max(0, min(WIDTH, round(WIDTH * available / most)) - 1)
+    bar = bar.ljust(WIDTH)
+    return f"{bar[:end]}│{bar[end + 1 :]}".rstrip()
+
+
+def _parts(option: Option) -> str:
+    shown = "  ".join(f"{name} {size / GiB:.1f}" for name, size in option.memory.parts.items() if size >= GiB / 20)
+    found = option.memory
+    return (
+        f"  GiB at the peak ({found.moment}): {shown}\n"
+        f"  loading {found.loading / GiB:.1f} GiB a GPU; host memory of a machine {found.host / GiB:.0f} GiB, "
+        f"while loading {found.host_loading / GiB:.0f} GiB\n"
+        f"  with whole logits and peft's own adapters, as most other software runs: {option.plain / GiB:.1f} GiB a GPU"
+    )
+
+
+def _time(option: Option, tokens: int | None, price: float | None) -> str:
+    found = option.speed
+    text = (
+        f"  a step: {found.step:.3g} s of {found.tokens:,} tokens (compute {found.compute:.3g}, communication {found.communication:.3g}, "
+        f"of which {found.exposed:.3g} not hidden, optimizer {found.optimizer:.3g})"
+    )
+    if not tokens:
+        return text
+    hours = training_hours(option, tokens)
+    cost = f", about ${hours * price * found.world:,.0f}" if price else ""
+    return f"{text}\n  the whole training, {count(tokens)} tokens: {hours:.2g} hours{cost}"
+
+
+def training_hours(option: Option, tokens: int) -> float:
+    return tokens / option.speed.tokens_per_second / 3600
+
+
+def notes(plan: Plan) -> list[str]:
+    """What one should know of a plan's figures."""
+    setup, found = plan.chosen.setup, plan.chosen.memory
+    told = []
+    if setup.shape.guessed:
+        told.append(f"models of type {setup.shape.model_type or 'unknown'} are not known: read as a Llama")
+    if not setup.shape.head_as_is:
+        told.append("the model changes its logits after the head, so that they are computed whole")
+    told += [
+        f"{option.strategy}: {option.refused}"
+        for option in plan.options
+        if option.refused and option is not plan.chosen
+    ]
+    if plan.machine.memory and found.loading > plan.machine.memory and setup.config.method in ("qlora", "int8"):
+        told.append(
+            "the model does not fit while it is loaded: a quantised base is whole on each GPU before it is sharded"
+        )
+    told += _of_experts(setup)
+    if plan.chosen.strategy in OFFLOADED and plan.machine.host is None:
+        told.append(f"host memory was not looked at: each machine needs {found.host / GiB:.0f} GiB")
+    if plan.machine.memory is None:
+        told.append("no GPU is here, and none was given: --gpu H100-80GB or --gpu-memory 24GiB tells whether it fits")
+    if plan.chosen.speed:
+        told.append("speeds are estimates from the maker's figures, with documents of max_length tokens")
+    if setup.config.is_grpo:
+        told.append("speeds are those of learning from the answers; the time that answering takes is not planned")
+    return told
+
+
+def _of_experts(setup: Setup) -> list[str]:
+    sparse = [layer for layer in setup.shape.layers if layer.experts]
+    told = []
+    if sparse and setup.config.method in ("qlora", "int8"):
+        told.append("experts stay in 16 bits: transformers 5 keeps them in tensors that bitsandbytes does not see")
+    if any(setup.adapted_experts(layer) for layer in sparse):
+        told.append(
+            "adapters on experts copy their weights in each layer (peft 0.21); lora_target_modules: [q_proj, k_proj, v_proj, o_proj] does not"
+        )
+    return told
+
+
+def scaling_table(scales: list[Scale]) -> str:
+    """Tokens a second by number of machines and strategy, and what is left of the rate per GPU."""
+    lines = (f"{row[0]:>8} {row[1]:>6}" + "".join(f"{cell:>16}" for cell in row[2:]) for row in scaling_cells(scales))
+    return "\n".join(["", *lines, *scaling_ends(scales)])
+
+
+def scaling_cells(scales: list[Scale]) -> list[list[str]]:
+    """The table's cells, its head first: machines, GPUs, and a column for each strategy."""
+    names = list(dict.fromkeys(row.option.strategy for row in scales))
+    cells = {(row.nnodes, row.option.strategy): row for row in scales}
+    table = [["machines", "GPUs", *names]]
+    for nodes in dict.fromkeys(row.nnodes for row in scales):
+        found = [cells.get((nodes, name)) for name in names]
+        gpus = next(row.option.setup.world for row in found if row)
+        table.append([str(nodes), str(gpus), *map(_scaled, found)])
+    return table
+
+
+def _scaled(row: Scale | None) -> str:
+    if row is None or row.option.refused or row.option.verdict == Verdict.TOO_BIG:
+        return "-" if row is None else "refused" if row.option.refused else str(row.option.verdict)
+    return f"{count(row.option.speed.tokens_per_second)} {row.efficiency:>4.0%}"
+
+
+def scaling_ends(scales: list[Scale]) -> list[str]:
+    told = []
+    for name in dict.fromkeys(row.option.strategy for row in scales):
+        low = next(
+            (row for row in scales if row.option.strategy == name and row.option.usable and row.efficiency < 0.7), None
+        )
+        if low:
+            told.append(
+                f"{name} stops scaling at {low.nnodes} machines ({low.efficiency:.0%} of the rate per GPU): {low.waits_for}"
+            )
+    return told
+
+
+def as_values(
+    plan: Plan, *, tokens: int | None, price: float | None, scales: list[Scale], against: list[str]
+) -> dict[str, Any]:
+    """A plan for machines. Bytes and seconds; what is not known is None."""
+    setup, machine = plan.chosen.setup, plan.machine
+    return {
+        "model": setup.shape.name,
+        "parameters": setup.shape.parameters,
+        "trainable": setup.trainable,
+        "method": setup.config.method,
+        "bf16": setup.bf16,
+        "gpu": machine.kind.name if machine.kind else None,
+        "gpu_memory_bytes": machine.memory,
+        "nproc": machine.nproc,
+        "nnodes": machine.nnodes,
+        "micro_batch": setup.config.per_device_train_batch_size,
+        "max_length": setup.config.max_length,
+        "why": plan.why,
+        **option_values(plan.chosen, tokens=tokens, price=price),
+        "strategies": [option_values(option, tokens=tokens, price=price) for option in plan.options],
+        "scaling": [
+            {
+                "nnodes": row.nnodes,
+                "efficiency": row.efficiency,
+                "waits_for": row.waits_for,
+                **option_values(row.option, tokens=tokens, price=price),
+            }
+            for row in scales
+        ],
+        "train_refuses": against,
+        "notes": notes(plan),
+    }
+
+
+def option_values(option: Option, *, tokens: int | None, price: float | None) -> dict[str, Any]:
+    """One strategy for machines."""
+    found, rate = option.memory, option.speed
+    known = option.verdict != Verdict.UNKNOWN
+    hours = training_hours(option, tokens) if rate and tokens else None
+    return {
+        "strategy": option.strategy,
+        "verdict": "refused" if option.refused else str(option.verdict),
+        "fits": option.usable if known else None,
+        "refused": option.refused,
+        "per_gpu_bytes": found.peak,
+        "parts": dict(found.parts),
+        "plain_per_gpu_bytes": option.plain,  # with --plain_parts head,lora
+        "peak_moment": found.moment,
+        "loading_bytes": found.loading,
+        "host_bytes": found.host,
+        "host_loading_bytes": found.host_loading,
+        "gradient_checkpointing": option.setup.config.gradient_checkpointing,
+        "largest_micro_batch": option.largest_micro_batch,
+        "largest_max_length": option.largest_max_length,
+        "step_seconds": rate.step if rate else None,
+        "compute_seconds": rate.compute if rate else None,
+        "communication_seconds": rate.communication if rate else None,
+        "tokens_per_second": rate.tokens_per_second if rate else None,
+        "mfu": rate.mfu if rate else None,
+        "hours": hours,
+        "dollars": hours * price * rate.world if hours and price else None,
+    }

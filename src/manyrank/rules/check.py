@@ -1,0 +1,252 @@
+"""What is known to go wrong, checked before a process starts and all told at once. No torch.
+
+    RULES               one table: recipe_rules, strategy_rules, model_rules, grpo_rules; docs/rules.md is printed from it
+    check               errors end the start together; warnings are printed, and `ignore_warnings` switches them off
+    check_data, ...     files that the recipe names: rows, templates, models, the output folder
+
+`manyrank rules` prints the table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from ..chat_template.types import BadRow
+from ..config.resolve import Resolved, TrainConfig
+from ..config.schema import DataSource
+from ..data.formats import needs_template, to_sample
+from ..data.messages import bad_rows_error, usual_fix
+from ..data.sources import known_format, read_rows, source_of
+from ..errors import UserError, UserErrors
+from ..models.model_facts import find_facts
+from ..runs import lock as run_lock
+from ..runs.folder import is_new
+from .grpo import GRPO_RULES
+from .model import MODEL_RULES
+from .recipe import LENGTH_RULES, RECIPE_RULES, SOURCE_RULES
+from .rule import Rule, Situation, Violation
+from .strategy import STRATEGY_RULES
+
+__all__ = [
+    "RULES",
+    "Situation",
+    "as_markdown",
+    "check",
+    "check_data",
+    "check_new",
+    "check_output_dir",
+    "check_sources",
+    "violations",
+]
+
+LOOKED_AT = 100  # rows of a source before the launch
+NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
+RULES: tuple[Rule, ...] = (*RECIPE_RULES, *STRATEGY_RULES, *MODEL_RULES, *GRPO_RULES)
+
+
+def check_sources(resolved: Resolved) -> None:
+    """Check what a recipe says of its sources, wherever it is to run.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    found = ((rule, rule.broken(resolved)) for rule in SOURCE_RULES)
+    _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in found if what])
+
+
+def violations(situation: Situation) -> list[Violation]:
+    """Every rule of the table that is broken, in its order.
+
+    Raises:
+        UserError: a file that the rules look at cannot be read.
+    """
+    found = ((rule, rule.broken(situation)) for rule in RULES)
+    return [Violation(rule, what, situation.where(*rule.keys)) for rule, what in found if what]
+
+
+def check(situation: Situation, *, warn: bool = True, files: bool = True) -> None:
+    """Check the table, and the files that the recipe names; print the warnings.
+
+    Args:
+        warn: whether to print them; a launched process leaves it to the command that launched it.
+        files: whether those that the recipe names are here; those of a Kubernetes job are on its volume.
+
+    Raises:
+        UserError: what is wrong; a UserErrors where it is more than one thing.
+    """
+    ignored = situation.config.ignore_warnings
+    problems = list(_unknown_warnings(situation.resolved))
+    found: list[Violation] = []
+    try:
+        found = violations(situation)
+    except UserError as problem:
+        problems.append(problem)
+    problems += [violation.error() for violation in found if violation.rule.severity == "error"]
+    _raise([*problems, *(_file_problems(situation.resolved) if files else [])])
+    for violation in found if warn else []:
+        if violation.rule.severity == "warning" and violation.rule.name not in ignored:
+            print(f"{violation.warning()}\n", file=sys.stderr, flush=True)
+
+
+def warnings_of_length(config: TrainConfig, total_steps: int) -> list[str]:
+    """The warnings that wait for the number of steps, where the recipe has no max_steps, as they are printed."""
+    if config.max_steps > 0:  # told before the start
+        return []
+    counted = Resolved(config.model_copy(update={"max_steps": total_steps}))
+    found = ((rule, rule.broken(counted)) for rule in LENGTH_RULES if rule.name not in config.ignore_warnings)
+    return [Violation(rule, what, f"{rule.keys[0]}, num_train_epochs").warning() for rule, what in found if what]
+
+
+def _raise(problems: Sequence[UserError]) -> None:
+    different = list({str(problem): problem for problem in problems}.values())
+    if different:
+        raise different[0] if len(different) == 1 else UserErrors(different)
+
+
+def _unknown_warnings(resolved: Resolved) -> Iterator[UserError]:
+    severities, where = {rule.name: rule.severity for rule in RULES}, resolved.where("ignore_warnings")
+    for name in resolved.config.ignore_warnings:
+        if severities.get(name) == "error":
+            yield UserError(f"{name} is an error and cannot be ignored", where=where, fix="mend what it tells of")
+        elif name not in severities:
+            known = [warning for warning, severity in severities.items() if severity == "warning"]
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            fix = f"did you mean {close[0]}?" if close else "`manyrank rules` lists all"
+            yield UserError(f"there is no warning {name!r}", where=where, fix=fix)
+
+
+def as_markdown() -> str:
+    """The table for people: docs/rules.md."""
+    parts = [
+        "# Rules\n\n"
+        "Checked by `manyrank train` before a process starts, and by the train module. All that is wrong is told at once, "
+        "each with\nits place, its reason and its fix. A warning is switched off by its name, in the recipe or on the "
+        "command line:\n\n```yaml\nignore_warnings: [unusual-learning-rate]\n```\n\n"
+        "`yaml:` is a key of the strategy's file in `accelerate_configs/`, `json:` one of its file in `ds_configs/`, "
+        "`model:` a file of the\nbase model. Rules about the model count where its files are on this machine: a folder, or a "
+        "hub name in the cache.\n\n`manyrank rules > docs/rules.md` writes this file.\n"
+    ]
+    for severity in ("error", "warning"):
+        rules = [rule for rule in RULES if rule.severity == severity]
+        parts.append(f"\n## {severity.capitalize()}s ({len(rules)})\n")
+        parts += [_entry(rule) for rule in rules]
+    return "".join(parts)
+
+
+def _entry(rule: Rule) -> str:
+    keys = ", ".join(f"`{key.rstrip(':')}`" for key in rule.keys)
+    upstream = f" See <{rule.upstream}>." if rule.upstream else ""
+    fix = rule.fix[0].upper() + rule.fix[1:]
+    return f"\n### {rule.name}\n\n{keys}\n\n{rule.reason}{upstream}\n\n*{fix}.*\n"
+
+
+# Files
+
+
+def _file_problems(resolved: Resolved) -> list[UserError]:
+    problems, chats = [], bool(resolved.config.sample_questions)
+    for source in [*resolved.config.data_path, *(resolved.config.eval_data_path or [])]:
+        try:
+            chats |= needs_template(check_data(source, resolved.config))
+        except UserError as problem:
+            problems.append(problem)
+    return [*problems, *_template_problems(resolved), *_model_problems(resolved, chats=chats)]
+
+
+def check_data(source: DataSource, config: TrainConfig) -> str:
+    """Read the start of a source as the run will, up to the first good row.
+
+    Returns:
+        Its format.
+
+    Raises:
+        UserError: it cannot be read, or its first LOOKED_AT rows are all bad. Later bad rows are found by the run,
+            which tells of all of them.
+    """
+    found = known_format(source_of(source, config))
+    bad: list[tuple[str, BadRow]] = []
+    for row in islice(read_rows(found), LOOKED_AT):
+        try:
+            to_sample(row.readable(), found.format_type, found.columns)
+            return found.format_type
+        except BadRow as problem:
+            bad.append((row.place, problem))
+    if config.on_bad_row == "error":
+        reasons = Counter(problem.reason for _, problem in bad)
+        first = ((place, str(problem)) for place, problem in bad)
+        raise bad_rows_error(first, reasons, out_of=f"the first {len(bad):,} rows", fix=usual_fix(reasons))
+    return found.format_type
+
+
+def _template_problems(resolved: Resolved) -> Iterator[UserError]:
+    name = resolved.config.chat_template
+    looks_like_file = bool(name) and ("/" in name or "." in name)
+    if looks_like_file and not Path(name).is_file():
+        yield UserError(f"there is no file {name}", where=resolved.where("chat_template"), fix="name a Jinja file")
+
+
+def _model_problems(resolved: Resolved, *, chats: bool) -> Iterator[UserError]:
+    name, where = resolved.config.model_name_or_path, resolved.where("model_name_or_path")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")):
+            yield UserError(f"there is no folder {name}", where=where, fix="check the path")
+        return
+    if (folder / "adapter_config.json").is_file():  # a rule of the table tells what that is
+        return
+    if not (folder / "config.json").is_file():
+        yield UserError(f"{name} has no config.json", where=where, fix="name the folder of a whole model")
+    if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        yield UserError(
+            f"{name} has no weights", where=where, fix="it needs model*.safetensors (or pytorch_model*.bin)"
+        )
+    try:
+        bare = chats and not resolved.config.chat_template and not _has_chat_template(name)
+    except UserError as problem:
+        yield problem
+        return
+    if bare:
+        yield UserError("the tokenizer has no chat template", where=where, fix=NO_TEMPLATE_FIX)
+
+
+def _has_chat_template(name: str) -> bool:
+    """Whether a folder's tokenizer has one; where it has no config.json either, that is told alone."""
+    facts = find_facts(name)
+    return facts is None or bool(facts.has_template)
+
+
+def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
+    """Refuse a folder that this run cannot have.
+
+    Raises:
+        UserError: it cannot be written to, a run works in the folder, or it has files and this run does not resume.
+    """
+    above = next(parent for parent in (output_dir, *output_dir.parents) if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is a file", where="output_dir", fix="choose another --output_dir")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{above} cannot be written to", where="output_dir", fix="choose another --output_dir")
+    if config.dry_run:
+        return
+    run_lock.refuse_if_held(output_dir)
+    check_new(config, output_dir)
+
+
+def check_new(config: TrainConfig, output_dir: Path) -> None:
+    """Refuse to write among another run's files.
+
+    Raises:
+        UserError: the folder has files, and this run does not resume.
+    """
+    if not config.resume_from_checkpoint and not is_new(output_dir):
+        raise UserError(
+            f"the output folder {output_dir} is not empty",
+            where="output_dir",
+            fix="choose another --output_dir, or continue that run with --resume_from_checkpoint auto",
+        )

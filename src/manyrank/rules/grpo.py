@@ -1,0 +1,142 @@
+"""Rules about GRPO: its rewards, its batch of answers, and what answers them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from ..data.rewards import read_rewards
+from ..errors import UserError
+from .model import head_target
+from .rule import Rule, Situation, unless
+
+SHARDED = ("fsdp", "fsdp_offload", "hsdp", "zero3", "zero3_offload")
+
+
+def _rewards(s: Situation) -> str | None:
+    if not s.config.is_grpo:
+        return None
+    try:
+        read_rewards(s.config.rewards)
+    except UserError as error:
+        return f"{error.what} ({error.where}): {error.fix}"
+    return None
+
+
+def _groups(s: Situation) -> str | None:
+    c = s.config
+    if not c.is_grpo or c.per_device_train_batch_size == "auto":
+        return None
+    batch, part = c.batch(s.world_size), c.per_device_train_batch_size * s.world_size
+    if batch % c.num_generations:
+        return f"{batch} answers to a step are no whole groups of {c.num_generations}"
+    if batch % part:
+        return (
+            f"{batch} answers to a step do not divide into {s.world_size} processes x {c.per_device_train_batch_size}"
+        )
+    return None
+
+
+def _vllm(s: Situation) -> str | None:
+    if not s.config.is_grpo or s.config.use_vllm == "off":
+        return None
+    if not s.gpus:
+        return f"use_vllm {s.config.use_vllm} on a machine without GPUs"
+    if importlib.util.find_spec("vllm") is None:
+        return f"use_vllm {s.config.use_vllm}, and vllm is not installed"
+    if s.config.use_vllm == "server" and not s.config.vllm_server_base_url:
+        return "use_vllm server without vllm_server_base_url"
+    return None
+
+
+GRPO_RULES = (
+    Rule(
+        "grpo-without-trl", "error", ("task",),
+        unless(lambda s: s.config.is_grpo and importlib.util.find_spec("trl") is None, "task grpo, and trl is not installed"),
+        reason="trl's GRPOTrainer answers and computes the loss.",
+        fix="pip install 'manyrank[rl]'",
+    ),
+    Rule(
+        "rewards-of-grpo", "error", ("rewards",), _rewards,
+        reason="Rewards are all that GRPO learns from.",
+        fix="see docs/grpo.md for the rewards and their options",
+    ),
+    Rule(
+        "whole-groups", "error", ("global_batch_size", "per_device_train_batch_size", "num_generations"), _groups,
+        reason="Under grpo a batch counts answers; the answers to a prompt are compared with each other in one step.",
+        fix="choose a multiple of num_generations and of per_device_train_batch_size x processes",
+    ),
+    Rule(
+        "packed-answers", "error", ("packing",),
+        unless(lambda s: s.config.is_grpo and s.config.packing != "none", "packing: {c.packing} with grpo"),
+        reason="Answers are computed padded, as trl does it.",
+        fix="leave packing out",
+    ),
+    Rule(
+        "adapters-on-head-of-grpo", "error", ("lora_target_modules",),
+        lambda s: head_target(s) if s.config.is_grpo else None,
+        reason="trl computes log-probabilities with the head's own weight.",
+        fix="leave the head out of lora_target_modules",
+    ),
+    Rule(
+        "adapter-of-full-grpo", "error", ("sft_model", "method"),
+        unless(
+            lambda s: s.config.is_grpo and s.config.method == "full" and s.goes_on_from_adapter,
+            "method full, and {c.sft_model} is an adapter",
+        ),
+        reason="Full training has no place for an adapter.",
+        fix="merge it first: manyrank merge; or use method lora",
+    ),
+    Rule(
+        "reference-of-sharded-full", "error", ("method", "beta", "strategy"),
+        unless(
+            lambda s: s.config.is_grpo and s.config.method == "full" and s.config.beta > 0 and s.strategy in SHARDED,
+            "method full with beta {c.beta:g} on {s.strategy}",
+        ),
+        reason="The reference of the KL divergence would be a second whole model, which is not sharded here.",
+        fix="use method lora, whose reference is an adapter; or beta: 0",
+    ),
+    Rule(
+        "best-of-grpo", "error", ("metric_for_best_model",),
+        unless(
+            lambda s: bool(
+                s.config.is_grpo and s.config.metric_for_best_model == "eval_loss"
+                and (s.config.load_best_model_at_end or s.config.early_stopping_patience)
+            ),
+            "grpo validates with rewards, and metric_for_best_model is eval_loss",
+        ),
+        reason="The loss of GRPO says nothing of how good answers are.",
+        fix="metric_for_best_model: eval_reward, and greater_is_better: true",
+    ),
+    Rule(
+        "answers-by-vllm", "error", ("use_vllm",), _vllm,
+        reason="vLLM answers on GPUs, and is a package of its own.",
+        fix="leave use_vllm out, or run where it can; a server is started with `trl vllm-serve`",
+    ),
+    Rule(
+        "vllm-and-quantised", "error", ("use_vllm", "method"),
+        unless(
+            lambda s: s.config.is_grpo and s.config.use_vllm != "off" and s.config.method in ("qlora", "int8"),
+            "use_vllm {c.use_vllm} with method {c.method}",
+        ),
+        reason="vLLM is sent the merged weights, and merging into a quantised base rounds the adapter away.",
+        fix="use method lora",
+    ),
+    Rule(
+        "answers-from-host-memory", "error", ("strategy",),
+        unless(lambda s: s.config.is_grpo and "offload" in s.strategy, "grpo on {s.strategy}"),
+        reason="Every token of an answer would wait for weights from host memory.",
+        fix="use fsdp or zero3",
+    ),
+    Rule(
+        "sft-model-of-sft", "error", ("sft_model", "task"),
+        unless(lambda s: bool(s.config.sft_model and not s.config.is_grpo), "sft_model with task sft"),
+        reason="It is what grpo goes on from; SFT begins with a base.",
+        fix="give --task grpo, or manyrank merge it and train the result",
+    ),
+    Rule(
+        "compiled-answers", "error", ("torch_compile",),
+        unless(lambda s: s.config.is_grpo and s.config.torch_compile, "torch_compile with grpo"),
+        reason="Answers grow by a token at a time, and every length would be compiled.",
+        fix="leave torch_compile out",
+    ),
+)  # fmt: skip

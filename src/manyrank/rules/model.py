@@ -1,0 +1,309 @@
+"""Rules about the base model, as far as its small files tell; none where they are not on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..models.model_facts import ModelFacts
+from .rule import Rule, Situation
+
+HEADS, EMBEDDINGS = ("lm_head", "embed_out"), ("embed_tokens", "wte", "embed_in")
+NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+# Whose experts peft 0.21 takes as one parameter under all-linear, where it knows no dropout.
+PARAMETER_EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
+BITS = {"qlora": "load_in_4bit", "int8": "load_in_8bit"}
+COMPUTE = {True: "bfloat16", False: "float32"}
+
+
+def _of_model(look: Callable[[Situation, ModelFacts], str | None]) -> Callable[[Situation], str | None]:
+    """A rule's `broken` for a model whose files are here."""
+    return lambda s: look(s, s.model) if s.model else None
+
+
+def _adapter(s: Situation) -> str | None:
+    here = Path(s.config.model_name_or_path).expanduser() / "adapter_config.json"
+    found = here.is_file() or (s.model is not None and s.model.find("adapter_config.json") is not None)
+    return f"{s.config.model_name_or_path} is an adapter" if found else None
+
+
+def _not_causal(s: Situation, model: ModelFacts) -> str | None:
+    kinds = [name for name in model.whole.get("architectures") or [] if name.endswith(NOT_CAUSAL)]
+    if model.whole.get("is_encoder_decoder"):
+        return f"{model.name} is an encoder with a decoder ({model.model_type})"
+    return f"{model.name} is a {kinds[0]}" if kinds else None
+
+
+def _bitsandbytes(model: ModelFacts) -> bool:
+    return model.quantisation.get("quant_method") == "bitsandbytes" or any(
+        model.quantisation.get(key) for key in BITS.values()
+    )
+
+
+def _quantised(s: Situation, model: ModelFacts) -> str | None:
+    method, quantised = s.config.method, model.quantisation
+    if not quantised or (method == "lora" and not _bitsandbytes(model)):
+        return None
+    if method in BITS and _bitsandbytes(model) and quantised.get(BITS[method]):
+        return None
+    bits = {"load_in_4bit": "4 bits", "load_in_8bit": "8 bits"}
+    kind = next((text for key, text in bits.items() if quantised.get(key)), quantised.get("quant_method", "other"))
+    return f"method {method}, and the weights of {model.name} are quantised already ({kind})"
+
+
+def _foreign(s: Situation, model: ModelFacts) -> str | None:
+    if s.config.method != "lora" or not model.quantisation or _bitsandbytes(model):
+        return None
+    return f"the weights of {model.name} are quantised by {model.quantisation.get('quant_method', 'another method')}"
+
+
+def _storage(s: Situation, model: ModelFacts) -> str | None:
+    stored, compute = model.quantisation.get("bnb_4bit_quant_storage") or "uint8", COMPUTE[s.bf16]
+    if s.files.kind != "FSDP" or s.config.method != "qlora" or not model.quantisation.get("load_in_4bit"):
+        return None
+    return f"{model.name} stores its 4-bit weights as {stored}, not {compute}" if stored != compute else None
+
+
+def _experts(s: Situation, model: ModelFacts) -> str | None:
+    if s.config.method not in BITS or model.experts < 2:
+        return None
+    return f"method {s.config.method}, and {model.name} has {model.experts} experts"
+
+
+def _dropout_on_experts(s: Situation, model: ModelFacts) -> str | None:
+    meant = s.config.uses_lora and s.config.lora_dropout and s.config.lora_target_modules == "all-linear"
+    if not meant or model.model_type not in PARAMETER_EXPERTS:
+        return None
+    return f"lora_dropout {s.config.lora_dropout:g} on the experts of a {model.model_type} model"
+
+
+def _packing(s: Situation, model: ModelFacts) -> str | None:
+    reasons = list(model.mixing()) if s.config.packing != "none" else []
+    return f"packing: {s.config.packing} with {', '.join(reasons)} of a {model.model_type} model" if reasons else None
+
+
+def _slow_attention(s: Situation, model: ModelFacts) -> str | None:
+    if not s.gpus or not s.bf16 or s.config.packing == "none":
+        return None
+    keys = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
+    found = [f"{key} {model.config[key]:g}" for key in keys if model.config.get(key)]
+    found += [f"heads of {width}" for width in sorted(set(model.head_widths)) if width % 8 or width > 256]
+    found += ["values as wide as no query"] if len(set(model.head_widths[:2])) > 1 else []
+    return f"{', '.join(found)} in {model.place('config.json')}" if found else None
+
+
+def _targets(s: Situation, names: tuple[str, ...]) -> list[str]:
+    wanted = s.config.lora_target_modules
+    if not s.config.uses_lora or isinstance(wanted, str):
+        return []
+    return [target for target in wanted if target.rpartition(".")[2] in names]
+
+
+def _is_tied(s: Situation) -> bool:
+    return s.model is not None and s.model.ties_embeddings
+
+
+def _tied_target(s: Situation, *, fsdp: bool) -> str | None:
+    found = _targets(s, HEADS) if _is_tied(s) and (s.files.kind == "FSDP") == fsdp else []
+    return f"adapters on {found[0]}, which shares its weights with the embeddings" if found else None
+
+
+def head_target(s: Situation) -> str | None:
+    found = _targets(s, HEADS)
+    return f"adapters on the head ({found[0]})" if found and not _is_tied(s) else None
+
+
+def _embedding_target(s: Situation) -> str | None:
+    found = _targets(s, EMBEDDINGS)
+    return f"adapters on the embeddings ({found[0]})" if found else None
+
+
+def _missing_targets(s: Situation, model: ModelFacts) -> str | None:
+    wanted = s.config.lora_target_modules
+    if not s.config.uses_lora or isinstance(wanted, str) or not model.weights:
+        return None
+    missing = [target for target in wanted if not model.has_module(target)]
+    # The tied head has no weight of its own.
+    missing = [target for target in missing if not (target in HEADS and model.ties_embeddings)]
+    return f"no module of {model.name} is called {' or '.join(missing)}" if missing else None
+
+
+def _rank(s: Situation, model: ModelFacts) -> str | None:
+    c = model.config
+    hidden, heads = c.get("hidden_size"), c.get("num_attention_heads")
+    if not s.config.uses_lora or not hidden or not heads:
+        return None
+    smallest = min(hidden, (c.get("num_key_value_heads") or heads) * (c.get("head_dim") or hidden // heads))
+    if s.config.lora_r <= smallest:
+        return None
+    return f"lora_r {s.config.lora_r}, and the smallest layers of {model.name} have {smallest} features"
+
+
+def _layers(s: Situation, model: ModelFacts) -> str | None:
+    wanted = s.config.gradient_checkpointing
+    if not isinstance(wanted, int) or not model.layers or wanted <= model.layers:
+        return None
+    return f"gradient_checkpointing {wanted}, and {model.name} has {model.layers} layers"
+
+
+def _positions(s: Situation, model: ModelFacts) -> str | None:
+    if not model.positions or s.config.max_length <= model.positions:
+        return None
+    return f"max_length {s.config.max_length}, and {model.name} has {model.positions} positions"
+
+
+def _vocabulary(s: Situation, model: ModelFacts) -> str | None:
+    beyond = model.beyond_vocabulary(s.template)
+    size = model.config.get("vocab_size")
+    return f"{', '.join(beyond)} of the tokenizer is beyond the {size} tokens of {model.name}" if beyond else None
+
+
+def _stop(s: Situation, model: ModelFacts) -> str | None:
+    template, stops = s.template, model.stops()
+    if not template or not stops or not s.chats:
+        return None
+    written = set(s.config.stop_tokens) or {stop for stop in stops if stop in template}
+    if written & stops or (not s.config.stop_tokens and "eos_token" in template):
+        return None
+    return f"the chat template writes none of the tokens that end an answer: {', '.join(sorted(stops))}"
+
+
+def _half_model(s: Situation, model: ModelFacts) -> str | None:
+    return f"{model.name} is in float16, and the run computes in bf16" if s.bf16 and model.dtype == "float16" else None
+
+
+def _remote_code(s: Situation) -> str | None:
+    name = s.config.model_name_or_path
+    if not s.config.trust_remote_code or name == "embedded" or Path(name).expanduser().is_dir():
+        return None
+    return f"trust_remote_code with the hub name {name}"
+
+
+BASE_RULES = (
+    Rule(
+        "adapter-as-base", "error", ("model_name_or_path",), _adapter,
+        reason="A run trains adapters on a whole model, or the model itself; adapters on adapters are not known here.",
+        fix="name the model that the adapter was trained on, or merge the adapter into it first",
+    ),
+    Rule(
+        "base-not-causal", "error", ("model_name_or_path", "model:config.json"), _of_model(_not_causal),
+        reason="What is learned is the next token of a text: the base must be a causal language model.",
+        fix="choose a causal language model",
+    ),
+    Rule(
+        "quantised-base", "error", ("method", "model:config.json"), _of_model(_quantised),
+        reason="The quantisation in the files wins over the method: full cannot train or save such weights, and the other "
+        "methods would not do what they are called.",
+        fix="use qlora for a base of bitsandbytes in 4 bits and int8 for 8 bits, or name the model in 16 bits",
+    ),
+    Rule(
+        "untried-quantisation", "warning", ("model:config.json",), _of_model(_foreign),
+        reason="Only bases in 16 or 32 bits, and those that bitsandbytes quantises, were tried here.",
+        fix="name the model in 16 bits, with method qlora to save memory",
+    ),
+    Rule(
+        "quant-storage-in-shards", "error", ("strategy", "model:config.json"), _of_model(_storage),
+        reason="FSDP shards a 4-bit base only when it is packed into the type that the run computes in; else every rank "
+        "keeps all of it. A base that is quantised in its files keeps their packing.",
+        fix="name the model in 16 bits: method qlora then quantises it in the right type; or use zero3",
+        upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/pull/970",
+    ),
+    Rule(
+        "experts-not-quantised", "warning", ("method", "model:config.json"), _of_model(_experts),
+        reason="transformers 5 keeps all experts of a layer in one parameter, and bitsandbytes quantises only linear "
+        "layers: most of the model stays in 16 bits.",
+        fix="plan for the memory of method lora, and shard it with fsdp or zero3",
+        upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1849",
+    ),
+    Rule(
+        "packing-unknown-layers", "error", ("packing", "model:config.json"), _of_model(_packing),
+        reason="Packed examples must not see each other, and these parts do not stop at the bounds of documents.",
+        fix="set packing: none, which pads instead",
+        upstream="https://github.com/huggingface/transformers/issues/46093",
+    ),
+    Rule(
+        "attention-by-documents", "warning", ("packing", "model:config.json"), _of_model(_slow_attention),
+        reason="The kernel for packed rows knows neither dropout nor soft-caps, and takes heads of up to 256 in multiples of "
+        "8 with values as wide as queries: attention takes one document at a time, slower and with more memory.",
+        fix="set dropout to 0 in config.json; soft-caps and heads belong to the model and stay",
+    ),
+    Rule(
+        "fp16-model-in-bf16", "warning", ("bf16", "model:config.json"), _of_model(_half_model),
+        reason="bf16 keeps 8 bits of precision where float16 has 11: the weights are rounded when they are loaded.",
+        fix="set bf16: false to keep them, for twice the memory",
+    ),
+    Rule(
+        "length-beyond-positions", "warning", ("max_length", "model:config.json"), _of_model(_positions),
+        reason="The model was not trained on positions that far, and some models have no more.",
+        fix="lower max_length, or stretch the rope in config.json",
+    ),
+    Rule(
+        "layers-beyond-model", "error", ("gradient_checkpointing", "model:config.json"), _of_model(_layers),
+        reason="The number says how many layers are computed again.",
+        fix="give a smaller number, or full",
+    ),
+    Rule(
+        "tokens-beyond-vocabulary", "error", ("model:tokenizer.json", "model:config.json"), _of_model(_vocabulary),
+        reason="The model has no embedding for these tokens, and embeddings are not resized here: under ZeRO-3 it goes "
+        "wrong, and adapters would not hold the new rows.",
+        fix="use the tokenizer that belongs to the model, or resize and save the model before",
+        upstream="https://github.com/huggingface/transformers/issues/41959",
+    ),
+    Rule(
+        "unknown-stop", "warning", ("chat_template", "model:generation_config.json"), _of_model(_stop),
+        reason="The model learns to end its turns with a token at which generation does not stop: answers go on without "
+        "end, until somebody tells whatever generates.",
+        fix="choose a template that ends turns with such a token, or set eos_token_id in the final model's "
+        "generation_config.json",
+        upstream="https://github.com/QwenLM/Qwen3/issues/927",
+    ),
+    Rule(
+        "remote-code-from-hub", "warning", ("trust_remote_code", "model_name_or_path"), _remote_code,
+        reason="The code may be another one tomorrow, and it runs with all your rights.",
+        fix="download the model, read its code, and name the folder",
+    ),
+)  # fmt: skip
+
+ADAPTER_RULES = (
+    Rule(
+        "adapters-on-tied-head-under-fsdp", "error", ("lora_target_modules", "strategy", "model:config.json"),
+        lambda s: _tied_target(s, fsdp=True),
+        reason="accelerate has the two tied again once they are sharded, and that fails on the adapter's layer.",
+        fix="leave the head out of lora_target_modules, or use ddp or zero3",
+    ),
+    Rule(
+        "adapters-on-tied-head", "warning", ("lora_target_modules", "model:config.json"),
+        lambda s: _tied_target(s, fsdp=False),
+        reason="Merging such adapters changes the embeddings with the head, and the merged model is another one.",
+        fix="leave the head out of lora_target_modules, or never merge these adapters",
+        upstream="https://github.com/huggingface/peft/issues/2018",
+    ),
+    Rule(
+        "adapters-on-head", "warning", ("lora_target_modules",), head_target,
+        reason="The loss is then computed from whole logits, tokens x vocabulary: slower, and with far more memory.",
+        fix="leave the head out of lora_target_modules",
+    ),
+    Rule(
+        "adapters-on-embeddings", "warning", ("lora_target_modules",), _embedding_target,
+        reason="They run as peft has them, slower, and the gradient goes through the whole model to its very start.",
+        fix="leave the embeddings out of lora_target_modules",
+    ),
+    Rule(
+        "unknown-targets", "warning", ("lora_target_modules", "model:model.safetensors"), _of_model(_missing_targets),
+        reason="peft puts adapters on the names that it finds, and passes over the others without a word.",
+        fix="look for a slip in the names",
+    ),
+    Rule(
+        "rank-beyond-layers", "warning", ("lora_r", "model:config.json"), _of_model(_rank),
+        reason="Above that rank an adapter has more parameters than the layer that it adapts, and can do no more.",
+        fix="lower lora_r, or use method full",
+    ),
+    Rule(
+        "dropout-on-experts", "error", ("lora_dropout", "lora_target_modules", "model:config.json"),
+        _of_model(_dropout_on_experts),
+        reason="transformers 5 keeps all experts of a layer in one parameter, and peft's adapters of parameters know no "
+        "dropout.",
+        fix="set lora_dropout: 0, or list lora_target_modules without the experts",
+    ),
+)  # fmt: skip
+MODEL_RULES = (*BASE_RULES, *ADAPTER_RULES)

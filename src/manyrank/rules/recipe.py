@@ -1,0 +1,365 @@
+"""Rules about what a recipe says, alone or against the place where it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import netrc
+import os
+import time
+from pathlib import Path
+
+from ..config.identity import OF_GRPO, early_changes
+from ..config.resolve import DEFAULTS_OF_GRPO
+from .rule import Rule, Situation, unless
+
+# The trackers of transformers, by the package that each needs.
+TRACKERS = {
+    "wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "comet_ml": "comet_ml", "neptune": "neptune",
+    "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio", "codecarbon": "codecarbon",
+}  # fmt: skip
+# Peak learning rates that people use, by method.
+USUAL_RATES = {"full": (1e-6, 1e-4), "lora": (1e-5, 1e-3), "qlora": (1e-5, 1e-3), "int8": (1e-5, 1e-3)}
+USUAL_SCALES = (0.5, 4.0)  # lora_alpha / lora_r
+FAR = 10
+OF_SFT = ("train_on_last_turn", "train_on_prompt", "train_on_opening", "lora_dropout", "per_device_eval_batch_size")
+# Options, and what makes them count.
+DEPENDENT = (
+    (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), lambda c: c.uses_lora, "method full"),
+    (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda c: c.optim != "sgd", "optim sgd"),
+    (("metric_for_best_model", "greater_is_better"), lambda c: c.load_best_model_at_end or c.early_stopping_patience,
+     "neither load_best_model_at_end nor early_stopping_patience"),
+    (("per_device_eval_batch_size",), lambda c: c.has_validation, "no validation"),
+    (("wandb_project", "wandb_tags"), lambda c: "wandb" in c.report_to, "report_to without wandb"),
+    (("resume_changes",), lambda c: c.resume_from_checkpoint, "no resume_from_checkpoint"),
+    (("sample_max_new_tokens",), lambda c: c.sample_questions, "no sample_questions"),
+    (OF_GRPO, lambda c: c.is_grpo, "task sft"),
+    (OF_SFT, lambda c: not c.is_grpo, "task grpo"),
+    (("vllm_server_base_url",), lambda c: c.use_vllm == "server", "use_vllm not server"),
+    (("vllm_gpu_memory_utilization",), lambda c: c.use_vllm == "colocate", "use_vllm not colocate"),
+)  # fmt: skip
+LOCAL_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
+MOUNTS = Path("/proc/mounts")
+
+
+def _batch_product(s: Situation) -> str | None:
+    c = s.config
+    if not (c.global_batch_size and c.gradient_accumulation_steps):
+        return None
+    product = c.per_device_train_batch_size * c.gradient_accumulation_steps * s.world_size
+    if product == c.global_batch_size:
+        return None
+    return (
+        f"{c.per_device_train_batch_size} examples x {c.gradient_accumulation_steps} accumulation x {s.world_size} "
+        f"processes = {product}, not global_batch_size {c.global_batch_size}"
+    )
+
+
+def _batch_divides(s: Situation) -> str | None:
+    batch, micro = s.config.batch(s.world_size), s.config.per_device_train_batch_size
+    if s.config.packing == "none" and not s.config.is_grpo and batch % (micro * s.world_size):
+        return f"a global batch of {batch} examples does not divide into {s.world_size} processes x {micro} padded rows"
+    return None
+
+
+def _tracker(s: Situation) -> str | None:
+    for name in s.config.report_to:
+        if name not in TRACKERS:
+            return f"there is no tracker {name!r}; known: none, {', '.join(TRACKERS)}"
+        found = importlib.util.find_spec(TRACKERS[name])
+        if found is None or found.origin is None:  # without one it is a folder of that name, such as W&B's own wandb/
+            return f"tracker {name} needs the package {TRACKERS[name]}, which is not installed"
+    return None
+
+
+def _no_login(s: Situation) -> bool:
+    if "wandb" not in s.config.report_to or os.environ.get("WANDB_API_KEY"):
+        return False
+    if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun"):
+        return False
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is None
+    except (OSError, netrc.NetrcParseError):
+        return True
+
+
+def _far_rate(s: Situation) -> str | None:
+    low, high = USUAL_RATES[s.config.method]
+    rate = s.config.learning_rate
+    if s.config.optim == "sgd" or low / FAR <= rate <= high * FAR:
+        return None
+    return f"learning_rate {rate:g}, where method {s.config.method} usually takes {low:g} to {high:g}"
+
+
+def _far_scale(s: Situation) -> str | None:
+    scale, (low, high) = s.config.lora_alpha / s.config.lora_r, USUAL_SCALES
+    if not s.config.uses_lora or low / FAR <= scale <= high * FAR:
+        return None
+    return f"adapters are scaled by {scale:g} (lora_alpha {s.config.lora_alpha:g} / lora_r {s.config.lora_r})"
+
+
+def _unused(s: Situation) -> str | None:
+    found, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
+    for keys, counts, because in DEPENDENT:
+        plain = type(s.config).model_fields
+        given = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != usual.get(k, plain[k].default)]
+        if given and not counts(s.config):
+            found.append(f"{', '.join(given)} with {because}")
+    return f"{'; '.join(found)}: nothing reads it" if found else None
+
+
+def _validates_training_rows(s: Situation) -> str | None:
+    training = {(source.path, source.split, source.name) for source in s.config.data_path}
+    both = [x.path for x in s.config.eval_data_path or [] if (x.path, x.split, x.name) in training]
+    return f"{both[0]} is trained on and validated with" if both else None
+
+
+def _changed(s: Situation) -> str | None:
+    if s.config.dry_run or not s.checkpoint:
+        return None
+    try:
+        changes = early_changes(s.checkpoint, s.config, bf16=s.bf16)
+    except (OSError, ValueError, AttributeError):  # a damaged checkpoint, which the run tells of or passes over
+        return None
+    return f"the resumed run would not be the same: {'; '.join(changes)}" if changes else None
+
+
+def _unsaved_at_limit(s: Situation) -> str | None:
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not end.isdecimal():
+        return None
+    left, every = int(end) - time.time(), s.config.save_steps
+    if not every:
+        return f"the job ends in {left / 3600:.1f} hours, and nothing is saved before"
+    took = _seconds_per_step(s)
+    if took and every * took > left:
+        return (
+            f"{every} steps took {every * took / 3600:.1f} hours until now, and the job ends in {left / 3600:.1f} hours"
+        )
+    return None
+
+
+def _seconds_per_step(s: Situation) -> float | None:
+    """What a step took in the run that goes on, validations and saves included: by its newest two lines of losses."""
+    file = s.output_dir / "logs" / "metrics.jsonl" if s.output_dir and s.config.resume_from_checkpoint else None
+    if not file or not file.is_file():
+        return None
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    points = [(line["step"], line["time"]) for line in lines if "loss" in line][-2:]
+    if len(points) < 2 or points[1][0] <= points[0][0]:
+        return None
+    return (points[1][1] - points[0][1]) / (points[1][0] - points[0][0])
+
+
+def _local_output(s: Situation) -> str | None:
+    if s.nnodes == 1 or not s.output_dir or not MOUNTS.is_file():
+        return None
+    kind = filesystem(s.output_dir)
+    return f"{s.nnodes} machines, and {s.output_dir} is on {kind}" if kind in LOCAL_FILESYSTEMS else None
+
+
+def filesystem(path: Path) -> str:
+    """The kind of file system that a path is or will be on, as /proc/mounts calls it; empty where it is not told."""
+    real, best = path.absolute().resolve(), ("", "")
+    for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines():
+        _, mount, kind, *_ = line.split(" ")
+        mount = mount.replace("\\040", " ")
+        if real.is_relative_to(mount) and len(mount) >= len(best[0]):  # of two at one place the later one counts
+            best = (mount, kind)
+    return best[1]
+
+
+# These look at nothing but the recipe, so `data inspect` checks them too.
+SOURCE_RULES = (
+    Rule(
+        "one-validation-set", "error", ("eval_data_path", "eval_split"),
+        unless(lambda s: bool(s.config.eval_data_path and s.config.eval_split), "eval_data_path and eval_split together"),
+        reason="A run validates with one set: rows of its own, or a part of the training rows.",
+        fix="keep one of them",
+    ),
+    Rule(
+        "weighted-validation", "error", ("eval_data_path",),
+        unless(
+            lambda s: any(source.weight != 1 for source in s.config.eval_data_path or []),
+            "a source of eval_data_path has a weight",
+        ),
+        reason="Validation takes every row once.",
+        fix="leave the weight out",
+    ),
+    Rule(
+        "packs-of-parts", "error", ("packing", "data_path"),
+        unless(
+            lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
+            "packing: dataset, and a weight that is not a whole number",
+        ),
+        reason="Packs over the data set need the same examples in every epoch.",
+        fix="use packing: step, or whole weights",
+    ),
+)  # fmt: skip
+
+BATCH_RULES = (
+    Rule(
+        "batch-product", "error",
+        ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"), _batch_product,
+        reason="The three say the batch twice, and differently.",
+        fix="leave one of the three away",
+    ),
+    Rule(
+        "batch-division", "error", ("global_batch_size", "per_device_train_batch_size"), _batch_divides,
+        reason="Padded rows are not dealt freely: every process takes whole micro-batches.",
+        fix="choose a multiple",
+    ),
+    Rule(
+        "idle-ranks", "warning", ("global_batch_size",),
+        unless(
+            lambda s: s.config.batch(s.world_size) < s.world_size,
+            "{c.global_batch_size} examples to a step, and {s.world_size} processes",
+        ),
+        reason="In every step some processes have no example and wait.",
+        fix="raise global_batch_size, or start fewer processes",
+    ),
+    Rule(
+        "changed-since-checkpoint", "error", ("checkpoint:", "resume_changes"), _changed,
+        reason="A resumed run goes on as if it had never been stopped, so what shapes its result stays.",
+        fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
+    ),
+)  # fmt: skip
+
+STEP_RULES = (
+    Rule(
+        "validation-without-data", "error", ("eval_steps", "eval_data_path"),
+        unless(lambda s: bool(s.config.eval_steps) and not s.config.has_validation, "eval_steps without validation data"),
+        reason="There is nothing to validate with.",
+        fix="give --eval_data_path or --eval_split",
+    ),
+    Rule(
+        "validation-without-steps", "error", ("eval_steps", "eval_data_path", "eval_split"),
+        unless(lambda s: s.config.has_validation and not s.config.eval_steps, "validation data without eval_steps"),
+        reason="The data would never be looked at.",
+        fix="say how often with --eval_steps",
+    ),
+    Rule(
+        "best-without-validation", "error", ("load_best_model_at_end", "early_stopping_patience"),
+        unless(
+            lambda s: (s.config.load_best_model_at_end or bool(s.config.early_stopping_patience)) and not s.config.eval_steps,
+            "the best model or early stopping without validation",
+        ),
+        reason="Validation decides which model is the best one, and when to stop.",
+        fix="give --eval_data_path and --eval_steps",
+    ),
+    Rule(
+        "validated-with-training-rows", "warning", ("data_path", "eval_data_path"), _validates_training_rows,
+        reason="The validation loss then tells how well the rows are remembered, and falls all the time.",
+        fix="give other rows, or keep a part back with --eval_split",
+    ),
+    Rule(
+        "never-validated", "warning", ("eval_steps", "max_steps"),
+        unless(
+            lambda s: s.config.eval_steps is not None and 0 < s.config.max_steps < s.config.eval_steps,
+            "eval_steps {c.eval_steps}, and the run has {c.max_steps} steps",
+        ),
+        reason="The first validation comes after the end.",
+        fix="lower eval_steps",
+    ),
+    Rule(
+        "never-saved", "warning", ("save_steps", "max_steps"),
+        unless(
+            lambda s: s.config.save_steps is not None and 0 < s.config.max_steps < s.config.save_steps,
+            "save_steps {c.save_steps}, and the run has {c.max_steps} steps",
+        ),
+        reason="The first checkpoint comes after the end: a run that is killed starts from the beginning.",
+        fix="lower save_steps",
+    ),
+    Rule(
+        "save-interval-beyond-limit", "warning", ("save_steps", "environment:SLURM_JOB_END_TIME"), _unsaved_at_limit,
+        reason="A job that comes to its time limit loses what it has not saved; the signal before it may not reach it, "
+        "or leave it too little time.",
+        fix="save more often with --save_steps, or ask for more time",
+    ),
+    Rule(
+        "machines-without-saves", "warning", ("save_steps",),
+        unless(lambda s: s.nnodes > 1 and not s.config.save_steps, "{s.nnodes} machines, and no save_steps"),
+        reason="When a machine goes away, the others go on from the newest checkpoint, and there is none.",
+        fix="give --save_steps",
+    ),
+    Rule(
+        "machine-local-output", "warning", ("output_dir",), _local_output,
+        reason="Checkpoints are written by the first machine and read by all, so the folder must be shared; file systems "
+        "of this kind belong to one machine.",
+        fix="give an output_dir on a file system that all machines share",
+    ),
+    Rule(
+        "elastic-without-resume", "error", ("elastic", "resume_from_checkpoint"),
+        unless(
+            lambda s: s.config.elastic and s.config.resume_from_checkpoint != "auto",
+            "an elastic run that does not resume by itself",
+        ),
+        reason="It starts its workers anew when a machine comes or goes, and they would begin at step 0.",
+        fix="give --resume_from_checkpoint auto, and --save_steps",
+    ),
+    Rule(
+        "elastic-batch", "error", ("elastic", "global_batch_size", "gradient_accumulation_steps"),
+        unless(
+            lambda s: s.config.elastic and (not s.config.global_batch_size or bool(s.config.gradient_accumulation_steps)),
+            "an elastic run whose batch follows the number of processes",
+        ),
+        reason="It has more processes at one time than at another.",
+        fix="give global_batch_size, and leave gradient_accumulation_steps out",
+    ),
+)  # fmt: skip
+
+OPTIMISATION_RULES = (
+    Rule(
+        "warmup-beyond-end", "warning", ("warmup_steps", "max_steps"),
+        unless(
+            lambda s: 0 < s.config.max_steps <= s.config.warmup_steps,
+            "warmup_steps {c.warmup_steps}, and the run has {c.max_steps} steps",
+        ),
+        reason="The learning rate never gets to learning_rate.",
+        fix="lower warmup_steps to a few per cent of the run",
+    ),
+    Rule(
+        "warmup-of-constant", "warning", ("warmup_steps", "lr_scheduler_type"),
+        unless(
+            lambda s: bool(s.config.warmup_steps) and s.config.lr_scheduler_type == "constant",
+            "warmup_steps {c.warmup_steps} with lr_scheduler_type constant",
+        ),
+        reason="transformers' constant schedule has no warmup: the first step has the whole rate.",
+        fix="use lr_scheduler_type: constant_with_warmup",
+    ),
+    Rule(
+        "unusual-learning-rate", "warning", ("learning_rate", "method"), _far_rate,
+        reason="It is more than ten times outside of what the method usually takes; full fine-tuning takes about a tenth "
+        "of what adapters take.",
+        fix="look for a slip in the exponent",
+    ),
+    Rule(
+        "unusual-adapter-scale", "warning", ("lora_alpha", "lora_r"), _far_scale,
+        reason="Usual is 0.5 to 4; the scale multiplies what the adapters add, much as the learning rate does.",
+        fix="set lora_alpha to once or twice lora_r",
+    ),
+    Rule(
+        "unused-options", "warning", tuple(key for keys, *_ in DEPENDENT for key in keys), _unused,
+        reason="The option only counts with another one, which is off.",
+        fix="leave it out, or switch on what it belongs to",
+    ),
+    Rule(
+        "unknown-tracker", "error", ("report_to",), _tracker,
+        reason="The run would fail when it begins to report.",
+        fix="install the package, or choose another tracker",
+    ),
+    Rule(
+        "wandb-without-login", "warning", ("report_to", "environment:WANDB_API_KEY"),
+        unless(_no_login, "report_to wandb, and no login for it was found"),
+        reason="W&B asks for a key at the start, and ends the run where nobody can answer.",
+        fix="run `wandb login`, set WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline",
+    ),
+)  # fmt: skip
+# What the number of steps decides, which without max_steps shows when the data is counted.
+LENGTH_RULES = tuple(
+    rule
+    for rule in (*STEP_RULES, *OPTIMISATION_RULES)
+    if rule.name in ("never-validated", "never-saved", "warmup-beyond-end")
+)
+RECIPE_RULES = (*SOURCE_RULES, *BATCH_RULES, *STEP_RULES, *OPTIMISATION_RULES)

@@ -1,0 +1,358 @@
+"""Rules about strategies, their files, and the machine."""
+
+from __future__ import annotations
+
+import os
+
+from ..topology.strategies import is_on
+from .rule import Rule, Situation, unless
+
+# What a YAML may not say beside a DeepSpeed JSON (accelerate 1.15, DeepSpeedPlugin._deepspeed_config_checks).
+BESIDE_JSON = (
+    "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device", "offload_param_device",
+    "offload_param_nvme_path", "offload_optimizer_nvme_path", "zero3_save_16bit_model", "mixed_precision",
+)  # fmt: skip
+NODE_FACTS = (
+    "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend",
+    "same_network", "gpu_ids",
+)  # fmt: skip
+OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
+
+def _precision(s: Situation) -> str | None:
+    asked = str(s.files.accelerate.get("mixed_precision") or "no").lower()
+    computes = "bf16" if s.bf16 else "no"
+    if asked not in ("no", "fp16", computes):
+        return f"mixed_precision {asked} in {s.files.accelerate_file}, and the recipe computes in {_name(s)}"
+    enabled = s.files.part("bf16").get("enabled", "auto")
+    if enabled != "auto" and is_on(enabled) != s.bf16:
+        said = "on" if is_on(enabled) else "off"
+        return f"bf16 is {said} in {s.files.deepspeed_file}, and the recipe computes in {_name(s)}"
+    return None
+
+
+def _name(s: Situation) -> str:
+    return "bf16" if s.bf16 else "float32"
+
+
+def _fp16(s: Situation) -> str | None:
+    files = []
+    if str(s.files.accelerate.get("mixed_precision")).lower() == "fp16":
+        files.append(s.files.accelerate_file)
+    if is_on(s.files.part("fp16").get("enabled")):
+        files.append(s.files.deepspeed_file)
+    trained = f", and the model was trained in {s.model.dtype}" if s.model and s.model.dtype == "bfloat16" else ""
+    return f"fp16 in {' and '.join(files)}{trained}" if files else None
+
+
+def _beside_json(s: Situation) -> str | None:
+    if not s.files.section("deepspeed_config").get("deepspeed_config_file"):
+        return None
+    # In a process that accelerate has launched, its own default stands there.
+    top = [] if s.launched else [key for key in BESIDE_JSON if key in s.files.accelerate]
+    found = top + [key for key in BESIDE_JSON if key in s.files.section("deepspeed_config")]
+    return f"{', '.join(found)} beside deepspeed_config_file in {s.files.accelerate_file}" if found else None
+
+
+def _node_facts(s: Situation) -> str | None:
+    found = [key for key in NODE_FACTS if key in s.files.accelerate]
+    return f"{', '.join(found)} in {s.files.accelerate_file}" if found else None
+
+
+def _owned(s: Situation) -> str | None:
+    found = [f"{key}: {s.files.deepspeed[key]}" for key in OWNED if s.files.deepspeed.get(key, "auto") != "auto"]
+    return f"{', '.join(found)} in {s.files.deepspeed_file}" if found else None
+
+
+def _own_optimizer(s: Situation) -> str | None:
+    found = [key for key in ("optimizer", "scheduler") if key in s.files.deepspeed]
+    return f"{' and '.join(found)} in {s.files.deepspeed_file}" if found else None
+
+
+def _stage(s: Situation) -> str | None:
+    """What accelerate launch was given is compared when it has come up (see `parallel.accelerator`)."""
+    kind = (
+        "DEEPSPEED"
+        if s.strategy.startswith("zero")
+        else "FSDP"
+        if "fsdp" in s.strategy or s.strategy == "hsdp"
+        else None
+    )
+    kind = kind or {"single": "NO"}.get(s.strategy, "MULTI_GPU")
+    if not s.launched and s.files.kind not in (kind, "MULTI_CPU"):
+        return f"strategy {s.strategy}, and distributed_type {s.files.kind} in {s.files.accelerate_file}"
+    if kind != "DEEPSPEED" or s.files.kind != kind or str(s.files.zero_stage) == s.strategy.removeprefix("zero")[:1]:
+        return None
+    place = s.files.deepspeed_file or "the accelerate config"
+    return f"strategy {s.strategy}, and stage {s.files.zero_stage} in {place}"
+
+
+def _fsdp(key: str, value: str):
+    return lambda s: s.files.kind == "FSDP" and str(s.files.section("fsdp_config").get(key)).lower() == value
+
+
+def _checkpoints(s: Situation) -> bool:
+    return s.config.gradient_checkpointing not in ("auto", "off", 0)
+
+
+_fsdp_checkpoints = _fsdp("fsdp_activation_checkpointing", "true")
+
+ONE_PROCESS = Rule(
+    "processes-of-single", "error", ("strategy",),
+    unless(lambda s: s.strategy == "single" and s.world_size > 1, "strategy single with {s.world_size} processes"),
+    reason="It has no process group: each process would train by itself and write the same folder.",
+    fix="use ddp, or one process",
+)  # fmt: skip
+MACHINE_RULES = (
+    ONE_PROCESS,
+    Rule(
+        "processes-beyond-gpus", "error", ("nproc",),
+        unless(lambda s: bool(s.gpus) and s.nproc > s.gpus, "{s.nproc} processes on a machine with {s.gpus} GPUs"),
+        reason="Each process needs a GPU of its own: NCCL refuses two on one.",
+        fix="start at most one process for each GPU (--nproc)",
+    ),
+    Rule(
+        "bf16-not-native", "error", ("bf16",),
+        unless(lambda s: s.config.bf16 is True and not s.hardware.has_bf16, "bf16 is not supported by this machine"),
+        reason="GPUs before Ampere, and CPUs without AVX512-BF16 or AMX, emulate it: slower than float32.",
+        fix="set bf16: false",
+    ),
+    Rule(
+        "float32-on-gpus", "warning", ("bf16",),
+        unless(lambda s: bool(s.gpus) and not s.bf16, "the GPUs compute in float32"),
+        reason="It takes twice the memory of bf16 and much more time, and attention over packed rows has no fast kernel "
+        "for it.",
+        fix="set bf16: auto; GPUs before Ampere have no better way here",
+    ),
+    Rule(
+        "compile-on-cpu", "warning", ("torch_compile",),
+        unless(lambda s: s.config.torch_compile and not s.gpus, "torch_compile without GPUs"),
+        reason="It was measured not to pay on CPUs, see docs/performance.md.",
+        fix="leave torch_compile out",
+    ),
+    Rule(
+        "paged-optimizer-on-cpu", "warning", ("optim",),
+        unless(lambda s: s.config.optim.startswith("paged_") and not s.gpus, "{c.optim} without GPUs"),
+        reason="There is no GPU memory to page out of; bitsandbytes takes the optimizer without pages.",
+        fix="use optim adamw_torch, or adamw_8bit",
+    ),
+    Rule(
+        "accumulation-in-environment", "error", (f"environment:{ACCUMULATION}",),
+        unless(
+            lambda s: os.environ.get(ACCUMULATION, "1") not in ("", "1"),
+            f"{ACCUMULATION} is set",
+        ),
+        reason="accelerate divides every loss by it, without a word: gradients would be that much too small.",
+        fix=f"unset {ACCUMULATION}; the recipe's gradient_accumulation_steps or global_batch_size says it",
+        upstream="https://huggingface.co/docs/accelerate/package_reference/accelerator",
+    ),
+)  # fmt: skip
+
+SHARDING_RULES = (
+    Rule(
+        "offload-without-gpu", "error", ("strategy",),
+        unless(
+            lambda s: s.files.kind == "FSDP" and s.files.offloads_parameters and not s.gpus,
+            "{s.strategy} without GPUs",
+        ),
+        reason="FSDP's offload moves shards between host and GPU memory.",
+        fix="use fsdp on CPUs",
+    ),
+    Rule(
+        "shards-of-one", "warning", ("strategy",),
+        unless(
+            lambda s: s.files.sharded and s.world_size == 1 and not s.files.offloads_parameters,
+            "strategy {s.strategy} with one process",
+        ),
+        reason="The only shard is the whole model: it costs time and saves no memory.",
+        fix="use strategy single, or more processes",
+    ),
+    Rule(
+        "int8-in-shards", "error", ("method", "strategy"),
+        unless(lambda s: s.config.method == "int8" and s.files.sharded, "method int8 under {s.strategy}"),
+        reason="FSDP and ZeRO-3 shard floating-point parameters; 8-bit weights are integers, with statistics beside them.",
+        fix="use method qlora, or strategy ddp or zero2",
+        upstream="https://github.com/huggingface/peft/issues/2833",
+    ),
+    Rule(
+        "optimizer-in-shards", "error", ("optim", "strategy"),
+        unless(
+            lambda s: s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in ("FSDP", "DEEPSPEED"),
+            "{c.optim} under {s.strategy}",
+        ),
+        reason="bitsandbytes' optimizers keep 8-bit or paged state that FSDP and DeepSpeed cannot shard: under FSDP2 they "
+        "end in illegal memory accesses.",
+        fix="use optim adamw_torch: sharding makes its state small already",
+        upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1633",
+    ),
+    Rule(
+        "sgd-under-offload", "error", ("optim", "strategy"),
+        unless(
+            lambda s: s.config.optim == "sgd" and s.files.offloads_optimizer,
+            "sgd under {s.strategy}",
+        ),
+        reason="DeepSpeed steps on the CPU with an AdamW of its own, and knows no other optimizer there.",
+        fix="use optim adamw_torch",
+    ),
+    Rule(
+        "qlora-under-zero-offload", "warning", ("method", "strategy"),
+        unless(
+            lambda s: s.config.method == "qlora" and s.files.zero_stage == 3 and s.files.offloads_parameters,
+            "qlora under {s.strategy}",
+        ),
+        reason="With a 4-bit base, ZeRO-3 takes more GPU memory with offload than without.",
+        fix="use strategy zero3 or fsdp",
+        upstream="https://huggingface.co/docs/peft/accelerate/deepspeed#caveats",
+    ),
+)  # fmt: skip
+
+HSDP_RULES = (
+    Rule(
+        "shard-size-without-hsdp", "error", ("hsdp_shard_size", "strategy"),
+        unless(lambda s: bool(s.config.hsdp_shard_size) and s.strategy != "hsdp", "hsdp_shard_size under {s.strategy}"),
+        reason="It says how many processes share one copy of the model, and only hsdp has several copies of shards.",
+        fix="give --strategy hsdp, or leave hsdp_shard_size out",
+    ),
+    Rule(
+        "hsdp-without-shards", "error", ("strategy",),
+        unless(lambda s: s.strategy == "hsdp" and s.shards == 1, "hsdp with one process on a machine"),
+        reason="A copy of the model lies on one machine, and there is nothing to shard.",
+        fix="use ddp, or more processes on each machine (--nproc)",
+    ),
+    Rule(
+        "hsdp-copies-in-machines", "error", ("hsdp_shard_size", "strategy"),
+        unless(
+            lambda s: s.strategy == "hsdp" and bool(s.nproc % s.shards or s.world_size % s.shards),
+            "the {s.nproc} processes of this machine, or all {s.world_size}, do not divide into copies of {s.shards}",
+        ),
+        reason="The shards of a copy are gathered for every layer, which is what the links inside a machine are for.",
+        fix="let every machine have as many processes, and hsdp_shard_size divide them",
+    ),
+    Rule(
+        "hsdp-of-one-copy", "error", ("strategy", "hsdp_shard_size"),
+        unless(
+            lambda s: s.strategy == "hsdp" and s.world_size < 2 * s.shards and not s.world_size % s.shards,
+            "hsdp with one copy of the model, on {s.world_size} processes",
+        ),
+        reason="With one copy accelerate takes plain FSDP, without a word.",
+        fix="use fsdp, or several machines (--nnodes), or copies on a part of the machine (--hsdp_shard_size)",
+    ),
+    Rule(
+        "elastic-hsdp", "error", ("elastic", "strategy", "hsdp_shard_size"),
+        unless(
+            lambda s: s.strategy == "hsdp" and s.config.elastic and s.nproc < 2 * s.shards,
+            "an elastic run under hsdp",
+        ),
+        reason="It may end on one machine, and hsdp needs two copies of the model.",
+        fix="use fsdp, or leave elastic out",
+    ),
+)  # fmt: skip
+
+FILE_RULES = (
+    Rule(
+        "fp16", "error", ("yaml:mixed_precision", "json:fp16.enabled"), _fp16,
+        reason="fp16 ends at 65504, and models that were trained in bf16 go beyond it: losses become inf and nan. This "
+        "project computes in bf16 or float32.",
+        fix="take it out of the file; the recipe's bf16 decides",
+        upstream="https://github.com/QwenLM/Qwen3/issues/868",
+    ),
+    Rule(
+        "precision-against-recipe", "error", ("yaml:mixed_precision", "json:bf16.enabled", "bf16"), _precision,
+        reason="Two places say the precision, and differently.",
+        fix="leave it to the recipe: mixed_precision: 'no' in the YAML, \"auto\" in the JSON",
+    ),
+    Rule(
+        "checkpointing-twice", "error", ("yaml:fsdp_config.fsdp_activation_checkpointing", "gradient_checkpointing"),
+        unless(
+            lambda s: _fsdp_checkpoints(s) and _checkpoints(s),
+            "fsdp_activation_checkpointing and gradient_checkpointing together",
+        ),
+        reason="Every layer would be computed and gathered twice over.",
+        fix="keep gradient_checkpointing, and set fsdp_activation_checkpointing: false",
+        upstream="https://github.com/huggingface/transformers/issues/30404",
+    ),
+    Rule(
+        "fsdp-checkpointing", "error", ("yaml:fsdp_config.fsdp_activation_checkpointing",),
+        unless(
+            lambda s: _fsdp_checkpoints(s) and not _checkpoints(s),
+            "fsdp_activation_checkpointing in {s.files.accelerate_file}",
+        ),
+        reason="accelerate wraps each layer, and saved tensors carry the wrapper's name (_checkpoint_wrapped_module): no "
+        "library finds them again, and an adapter loads as if it were not trained.",
+        fix="set it to false, and gradient_checkpointing: full in the recipe",
+    ),
+    Rule(
+        "fsdp-version", "error", ("yaml:fsdp_config.fsdp_version",),
+        unless(
+            lambda s: s.files.kind == "FSDP" and not _fsdp("fsdp_version", "2")(s),
+            "FSDP version 1 in {s.files.accelerate_file}",
+        ),
+        reason="Version 1 takes parameters their names and shapes, and checkpoints here go by both: a resumed adapter would "
+        "start from its first values. It is also what accelerate takes where the file says nothing.",
+        fix="set fsdp_version: 2",
+    ),
+    Rule(
+        "one-fsdp-unit", "warning", ("yaml:fsdp_config.fsdp_auto_wrap_policy",),
+        unless(_fsdp("fsdp_auto_wrap_policy", "no_wrap"), "fsdp_auto_wrap_policy NO_WRAP in {s.files.accelerate_file}"),
+        reason="The whole model is one unit: every rank gathers all of it in each forward and backward.",
+        fix="set TRANSFORMER_BASED_WRAP",
+    ),
+    Rule(
+        "processes-of-multi-cpu", "error", ("yaml:distributed_type",),
+        unless(lambda s: s.files.kind == "MULTI_CPU", "distributed_type MULTI_CPU in {s.files.accelerate_file}"),
+        reason="accelerate launch then starts one process, without a word.",
+        fix="set MULTI_GPU; the train module uses the CPU where there is no GPU",
+        upstream="https://github.com/huggingface/accelerate/issues/2741",
+    ),
+    Rule(
+        "cpu-beside-gpus", "error", ("yaml:use_cpu",),
+        unless(
+            lambda s: bool(s.gpus) and is_on(s.files.accelerate.get("use_cpu")),
+            "use_cpu in {s.files.accelerate_file}, and {s.gpus} GPUs",
+        ),
+        reason="The train module uses GPUs wherever there are some, and so does all that was checked here.",
+        fix="set use_cpu: false; to train on the CPU hide the GPUs: CUDA_VISIBLE_DEVICES=''",
+    ),
+    Rule(
+        "node-facts-in-config", "warning", ("yaml:num_processes",), _node_facts,
+        reason="They are flags here (--nproc, --nnodes, --node_rank, --rdzv_endpoint), and the flags win; several of the "
+        "keys are ignored by accelerate itself.",
+        fix="take them out of the file",
+    ),
+    Rule(
+        "compiled-twice", "error", ("yaml:dynamo_config.dynamo_backend", "torch_compile"),
+        unless(
+            lambda s: s.config.torch_compile
+            and str(s.files.section("dynamo_config").get("dynamo_backend") or "NO").upper() != "NO",
+            "dynamo_config in {s.files.accelerate_file} and torch_compile together",
+        ),
+        reason="The recipe compiles each layer; accelerate would compile the model around them once more.",
+        fix="keep torch_compile, and take dynamo_config out of the file",
+    ),
+    Rule(
+        "keys-beside-deepspeed-json", "error", ("yaml:deepspeed_config.deepspeed_config_file",), _beside_json,
+        reason="accelerate refuses to start where both files say such a thing.",
+        fix="say it in the JSON, or leave it to the recipe",
+    ),
+    Rule(
+        "batch-in-deepspeed-json", "error", ("json:train_micro_batch_size_per_gpu", "global_batch_size", "max_grad_norm"),
+        _owned,
+        reason="The recipe owns batch, accumulation and clipping. The train module overwrites them, all but "
+        "train_batch_size, with which DeepSpeed then refuses to start.",
+        fix='write "auto", or leave it out',
+    ),
+    Rule(
+        "optimizer-in-deepspeed-json", "error", ("json:optimizer", "json:scheduler", "optim", "lr_scheduler_type"),
+        _own_optimizer,
+        reason="The recipe owns both. accelerate refuses a second optimizer, and a second schedule changes the learning "
+        "rate behind the first.",
+        fix="take it out of the JSON; optim, learning_rate and lr_scheduler_type say it",
+    ),
+    Rule(
+        "files-of-another-name", "error", ("strategy", "yaml:distributed_type"), _stage,
+        reason="What a strategy is called decides what is planned, checked and told of it.",
+        fix="choose the strategy of those files, or mend them",
+    ),
+)  # fmt: skip
+STRATEGY_RULES = (*MACHINE_RULES, *SHARDING_RULES, *HSDP_RULES, *FILE_RULES)

@@ -1,0 +1,137 @@
+"""What can be named to be used: a base model, a run's folder, a checkpoint, an adapter or a merged model. No torch.
+
+output/run/               final_model/ of a run, or its newest complete checkpoint
+output/run/checkpoint-50  an adapter or a whole model
+adapter/                  adapter_config.json, which names the base
+model/, org/name          config.json and weights, on disk or on the hub
+embedded                  the small model of the examples
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from . import folder as run_folder
+from .yaml_file import read_yaml
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model to load.
+
+    Attributes:
+        name: as it was asked for.
+        base: a folder or a hub name.
+        adapter: the folder of the adapter on it, or None.
+        run: the folder of the run that it comes from, or None.
+    """
+
+    name: str
+    base: str
+    adapter: Path | None = None
+    run: Path | None = None
+
+    @property
+    def own_tokenizer(self) -> str | None:
+        """Where a tokenizer of its own is: with the model or the adapter, or in its run; None: it has the base's."""
+        places = [self.adapter or Path(self.base), *([self.run / run_folder.TOKENIZER] if self.run else [])]
+        return next((str(place) for place in places if (place / "tokenizer_config.json").is_file()), None)
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is."""
+        return self.own_tokenizer or self.base
+
+
+def find(name: str, *, base: str | None = None) -> Artifact:
+    """What a name stands for.
+
+    Args:
+        base: for an adapter, another base than the one that it names.
+
+    Raises:
+        UserError: a folder that is none of these, a run that has saved nothing, or a base for what is no adapter.
+    """
+    folder = Path(name).expanduser()
+    found = _in_folder(name, folder, base) if folder.is_dir() else Artifact(name, name)
+    if base and not found.adapter:
+        raise UserError(f"a base for {name}, which is no adapter", where="--base", fix="leave it out")
+    return found
+
+
+def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:
+    chosen = _of_run(name, folder)
+    run = chosen.parent if chosen != folder or run_folder.NAME.fullmatch(folder.name) else None
+    run = folder.parent if folder.name == "final_model" else run
+    if (chosen / "adapter_config.json").is_file():
+        return Artifact(name, base or _base(chosen, run), chosen, run)
+    if (chosen / "config.json").is_file():
+        return Artifact(name, str(chosen), None, run)
+    raise UserError(
+        "neither a model, an adapter nor a run", where=name,
+        fix="give a folder with config.json or adapter_config.json, a run's folder, or a hub name",
+    )  # fmt: skip
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run that has begun."""
+    begun = ((folder / name).exists() for name in ("final_model", "launch.json"))
+    return any(begun) or bool(run_folder.checkpoints(folder))
+
+
+def _of_run(name: str, folder: Path) -> Path:
+    """The folder itself; of a run what it has saved last."""
+    if (folder / "final_model").is_dir():
+        return folder / "final_model"
+    if saved := run_folder.checkpoints(folder):
+        complete = next((checkpoint for checkpoint in reversed(saved) if not run_folder.damage(checkpoint)), None)
+        if complete is None:
+            raise UserError("no checkpoint of this run is complete", where=name, fix="train it again, or name another")
+        return complete
+    if (folder / "launch.json").is_file():
+        raise UserError("this run has saved nothing yet", where=name, fix="wait for its first checkpoint")
+    return folder
+
+
+def _base(adapter: Path, run: Path | None) -> str:
+    file = adapter / "adapter_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
+    if not found:
+        fix = "write it there as base_model_name_or_path; `manyrank merge` also takes --base NAME"
+        raise UserError("names no base model", where=str(file), fix=fix)
+    return _from_anywhere(str(found), run, file)
+
+
+def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
+    """The base that an adapter names, where it may be a path that was relative to the folder of the training.
+
+    Raises:
+        UserError: it can be no hub name, and the folder is not there.
+    """
+    given = Path(base).expanduser()
+    if given.is_absolute():
+        return str(given)
+    for folder in [*_working_folders(run), Path.cwd()]:
+        if (folder / given / "config.json").is_file():
+            return str((folder / given).absolute())
+    if base.count("/") > 1 or base.startswith("."):
+        fix = "go to the folder in which it was trained, or write the base's whole path there"
+        raise UserError(f"names its base {base}, and there is no such folder here", where=str(file), fix=fix)
+    return base
+
+
+def _working_folders(run: Path | None) -> list[Path]:
+    """Where a run was started, as the output_dir in its config tells, where that is a relative path."""
+    file = run / "config.yaml" if run else None
+    if not file or not file.is_file():
+        return []
+    config, folder = read_yaml(file), run.absolute()
+    given = Path(str((config.get("output_dir") if isinstance(config, dict) else None) or f"output/{folder.name}"))
+    inside = not given.is_absolute() and folder.parts[-len(given.parts) :] == given.parts
+    return [folder.parents[len(given.parts) - 1]] if inside and given.parts else []

@@ -1,0 +1,1 @@
+"""GRPO with trl's loss and generation."""

@@ -1,0 +1,277 @@
+"""One step of GRPO by trl's GRPOTrainer: answers, rewards, advantages and loss. The loop around it is `grpo`'s.
+
+trl is given this project's accelerator and model and is never asked to train: no second loop, optimizer or checkpoint.
+The reference of the KL divergence is the model as it was at the start: trl keeps a frozen second adapter "ref".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import patch_environment
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+from ...chat_template.render import prompt_ids, render_options, stop_ids
+from ...config.resolve import TrainConfig
+from ...data.questions import Question
+from ...data.rewards import Reward, rewarded, scorers
+from ...training.callbacks import training_arguments
+from .reward_model import reward_model
+
+THREADS = 8  # that wait for the programs of a reward
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer with its rewards, for people. `place` is the row's."""
+
+    place: str
+    prompt: str
+    answer: str
+    reference: str
+    rewards: dict[str, float]
+    advantage: float
+
+
+class Policy(GRPOTrainer):
+    """trl's trainer on a model and accelerator of this project.
+
+    Args:
+        model: with its adapters, not yet prepared for a strategy; `join` tells what it was wrapped into.
+        questions: by number, the prompts and references of all rows.
+        accumulation: the micro-batches of a step.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: TrainConfig,
+        *,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Question],
+        rewards: Sequence[Reward],
+        accumulation: int,
+        bf16: bool,
+    ) -> None:
+        self.given, self.questions, self.rendering = accelerator, questions, render_options(config)
+        stops = sorted(token for token in stop_ids(tokenizer, self.rendering) if token is not None)
+        model.generation_config.eos_token_id = stops  # what ends an answer in the data, too
+        masters = {
+            p: p.detach().clone() for p in model.parameters() if p.requires_grad and hasattr(model, "peft_config")
+        }
+        # transformers makes the folder that its arguments name; nothing is ever written there.
+        args = training_arguments(
+            config, output_dir=Path(tempfile.gettempdir()), total_steps=1, on_cpu=accelerator.device.type == "cpu", kind=GRPOConfig,
+            **_options(config, rewards, accumulation, bf16=bf16),
+        )  # fmt: skip
+        # With that variable its arguments would set up DeepSpeed a second time (see `training_arguments`).
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+            super().__init__(
+                model, _reward_functions(rewards, config, questions, tokenizer, accelerator.device), args,
+                train_dataset=Dataset.from_dict({"prompt": ["-"]}), processing_class=tokenizer,
+            )  # fmt: skip
+        for parameter, value in masters.items():  # trl 1.16 rounds the adapters of a quantised base to bf16
+            parameter.data = value
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Take the accelerator that is there."""
+        self.accelerator, self.gather_function = self.given, self.given.gather_for_metrics
+        self.is_deepspeed_enabled = self.given.state.deepspeed_plugin is not None
+        self.is_fsdp_enabled = getattr(self.given.state, "fsdp_plugin", None) is not None
+
+    def join(self, wrapped: torch.nn.Module) -> None:
+        """Answer and compute with what a strategy has made of the model."""
+        self.model_wrapped = wrapped
+
+    # A step
+
+    def answer(self, numbers: Sequence[int], *, step: int) -> list[dict]:
+        """Answer prompts, score the answers, and lay them out in the micro-batches of a step.
+
+        Args:
+            numbers: of the questions of this process, each `num_generations` times in a row over all processes.
+            step: optimizer steps until now, by which vLLM is sent the weights.
+
+        Raises:
+            UserError: a reward cannot be computed.
+        """
+        batch = [{"prompt": self.questions[number].prompt, "number": number} for number in numbers]
+        self.asked, self._step, self._buffered_inputs, self.state.global_step = numbers, 0, None, step
+        with self.accelerator.autocast(), self._without_checkpointing():
+            first = self._prepare_inputs(batch)
+        return self._buffered_inputs if self.model.training else [first]
+
+    def loss(self, inputs: dict, *, micro_batches: int) -> torch.Tensor:
+        """The loss of one micro-batch; the sum over a step's, averaged over ranks, is the step's."""
+        self.current_gradient_accumulation_steps = micro_batches
+        return self.compute_loss(self.model_wrapped, inputs)
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        """As SFT renders them; trl would read special tokens in a user's words as such."""
+        return [prompt_ids(self._tokenizer, prompt, options=self.rendering) for prompt in prompts], None, {}
+
+    @contextlib.contextmanager
+    def _without_checkpointing(self) -> Iterator[None]:
+        """trl would switch it off to answer, and then on for all layers, with one more hook on the embedding each time."""
+        checkpointed = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for module in checkpointed:
+                module.gradient_checkpointing = True
+
+    # What it tells
+
+    def measured(self) -> dict[str, float]:
+        """The means of trl's metrics since the last call, of all ranks; those that had no value are left out."""
+        found = _means(self._metrics["train"])
+        self._metrics["train"].clear()
+        return found
+
+    @property
+    def unmeasured(self) -> dict[str, list[float]]:
+        """What the next call of `measured` takes the means of; a checkpoint keeps it."""
+        return dict(self._metrics["train"])
+
+    @unmeasured.setter
+    def unmeasured(self, values: dict[str, list[float]]) -> None:
+        self._metrics["train"].clear()
+        self._metrics["train"].update(values)
+
+    def validated(self, answers: int) -> dict[str, list[float]]:
+        """By name, the rewards of the first answers of the last step, over all ranks; trl's means of it are dropped."""
+        self._metrics["eval"].clear()
+        return {name: list(values)[:answers] for name, values in self._logs["rewards"].items()}
+
+    def said(self, most: int) -> list[Said]:
+        """The first answers of the last step, on rank 0, whose questions come first."""
+        logs, numbers = self._logs, self.asked
+        rows = range(min(most, len(numbers), len(logs["completion"])))
+        return [
+            Said(
+                place=self.questions[numbers[row]].place,
+                prompt=self.questions[numbers[row]].prompt[-1]["content"],
+                answer=_content(logs["completion"][row]),
+                reference=self.questions[numbers[row]].reference,
+                rewards={name: values[row] for name, values in logs["rewards"].items()},
+                advantage=logs["advantages"][row],
+            )
+            for row in rows
+        ]
+
+
+def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, *, bf16: bool) -> dict:
+    """The recipe in trl's words."""
+    vllm = {
+        "use_vllm": True, "vllm_mode": config.use_vllm, "vllm_server_base_url": config.vllm_server_base_url,
+        "vllm_gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+    }  # fmt: skip
+    return {
+        "gradient_accumulation_steps": accumulation,
+        "num_generations": config.num_generations,
+        "max_completion_length": config.max_completion_length,
+        "beta": config.beta,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "loss_type": config.loss_type,
+        "scale_rewards": config.scale_rewards,
+        "mask_truncated_completions": config.mask_truncated_completions,
+        "reward_weights": [reward.weight for reward in rewards],
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "trust_remote_code": config.trust_remote_code,
+        "disable_dropout": True,
+        "bf16": bf16,
+        "gradient_checkpointing": False,  # the layers have it already
+        "eval_strategy": "no",
+        "report_to": "none",  # else trl would tell trackers of its own time
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "num_generations_eval": config.num_generations,
+        "log_completions": False,
+        **(vllm if config.use_vllm != "off" else {}),
+    }
+
+
+def _reward_functions(
+    rewards: Sequence[Reward],
+    config: TrainConfig,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> list[Callable]:
+    """In the form that trl calls: token ids of answers and the numbers of their questions, to a score each."""
+    scores = scorers(rewards)
+    return [
+        _with_model(reward, config, questions, tokenizer, device)
+        if reward.model
+        else _reward_function(reward, scores[reward.name], config, questions, tokenizer)
+        for reward in rewards
+    ]
+
+
+def _reward_function(reward: Reward, score, config: TrainConfig, questions: Sequence[Question], tokenizer) -> Callable:
+    def one(answer: str, number: int) -> float:
+        question = questions[number]
+        return rewarded(
+            reward, score, answer, question.reference, question.row, place=question.place, on_error=config.on_reward_error
+        )  # fmt: skip
+
+    def function(completion_ids: list, number: list[int], **_) -> list[float]:
+        answers = _texts(tokenizer, completion_ids)
+        if reward.kind != "command":
+            return list(map(one, answers, number))
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(one, answers, number))
+
+    function.__name__ = reward.name
+    return function
+
+
+def _with_model(
+    reward: Reward, config: TrainConfig, questions: Sequence[Question], tokenizer, device: torch.device
+) -> Callable:
+    judge = reward_model(reward, config, device)
+
+    def function(completion_ids: list, number: list[int], **_) -> list[float]:
+        answers = _texts(tokenizer, completion_ids)
+        talks = [[*questions[row].prompt, {"role": "assistant", "content": said}] for row, said in zip(number, answers)]
+        return [
+            rewarded(
+                reward, lambda *_, value=value: value, said, questions[row].reference, {}, place=questions[row].place,
+                on_error=config.on_reward_error,
+            )
+            for row, said, value in zip(number, answers, judge(talks))
+        ]  # fmt: skip
+
+    function.__name__ = reward.name
+    return function
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]]) -> list[str]:
+    """With their thinking, which trl takes out of what it calls completions for some tokenizers."""
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _content(completion: list[dict] | str) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"].strip()
+
+
+def _means(metrics: dict[str, list[float]]) -> dict[str, float]:
+    valid = {
+        key: [value for value in values if not math.isnan(value)]
+        for key, values in metrics.items()
+        if key != "num_tokens"  # the loop counts its own
+    }
+    return {key: sum(values) / len(values) for key, values in valid.items() if values}

@@ -1,0 +1,1 @@
+"""Commands around a run; each can be deleted without the rest noticing."""

@@ -1,0 +1,1 @@
+"""Speed, memory and losses against trl and bare loops."""

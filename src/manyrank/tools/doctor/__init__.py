@@ -1,0 +1,1 @@
+"""Examine machines, GPUs, links and files before a training."""

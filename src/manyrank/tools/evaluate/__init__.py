@@ -1,0 +1,1 @@
+"""Loss, answers and benchmarks of models."""

@@ -1,0 +1,1 @@
+"""Answer all prompts of a file."""

@@ -1,0 +1,1 @@
+"""Put an adapter into its base, and prove the result."""

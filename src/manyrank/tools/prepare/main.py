@@ -1,0 +1,378 @@
+"""`manyrank data prepare`: raw results to a training set, as a YAML file says.
+
+    sources ──> rows ──> filters ──> training rows ──> splits ──> OUTPUT/, see `export`
+
+Rows stream; what stays in memory is hashes (of `dedup`), lengths and counts. The split of a row follows from the hash of
+its question alone: rows with the same question are never on both sides, and no row moves when others are added.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from itertools import chain, takewhile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from ... import __version__
+from ...chat_template.types import IGNORE, BadRow, Message
+from ...config.args import Parser
+from ...config.resolve import asset, normal
+from ...config.schema import Columns, Float, Format, Int
+from ...data import sources
+from ...data.dedup import digest
+from ...data.formats import Conversation, PlainText, Sample, detect, to_sample
+from ...data.sources import Source, read_rows
+from ...errors import UserError
+from ...runs.folder import written_beside
+from ...runs.yaml_file import read_yaml
+from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
+from .filters import Item
+from .stages import Stage, build, unknown, validated
+
+
+class RawSource(BaseModel):
+    """One source of raw rows. The format and its columns are those of the training rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(min_length=1)
+    split: str | None = None
+    name: str | None = None
+    format_type: Format = "auto"
+    columns: Columns | None = None
+    max_rows: Int | None = Field(None, gt=0)
+
+
+def _sources(value: Any) -> Any:
+    given = value if isinstance(value, list) else [value]
+    named = [{"path": one} if isinstance(one, str) else one for one in given]
+    return [validated(RawSource, one, where=f"data_path, source {number}") for number, one in enumerate(named, 1)]
+
+
+class PrepareConfig(BaseModel):
+    """Everything that `manyrank data prepare` needs to know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data_path: Annotated[list[RawSource], BeforeValidator(_sources)] = Field(
+        min_length=1,
+        description="raw rows: a file, folder or hub name, or a list of these and of {path, split, name, max_rows}",
+    )
+    output_dir: str = Field(min_length=1, description="the folder to write")
+    fields: dict[str, str] | None = Field(
+        None, min_length=1, description="{output field: path in the raw row}; rows are kept as they are without it"
+    )
+    filters: list[Any] = Field([], description="the filters, in order")
+    splits: dict[str, Float] = Field(
+        {"train": 0.85, "validation": 0.15}, min_length=1, description="{name: part}; the parts sum to 1"
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a broken row: stop, or put it aside")
+    max_rows: Int | None = Field(None, gt=0, description="read only the first rows (also --limit)")
+    overwrite: bool = Field(False, description="replace an output_dir that this command has written")
+    workers: Int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0, description="commands at a time")
+
+    @field_validator("splits")
+    @classmethod
+    def _whole(cls, splits: dict[str, float]) -> dict[str, float]:
+        for name, part in splits.items():
+            if not name.isidentifier() or name == QUARANTINE:
+                raise ValueError(f"{name!r} cannot name a split")
+            if not 0 < part <= 1:
+                raise ValueError(f"the part of {name} is not between 0 and 1")
+        if abs(sum(splits.values()) - 1) > 1e-6:
+            raise ValueError(f"the parts sum to {sum(splits.values()):g}, not to 1")
+        return splits
+
+
+ON_COMMAND_LINE = ("data_path", "output_dir", "on_bad_row", "max_rows", "overwrite", "workers")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare, and print what every filter did.
+
+    Raises:
+        UserError: see `prepare`.
+    """
+    config, where = read_config(argv)
+    print(table(prepare(config, where=where)))
+    print(f"written to {config.output_dir}")
+    return 0
+
+
+# Config
+
+
+def read_config(argv: Sequence[str]) -> tuple[PrepareConfig, str]:
+    """The config of a command line, and where it came from.
+
+    Raises:
+        UserError: no such file, no valid YAML, an unknown key or option, or a wrong value.
+    """
+    parser = Parser(
+        prog="manyrank data prepare",
+        allow_abbrev=False,
+        usage="manyrank data prepare CONFIG [--key value ...]",
+        description="Filter raw rows and split them into a training set.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {', '.join(examples())}")
+    for key in ON_COMMAND_LINE:
+        names = [f"--{key}", *(["--limit"] if key == "max_rows" else [])]
+        optional = {"nargs": "?", "const": "true"} if key == "overwrite" else {}
+        text = PrepareConfig.model_fields[key].description
+        parser.add_argument(*names, dest=key, metavar="X", help=text, **optional)
+    found, rest = parser.parse_known_args([_tidy(word) for word in argv])
+    if rest:
+        raise unknown(rest[0].split("=")[0], [f"--{key}" for key in (*ON_COMMAND_LINE, "limit")], where="command line")
+    overrides = {key: getattr(found, key) for key in ON_COMMAND_LINE if getattr(found, key) is not None}
+    path = _find(found.config)
+    where = f"{path} and the command line" if overrides else str(path)
+    config = validated(PrepareConfig, _read(path) | overrides, where=where)
+    return config, where
+
+
+def examples() -> list[str]:
+    return sorted(path.stem for path in asset("data", "prepare").glob("*.yaml"))
+
+
+def _tidy(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"--{normal(name)}{equals}{value}" if word.startswith("--") else word
+
+
+def _find(name: str) -> Path:
+    path, example = Path(name), asset("data", "prepare", f"{name}.yaml")
+    if path.is_file() or (name in examples() and example.is_file()):
+        return path if path.is_file() else example
+    raise UserError(f"there is no config {name}", where="command line", fix=f"give a YAML file, or {examples()}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError("it is no list of `key: value` lines", where=str(path), fix="see data/prepare/README.md")
+    return content
+
+
+# Rows
+
+
+def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
+    """Read, filter, split and write.
+
+    Args:
+        where: the config, for errors.
+
+    Returns:
+        What sft_data_summary.json holds.
+
+    Raises:
+        UserError: a source or filter that cannot be, a broken row, no row left, or an output_dir that is taken.
+            Nothing is written then.
+    """
+    output = Path(config.output_dir).resolve()
+    for source in config.data_path:
+        if Path(source.path).resolve().is_relative_to(output):
+            raise UserError(f"{source.path} would be replaced", where="output_dir", fix="choose another --output_dir")
+        if Path(source.path).is_dir() and output.is_relative_to(Path(source.path).resolve()):
+            what = f"it lies in the source folder {source.path}, which would have its rows too the next time"
+            raise UserError(what, where="output_dir", fix="choose another --output_dir")
+    stages = build(config.filters, workers=config.workers, where=where)
+    with written_beside(output, overwrite=config.overwrite, mark=SUMMARY) as folder:
+        with closing(Writer(folder)) as writer:
+            run = Preparation(config, writer)
+            items: Generator[Item, None, None] = run.items()
+            for stage in stages:
+                items = stage.run(items, run.refuse)
+            with closing(items):  # also on an error: no command is started any more
+                for item in items:
+                    run.take(item)
+        if not writer.rows:
+            most = max(stages, key=lambda stage: stage.seen - stage.kept, default=None)
+            fix = f"look at the filter {most.name}, which dropped most" if most else "look at the rows"
+            raise UserError(f"no row is left of {run.read}", where=where, fix=fix)
+        save_dataset(folder, [name for name in config.splits if writer.rows[name]], writer.kinds)
+        summary = run.summary(stages)
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return summary
+
+
+class Preparation:
+    """Takes rows from the sources to the writer, and counts."""
+
+    def __init__(self, config: PrepareConfig, writer: Writer) -> None:
+        self.config, self.writer = config, writer
+        self.read = 0
+        self.sources: list[dict[str, Any]] = []
+        self.formats: dict[int, str] = {}  # by source
+        self.aside: Counter[str] = Counter()
+        self.lengths: dict[tuple[str, str], array] = {}
+
+    def items(self) -> Generator[Item, None, None]:
+        """The raw rows of all sources, up to max_rows."""
+        for number, given in enumerate(self.config.data_path):
+            path, own = Path(given.path), asset(given.path)
+            path = own if not path.exists() and own.is_file() else path
+            name = str(path) if path.exists() else given.path
+            state = {"path": given.path, "split": given.split, "rows": 0} | fingerprint(path)
+            self.sources.append(state)
+            for row in read_rows(Source(name, given.split, given.format_type, given.columns, name=given.name)):
+                if self.read == self.config.max_rows:
+                    return
+                if state["rows"] == given.max_rows:
+                    break
+                self.read += 1
+                state["rows"] += 1
+                if isinstance(row.value, BadRow):
+                    self.refuse(Item(row.place, {}), "reading", row.value, text=row.text)
+                else:
+                    yield Item(row.place, row.value, self.config.fields, number)
+
+    def refuse(self, item: Item, stage: str, error: BadRow, *, text: str = "") -> None:
+        """Put a broken row aside, or stop.
+
+        Raises:
+            UserError: on_bad_row is "error".
+        """
+        if self.config.on_bad_row == "error":
+            fix = "mend the row, or put such rows aside with on_bad_row: skip"
+            raise UserError(str(error), where=f"{item.place}, {stage}", fix=fix)
+        entry = {
+            "place": item.place,
+            "stage": stage,
+            "reason": error.reason,
+            "detail": str(error),
+            "row": text or item.row,
+        }
+        self.writer.put_aside(entry)
+        self.aside[error.reason] += 1
+
+    def take(self, item: Item) -> None:
+        """Write a row that passed the filters."""
+        try:
+            row = item.training
+            sample = to_sample(row, self._format(item), self.config.data_path[item.source].columns)
+            self.writer.write(split_of(question(sample), self.config.splits), row, json_line(row))
+        except BadRow as error:
+            self.refuse(item, "training row", error)
+            return
+        for key, length in lengths(sample).items():
+            self.lengths.setdefault(key, array("q")).append(length)
+
+    def _format(self, item: Item) -> str:
+        """The format of a source: the one given, or the one that its first good row fits."""
+        if item.source in self.formats:
+            return self.formats[item.source]
+        source = self.config.data_path[item.source]
+        try:
+            auto = source.format_type == "auto"
+            found = detect(item.training, where=item.place, columns=source.columns) if auto else source.format_type
+        except UserError as error:
+            if self.config.on_bad_row == "error":
+                raise
+            raise BadRow(error.what, "unknown format") from None
+        if others := set(self.formats.values()) - {found}:
+            what = f"{source.path} has the format {found}, another source {others.pop()}"
+            raise UserError(what, where="data_path", fix="bring them to one with `fields`, or prepare them apart")
+        self.formats[item.source] = found
+        return found
+
+    def summary(self, stages: list[Stage]) -> dict[str, Any]:
+        filters = [stage.summary() for stage in stages]
+        return {
+            "version": __version__,
+            "config": self.config.model_dump(mode="json"),
+            "sources": self.sources,
+            "format": next(iter(self.formats.values())),
+            "rows_read": self.read,
+            "filters": filters,
+            "accuracy": next((one["accuracy"] for one in filters if "accuracy" in one), None),
+            "quarantined": dict(self.aside.most_common()),
+            "rows_written": self.writer.rows.total(),
+            "splits": {name: self.writer.rows[name] for name in self.config.splits},
+            "lengths": {f"{side}_{unit}": statistics(values) for (side, unit), values in self.lengths.items()},
+        }
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file or folder; nothing for a name on the hub."""
+    if not path.exists():
+        return {"bytes": None, "sha256": None}
+    inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {"bytes": sum(file.stat().st_size for file in inside), "sha256": sources.digest(path)}
+
+
+# Samples
+
+
+def question(sample: Sample) -> Any:
+    """What decides the split: the user's turns before the first answer; where there is none, the most that there is."""
+    if isinstance(sample, PlainText):
+        return sample.text
+    if isinstance(sample, Conversation):
+        before = list(takewhile(lambda message: message["role"] != "assistant", sample.messages))
+        asked = [message for message in before if message["role"] == "user"]
+        return [message["content"] for message in asked or before or sample.messages]
+    prompt = [token for token, _ in takewhile(lambda pair: pair[1] == IGNORE, zip(sample.input_ids, sample.labels))]
+    return prompt if len(prompt) > 1 else sample.input_ids  # one token alone is the start token that all rows share
+
+
+def split_of(value: Any, splits: dict[str, float]) -> str:
+    """The split of a value, by its hash as a number from 0 to 1."""
+    point, end = int.from_bytes(digest(value)[:8]) / 2**64, 0.0
+    for name, part in splits.items():
+        end += part
+        if point < end:
+            return name
+    return name
+
+
+def lengths(sample: Sample) -> dict[tuple[str, str], int]:
+    """(prompt or answer, unit) to length; several turns are summed."""
+    if isinstance(sample, Conversation):
+        sides = {
+            "prompt": _said(sample.messages, by_assistant=False),
+            "answer": _said(sample.messages, by_assistant=True),
+        }
+    elif isinstance(sample, PlainText):
+        sides = {"answer": [sample.text]}
+    else:
+        prompt = sample.labels.count(IGNORE)
+        return {("prompt", "tokens"): prompt, ("answer", "tokens"): len(sample.labels) - prompt}
+    units = {"characters": len, "words": lambda text: len(text.split())}
+    return {(side, unit): sum(map(count, said)) for side, said in sides.items() for unit, count in units.items()}
+
+
+def _said(messages: list[Message], *, by_assistant: bool) -> list[str]:
+    return [message["content"] for message in messages if (message["role"] == "assistant") == by_assistant]
+
+
+def statistics(values: array) -> dict[str, float]:
+    numbers = np.array(values)
+    five = {"min": numbers.min(), "median": np.median(numbers), "mean": numbers.mean()}
+    five |= {"p95": np.percentile(numbers, 95), "max": numbers.max()}
+    return {name: round(float(value), 1) for name, value in five.items()}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Filters with their counts, then the splits, for people."""
+    lines = [f"{'filter':<22} {'in':>9} {'out':>9} {'dropped':>9}  reasons"]
+    for number, one in enumerate(summary["filters"], 1):
+        reasons = chain(one["dropped"].items(), [("broken", one["broken"])] if one["broken"] else [])
+        said = ", ".join(f"{reason} {count}" for reason, count in reasons)
+        name = f"{number} {one['filter']}"
+        lines.append(f"{name:<22} {one['in']:>9} {one['out']:>9} {one['in'] - one['out']:>9}  {said}".rstrip())
+    lines += [f"{summary['rows_read']} rows read, {summary['rows_written']} written"]
+    if summary["quarantined"]:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in summary["quarantined"].items())
+        lines.append(f"{sum(summary['quarantined'].values())} put aside in {QUARANTINE}.jsonl: {reasons}")
+    for name, rows in summary["splits"].items():
+        lines.append(f"  {name:<20} {rows:>9}" + ("" if rows else "  (no file)"))
+    return "\n".join(lines)

@@ -1,0 +1,180 @@
+"""A run's folder read back for its report. Every part may be missing: a run may have been killed at any moment. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from ...errors import UserError
+from ...runs import logs as metrics
+from .svg import Point
+
+SIGNS = ("config.yaml", "launch.json", "logs/metrics.jsonl")  # one of these is in every run's folder
+LINE = re.compile(r"(\w+): (.*)  # (.*)")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run has left.
+
+    Attributes:
+        config: by key, the value as YAML and where it came from.
+        lines: of metrics.jsonl. history: what became of the run.
+        data, memory, versions: what logs/ has of these; empty where it has none.
+        samples: question, before, after. completions: of grpo, some answers of each logged step.
+        command, plan: how it was launched; the plan with every file.
+        unread: files that are there and cannot be read.
+    """
+
+    folder: Path
+    config: dict[str, tuple[str, str]]
+    lines: list[dict]
+    history: list[dict]
+    data: dict = field(default_factory=dict)
+    memory: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    samples: list[dict] = field(default_factory=list)
+    completions: list[dict] = field(default_factory=list)
+    command: str = ""
+    plan: str = ""
+    unread: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its run_name, or that of its folder."""
+        given = None
+        with contextlib.suppress(yaml.YAMLError):  # of a file that somebody has changed
+            given = yaml.safe_load(self.config.get("run_name", ("null",))[0])
+        return str(given or self.folder.resolve().name)
+
+    def curve(self, key: str) -> list[Point]:
+        """(step, value) of every line that has the key."""
+        return [(line["step"], float(line[key])) for line in self.lines if _is_number(line.get(key))]
+
+    def last(self, key: str) -> float | None:
+        return next((y for _, y in reversed(self.curve(key))), None)
+
+    def usual(self, key: str) -> float | None:
+        """The median: the first steps, which warm up, do not count much."""
+        found = [y for _, y in self.curve(key) if math.isfinite(y)]
+        return median(found) if found else None
+
+    def extreme(self, key: str, which: Any) -> float | None:
+        """`which` is min or max."""
+        return which((y for _, y in self.curve(key) if math.isfinite(y)), default=None)
+
+    @property
+    def step(self) -> int:
+        """How far the run has come, as far as it is written down."""
+        return max([0, *(entry.get("step", 0) for entry in (*self.lines, *self.history))])
+
+    @property
+    def total_steps(self) -> int | None:
+        return next((entry["total_steps"] for entry in reversed(self.history) if "total_steps" in entry), None)
+
+    @property
+    def seconds(self) -> float:
+        """Spent in the steps that count, without validation and saves."""
+        total, before = 0.0, 0
+        for step, each in self.curve("step_seconds"):
+            total, before = total + each * (step - before), step
+        return total
+
+    @property
+    def status(self) -> str:
+        last = self.history[-1] if self.history else {}
+        return {
+            "finished": "finished",
+            "preempted": f"preempted at step {last.get('step')}, with a complete checkpoint",
+            "failed": f"failed at step {last.get('step')}: {last.get('why', '')}",
+        }.get(last.get("event", ""), "no end is written down: it runs still, or was killed")
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.memory) or "GPUs" in self.versions
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Everything that a run's folder tells.
+
+    Raises:
+        UserError: it is not the folder of a run.
+    """
+    if not any((folder / sign).is_file() for sign in SIGNS):
+        what = "not the folder of a run" if folder.is_dir() else "there is no such folder"
+        fix = "give the output_dir of a training: it has config.yaml and logs/metrics.jsonl"
+        raise UserError(what, where=str(folder), fix=fix)
+    files = _Files(folder)
+    launch = files.json("launch.json", {})
+    metrics_file = folder / "logs" / "metrics.jsonl"
+    lines = metrics.read_metrics(folder) if metrics_file.is_file() else []
+    return RunRecord(
+        folder,
+        config=_config(files.text("config.yaml")),
+        lines=[line for line in lines if _is_number(line.get("step"))],
+        history=[entry for entry in metrics.read_history(folder) if _is_entry(entry)],
+        **{name: files.json(f"logs/{name}.json", {}) for name in ("data", "memory", "versions")},
+        samples=files.json("logs/samples.json", []),
+        completions=metrics.read_completions(folder),
+        command=_command(launch),
+        plan=files.text("launch/plan.txt"),
+        unread=tuple(files.unread),
+    )
+
+
+class _Files:
+    """Reads what is there; keeps the names of what is there and damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unread: list[str] = []
+
+    def text(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+    def json(self, name: str, empty: Any) -> Any:
+        """The content, or `empty` where there is none of its kind."""
+        text = self.text(name)
+        try:
+            found = json.loads(text) if text or (self.folder / name).is_file() else empty
+        except ValueError:
+            found = None
+        if isinstance(found, type(empty)):
+            return found
+        self.unread.append(name)
+        return empty
+
+
+def _config(text: str) -> dict[str, tuple[str, str]]:
+    found = map(LINE.fullmatch, text.splitlines())
+    return {match[1]: (match[2], match[3]) for match in found if match}
+
+
+def _command(launch: dict) -> str:
+    """Of machine 0, as a shell takes it."""
+    nodes, env = launch.get("nodes"), launch.get("env")
+    argv = nodes[0] if isinstance(nodes, list) and nodes else launch.get("argv")
+    if not isinstance(argv, list):
+        return ""
+    env = env.items() if isinstance(env, dict) else ()
+    variables = "".join(f"{key}={shlex.quote(str(value))} \\\n" for key, value in env)
+    return variables + shlex.join(map(str, argv)) if argv else ""
+
+
+def _is_entry(entry: dict) -> bool:
+    """A line of the history as a training writes it."""
+    return _is_number(entry.get("step")) and all(_is_number(entry.get(key, 0)) for key in ("total_steps", "processes"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

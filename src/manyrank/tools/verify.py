@@ -1,0 +1,240 @@
+"""`manyrank verify`: the same few steps on every strategy, compared with one process. Does this machine train right?
+
+Each case is a real launch of the train module. Beside the losses it checks what came up: wrapper and distributed type,
+that a sharded strategy holds 1/N of the base (also of a 4-bit base), and that the saved model has every tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ..config.args import Parser
+from ..config.resolve import TrainConfig, asset, resolve
+from ..errors import EXIT_FAILED, UserError
+from ..runs.logs import read_metrics
+from ..signals import die_with_parent
+from ..topology import gpus as hardware
+
+STRATEGIES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")
+METHODS = ("lora", "qlora", "full")
+LAUNCHERS = ("accelerate", "torchrun")
+EXPECTED = {
+    "single": ("", ("NO",)),
+    "ddp": ("DistributedDataParallel", ("MULTI_GPU", "MULTI_CPU")),
+    "fsdp": ("FSDP", ("FSDP",)),
+    "hsdp": ("FSDP", ("FSDP",)),
+    "zero2": ("DeepSpeedEngine", ("DEEPSPEED",)),
+    "zero3": ("DeepSpeedEngine", ("DEEPSPEED",)),
+}
+TOLERANCE = {"no": 1e-5, "bf16": 2e-2}  # largest difference of losses and gradient norms; bf16 rounds at 4e-3
+SHARD_SLACK = 1.05  # padding of uneven shards
+
+
+@dataclass(frozen=True)
+class Case:
+    strategy: str
+    method: str
+    via: str
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.strategy} {self.via}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one launch gave: loss and gradient norm of each step, and what came up."""
+
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    facts: dict
+    saved_tensors: int
+    error: str = ""
+
+
+def cases(methods: Sequence[str], strategies: Sequence[str], launchers: Sequence[str]) -> Iterator[Case]:
+    """For each method one single-process run to compare with, then the others."""
+    for method in methods:
+        yield Case("single", method, "python")
+        for strategy in strategies:
+            for via in launchers:
+                yield Case(strategy, method, via)
+
+
+def processes(strategy: str, nproc: int) -> int:
+    """Processes of a case: hsdp has two copies of the model on this machine, each in shards."""
+    return {"single": 1, "hsdp": max(4, nproc // 2 * 2)}.get(strategy, nproc)
+
+
+def fitting(nproc: int, gpus: int) -> tuple[str, ...]:
+    """The strategies that a machine can run; on CPUs all."""
+    return tuple(name for name in STRATEGIES if not gpus or processes(name, nproc) <= max(nproc, gpus))
+
+
+def shards(strategy: str, nproc: int) -> int:
+    """How many of them share one copy of the base."""
+    return {"fsdp": nproc, "zero3": nproc, "hsdp": processes("hsdp", nproc) // 2}.get(strategy, 1)
+
+
+def mesh(strategy: str, nproc: int) -> list[int]:
+    """The mesh on which FSDP's parameters are to lie."""
+    each = shards(strategy, nproc)
+    return {"fsdp": [each], "hsdp": [2, each]}.get(strategy, [])
+
+
+def batch_arguments(config: TrainConfig, nproc: int) -> list[str]:
+    """What gives any number of processes the global batch that the recipe has on `nproc`."""
+    return [f"--global_batch_size={config.batch(nproc)}", "--gradient_accumulation_steps=none"]
+
+
+def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int, more: Sequence[str] = ()) -> Outcome:
+    """Launch one case in `folder` with `more` arguments and read what it wrote."""
+    output = folder / str(case).replace(" ", "-")
+    each = [f"--hsdp_shard_size={shards('hsdp', nproc)}"] if case.strategy == "hsdp" else []
+    argv = [
+        sys.executable, "-m", "manyrank.cli", "train", recipe, f"--method={case.method}", f"--strategy={case.strategy}",
+        f"--via={case.via}", f"--nproc={processes(case.strategy, nproc)}", f"--max_steps={steps}", "--logging_steps=1",
+        "--lora_dropout=0", f"--output_dir={output}", "--sample_questions=[]", "--report_to=none", *each, *more,
+    ]  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True, preexec_fn=die_with_parent)
+    if done.returncode:
+        return Outcome((), (), {}, 0, error=f"exit code {done.returncode}: {_last_words(done.stderr)}")
+    lines = [line for line in read_metrics(output) if "loss" in line]
+    return Outcome(
+        losses=tuple(line["loss"] for line in lines),
+        grad_norms=tuple(line["grad_norm"] for line in lines),
+        facts=json.loads((output / "logs" / "strategy.json").read_text()),
+        saved_tensors=sum(len(safe_open(f, "pt").keys()) for f in (output / "final_model").glob("*.safetensors")),
+    )
+
+
+def difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """Largest difference of two series of the same steps, relative where the value is above 1.
+
+    Infinite if they have not the same length or hold something that is not finite.
+    """
+    if len(one) != len(other) or not one or not all(map(math.isfinite, (*one, *other))):
+        return math.inf
+    return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(one, other))
+
+
+def problems(case: Case, outcome: Outcome, single: Outcome, nproc: int) -> list[str]:
+    """Everything that is wrong with a case; none is right."""
+    if outcome.error:
+        return [outcome.error]
+    facts, (wrapper, types) = outcome.facts, EXPECTED[case.strategy]
+    found = []
+    if not facts["wrapper"].startswith(wrapper):
+        found.append(f"wrapped as {facts['wrapper']}")
+    if facts["distributed_type"] not in types:
+        found.append(f"came up as {facts['distributed_type']}")
+    if facts["world_size"] != processes(case.strategy, nproc):
+        found.append(f"{facts['world_size']} processes")
+    if facts["mesh"] != mesh(case.strategy, nproc):
+        found.append(f"parameters on a mesh of {facts['mesh']}")
+    if max(facts["base_bytes_here"]) > SHARD_SLACK * facts["base_bytes"] / shards(case.strategy, nproc):
+        found.append(f"a rank holds {share(facts):.0%} of the base")
+    if outcome.saved_tensors != facts["trainable_tensors"]:
+        found.append(f"saved {outcome.saved_tensors} of {facts['trainable_tensors']} tensors")
+    tolerance = TOLERANCE[facts["precision"]]
+    for name, one, other in (
+        ("loss", outcome.losses, single.losses),
+        ("grad norm", outcome.grad_norms, single.grad_norms),
+    ):
+        if not difference(one, other) <= tolerance:
+            found.append(f"{name} differs by {difference(one, other):.1e}, more than {tolerance:.0e}")
+    return found
+
+
+def share(facts: dict) -> float:
+    """The largest part of the base that a rank holds."""
+    return max(facts["base_bytes_here"]) / facts["base_bytes"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the matrix and print a row as each case ends.
+
+    Returns:
+        0 if every case is right, else 1.
+    """
+    options = _options(argv)
+    print(
+        f"{'method':<7} {'strategy':<8} {'launcher':<10} {'wrapper':<26} {'base/rank':>9} {'loss diff':>10} {'norm diff':>10}"
+    )
+    wrong, single = 0, Outcome((), (), {}, 0)
+    recipe = resolve(options.recipe).config
+    with tempfile.TemporaryDirectory(prefix="manyrank-verify-") as temporary:
+        folder = Path(options.keep or temporary)
+        for case in cases(options.methods, options.strategies, options.via):
+            batch = batch_arguments(recipe, options.nproc)
+            outcome = run(case, options.recipe, folder, nproc=options.nproc, steps=options.steps, more=batch)
+            single = outcome if case.strategy == "single" else single
+            bad = problems(case, outcome, single, options.nproc)
+            wrong += bool(bad)
+            print(_row(case, outcome, single, bad), flush=True)
+    print("all the same" if not wrong else f"{wrong} cases are wrong")
+    return EXIT_FAILED if wrong else 0
+
+
+def _row(case: Case, outcome: Outcome, single: Outcome, bad: list[str]) -> str:
+    head = f"{case.method:<7} {case.strategy:<8} {case.via:<10} "
+    if outcome.error:
+        return head + f"WRONG: {outcome.error}"
+    return (
+        head + f"{outcome.facts['wrapper'][:26]:<26} {share(outcome.facts):>9.0%} "
+        f"{difference(outcome.losses, single.losses):>10.1e} {difference(outcome.grad_norms, single.grad_norms):>10.1e}  "
+        + (f"WRONG: {'; '.join(bad)}" if bad else "ok")
+    )
+
+
+def _last_words(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith("error:") or "Error" in line]
+    return (telling or lines or ["no message"])[-1].strip()
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="manyrank verify", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "recipe", nargs="?", default=str(asset("launch", "recipes", "verify.yaml")), help="your own recipe"
+    )
+    gpus = len(hardware.probe().gpus)
+    parser.add_argument(
+        "--nproc", type=int, default=gpus or 2, help="processes (default: GPUs, or 2); hsdp: at least 4"
+    )
+    parser.add_argument("--steps", type=int, default=4, help="steps of each run (default: 4)")
+    parser.add_argument("--methods", type=_among(METHODS), default=METHODS, help=",".join(METHODS))
+    parser.add_argument("--strategies", type=_among(STRATEGIES), help=",".join(STRATEGIES))
+    parser.add_argument("--via", type=_among(LAUNCHERS), default=LAUNCHERS, help=",".join(LAUNCHERS))
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there")
+    options = parser.parse_args(argv)
+    if options.steps < 1:
+        raise UserError(f"{options.steps} steps", where="--steps", fix="at least 1")
+    if options.nproc < 2:
+        raise UserError(
+            "verify compares several processes with one", where="--nproc", fix="needs at least 2 GPUs, or CPUs"
+        )
+    if not options.strategies:
+        options.strategies = fitting(options.nproc, gpus)
+        for name in set(STRATEGIES) - set(options.strategies):
+            print(f"left out: {name}, which needs {processes(name, options.nproc)} GPUs")
+    return options
+
+
+def _among(known: Sequence[str]):
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        if not set(chosen) <= set(known):
+            raise argparse.ArgumentTypeError(f"choose from {','.join(known)}")
+        return chosen
+
+    return parse

@@ -1,0 +1,1 @@
+"""Ranks, GPUs and strategies. No torch."""

@@ -1,0 +1,1 @@
+"""The loop, loss, optimizer, metrics, callbacks and hang detection."""

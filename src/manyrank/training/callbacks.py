@@ -1,0 +1,169 @@
+"""transformers' callbacks for our loop: progress, trackers, early stopping, the run's log files, and users' own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from accelerate.utils import patch_environment
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, ExportableState
+
+from ..config.resolve import TrainConfig
+from ..errors import UserError
+
+
+class RunLog(TrainerCallback):
+    """Appends every logged dictionary to metrics.jsonl (for machines) and training_log.txt (for people).
+
+    Lines that cannot be written, on a full disk for instance, are kept and written with a later one.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir / "logs"
+        self.unwritten: dict[str, list[str]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self._append("metrics.jsonl", json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}))
+        shown = "  ".join(
+            f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items()
+        )
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._append("training_log.txt", f"{now}  step {state.global_step}/{state.max_steps}  {shown}")
+
+    def _append(self, name: str, line: str) -> None:
+        lines, file = self.unwritten.setdefault(name, []), self.folder / name
+        lines.append(line + "\n")
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(file, size)  # no half lines
+            if len(lines) == 1:
+                print(f"WARNING: cannot write {file}: {error}. The training goes on", file=sys.stderr, flush=True)
+            return
+        lines.clear()
+
+
+class Progress(ProgressCallback):
+    """The bar, and of each line of metrics what one looks at while it runs."""
+
+    LEFT_OUT = frozenset(
+        {"supervised_tokens_per_second", "samples_per_second", "step_seconds", "eta_seconds", "padding"}
+    )  # and what has a slash in its name
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {key: value for key, value in logs.items() if key not in self.LEFT_OUT and "/" not in key}
+        super().on_log(args, state, control, logs=shown, **kwargs)
+
+
+def build_callbacks(config: TrainConfig, output_dir: Path) -> list[TrainerCallback]:
+    """Everything that listens to a run; trackers only where the recipe asks for them.
+
+    Raises:
+        UserError: one of the recipe's own callbacks cannot be imported.
+    """
+    callbacks = [DefaultFlowCallback(), Progress(), RunLog(output_dir)]
+    callbacks += [cls() for cls in get_reporting_integration_callbacks(config.report_to)]
+    if config.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    return callbacks + [load_callback(path)() for path in config.callbacks]
+
+
+def load_callback(path: str) -> type[TrainerCallback]:
+    """Import a user's callback class from "module:Class".
+
+    Raises:
+        UserError: there is no such module or class, or it is no TrainerCallback.
+    """
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import {path}: {error}", where="callbacks", fix="write module:Class") from None
+    if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
+        raise UserError(
+            f"{path} is not a TrainerCallback class", where="callbacks", fix="derive it from TrainerCallback"
+        )
+    return found
+
+
+def exportable(handler: CallbackHandler) -> list[ExportableState]:
+    """The callbacks whose state a checkpoint keeps."""
+    return [callback for callback in handler.callbacks if isinstance(callback, ExportableState)]
+
+
+def callback_states(handler: CallbackHandler) -> list[dict]:
+    """The states of these, as JSON values."""
+    return [{"name": type(c).__name__, "attributes": c.state()["attributes"]} for c in exportable(handler)]
+
+
+def check_states(handler: CallbackHandler) -> None:
+    """See at the start that they can be saved.
+
+    Raises:
+        UserError: one has what JSON cannot hold.
+    """
+    for state in callback_states(handler):
+        try:
+            json.dumps(state)
+        except TypeError as error:
+            what = f"the state of {state['name']} cannot be saved: {error}"
+            raise UserError(what, where="callbacks", fix="let its state() give what JSON can hold") from None
+
+
+def training_arguments(
+    config: TrainConfig, *, output_dir: Path, total_steps: int, on_cpu: bool,
+    kind: type[TrainingArguments] = TrainingArguments, **more,
+) -> TrainingArguments:  # fmt: skip
+    """The run in transformers' own words, for callbacks that look things up there; `more` are arguments of `kind`."""
+    options = {
+        "output_dir": str(output_dir),
+        "run_name": config.run_name or output_dir.name,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": total_steps,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 0,
+        "save_total_limit": config.save_total_limit,
+        "report_to": config.report_to or "none",
+        "use_cpu": on_cpu,
+        "accelerator_config": {"use_configured_state": True},
+        "disable_tqdm": False,
+    }
+    # With that variable it would set up DeepSpeed a second time, from a file whose "auto" values are still open.
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+        args = kind(**options | more)
+    # Set afterwards: transformers would demand a checkpoint at every validation; we save the best one by itself.
+    args.load_best_model_at_end = config.load_best_model_at_end
+    args.metric_for_best_model, args.greater_is_better = config.metric_for_best_model, config.greater_is_better
+    return args

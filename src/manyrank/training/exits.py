@@ -1,0 +1,103 @@
+"""How a process of a run ends: exceptions as messages and exit codes, and what a worker that is started anew hears of them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
+from ..signals import STOP, ended_by
+from ..topology import ranks as topology
+from ..topology.ranks import Topology
+
+PATIENCE = 5.0  # seconds that a rank leaves to local rank 0 to say what is wrong
+
+
+def guarded(work: Callable[[], None], place: Topology) -> int:
+    """Run `work` and turn its exceptions into messages and exit codes."""
+    try:
+        try:
+            work()
+        finally:
+            STOP.remember()  # how this ends is decided
+    except UserError as error:
+        _say(error, place)
+        return for_good(EXIT_MEMORY if isinstance(error, OutOfMemory) else EXIT_USER)
+    except NonFiniteError as error:
+        _say(f"stopped before the optimizer used it: {error}", place)
+        return for_good(EXIT_FAILED)
+    except SaveError as error:
+        _say(f"stopped: {error}", place)
+        return for_good(EXIT_FAILED)
+    except (Preempted, KeyboardInterrupt) as stop:
+        if STOP.at_start:
+            say_stopped(place.rank)
+        return for_good(stop.code if isinstance(stop, Preempted) else ended_by(signal.SIGINT))
+    except Exception:
+        print(f"rank {place.rank} failed:", file=sys.stderr)
+        traceback.print_exc()
+        return EXIT_FAILED
+    return 0
+
+
+def for_good(code: int) -> int:
+    """An end that would be the same the next time: workers that are started anew hear of it, see `last_word`."""
+    if topology.may_restart():
+        _word_file().write_text(str(code))
+    return code
+
+
+def _word_file() -> Path:
+    return Path(tempfile.gettempdir()) / f"manyrank-{os.getppid()}-{os.environ['TORCHELASTIC_RUN_ID']}"
+
+
+def last_word() -> int | None:
+    """With what a worker of this agent has ended for good; a run that was told to stop is not to be started anew.
+
+    torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
+    """
+    if not topology.restarts() or not _word_file().exists():
+        return None
+    import psutil
+
+    since = psutil.Process(os.getppid()).create_time()
+    return int(_word_file().read_text()) if _word_file().stat().st_mtime > since else None
+
+
+def say_stopped(rank: int) -> None:
+    if rank == 0:
+        print("stopped before the first step: nothing was begun that could be lost", file=sys.stderr, flush=True)
+
+
+def _say(message: object, place: Topology) -> None:
+    """On a machine, local rank 0 speaks for all that fail alike.
+
+    The others give it time: the first process that ends makes the launcher end all. One that is still there after that
+    failed alone.
+    """
+    end = time.monotonic() + PATIENCE
+    while place.local_rank and time.monotonic() < end:
+        if STOP.requested:  # by the launcher, since another one has ended
+            return
+        time.sleep(0.1)
+    print(message, file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now. Everything is on disk by then.
+
+    With gloo, tearing the interpreter down sometimes aborts or hangs on a busy machine (torch 2.13: a C++ thread of the
+    process group is still running), and a finished run would count as failed.
+    """
+    atexit._run_exitfuncs()  # trackers send what they still hold
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,126 @@
+"""The plan inside a run: settle what the recipe leaves to it, and hold it against what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers.utils import logging
+
+from ..config.resolve import TrainConfig
+from ..errors import OutOfMemory, UserError
+from ..models.spec import from_config
+from ..plan import memory, planner
+from ..plan.memory import GiB
+from ..plan.planned_run import Setup
+from ..topology.ranks import Topology
+
+logger = logging.get_logger(__name__)
+
+
+def foresee(
+    config: TrainConfig, accelerator: Accelerator, place: Topology, model_config: dict, *, bf16: bool
+) -> Setup | None:
+    """What this run comes to; None where the model's config cannot be read.
+
+    Args:
+        model_config: the content of the model's config.json.
+    """
+    try:
+        shape = from_config(model_config, name=config.model_name_or_path)
+    except UserError as error:
+        logger.warning("nothing is planned: %s", error.what)
+        return None
+    gpu = accelerator.device.type == "cuda"
+    name = config.strategy or _name(accelerator)
+    setup = Setup(config, shape, name, place.local_world_size, place.nnodes, bf16=bf16, gpu=gpu)
+    return planner.settled(setup, _least_memory(accelerator) if gpu else None)
+
+
+def _name(accelerator: Accelerator) -> str:
+    """A strategy for what came up, where nobody named one."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    return {DistributedType.FSDP: "fsdp", DistributedType.NO: "single"}.get(kind, "ddp")
+
+
+def _least_memory(accelerator: Accelerator) -> int:
+    """Bytes of the smallest GPU: all ranks must decide alike."""
+    mine = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
+    return int(accelerator.gather(mine).min())
+
+
+def told(setup: Setup, config: TrainConfig) -> str | None:
+    """What was settled that the recipe left open."""
+    found = setup.config.gradient_checkpointing
+    if config.gradient_checkpointing != "auto" or found == "off":
+        return None
+    layers = setup.shape.depth if found == "full" else found
+    needed = memory.estimate(setup).needed / GiB
+    return (
+        f"gradient checkpointing: {layers} of {setup.shape.depth} layers, with which a GPU needs about {needed:.1f} GiB"
+    )
+
+
+def compared(setup: Setup, folder: Path) -> str | None:
+    """Planned against measured memory of this rank's GPU, also written to logs/memory.json; None without a GPU."""
+    if not setup.gpu:
+        return None
+    planned = memory.estimate(setup)
+    held, free, total = torch.cuda.max_memory_reserved(), *torch.cuda.mem_get_info()
+    facts = {
+        "planned_bytes": planned.peak, "parts": dict(planned.parts), "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": held, "in_use_bytes": total - free,
+    }  # fmt: skip
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / "logs" / "memory.json").write_text(json.dumps(facts, indent=1))
+    around = planned.parts.get("context", 0)
+    return (
+        f"memory of a GPU: planned {planned.peak / GiB:.1f} GiB ({around / GiB:.1f} of it CUDA's own); "
+        f"measured {held / GiB:.1f} GiB held by torch, {(total - free) / GiB:.1f} in use"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(setup: Setup, *, step: int, measured: int) -> OutOfMemory:
+    """What the plan said, what was there, and what to change.
+
+    Args:
+        measured: bytes that this process held at most.
+    """
+    planned, config = memory.estimate(setup), setup.config
+    return OutOfMemory(
+        f"out of memory in step {step}: planned were {planned.peak / GiB:.2f} GiB, most of it for {_most(planned)}; "
+        f"this process held {measured / GiB:.2f} GiB",
+        where=f"micro-batch {config.per_device_train_batch_size} x {config.max_length} tokens, gradient_checkpointing "
+        f"{config.gradient_checkpointing}, strategy {setup.strategy}",
+        fix="; or ".join(_ways(setup)) or "take a smaller model, a shorter max_length or more GPUs",
+    )
+
+
+def _most(planned: memory.Memory) -> str:
+    return max(planned.parts, key=planned.parts.__getitem__)
+
+
+def _ways(setup: Setup) -> list[str]:
+    """Changes that need less memory, with what the plan says of them."""
+    config, here = setup.config, memory.estimate(setup).peak
+    changes = {}
+    if config.per_device_train_batch_size > 1:
+        half = config.per_device_train_batch_size // 2
+        changes[f"--per_device_train_batch_size {half}"] = setup.with_options(per_device_train_batch_size=half)
+    if setup.checkpointed < setup.shape.depth:
+        changes["--gradient_checkpointing full"] = setup.with_options(gradient_checkpointing="full")
+    if setup.world > 1 and setup.strategy in ("ddp", "zero2") and config.method != "int8":
+        changes["--strategy fsdp"] = setup.on("fsdp")
+    if config.method == "lora":
+        changes["--method qlora"] = setup.with_options(method="qlora")
+    needs = {name: memory.estimate(other).peak for name, other in changes.items()}
+    return [f"{name} (about {need / GiB:.2f} GiB)" for name, need in needs.items() if need < here]

@@ -1,0 +1,101 @@
+"""What a line of metrics says beside loss and learning rate: rates, use of the GPU, padding, memory, time left."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from ..data.loader import Step
+from ..plan import speed
+from ..plan.planned_run import Setup
+from ..runs.logs import peak_memory
+from ..topology import gpus as hardware
+from ..topology.gpus import GpuKind
+
+
+@dataclass
+class Window:
+    """What was done since the last line of metrics. Counts are over all ranks, `seconds` of whole steps."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    slots: int = 0
+    squares: int = 0
+
+
+class Meter:
+    """Adds up steps, and makes a line of metrics of them.
+
+    Args:
+        setup: what the run comes to; None where it is not known.
+        kind: of the GPUs that compute; None on a CPU, and for kinds that are not known: then there is no MFU.
+    """
+
+    def __init__(self, device_type: str, setup: Setup | None = None, kind: GpuKind | None = None) -> None:
+        self.device_type, self.setup, self.kind = device_type, setup, kind
+        self.window = Window()
+
+    def add(self, step: Step, loss: float, seconds: float) -> None:
+        """One step, its mean loss, and how long it took."""
+        window = self.window
+        window.losses.append(loss)
+        window.seconds += seconds
+        window.examples += step.examples
+        window.tokens += step.tokens
+        window.supervised += step.supervised
+        window.slots += step.slots
+        window.squares += step.squares
+
+    @property
+    def loss(self) -> float:
+        """Mean over the steps since the last line."""
+        return sum(self.window.losses) / len(self.window.losses)
+
+    def rates(self, *, steps_left: int) -> dict[str, float]:
+        """Since the last line; then a new one begins.
+
+        Returns:
+            Rates a second over all ranks; `mfu`, the share of the GPUs' rate that went into needed operations, where the
+            kind of GPU is known; `padding`, the share of what was computed that is no token of the step; `memory_gib`,
+            the most that this process has held; the seconds of a step, and of those that are left.
+        """
+        window, self.window = self.window, Window()
+        each = window.seconds / len(window.losses)
+        return {
+            "tokens_per_second": round(window.tokens / window.seconds, 1),
+            "supervised_tokens_per_second": round(window.supervised / window.seconds, 1),
+            "samples_per_second": round(window.examples / window.seconds, 3),
+            **self._mfu(window),
+            "padding": round(1 - window.tokens / window.slots, 4),
+            "memory_gib": round(peak_memory(self.device_type) / 2**30, 3),
+            "step_seconds": round(each, 4),
+            "eta_seconds": round(each * steps_left, 1),
+        }
+
+    def _mfu(self, window: Window) -> dict[str, float]:
+        if self.setup is None or self.kind is None:
+            return {}
+        operations = window.tokens * speed.needed(
+            self.setup, supervised=window.supervised / window.tokens, length=window.squares / window.tokens
+        )
+        rate = speed.rate(self.setup, self.kind) * self.setup.world
+        return {"mfu": round(operations / window.seconds / rate, 4)}
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, for JSON."""
+        return asdict(self.window)
+
+    def restore(self, state: dict) -> None:
+        self.window = Window(**state)
+
+
+def kind_of(device: torch.device) -> GpuKind | None:
+    """The kind of GPU that a device is; None for a CPU, an unknown kind, or a part of a GPU."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return hardware.find_kind(found.name, found.total_memory)

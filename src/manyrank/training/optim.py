@@ -1,0 +1,61 @@
+"""Optimizers from torch and bitsandbytes, schedules from transformers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from ..config.resolve import TrainConfig
+from ..models.adapters import trainable
+
+
+def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters; weight decay acts on matrices only."""
+    parameters = trainable(model).values()
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optim == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    adam = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(groups, fused=True, **adam)
+    from bitsandbytes import optim as bnb
+
+    cls = {
+        "adamw_8bit": bnb.AdamW8bit,
+        "paged_adamw_8bit": bnb.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.PagedAdamW32bit,
+    }
+    return cls[config.optim](groups, **adam)
+
+
+def build_schedule(config: TrainConfig, total_steps: int) -> LambdaLR:
+    """The learning rate over steps, as a schedule of its own.
+
+    It drives a stand-in parameter and the trainer copies its rate into the real optimizer. So it needs no place in a
+    checkpoint (the step says everything), and DeepSpeed, which swaps the optimizer, cannot part it from its optimizer.
+    """
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
+    return get_scheduler(config.lr_scheduler_type, stand_in, config.warmup_steps, total_steps)
+
+
+def advance(schedule: LambdaLR, steps: int = 1) -> None:
+    """Move the learning rate on by some optimizer steps."""
+    for _ in range(steps):
+        schedule.optimizer.step()  # the stand-in has no gradient; torch warns if it never steps
+        schedule.step()
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)

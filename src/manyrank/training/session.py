@@ -1,0 +1,229 @@
+"""One run to its final_model: train, and tell the user what happened. `run` makes a session of a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from ..chat_template.render import render_options
+from ..checkpoint import state as checkpoint
+from ..checkpoint.resume import Start, from_main
+from ..config.resolve import TrainConfig
+from ..errors import Preempted, SaveError
+from ..models.generate import answers
+from ..models.load import evaluation_mode
+from ..parallel.engine import Facts, Runtime
+from ..plan.planned_run import Setup
+from ..rules.check import warnings_of_length
+from ..runs import folder as run_folder
+from ..runs import logs as metrics
+from . import record, trackers
+from .loss import LossFunction
+from .memory import compared, is_out_of_memory, out_of_memory
+from .trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What a script brings along, in place of or beside what the recipe names.
+
+    Attributes:
+        model: the base, without adapters; the recipe's method puts them on it.
+        tokenizer: with a chat template, where the data needs one.
+        callbacks: transformers callbacks, beside those of the recipe.
+        loss: logits (n, vocabulary) in float32 and targets (n,) of supervised tokens to their summed loss, a scalar.
+    """
+
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    callbacks: Sequence[TrainerCallback] = ()
+    loss: LossFunction | None = None
+
+
+@dataclass
+class Session:
+    """Everything that one rank has in memory."""
+
+    config: TrainConfig
+    runtime: Runtime
+    tokenizer: PreTrainedTokenizerBase
+    trainer: Trainer
+    output_dir: Path
+    start: Start
+    setup: Setup | None
+    own_tokenizer: bool  # a script has brought it
+    give_back: Callable[[], None]  # what a script has brought, as it was
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.runtime.accelerator
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, flush=True)
+
+    def _starts(self, phase: str) -> None:
+        """A sign of life before the first step."""
+        if self.trainer.heart:
+            self.trainer.heart.beat(0, phase)
+
+    def dry_run(self) -> None:
+        """Load everything, one step forward and backward, save nothing."""
+        for warning in warnings_of_length(self.config, self.trainer.total_steps):
+            self.say(warning)
+        started = time.perf_counter()
+        result = self.trainer.dry_step()
+        facts = self.runtime.facts()
+        peak = metrics.peak_memory(self.accelerator.device.type)
+        self.say(
+            f"dry run: strategy came up as {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
+            f"{self.trainer.total_steps} steps of {self.trainer.batch_size} examples would follow\n"
+            f"dry run: one step, {result.tokens:,} tokens, loss {result.loss:.4f}, {time.perf_counter() - started:.1f} s, "
+            f"peak memory {peak / 2**30:.2f} GiB a process; nothing was saved"
+        )
+
+    def run(self, report: Callable[[Path], Path | None] = lambda folder: None) -> None:
+        """Train, save final_model, show the answers to the recipe's questions before and after.
+
+        Args:
+            report: makes the page of a run that has ended, in its folder.
+        """
+        for note in (*self.start.notes, *warnings_of_length(self.config, self.trainer.total_steps)):
+            self.say(note)
+        if self.start.folder:
+            self._starts(f"resuming from {self.start.folder}")
+            self.trainer.resume(self.start.folder)
+            self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
+        facts = self._write_facts()
+        with self._recorded(facts, report):
+            try:
+                with self._explained():
+                    before = self._before()
+                    self.trainer.train()
+                    final = self.save_final_model()
+                    after = self._answers()
+            except Preempted:
+                self._compare()
+                raise
+            self._tell(before, after, final)
+            self._compare()
+        if self.accelerator.is_main_process and (page := report(self.output_dir)):
+            self.say(f"report: {page}")
+        self.accelerator.wait_for_everyone()
+
+    def _tell(self, before: list[str], after: list[str], final: Path) -> None:
+        for question, old, new in zip(self.config.sample_questions, before, after):
+            self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
+        self.say(f"\nfinal model: {final}")
+        if self.accelerator.is_main_process and before:
+            with metrics.beside_the_point():
+                metrics.write_samples(self.output_dir, self.config.sample_questions, before, after)
+
+    def _compare(self) -> None:
+        with metrics.beside_the_point():
+            if self.setup and self.accelerator.is_main_process and (line := compared(self.setup, self.output_dir)):
+                self.say(line)
+
+    def _recorded(self, facts: Facts, report: Callable[[Path], object]) -> contextlib.AbstractContextManager:
+        """The run's history, on rank 0."""
+        if not self.accelerator.is_main_process:
+            return contextlib.nullcontext()
+        return record.history(
+            self.output_dir,
+            step=lambda: self.trainer.state.global_step,
+            event="resumed" if self.start.folder else "started",
+            failed=report,
+            processes=self.accelerator.num_processes,
+            total_steps=self.trainer.total_steps,
+            wrapper=facts.wrapper,
+        )
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Being out of memory, with what the plan says of it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.setup is None or not is_out_of_memory(error):
+                raise
+            held = metrics.peak_memory(self.accelerator.device.type)
+            raise out_of_memory(self.setup, step=self.trainer.state.global_step + 1, measured=held) from None
+
+    def save_final_model(self) -> Path:
+        """Write final_model/, complete or not at all."""
+        final, partial = self.output_dir / "final_model", self.output_dir / "final_model.partial"
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        bf16 = self.runtime.facts().precision == "bf16"
+        dtype = torch.bfloat16 if self.config.method == "full" and bf16 else None
+        try:
+            checkpoint.save_weights(
+                self.runtime, partial, dtype=dtype, also=lambda: self.tokenizer.save_pretrained(partial)
+            )
+        except SaveError as error:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise SaveError(f"final_model could not be written: {error}") from None
+        if main:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def close(self) -> None:
+        """Leave the process group; after an error, without waiting for the others."""
+        self.give_back()
+        if self.trainer.token_loss and self.trainer.token_loss.head:
+            self.trainer.token_loss.head.release()
+        self.accelerator.end_training()
+
+    def _before(self) -> list[str]:
+        """The answers before the training; a resumed run has them from its first start."""
+        questions, main = self.config.sample_questions, self.accelerator.is_main_process
+        kept = from_main(self.accelerator, lambda: metrics.read_samples(self.output_dir) or [])
+        if kept and self.start.folder and [entry["question"] for entry in kept] == questions:
+            return [entry["before"] for entry in kept]
+        self._starts("answering the sample questions")
+        found = self._answers()
+        if main and found:
+            with metrics.beside_the_point():
+                metrics.write_samples(self.output_dir, questions, found)
+        return found
+
+    def _answers(self) -> list[str]:
+        if not self.config.sample_questions:
+            return []
+        with evaluation_mode(self.runtime.wrapped):
+            return answers(
+                self.runtime.wrapped,
+                self.runtime.model,
+                self.tokenizer,
+                self.config.sample_questions,
+                options=render_options(self.config),
+                max_new_tokens=self.config.sample_max_new_tokens,
+            )
+
+    def _write_facts(self) -> Facts:
+        facts = self.runtime.facts()
+        if self.accelerator.is_main_process:
+            evaluation = self.trainer.eval_loader and self.trainer.eval_loader.examples
+            with run_folder.writable(self.output_dir):
+                record.write_tokenizer(self.tokenizer if self.own_tokenizer else None, self.output_dir)
+                record.write_facts(self.config, self.output_dir, facts, self.trainer.loader.examples, evaluation)
+                trackers.continue_run(self.config, self.output_dir)
+                metrics.rewind(self.output_dir, self.trainer.state.global_step)
+        return facts
+
+
+def _one_line(text: str) -> str:
+    return " / ".join(line for line in text.splitlines() if line.strip())
