@@ -64,9 +64,14 @@ def _table(method: str) -> str:
 
 def _cell(model: str, method: str, gpu: str, nproc: int, nnodes: int) -> str:
     given = {
-        "model_name_or_path": model, "data_path": "x", "method": method, "max_length": LENGTH, "per_device_train_batch_size": 1,
-        "global_batch_size": BATCH, "gradient_checkpointing": "auto",
-    }  # fmt: skip
+        "model_name_or_path": model,
+        "data_path": "x",
+        "method": method,
+        "max_length": LENGTH,
+        "per_device_train_batch_size": 1,
+        "global_batch_size": BATCH,
+        "gradient_checkpointing": "auto",
+    }
     config = resolve(None, [Entry(key, value, "docs") for key, value in given.items()]).config
     kind = find_kind(gpu)
     found = make_plan(config, read(model), Machine(kind, kind.memory, nproc, nnodes), bf16=True).chosen

@@ -57,10 +57,15 @@ def figures() -> list[Figure]:
 
 def _planned(row: dict[str, str]) -> int:
     values = {
-        "model_name_or_path": row["model"], "data_path": "none", "method": row["method"], "max_length": int(row["max_length"]),
-        "per_device_train_batch_size": int(row["micro_batch"]), "gradient_checkpointing": row["checkpointing"], "optim": row["optim"],
+        "model_name_or_path": row["model"],
+        "data_path": "none",
+        "method": row["method"],
+        "max_length": int(row["max_length"]),
+        "per_device_train_batch_size": int(row["micro_batch"]),
+        "gradient_checkpointing": row["checkpointing"],
+        "optim": row["optim"],
         "plain_parts": [] if row["head"] == "chunks" else ["head", "lora"],
-    }  # fmt: skip
+    }
     if row["method"] != "full":
         targets = row["lora_targets"].split(",")
         values["lora_r"], values["lora_dropout"] = int(row["lora_r"]), float(row["lora_dropout"])

@@ -28,9 +28,12 @@ def answers() -> dict[str, torch.Tensor]:
     kept = torch.randint(1, ANSWER + 1, (ROWS, 1), generator=draw)
     mask = (torch.arange(ANSWER)[None] < kept).long()
     return {
-        "prompt_ids": ids[:, :PROMPT], "prompt_mask": torch.ones(ROWS, PROMPT, dtype=torch.long),
-        "completion_ids": ids[:, PROMPT:], "completion_mask": mask, "advantages": torch.randn(ROWS, generator=draw),
-    }  # fmt: skip
+        "prompt_ids": ids[:, :PROMPT],
+        "prompt_mask": torch.ones(ROWS, PROMPT, dtype=torch.long),
+        "completion_ids": ids[:, PROMPT:],
+        "completion_mask": mask,
+        "advantages": torch.randn(ROWS, generator=draw),
+    }
 
 
 def main() -> int:

@@ -48,9 +48,13 @@ class Host:
     def start(self, *argv: str, **env: str) -> subprocess.Popen:
         inside = ["unshare", "-u", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh", *argv]
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *inside], cwd=ROOT, env={**os.environ, **env},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            ["ip", "netns", "exec", self.name, *inside],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def train(self, *args: str, nnodes: int = 2, **env: str) -> subprocess.Popen:
         """`manyrank train` as machine `number` of `nnodes`, one process on each."""

@@ -18,22 +18,44 @@ from manyrank.training.loss import TokenLoss
 TOKENS, DOCUMENTS = 256, 4
 SHAPE = {**SMALL, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32}
 MODELS = {
-    "llama": {}, "qwen2": {"head_dim": None}, "qwen3": {}, "gemma": {}, "gemma3_text": {}, "phi3": {"head_dim": None}, "olmo2": {"head_dim": None},
-    "granite": {"head_dim": None}, "starcoder2": {"head_dim": None},
-    "qwen3_moe": {**MOE, "moe_intermediate_size": 160}, "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "llama": {},
+    "qwen2": {"head_dim": None},
+    "qwen3": {},
+    "gemma": {},
+    "gemma3_text": {},
+    "phi3": {"head_dim": None},
+    "olmo2": {"head_dim": None},
+    "granite": {"head_dim": None},
+    "starcoder2": {"head_dim": None},
+    "qwen3_moe": {**MOE, "moe_intermediate_size": 160},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {**MOE, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 320, "head_dim": None},
-    "deepseek_v3": {**LATENT, "q_lora_rank": 64, "kv_lora_rank": 48, "v_head_dim": 32, "head_dim": None, "moe_intermediate_size": 160},
-}  # fmt: skip
+    "deepseek_v3": {
+        **LATENT,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 48,
+        "v_head_dim": 32,
+        "head_dim": None,
+        "moe_intermediate_size": 160,
+    },
+}
 LORA, FULL = ("--method=lora",), ("--method=full",)
 CHECKPOINTED, SOME = ("--gradient_checkpointing=full",), ("--gradient_checkpointing=2",)
 CASES = [
     *((model, dtype, method) for model in MODELS for dtype in ("bfloat16", "float32") for method in (LORA, FULL)),
     *((model, "autocast", FULL) for model in ("llama", "qwen3", "gemma3_text", "qwen3_moe")),
-    *((model, "bfloat16", (*method, *again)) for model in ("llama", "qwen3", "gemma3_text", "qwen3_moe") for method in (LORA, FULL) for again in (CHECKPOINTED, SOME)),
+    *(
+        (model, "bfloat16", (*method, *again))
+        for model in ("llama", "qwen3", "gemma3_text", "qwen3_moe")
+        for method in (LORA, FULL)
+        for again in (CHECKPOINTED, SOME)
+    ),
     ("llama", "bfloat16", (*LORA, "--lora_target_modules=q_proj,v_proj")),
-    ("llama", "float32", (*LORA, "--lora_dropout=0.1")), ("qwen3", "bfloat16", (*LORA, "--lora_dropout=0.1")), ("qwen3", "bfloat16", (*LORA, "--lora_r=64")),
+    ("llama", "float32", (*LORA, "--lora_dropout=0.1")),
+    ("qwen3", "bfloat16", (*LORA, "--lora_dropout=0.1")),
+    ("qwen3", "bfloat16", (*LORA, "--lora_r=64")),
     ("qwen3_moe", "bfloat16", (*LORA, "--lora_target_modules=q_proj,k_proj,v_proj,o_proj")),
-]  # fmt: skip
+]
 
 
 def recipe(*argv: str):
@@ -60,9 +82,13 @@ def packs() -> dict[str, torch.Tensor]:
     each = TOKENS // DOCUMENTS
     bounds = torch.arange(0, TOKENS + 1, each, dtype=torch.int32)
     return {
-        "input_ids": torch.arange(TOKENS)[None] % 300, "position_ids": torch.arange(TOKENS)[None] % each,
-        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": each, "max_length_k": each,
-    }  # fmt: skip
+        "input_ids": torch.arange(TOKENS)[None] % 300,
+        "position_ids": torch.arange(TOKENS)[None] % each,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": each,
+        "max_length_k": each,
+    }
 
 
 def really_saved(model: torch.nn.Module) -> int:

@@ -91,8 +91,18 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_left_alone(sampling, embe
 
 def test_sigterm_ends_after_the_batch_with_75(embedded_model, tmp_path):
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    command = [sys.executable, "-m", "manyrank.cli", "generate", str(embedded_model), str(DATA), str(out),
-               "--max-new-tokens=200", "--batch-size=1", "--temperature=2"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "manyrank.cli",
+        "generate",
+        str(embedded_model),
+        str(DATA),
+        str(out),
+        "--max-new-tokens=200",
+        "--batch-size=1",
+        "--temperature=2",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not partial.exists() or partial.read_bytes().count(b"\n") < 2:
         assert process.poll() is None
@@ -129,10 +139,14 @@ def test_rows_that_cannot_be_answered_are_all_told_or_said_in_the_output(embedde
 @pytest.mark.parametrize(
     ("argv", "what"),
     [
-        (["--num-samples=2"], "2 samples at temperature 0"), (["--batch-size=0"], "--batch-size 0"), (["--limit=-1"], "--limit -1"),
-        (["--top-p=2"], "top_p 2.0"), (["--dtype=int"], "invalid choice"), (["--frobnicate"], "unrecognized"),
+        (["--num-samples=2"], "2 samples at temperature 0"),
+        (["--batch-size=0"], "--batch-size 0"),
+        (["--limit=-1"], "--limit -1"),
+        (["--top-p=2"], "top_p 2.0"),
+        (["--dtype=int"], "invalid choice"),
+        (["--frobnicate"], "unrecognized"),
     ],
-)  # fmt: skip
+)
 def test_wrong_options_are_refused(argv, what, embedded_model, tmp_path):
     with pytest.raises(UserError, match=what):
         generate(embedded_model, DATA, tmp_path / "out.jsonl", *argv)
@@ -141,7 +155,11 @@ def test_wrong_options_are_refused(argv, what, embedded_model, tmp_path):
 
 def test_an_output_is_never_replaced_by_mistake(embedded_model, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
-    for name, what in {"out.jsonl": "is there already", "out.txt": "not named", "a/out.jsonl": "cannot be written"}.items():  # fmt: skip
+    for name, what in {
+        "out.jsonl": "is there already",
+        "out.txt": "not named",
+        "a/out.jsonl": "cannot be written",
+    }.items():
         with pytest.raises(UserError, match=what):
             generate(embedded_model, DATA, tmp_path / name)
     assert generate(embedded_model, DATA, tmp_path / "out.jsonl", "--overwrite", "--limit=1", *SHORT) == 0
@@ -208,10 +226,13 @@ ASKED = [{"role": "user", "content": "a"}]
         ({"instruction": "a", "input": "b"}, [{"role": "user", "content": "a\n\nb"}]),
         ({"conversations": [{"from": "human", "value": "a"}]}, ASKED),
         ({"messages": [*ASKED, {"role": "assistant", "content": "b"}]}, ASKED),
-        ({"messages": [*ASKED, {"role": "assistant", "content": "b", "weight": 1}, *ASKED]}, [*ASKED, {"role": "assistant", "content": "b"}, *ASKED]),
+        (
+            {"messages": [*ASKED, {"role": "assistant", "content": "b", "weight": 1}, *ASKED]},
+            [*ASKED, {"role": "assistant", "content": "b"}, *ASKED],
+        ),
         ({"question": "a", "system": "s"}, [{"role": "system", "content": "s"}, *ASKED]),
     ],
-)  # fmt: skip
+)
 def test_a_prompt_is_all_before_the_last_answer(row, messages, tmp_path):
     (prompt,) = read_prompts(Source(str(write(tmp_path / "in.jsonl", row))))
     assert prompt.messages == messages and not prompt.problem
@@ -223,14 +244,20 @@ def test_a_prompt_is_all_before_the_last_answer(row, messages, tmp_path):
 def test_lines_of_text_are_prompts(tmp_path):
     (tmp_path / "in.txt").write_bytes("\ufeffWhat is é?\n\nHow?\r\n".encode() + b"\xff\n")
     found = read_prompts(Source(str(tmp_path / "in.txt")))
-    assert [(prompt.number, prompt.messages and prompt.messages[0]["content"]) for prompt in found] == [(1, "What is é?"), (3, "How?"), (4, [])]  # fmt: skip
+    assert [(prompt.number, prompt.messages and prompt.messages[0]["content"]) for prompt in found] == [
+        (1, "What is é?"),
+        (3, "How?"),
+        (4, []),
+    ]
     assert "not UTF-8" in found[2].problem
 
 
 def test_rows_without_prompts_are_refused(tmp_path):
     with pytest.raises(UserError, match="rows of text have no prompt"):
         read_prompts(Source(str(write(tmp_path / "in.jsonl", {"text": "a"}))))
-    (prompt,) = read_prompts(Source(str(write(tmp_path / "in.jsonl", {"messages": [{"role": "assistant", "content": "b"}]}))))  # fmt: skip
+    (prompt,) = read_prompts(
+        Source(str(write(tmp_path / "in.jsonl", {"messages": [{"role": "assistant", "content": "b"}]})))
+    )
     assert prompt.problem == "nothing is said before the answer"
     (tmp_path / "in.txt").write_text("\n")
     with pytest.raises(UserError, match="no prompts"):

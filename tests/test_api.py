@@ -163,9 +163,11 @@ def test_checkpoints_are_used_with_the_tokenizer_of_their_run(method, tmp_path, 
     base = AutoTokenizer.from_pretrained(embedded_model)
     base.backend_tokenizer.normalizer = Lowercase()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=base.backend_tokenizer, eos_token=base.eos_token, pad_token=base.pad_token,
+        tokenizer_object=base.backend_tokenizer,
+        eos_token=base.eos_token,
+        pad_token=base.pad_token,
         chat_template="{{ 'Mind. ' }}" + base.chat_template,
-    )  # fmt: skip
+    )
     own = SFTTrainer(config(tmp_path / "own", method=method, save_steps=2), tokenizer=tokenizer).train()
     asked = [{"role": "user", "content": "What IS the mean?"}]
     ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]

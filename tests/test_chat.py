@@ -57,7 +57,9 @@ def talk(monkeypatch, capsys, *argv, lines) -> str:
 def by_hand(model, tokenizer, *messages) -> str:
     """Twelve greedy tokens by transformers alone."""
     stops = stop_ids(tokenizer, RenderOptions())
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]  # fmt: skip
+    ids = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
     start = ids.shape[1]
     for _ in range(12):
         with torch.no_grad():
@@ -104,7 +106,10 @@ def test_a_conversation_through_a_pipe_is_saved_as_training_data(adapter, embedd
     source = known_format(Source(str(file)))
     (row,) = read_rows(source)
     assert source.format_type == "messages" and to_sample(row.readable(), "messages").messages == said
-    printed = [line.removesuffix(" [cut: --max-new-tokens, or the model's context]").strip() for line in done.stdout.splitlines()]  # fmt: skip
+    printed = [
+        line.removesuffix(" [cut: --max-new-tokens, or the model's context]").strip()
+        for line in done.stdout.splitlines()
+    ]
     assert printed == ["system: Be brief.", first, second, f"saved to {file}", "a new conversation", alone]
 
 
@@ -121,7 +126,11 @@ def test_base_and_tuned_answer_side_by_side_each_with_its_own_history(
         first = by_hand(model, tokenizer, user(QUESTION))
         answers[title] = [first, by_hand(model, tokenizer, user(QUESTION), assistant(first), user("Why?"))]
     assert answers["base"] != answers["tuned"]
-    rows = [[cell.strip().partition(" [cut")[0] for cell in line.split(" | ")] for line in shown.splitlines() if " | " in line]  # fmt: skip
+    rows = [
+        [cell.strip().partition(" [cut")[0] for cell in line.split(" | ")]
+        for line in shown.splitlines()
+        if " | " in line
+    ]
     assert [row for row in rows if row[0] == "base"] == [["base", "tuned"]] * 2
     assert [row for row in rows if row[0] in answers["base"]] == [list(pair) for pair in zip(*answers.values())]
     saved = json.loads((tmp_path / "tuned.jsonl").read_text())
@@ -130,11 +139,30 @@ def test_base_and_tuned_answer_side_by_side_each_with_its_own_history(
 
 def test_commands_that_fail_or_are_unknown_end_nothing(embedded_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.json").write_text("mine")
-    lines = ["/save a.json", "/frobnicate", "/save", "", QUESTION, f"/save {tmp_path}/mine.json", f"/save {tmp_path}/a/b.json",
-             f"/save {tmp_path}/c.txt", f"/save {tmp_path}/d.json", f"/save {tmp_path}/d.json", "/help", "/exit", QUESTION]  # fmt: skip
+    lines = [
+        "/save a.json",
+        "/frobnicate",
+        "/save",
+        "",
+        QUESTION,
+        f"/save {tmp_path}/mine.json",
+        f"/save {tmp_path}/a/b.json",
+        f"/save {tmp_path}/c.txt",
+        f"/save {tmp_path}/d.json",
+        f"/save {tmp_path}/d.json",
+        "/help",
+        "/exit",
+        QUESTION,
+    ]
     shown = talk(monkeypatch, capsys, embedded_model, lines=lines)
-    for text in ("nothing to save yet", "/frobnicate is not known so", "/save is not known so", "mine.json is there already",
-                 "cannot write", "no name of a data file"):  # fmt: skip
+    for text in (
+        "nothing to save yet",
+        "/frobnicate is not known so",
+        "/save is not known so",
+        "mine.json is there already",
+        "cannot write",
+        "no name of a data file",
+    ):
         assert shown.count(text) == 1, text
     assert shown.count(HELP) == 3 and shown.count("saved to") == 2
     assert (tmp_path / "mine.json").read_text() == "mine" and shown.rstrip().endswith(HELP)
@@ -173,7 +201,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talker):
         "--temperature",
         "0",
     ]
-    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=subprocess.DEVNULL, cwd=ROOT, env={**os.environ, "TERM": "dumb"})  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=end, stdout=end, stderr=subprocess.DEVNULL, cwd=ROOT, env={**os.environ, "TERM": "dumb"}
+    )
     os.close(end)
     seen = []
 
@@ -228,7 +258,9 @@ def test_a_wish_to_stop_ends_the_answer_and_what_was_said_stays(speaker):
 
 def test_a_seed_gives_the_same_conversation_and_another_turn_other_draws(speaker):
     def said(seed):
-        own = Speaker(speaker.model, speaker.tokenizer, RenderOptions(), Sampling(max_new_tokens=12, temperature=2.0, seed=seed))  # fmt: skip
+        own = Speaker(
+            speaker.model, speaker.tokenizer, RenderOptions(), Sampling(max_new_tokens=12, temperature=2.0, seed=seed)
+        )
         talk = Conversation(own)
         for _ in range(2):
             talk.ask(QUESTION, show=lambda text: None, stopped=never)
@@ -248,9 +280,12 @@ def test_a_tokenizer_without_a_template_is_refused(speaker, tokenizer, embedded_
 
 def test_options_that_cannot_be_are_refused(embedded_model, monkeypatch):
     for argv, what in [
-        ([embedded_model, "--compare"], "no adapter"), ([embedded_model, "--top-p", "0"], "top_p 0"), (["/nowhere/at/all"], "no folder /nowhere/at/all"),
-        ([embedded_model, "--quantization", "2bit"], "invalid choice"), ([embedded_model, "--max-new-tokens", "0"], "max_new_tokens 0"),
-    ]:  # fmt: skip
+        ([embedded_model, "--compare"], "no adapter"),
+        ([embedded_model, "--top-p", "0"], "top_p 0"),
+        (["/nowhere/at/all"], "no folder /nowhere/at/all"),
+        ([embedded_model, "--quantization", "2bit"], "invalid choice"),
+        ([embedded_model, "--max-new-tokens", "0"], "max_new_tokens 0"),
+    ]:
         with pytest.raises(UserError, match=what):
             chat.main([str(word) for word in argv])
 
@@ -264,7 +299,14 @@ def test_a_save_that_cannot_be_written_leaves_nothing(tmp_path):
 
 def test_columns_have_the_width_of_the_terminal():
     shown = side_by_side({"base": "one two three four five\n\nsix", "tuned": "seven"}, width=43).splitlines()
-    assert shown == ["base                 | tuned", "-" * 20 + " | " + "-" * 20, "one two three four   | seven", "five                 |", "                     |", "six                  |"]  # fmt: skip
+    assert shown == [
+        "base                 | tuned",
+        "-" * 20 + " | " + "-" * 20,
+        "one two three four   | seven",
+        "five                 |",
+        "                     |",
+        "six                  |",
+    ]
 
 
 def test_the_first_interrupt_is_a_wish_and_the_handler_is_put_back():

@@ -83,8 +83,16 @@ def test_a_base_that_is_not_there(recipe):
 
 @pytest.mark.parametrize("alias, key", ALIASES.items())
 def test_aliases_and_dashes(alias, key):
-    value = {"per_device_train_batch_size": 2, "max_length": 77, "lora_r": 3, "num_train_epochs": 1.5,
-             "duplicates": "drop", "train_on_prompt": True, "num_generations": 2, "max_completion_length": 9}.get(key, "0.5")  # fmt: skip
+    value = {
+        "per_device_train_batch_size": 2,
+        "max_length": 77,
+        "lora_r": 3,
+        "num_train_epochs": 1.5,
+        "duplicates": "drop",
+        "train_on_prompt": True,
+        "num_generations": 2,
+        "max_completion_length": 9,
+    }.get(key, "0.5")
     given_key = alias.replace("_", "-")
     values = {name: text for name, text in REQUIRED.items() if name != key}
     resolved = resolve(None, [*entries(**values), Entry(f"--{given_key}", value, "here")])
@@ -203,16 +211,29 @@ def test_lists(value, expected):
 @pytest.mark.parametrize(
     "given, trackers",
     [
-        ({}, []), ({"report_to": "none"}, []), ({"report_to": ["none"]}, []), ({"report_to": "wandb"}, ["wandb"]),
-        ({"report_to": "wandb,mlflow"}, ["wandb", "mlflow"]), ({"wandb": "yes"}, ["wandb"]), ({"wandb": "no"}, []),
+        ({}, []),
+        ({"report_to": "none"}, []),
+        ({"report_to": ["none"]}, []),
+        ({"report_to": "wandb"}, ["wandb"]),
+        ({"report_to": "wandb,mlflow"}, ["wandb", "mlflow"]),
+        ({"wandb": "yes"}, ["wandb"]),
+        ({"wandb": "no"}, []),
     ],
-)  # fmt: skip
+)
 def test_trackers(given, trackers):
     assert make(**given).report_to == trackers
 
 
-@pytest.mark.parametrize("given, value", [({}, "auto"), ({"bf16": "auto"}, "auto"), ({"bf16": "true"}, True),
-                                          ({"bf16": False}, False), ({"bf16": None}, "auto")])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, value",
+    [
+        ({}, "auto"),
+        ({"bf16": "auto"}, "auto"),
+        ({"bf16": "true"}, True),
+        ({"bf16": False}, False),
+        ({"bf16": None}, "auto"),
+    ],
+)
 def test_bf16(given, value):
     assert make(**given).bf16 is value or make(**given).bf16 == value
 
@@ -254,11 +275,15 @@ def test_sources(recipe):
 @pytest.mark.parametrize(
     "data_path, what",
     [
-        ("[]", "at least 1"), ("{pth: x}", "path: field required"), ("{path: x, weigth: 1}", "a source has no 'weigth'"),
-        ("{path: x, weight: 0}", "weight: "), ("[x, 3]", "valid dictionary"), ("[x", "not a mapping"),
+        ("[]", "at least 1"),
+        ("{pth: x}", "path: field required"),
+        ("{path: x, weigth: 1}", "a source has no 'weigth'"),
+        ("{path: x, weight: 0}", "weight: "),
+        ("[x, 3]", "valid dictionary"),
+        ("[x", "not a mapping"),
         ("{path: x, format_type: csv}", "format_type: "),
     ],
-)  # fmt: skip
+)
 def test_sources_that_are_wrong(data_path, what):
     assert what in error(data_path=data_path).what
 
@@ -299,12 +324,27 @@ def test_an_unknown_key_that_is_like_no_other():
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("learning_rate", "fast"), ("learning_rate", -1), ("learning_rate", True), ("lora_r", 0), ("lora_r", 1.5),
-        ("seed", False), ("method", "lorra"), ("strategy", "zero4"), ("format_type", "csv"), ("bf16", "maybe"),
-        ("packing", "dense"), ("lora_dropout", 1), ("dry_run", "perhaps"), ("max_steps", -2), ("optim", "adam"),
-        ("learning_rate", float("nan")), ("report_to", 3), ("data_path", 3), ("max_length", None),
+        ("learning_rate", "fast"),
+        ("learning_rate", -1),
+        ("learning_rate", True),
+        ("lora_r", 0),
+        ("lora_r", 1.5),
+        ("seed", False),
+        ("method", "lorra"),
+        ("strategy", "zero4"),
+        ("format_type", "csv"),
+        ("bf16", "maybe"),
+        ("packing", "dense"),
+        ("lora_dropout", 1),
+        ("dry_run", "perhaps"),
+        ("max_steps", -2),
+        ("optim", "adam"),
+        ("learning_rate", float("nan")),
+        ("report_to", 3),
+        ("data_path", 3),
+        ("max_length", None),
     ],
-)  # fmt: skip
+)
 def test_wrong_values(key, value):
     caught = error(**{key: value})
     assert caught.what.startswith(f"{key}: {value!r} is not right: ")

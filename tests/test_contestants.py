@@ -64,8 +64,11 @@ def test_a_run_that_trained_everything_is_compared_with_what_it_began_with(folde
 def test_each_is_compared_with_its_own_base_and_bases_with_the_first(folders):
     a, b = folders["A"], folders["B"]
     assert [model[1:3] for model in table(line_up([folders["on-a"], folders["on-b"]], bases=True))] == [
-        (a, None), (folders["on-a"], a), (b, a), (folders["on-b"], b),
-    ]  # fmt: skip
+        (a, None),
+        (folders["on-a"], a),
+        (b, a),
+        (folders["on-b"], b),
+    ]
     assert [model[1:3] for model in table(line_up([b, a], bases=True))] == [(b, None), (a, b)]
 
 

@@ -87,8 +87,11 @@ def test_everything_is_written(prepare, tmp_path, capsys):
         filters=[{"correct": {"field": "run.ok"}}, "dedup", {"length": {"field": "run.text", "max": 22}}],
     )
     assert sorted(path.name for path in folder.iterdir()) == [
-        "dataset", "sft_data_summary.json", "train.jsonl", "validation.jsonl",
-    ]  # fmt: skip
+        "dataset",
+        "sft_data_summary.json",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
     files = {name: read_lines(folder / f"{name}.jsonl") for name in PARTS}
     expected = [{"question": f"What is {n}?", "answer": f"It is {n}, für immer."} for n in range(1, 100) if n % 4]
     assert sorted(sum(files.values(), []), key=str) == sorted(expected, key=str)
@@ -100,8 +103,10 @@ def test_everything_is_written(prepare, tmp_path, capsys):
 
     found = summary(folder)
     assert [(one["filter"], one["in"], one["out"], one["dropped"]) for one in found["filters"]] == [
-        ("correct", 100, 75, {"not correct": 25}), ("dedup", 75, 75, {}), ("length", 75, 75, {}),
-    ]  # fmt: skip
+        ("correct", 100, 75, {"not correct": 25}),
+        ("dedup", 75, 75, {}),
+        ("length", 75, 75, {}),
+    ]
     assert (found["accuracy"], found["rows_read"], found["rows_written"]) == (0.75, 100, 75)
     assert found["splits"] == {name: len(rows) for name, rows in files.items()}
     assert found["format"] == "question_answer"
@@ -109,10 +114,13 @@ def test_everything_is_written(prepare, tmp_path, capsys):
     content = (tmp_path / "raw.jsonl").read_bytes()
     assert found["sources"] == [
         {
-            "path": str(tmp_path / "raw.jsonl"), "split": None, "rows": 100,
-            "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+            "path": str(tmp_path / "raw.jsonl"),
+            "split": None,
+            "rows": 100,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
         }
-    ]  # fmt: skip
+    ]
     answers = [len(row["answer"]) for row in expected]
     assert found["lengths"]["answer_characters"]["max"] == max(answers)
     assert found["lengths"]["answer_characters"]["mean"] == round(sum(answers) / len(answers), 1)
@@ -145,13 +153,37 @@ def test_what_is_written_can_be_trained_on(prepare):
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 MIXED = [
-    {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
-     "day": "2024-01-01", "score": 1, "tags": ["a"], "meta": {"by": "x"}, "any": 1, "big": 2**62, "none": None},
-    {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "b"}],
-     "day": "2024-01-02", "score": 2.5, "tags": [], "meta": {"by": "y"}, "any": "one", "big": 3, "none": None},
-    {"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "c", "reasoning_content": "r"}],
-     "day": "", "score": None, "tags": None, "meta": None, "any": [{"deep": [None, {}]}], "big": None, "none": None},
-]  # fmt: skip
+    {
+        "messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        "day": "2024-01-01",
+        "score": 1,
+        "tags": ["a"],
+        "meta": {"by": "x"},
+        "any": 1,
+        "big": 2**62,
+        "none": None,
+    },
+    {
+        "messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "b"}],
+        "day": "2024-01-02",
+        "score": 2.5,
+        "tags": [],
+        "meta": {"by": "y"},
+        "any": "one",
+        "big": 3,
+        "none": None,
+    },
+    {
+        "messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "c", "reasoning_content": "r"}],
+        "day": "",
+        "score": None,
+        "tags": None,
+        "meta": None,
+        "any": [{"deep": [None, {}]}],
+        "big": None,
+        "none": None,
+    },
+]
 
 
 def test_rows_of_any_shape_survive_the_table(prepare):
@@ -163,11 +195,22 @@ def test_rows_of_any_shape_survive_the_table(prepare):
 @pytest.mark.parametrize(
     "one, other, expected",
     [
-        (None, 1, "int64"), (1, 2.5, "json"), (1.5, None, "float64"), ("a", "b", "string"), ("a", 1, "json"), (True, 1, "json"),
-        ([1], [], ["int64"]), ([], None, [None]), ([1], ["a"], ["json"]), ([1], "a", "json"), ({"a": 1}, {"a": None}, {"a": "int64"}),
-        ({"a": 1}, {"b": 1}, "json"), ({"a": 1}, {"a": "x"}, {"a": "json"}), ({}, {}, "json"),
+        (None, 1, "int64"),
+        (1, 2.5, "json"),
+        (1.5, None, "float64"),
+        ("a", "b", "string"),
+        ("a", 1, "json"),
+        (True, 1, "json"),
+        ([1], [], ["int64"]),
+        ([], None, [None]),
+        ([1], ["a"], ["json"]),
+        ([1], "a", "json"),
+        ({"a": 1}, {"a": None}, {"a": "int64"}),
+        ({"a": 1}, {"b": 1}, "json"),
+        ({"a": 1}, {"a": "x"}, {"a": "json"}),
+        ({}, {}, "json"),
     ],
-)  # fmt: skip
+)
 def test_the_narrowest_type(one, other, expected):
     assert merged(kind(one), kind(other)) == merged(kind(other), kind(one)) == expected
 
@@ -218,9 +261,18 @@ def test_one_split_takes_all(text):
     [
         ({"question": "q", "answer": "a", "source": "s"}, ["q"]),
         ({"instruction": "i", "input": "n", "output": "o", "system": "s"}, ["i\n\nn"]),
-        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "1"},
-                       {"role": "assistant", "content": "a"}, {"role": "user", "content": "2"},
-                       {"role": "assistant", "content": "b"}]}, ["1"]),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "1"},
+                    {"role": "assistant", "content": "a"},
+                    {"role": "user", "content": "2"},
+                    {"role": "assistant", "content": "b"},
+                ]
+            },
+            ["1"],
+        ),
         ({"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]}, ["s"]),
         ({"messages": [{"role": "assistant", "content": "a"}]}, ["a"]),
         ({"text": "t"}, "t"),
@@ -228,16 +280,21 @@ def test_one_split_takes_all(text):
         ({"input_ids": [1, 5, 6], "labels": [-100, 5, 6]}, [1, 5, 6]),
         ({"input_ids": [1, 5, 6]}, [1, 5, 6]),
     ],
-)  # fmt: skip
+)
 def test_the_question_of_a_row(row, expected):
     assert question(to_sample(row, detect(row, where=""))) == expected
 
 
 def test_lengths():
-    talk = Conversation([{"role": "user", "content": "a b"}, {"role": "assistant", "content": "日本"}, {"role": "user", "content": "c"}])  # fmt: skip
+    talk = Conversation(
+        [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "日本"}, {"role": "user", "content": "c"}]
+    )
     assert lengths(talk) == {
-        ("prompt", "characters"): 4, ("prompt", "words"): 3, ("answer", "characters"): 2, ("answer", "words"): 1,
-    }  # fmt: skip
+        ("prompt", "characters"): 4,
+        ("prompt", "words"): 3,
+        ("answer", "characters"): 2,
+        ("answer", "words"): 1,
+    }
     assert lengths(PlainText("a b")) == {("answer", "characters"): 3, ("answer", "words"): 2}
     assert lengths(TokenIds([1, 2, 3], [-100, 2, 3])) == {("prompt", "tokens"): 1, ("answer", "tokens"): 2}
 
@@ -260,8 +317,10 @@ def test_several_sources(prepare, tmp_path):
             {"path": str(tmp_path / "more.jsonl.gz"), "max_rows": 3},
             str(tmp_path / "array.json"),
         ],
-        fields=FIELDS, splits={"train": 1}, max_rows=10,
-    )  # fmt: skip
+        fields=FIELDS,
+        splits={"train": 1},
+        max_rows=10,
+    )
     assert [row["question"] for row in read_lines(folder / "train.jsonl")] == [
         f"What is {number}?" for number in (*range(5), 50, 51, 52, 80, 81)
     ]
@@ -312,18 +371,28 @@ def test_broken_rows_stop_by_default(refused, tmp_path):
 
 def test_broken_rows_are_put_aside(prepare, tmp_path, capsys):
     rows = [
-        raw(1), '{"q": ', raw(2, run={"text": "no ok"}), {"q": "q", "run": {"ok": True}}, "[1]",
-        raw(3, run={"ok": True, "text": ""}), raw(5, run={"ok": True, "text": "half \ud800"}), raw(7),
-    ]  # fmt: skip
+        raw(1),
+        '{"q": ',
+        raw(2, run={"text": "no ok"}),
+        {"q": "q", "run": {"ok": True}},
+        "[1]",
+        raw(3, run={"ok": True, "text": ""}),
+        raw(5, run={"ok": True, "text": "half \ud800"}),
+        raw(7),
+    ]
     folder = prepare(
         rows, fields=FIELDS, filters=[{"correct": {"field": "run.ok"}}], splits={"train": 1}, on_bad_row="skip"
     )
     assert [row["question"] for row in read_lines(folder / "train.jsonl")] == ["What is 1?", "What is 7?"]
     aside = read_lines(folder / "quarantine.jsonl")
     assert [(entry["place"].rpartition(" ")[2], entry["stage"], entry["reason"]) for entry in aside] == [
-        ("2", "reading", "not JSON"), ("3", "filter 1 (correct)", "missing field"), ("4", "training row", "missing field"),
-        ("5", "reading", "not an object"), ("6", "training row", "empty field"), ("7", "training row", "half a surrogate pair"),
-    ]  # fmt: skip
+        ("2", "reading", "not JSON"),
+        ("3", "filter 1 (correct)", "missing field"),
+        ("4", "training row", "missing field"),
+        ("5", "reading", "not an object"),
+        ("6", "training row", "empty field"),
+        ("7", "training row", "half a surrogate pair"),
+    ]
     assert aside[1]["row"] == rows[2] and aside[5]["row"] == rows[6]
     assert "'run.ok'" in aside[1]["detail"]
     found = summary(folder)
@@ -525,9 +594,12 @@ def test_the_code_example(tmp_path, capsys):
     assert main([str(tmp_path / "code.yaml")]) == 0
     found = summary(tmp_path / "out")
     assert [(one["filter"], one["dropped"]) for one in found["filters"]] == [
-        ("dedup", {"duplicate": 1}), ("quality", {"does not parse": 1}), ("quality", {"no tests": 1}),
-        ("command", {"exit code 1": 1, "time limit": 1}), ("dedup", {}),
-    ]  # fmt: skip
+        ("dedup", {"duplicate": 1}),
+        ("quality", {"does not parse": 1}),
+        ("quality", {"no tests": 1}),
+        ("command", {"exit code 1": 1, "time limit": 1}),
+        ("dedup", {}),
+    ]
     assert (found["rows_written"], found["quarantined"]) == (1, {"missing field": 1})
     written = sum((read_lines(path) for path in (tmp_path / "out").glob("[tv]*.jsonl")), [])
     assert written == [{"prompt": "Add.", "completion": add}]

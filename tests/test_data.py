@@ -95,9 +95,15 @@ def test_an_answer_that_is_cut_off_is_a_bad_row(examples_of):
 
 def bad_file(file):
     return file(
-        qa("a"), qa("b", ""), '{"question": "c"', {"question": "d"}, qa("e", float("nan")), qa("f\ud800"), qa("g"),
+        qa("a"),
+        qa("b", ""),
+        '{"question": "c"',
+        {"question": "d"},
+        qa("e", float("nan")),
+        qa("f\ud800"),
+        qa("g"),
         *[qa(f"h{i}", None) for i in range(8)],
-    )  # fmt: skip
+    )
 
 
 def test_bad_rows_stop_the_run_with_places_and_reasons(examples_of, file):
@@ -336,8 +342,16 @@ def test_weights_say_how_often_a_row_is_seen(examples_of, file):
 def test_weights_that_leave_nothing(examples_of, file):
     examples = weighted(examples_of, file, a=0.01)
     loader = StepLoader(
-        examples=examples, batch_size=1, micro_batch_size=1, max_length=512, packing="step", pad_token=0, rank=0, ranks=1, seed=3,
-    )  # fmt: skip
+        examples=examples,
+        batch_size=1,
+        micro_batch_size=1,
+        max_length=512,
+        packing="step",
+        pad_token=0,
+        rank=0,
+        ranks=1,
+        seed=3,
+    )
     with pytest.raises(UserError, match="leaves no example"):
         loader.step(0)
 
@@ -475,8 +489,16 @@ def test_options_say_what_is_learned(examples_of, file, tokenizer, option, learn
 def test_packs_of_the_data_set_lose_and_repeat_nothing(examples_of):
     examples = examples_of()
     loader = StepLoader(
-        examples=examples, batch_size=3, micro_batch_size=1, max_length=512, packing="dataset", pad_token=0, rank=0, ranks=1, seed=3,
-    )  # fmt: skip
+        examples=examples,
+        batch_size=3,
+        micro_batch_size=1,
+        max_length=512,
+        packing="dataset",
+        pad_token=0,
+        rank=0,
+        ranks=1,
+        seed=3,
+    )
     epochs = []
     for epoch in range(2):
         steps = [loader.step(epoch * loader.steps_per_epoch + turn) for turn in range(loader.steps_per_epoch)]

@@ -65,9 +65,11 @@ def test_two_processes(strategy, type_, tmp_path):
     assert found["step"]["figures"]["distributed_type"] == type_
     assert found["step"]["figures"]["world_size"] == 2
     assert found["save and load"]["figures"] == {
-        "tensors": 56, "bytes": pytest.approx(2.85e6, rel=0.02), "loss": pytest.approx(found["step"]["figures"]["losses"][1]),
+        "tensors": 56,
+        "bytes": pytest.approx(2.85e6, rel=0.02),
+        "loss": pytest.approx(found["step"]["figures"]["losses"][1]),
         "drift": pytest.approx(0, abs=1e-3),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.skipif(not GPUS, reason="there is no GPU")
@@ -84,9 +86,16 @@ def test_what_is_wrong_with_a_recipe(tmp_path):
     """All of it is told at once, each with its fix, and the exit code is 1."""
     (tmp_path / "file").touch()
     running = start(
-        tmp_path, f"--data_path={tmp_path}/none.jsonl", f"--model={tmp_path}/none", f"--output_dir={tmp_path}/file/run",
-        "--report_to=wandb", "--eval_steps=5", WANDB_MODE="online", NETRC=str(tmp_path / "netrc"), WANDB_API_KEY="",
-    )  # fmt: skip
+        tmp_path,
+        f"--data_path={tmp_path}/none.jsonl",
+        f"--model={tmp_path}/none",
+        f"--output_dir={tmp_path}/file/run",
+        "--report_to=wandb",
+        "--eval_steps=5",
+        WANDB_MODE="online",
+        NETRC=str(tmp_path / "netrc"),
+        WANDB_API_KEY="",
+    )
     found = report(running, tmp_path, 1)
     failed = {name for name, check in found.items() if check["state"] == "failed"}
     assert failed == {"recipe", "data", "model", "output folder", "W&B"}

@@ -186,17 +186,26 @@ def links(*speeds: int):
 
 
 PLAIN = {
-    "uuid": "GPU-plain", "nvmlDeviceGetName": "T4", "nvmlDeviceGetCudaComputeCapability": [7, 5],
+    "uuid": "GPU-plain",
+    "nvmlDeviceGetName": "T4",
+    "nvmlDeviceGetCudaComputeCapability": [7, 5],
     "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=16 * GIB, free=15 * GIB),
-}  # fmt: skip
+}
 RICH = {
-    "uuid": "GPU-rich", "nvmlDeviceGetName": "H100", "nvmlDeviceGetCudaComputeCapability": [9, 0],
+    "uuid": "GPU-rich",
+    "nvmlDeviceGetName": "H100",
+    "nvmlDeviceGetCudaComputeCapability": [9, 0],
     "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=80 * GIB, free=79 * GIB),
     "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=77)],
-    "nvmlDeviceGetCurrentClocksEventReasons": pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwThermalSlowdown,
-    "nvmlDeviceGetTotalEccErrors": 2, "nvmlDeviceGetRemappedRows": (0, 0, 1, 0), "nvmlDeviceGetMaxPcieLinkGeneration": 5,
-    "nvmlDeviceGetCurrPcieLinkWidth": 8, "nvmlDeviceGetMaxPcieLinkWidth": 16, **links(*[26562] * 18),
-}  # fmt: skip
+    "nvmlDeviceGetCurrentClocksEventReasons": pynvml.nvmlClocksEventReasonSwPowerCap
+    | pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+    "nvmlDeviceGetTotalEccErrors": 2,
+    "nvmlDeviceGetRemappedRows": (0, 0, 1, 0),
+    "nvmlDeviceGetMaxPcieLinkGeneration": 5,
+    "nvmlDeviceGetCurrPcieLinkWidth": 8,
+    "nvmlDeviceGetMaxPcieLinkWidth": 16,
+    **links(*[26562] * 18),
+}
 
 
 @pytest.fixture
@@ -222,9 +231,19 @@ def graphics(monkeypatch, tmp_path):
 def test_a_card_that_tells_all(graphics):
     (gpu,) = graphics(RICH).gpus
     assert gpu == GpuState(
-        0, "H100", 80 * GIB, 79 * GIB, (9, 0), users=(77,), slowed=("heat, by the card",), errors=2, broken_rows=True,
-        nvlinks=18, nvlink_speed=18 * 26562e6, pcie=(5, 8, 16),
-    )  # fmt: skip
+        0,
+        "H100",
+        80 * GIB,
+        79 * GIB,
+        (9, 0),
+        users=(77,),
+        slowed=("heat, by the card",),
+        errors=2,
+        broken_rows=True,
+        nvlinks=18,
+        nvlink_speed=18 * 26562e6,
+        pcie=(5, 8, 16),
+    )
     assert gpu.link == ("18 NVLinks", 18 * 26562e6)
 
 
@@ -305,10 +324,12 @@ def test_the_disk_that_a_run_needs(tmp_path):
     from safetensors.torch import save_file
 
     tensors = {
-        "model.embed_tokens.weight": torch.zeros(100, 8), "model.norm.weight": torch.zeros(8),
-        "model.layers.0.q_proj.weight": torch.zeros(16, 8), "model.layers.0.down_proj.weight": torch.zeros(8, 32),
+        "model.embed_tokens.weight": torch.zeros(100, 8),
+        "model.norm.weight": torch.zeros(8),
+        "model.layers.0.q_proj.weight": torch.zeros(16, 8),
+        "model.layers.0.down_proj.weight": torch.zeros(8, 32),
         "lm_head.weight": torch.zeros(100, 8),
-    }  # fmt: skip
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     lora = config(model_name_or_path=str(tmp_path), lora_r=4, save_steps=10, save_total_limit=2)
     shapes = doctor_recipe.weights(lora)
@@ -530,9 +551,15 @@ def test_the_output_folder():
 
 
 STEP = {
-    "losses": [2.0, 1.5], "strategy": "ddp", "wrapper": "DDP", "distributed_type": "MULTI_GPU", "world_size": 2,
-    "precision": "no", "method": "lora", "trainable_tensors": 56,
-}  # fmt: skip
+    "losses": [2.0, 1.5],
+    "strategy": "ddp",
+    "wrapper": "DDP",
+    "distributed_type": "MULTI_GPU",
+    "world_size": 2,
+    "precision": "no",
+    "method": "lora",
+    "trainable_tensors": 56,
+}
 LOADED = {"loss": 1.5, "tensors": 56, "bytes": 1000, "drift": 1e-3}
 
 

@@ -64,10 +64,18 @@ def test_a_row_that_is_split_has_the_losses_of_its_pieces(model, tokenizer):
 
 def test_losses_apart_sum_to_the_loss_with_and_without_the_fused_head(tokenizer):
     torch.manual_seed(0)
-    capped = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, pad_token_id=0,
-    )).eval()  # fmt: skip
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            pad_token_id=0,
+        )
+    ).eval()
     config = config_of("data/validation.jsonl")
     examples = prepare(config.data_path, tokenizer, config)
     micro = side_by_side([examples[row] for row in range(4)])

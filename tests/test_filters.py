@@ -91,12 +91,34 @@ def test_a_training_row_has_the_fields_that_are_asked_for():
 @pytest.mark.parametrize(
     "text, value",
     [
-        ("#### 18", 18), ("#### 18 apples in 3 bags", 18), ("1 #### 2 #### 3", 3), ("-$4", -4), ("US$-4", -4), ("A: 18", 18), ("A: 18.0", 18), ("so 1 and 2", 2), ("= 1,234,567.50", Decimal("1234567.5")),
-        ("it is -3", -3), ("10-3", 3), ("(5)-3", 3), ("$-4", -4), ("\u22125", -5), ("18.", 18), ("18%", 18), (".5", Decimal("0.5")),
-        ("-.5", Decimal("-0.5")), ("1e3", 1000), ("2,3", 3), ("1234,567", 567), ("x2", 2), ("v1.2.3", Decimal(".3")),
-        ("none", None), ("", None), ("٣", None),
+        ("#### 18", 18),
+        ("#### 18 apples in 3 bags", 18),
+        ("1 #### 2 #### 3", 3),
+        ("-$4", -4),
+        ("US$-4", -4),
+        ("A: 18", 18),
+        ("A: 18.0", 18),
+        ("so 1 and 2", 2),
+        ("= 1,234,567.50", Decimal("1234567.5")),
+        ("it is -3", -3),
+        ("10-3", 3),
+        ("(5)-3", 3),
+        ("$-4", -4),
+        ("\u22125", -5),
+        ("18.", 18),
+        ("18%", 18),
+        (".5", Decimal("0.5")),
+        ("-.5", Decimal("-0.5")),
+        ("1e3", 1000),
+        ("2,3", 3),
+        ("1234,567", 567),
+        ("x2", 2),
+        ("v1.2.3", Decimal(".3")),
+        ("none", None),
+        ("", None),
+        ("٣", None),
     ],
-)  # fmt: skip
+)
 def test_the_number_that_a_text_ends_in(text, value):
     assert number(text) == value
 
@@ -241,12 +263,18 @@ def test_near_counts_both_kinds():
 @pytest.mark.parametrize(
     "options, text, expected",
     [
-        ({"min": 3}, "abc", None), ({"min": 3}, "ab", "too short"), ({"max": 3}, "abc", None),
-        ({"max": 3}, "abcd", "too long"), ({"min": 2, "max": 3}, "日本語", None), ({"max": 2}, "日本語", "too long"),
-        ({"min": 2, "unit": "words"}, "one  two\n", None), ({"min": 2, "unit": "words"}, "one", "too short"),
-        ({"max": 2, "unit": "words"}, "a b c", "too long"), ({"min": 0}, "", None),
+        ({"min": 3}, "abc", None),
+        ({"min": 3}, "ab", "too short"),
+        ({"max": 3}, "abc", None),
+        ({"max": 3}, "abcd", "too long"),
+        ({"min": 2, "max": 3}, "日本語", None),
+        ({"max": 2}, "日本語", "too long"),
+        ({"min": 2, "unit": "words"}, "one  two\n", None),
+        ({"min": 2, "unit": "words"}, "one", "too short"),
+        ({"max": 2, "unit": "words"}, "a b c", "too long"),
+        ({"min": 0}, "", None),
     ],
-)  # fmt: skip
+)
 def test_length(options, text, expected):
     assert verdict({"length": {"field": "t", **options}}, {"t": text}) == expected
 
@@ -254,11 +282,14 @@ def test_length(options, text, expected):
 @pytest.mark.parametrize(
     "options, text, expected",
     [
-        ({"keep": "^#### [0-9]+$"}, "#### 7", None), ({"keep": "^#### [0-9]+$"}, "so #### 7", "pattern not found"),
-        ({"keep": "(?m)^####"}, "so\n#### 7", None), ({"drop": "(?i)sorry"}, "I am Sorry", "pattern found"),
-        ({"drop": "sorry"}, "fine", None), ({"drop": ""}, "any", "pattern found"),
+        ({"keep": "^#### [0-9]+$"}, "#### 7", None),
+        ({"keep": "^#### [0-9]+$"}, "so #### 7", "pattern not found"),
+        ({"keep": "(?m)^####"}, "so\n#### 7", None),
+        ({"drop": "(?i)sorry"}, "I am Sorry", "pattern found"),
+        ({"drop": "sorry"}, "fine", None),
+        ({"drop": ""}, "any", "pattern found"),
     ],
-)  # fmt: skip
+)
 def test_regex(options, text, expected):
     assert verdict({"regex": {"field": "t", **options}}, {"t": text}) == expected
 
@@ -269,23 +300,35 @@ def test_regex(options, text, expected):
 @pytest.mark.parametrize(
     "options, code, expected",
     [
-        ({}, CODE, None), ({}, "def f(:", "does not parse"), ({}, "a\0b", "does not parse"), ({}, "(" * 500, "does not parse"),
-        ({"parses": False}, "def f(:", None), ({"parses": False, "has_tests": True}, "def f(:", "does not parse"),
-        ({"has_tests": True}, CODE, "no tests"), ({"has_tests": True}, TESTED, None),
-        ({"has_tests": True}, "import unittest", None), ({"has_tests": True}, "from pytest import raises", None),
-        ({"has_tests": True}, "def test_it(): ...", None), ({"has_tests": True}, "assert f() == 1", None),
+        ({}, CODE, None),
+        ({}, "def f(:", "does not parse"),
+        ({}, "a\0b", "does not parse"),
+        ({}, "(" * 500, "does not parse"),
+        ({"parses": False}, "def f(:", None),
+        ({"parses": False, "has_tests": True}, "def f(:", "does not parse"),
+        ({"has_tests": True}, CODE, "no tests"),
+        ({"has_tests": True}, TESTED, None),
+        ({"has_tests": True}, "import unittest", None),
+        ({"has_tests": True}, "from pytest import raises", None),
+        ({"has_tests": True}, "def test_it(): ...", None),
+        ({"has_tests": True}, "assert f() == 1", None),
         ({"has_tests": True}, "import pytester\nx = 'assert'", "no tests"),
-        ({"min_lines": 3}, CODE, None), ({"min_lines": 4}, CODE, "too few lines"),
-        ({"min_lines": 4}, CODE + "\n\n\n", "too few lines"), ({"max_lines": 2}, CODE, "too many lines"),
-        ({"max_line_length": 17}, CODE, None), ({"max_line_length": 15}, CODE, "line too long"),
-        ({"min_comment_ratio": 0.3}, CODE, None), ({"min_comment_ratio": 0.4}, CODE, "too few comments"),
-        ({"max_comment_ratio": 0.3}, CODE, "too many comments"), ({"max_comment_ratio": 0.4}, CODE, None),
+        ({"min_lines": 3}, CODE, None),
+        ({"min_lines": 4}, CODE, "too few lines"),
+        ({"min_lines": 4}, CODE + "\n\n\n", "too few lines"),
+        ({"max_lines": 2}, CODE, "too many lines"),
+        ({"max_line_length": 17}, CODE, None),
+        ({"max_line_length": 15}, CODE, "line too long"),
+        ({"min_comment_ratio": 0.3}, CODE, None),
+        ({"min_comment_ratio": 0.4}, CODE, "too few comments"),
+        ({"max_comment_ratio": 0.3}, CODE, "too many comments"),
+        ({"max_comment_ratio": 0.4}, CODE, None),
         ({"min_comment_ratio": 0.1}, "s = '# no comment'", "too few comments"),
         ({"min_comment_ratio": 0.1}, "x = 1  # one", None),
         ({"parses": False, "min_comment_ratio": 0.1}, "x = (", "does not tokenize"),
         ({}, "x = '\\d'", None),
     ],
-)  # fmt: skip
+)
 def test_quality(options, code, expected):
     assert verdict({"quality": {"field": "code", **options}}, {"code": code}) == expected
 
@@ -463,7 +506,7 @@ def test_a_function_that_is_not_there(module):
         ({"dedup": {}, "length": {}}, "is no filter", "one key"),
         (5, "5 is no filter", "write a name"),
     ],
-)  # fmt: skip
+)
 def test_wrong_configs_say_what_and_how(given, what, fix):
     caught = config_error(given)
     assert what in caught.what
@@ -495,6 +538,11 @@ def test_the_summary_of_a_stage():
     made = stage({"correct": {"field": "ok"}})
     list(made.run([Item("", {"ok": ok}) for ok in (True, False, False, True)], fail))
     assert made.summary() == {
-        "filter": "correct", "options": {"field": "ok"}, "in": 4, "out": 2, "dropped": {"not correct": 2}, "broken": 0,
+        "filter": "correct",
+        "options": {"field": "ok"},
+        "in": 4,
+        "out": 2,
+        "dropped": {"not correct": 2},
+        "broken": 0,
         "accuracy": 0.5,
-    }  # fmt: skip
+    }

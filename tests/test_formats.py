@@ -143,10 +143,18 @@ CONVERSATIONS = [
     ("sharegpt", {"conversations": turns(("user", "u"), ("assistant", "a"))}, turns(("user", "u"), ("assistant", "a"))),
     ("messages", {"messages": turns(("user", "u"), ("assistant", "a"))}, turns(("user", "u"), ("assistant", "a"))),
     ("messages", {"messages": turns(("assistant", " a\n")), "tools": []}, turns(("assistant", " a\n"))),
-    ("messages", {"messages": turns(("developer", "s"), ("assistant", "a"))}, turns(("system", "s"), ("assistant", "a"))),
     (
         "messages",
-        {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+        {"messages": turns(("developer", "s"), ("assistant", "a"))},
+        turns(("system", "s"), ("assistant", "a")),
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+            ]
+        },
         turns(("assistant", "ab")),
     ),
     (
@@ -155,7 +163,7 @@ CONVERSATIONS = [
         turns(("assistant", "a")),
     ),
     ("prompt_completion", {"prompt": "p:", "completion": " c"}, turns(("user", "p:"), ("assistant", " c"))),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("format_type, row, expected", CONVERSATIONS)
@@ -210,8 +218,16 @@ WRAPPED = {"type": "function", "function": BARE}
 
 @pytest.mark.parametrize(
     "tools",
-    [[BARE], [WRAPPED], json.dumps([BARE]), json.dumps([WRAPPED]), [json.dumps(BARE)], BARE, [{"type": "function", **BARE}]],
-)  # fmt: skip
+    [
+        [BARE],
+        [WRAPPED],
+        json.dumps([BARE]),
+        json.dumps([WRAPPED]),
+        [json.dumps(BARE)],
+        BARE,
+        [{"type": "function", **BARE}],
+    ],
+)
 def test_tools_are_brought_into_one_form(tools):
     assert to_sample({"messages": turns(("assistant", "a")), "tools": tools}, "messages").tools == [WRAPPED]
 
@@ -254,9 +270,16 @@ def test_answers_are_named_by_id_or_in_order():
 def test_function_call_turns_join_the_assistant_before_them():
     one, two = '{"name": "f", "arguments": {"x": 1}}', '[{"name": "g", "arguments": "{}"}, {"name": "h"}]'
     spoken = shared(
-        ("human", "u"), ("gpt", "wait"), ("function_call", one), ("function_call", two),
-        ("observation", "1"), ("observation", "2"), ("function_call", one), ("tool", "3"), ("gpt", "a"),
-    )  # fmt: skip
+        ("human", "u"),
+        ("gpt", "wait"),
+        ("function_call", one),
+        ("function_call", two),
+        ("observation", "1"),
+        ("observation", "2"),
+        ("function_call", one),
+        ("tool", "3"),
+        ("gpt", "a"),
+    )
     assert to_sample({"conversations": spoken}, "sharegpt").messages == [
         {"role": "user", "content": "u"},
         {"role": "assistant", "content": "wait", "tool_calls": [call("f", {"x": 1}), call("g", {}), call("h", {})]},
@@ -319,13 +342,23 @@ BAD = [
     ("sharegpt", {"conversations": None}, "missing field", "'conversations' is missing"),
     ("sharegpt", {"conversations": "text"}, "wrong type", "'conversations' is str"),
     ("sharegpt", {"conversations": ["text"]}, "wrong type", "turn 1 of 'conversations' is str"),
-    ("sharegpt", {"conversations": shared(("bot", "v"))}, "unknown role", "turn 1 of 'conversations' has the role 'bot'"),
+    (
+        "sharegpt",
+        {"conversations": shared(("bot", "v"))},
+        "unknown role",
+        "turn 1 of 'conversations' has the role 'bot'",
+    ),
     ("sharegpt", {"conversations": [{"from": "gpt"}]}, "missing field", "the content of turn 1"),
     ("sharegpt", {"conversations": shared(("human", "v"))}, "no assistant turn", "no assistant turn"),
     ("sharegpt", {"conversations": shared(("function_call", "f(x)"))}, "not JSON", "the content of turn 1"),
     ("sharegpt", {"conversations": shared(("function_call", "3"))}, "wrong type", "int, not a list"),
     ("sharegpt", {"conversations": shared(("function_call", "[]"))}, "empty field", "is empty"),
-    ("sharegpt", {"conversations": shared(("function_call", '{"arguments": {}}'))}, "missing field", "the name of call 1"),
+    (
+        "sharegpt",
+        {"conversations": shared(("function_call", '{"arguments": {}}'))},
+        "missing field",
+        "the name of call 1",
+    ),
     ("sharegpt", {"conversations": shared(("gpt", "v"), ("observation", "o"))}, "answer without a call", "message 2"),
     ("sharegpt", {"conversations": shared(("gpt", "v")), "tools": "f(x)"}, "not JSON", "'tools' is not JSON"),
     ("messages", {}, "missing field", "'messages' is missing"),
@@ -361,9 +394,19 @@ BAD = [
     ("messages", {"messages": [WITHOUT | {"tool_calls": [call("f", {"x": NAN})]}]}, "NaN", "call 1 in tool_calls"),
     ("messages", {"messages": [WITHOUT | {"tool_calls": [call("f", {"x": HALF})]}]}, "half a surrogate pair", "call 1"),
     ("messages", {"messages": [WITHOUT | {"tool_calls": [call("f", {"x": b"y"})]}]}, "wrong type", "bytes"),
-    ("messages", {"messages": [WITHOUT | {"tool_calls": [call("f", {}) | {"type": "custom"}]}]}, "wrong type", "'custom'"),
+    (
+        "messages",
+        {"messages": [WITHOUT | {"tool_calls": [call("f", {}) | {"type": "custom"}]}]},
+        "wrong type",
+        "'custom'",
+    ),
     ("messages", {"messages": [WITHOUT | {"tool_calls": [call("f", {}, index=0)]}]}, "lost field", "'index'"),
-    ("messages", {"messages": [WITHOUT | {"tool_calls": [{"name": "f", "parameters": {}}]}]}, "lost field", "'parameters'"),
+    (
+        "messages",
+        {"messages": [WITHOUT | {"tool_calls": [{"name": "f", "parameters": {}}]}]},
+        "lost field",
+        "'parameters'",
+    ),
     ("messages", {"messages": [WITHOUT | {"tool_calls": [call("f", {"x": DEEP})]}]}, "nested too deeply", "deep"),
     ("messages", {"messages": [ASSISTANT], "tools": [{}]}, "empty field", "tool 1 of 'tools' is empty"),
     ("messages", {"messages": [ASSISTANT], "tools": [{"type": "function"}]}, "missing field", "the name of tool 1"),
@@ -373,7 +416,12 @@ BAD = [
     ("messages", {"messages": [ASSISTANT], "documents": "d"}, "wrong type", "'documents' is str"),
     ("messages", {"messages": turns(("system", "s"), ("user", "u"))}, "no assistant turn", "no assistant turn"),
     ("prompt_completion", {"prompt": "p"}, "missing field", "'completion' is missing"),
-    ("prompt_completion", {"prompt": "p", "completion": turns(("assistant", "a"))}, "wrong type", "'completion' is list"),
+    (
+        "prompt_completion",
+        {"prompt": "p", "completion": turns(("assistant", "a"))},
+        "wrong type",
+        "'completion' is list",
+    ),
     ("prompt_completion", {"prompt": turns(("user", "u")), "completion": "c"}, "wrong type", "'prompt' is list"),
     (
         "prompt_completion",
@@ -394,7 +442,7 @@ BAD = [
     ("tokens", {"input_ids": [1, 2], "attention_mask": [1, 0]}, "lost field", "'attention_mask'"),
     ("tokens", {"input_ids": [1, 2], "attention_mask": [1]}, "lost field", "'attention_mask'"),
     ("tokens", {"input_ids": [1, 2], "completion_mask": [0, 1]}, "lost field", "'completion_mask'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("format_type, row, reason, detail", BAD)

@@ -15,13 +15,27 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
 from manyrank.parallel.fsdp_preparation import layers_apart, name_layers
 
 SMALL = dict(
-    vocab_size=1536, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=1536,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+)
 GEMMA4 = dict(
-    SMALL, vocab_size_per_layer_input=1536, hidden_size_per_layer_input=8, global_head_dim=8, sliding_window=64,
-    layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0,
-)  # fmt: skip
+    SMALL,
+    vocab_size_per_layer_input=1536,
+    hidden_size_per_layer_input=8,
+    global_head_dim=8,
+    sliding_window=64,
+    layer_types=["sliding_attention", "full_attention"],
+    num_kv_shared_layers=0,
+)
 
 
 def gemma4() -> Gemma4ForCausalLM:

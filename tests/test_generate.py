@@ -21,9 +21,15 @@ def said(model, tokenizer) -> list[str]:
 def test_answers_are_those_of_the_model_as_loaded(kind, plain, embedded_model, tokenizer):
     torch.manual_seed(0)
     small = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
     model = AutoModelForCausalLM.from_pretrained(embedded_model) if kind == "qwen3" else Gemma2ForCausalLM(small)
     wanted = said(model, tokenizer)
     use_packed_attention(model, plain=plain)

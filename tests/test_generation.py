@@ -33,8 +33,14 @@ def prompts(tokenizer):
 def answers(model, tokenizer, prompts, sampling, *, batch_size=5, numbers=None, stops=None) -> dict[int, Answer]:
     stops = stop_ids(tokenizer, RenderOptions()) if stops is None else stops
     found = generate(
-        model, prompts, sampling=sampling, stops=stops, pad_token=tokenizer.pad_token_id, batch_size=batch_size, numbers=numbers
-    )  # fmt: skip
+        model,
+        prompts,
+        sampling=sampling,
+        stops=stops,
+        pad_token=tokenizer.pad_token_id,
+        batch_size=batch_size,
+        numbers=numbers,
+    )
     return {answer.number: answer for batch in found for answer in batch}
 
 
@@ -57,8 +63,13 @@ def test_greedy_answers_are_those_of_single_rows(model, tokenizer, prompts, batc
     assert [found[row].tokens for row in range(5)] == [by_hand(model, prompt, stops, 24) for prompt in prompts]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=24, temperature=1.0, seed=3),
-                                      Sampling(max_new_tokens=24, temperature=0.7, top_p=0.9, top_k=20, seed=3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_new_tokens=24, temperature=1.0, seed=3),
+        Sampling(max_new_tokens=24, temperature=0.7, top_p=0.9, top_k=20, seed=3),
+    ],
+)
 def test_a_sampled_answer_depends_on_its_row_alone(model, tokenizer, prompts, sampling):
     whole = answers(model, tokenizer, prompts, sampling)
     assert answers(model, tokenizer, prompts, sampling, batch_size=2) == whole
@@ -165,9 +176,17 @@ def test_the_context_is_never_left(model, tokenizer, prompts):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1},
-              {"max_new_tokens": 0}, {"seed": -1}],
-)  # fmt: skip
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+    ],
+)
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

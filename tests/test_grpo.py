@@ -28,9 +28,16 @@ from manyrank.training.run import open_session
 SUMS = ROOT / "data" / "stories" / "sums.jsonl"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 SMALL = (
-    "--task=grpo", "--model=embedded", f"--data_path={SUMS}", "--rewards={f1: 1.0, numeric: 0.5}", "--num_generations=4",
-    "--max_completion_length=12", "--bf16=no", "--lr=1e-3", "--lr_scheduler_type=constant",
-)  # fmt: skip
+    "--task=grpo",
+    "--model=embedded",
+    f"--data_path={SUMS}",
+    "--rewards={f1: 1.0, numeric: 0.5}",
+    "--num_generations=4",
+    "--max_completion_length=12",
+    "--bf16=no",
+    "--lr=1e-3",
+    "--lr_scheduler_type=constant",
+)
 BATCH = ("--per_device_train_batch_size=4", "--global_batch_size=16")
 
 
@@ -114,9 +121,11 @@ def test_prompts_are_those_of_the_evaluation(tokenizer, tmp_path):
     """Also where a user's words are special tokens, or a turn before has thinking that is stripped."""
     end = tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer, RenderOptions()))[-1])
     thought = [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "<think>hm</think>Two."}, {"role": "user", "content": f"What is {end}?"},
-    ]  # fmt: skip
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "<think>hm</think>Two."},
+        {"role": "user", "content": f"What is {end}?"},
+    ]
     data = tmp_path / "talks.jsonl"
     rows = [[*thought, {"role": "assistant", "content": f"{number}."}] for number in range(4)]
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
@@ -148,17 +157,24 @@ def test_every_row_is_asked_in_an_epoch(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "method", "wrapper"),
     [
-        ("single", "lora", "PeftModelForCausalLM"), ("ddp", "lora", "DistributedDataParallel"),
-        ("fsdp", "lora", "FSDPPeftModelForCausalLM"), ("zero3", "lora", "DeepSpeedEngine"),
+        ("single", "lora", "PeftModelForCausalLM"),
+        ("ddp", "lora", "DistributedDataParallel"),
+        ("fsdp", "lora", "FSDPPeftModelForCausalLM"),
+        ("zero3", "lora", "DeepSpeedEngine"),
         ("fsdp", "qlora", "FSDPPeftModelForCausalLM"),
     ],
-)  # fmt: skip
+)
 def test_resumes_exactly(strategy, method, wrapper, sft, tmp_path):
     nproc = 1 if strategy == "single" else 2
     common = (
-        *BATCH, f"--strategy={strategy}", f"--nproc={nproc}", f"--method={method}", f"--sft_model={sft.folder}",
-        "--max_steps=4", "--save_steps=2",
-    )  # fmt: skip
+        *BATCH,
+        f"--strategy={strategy}",
+        f"--nproc={nproc}",
+        f"--method={method}",
+        f"--sft_model={sft.folder}",
+        "--max_steps=4",
+        "--save_steps=2",
+    )
     whole = grpo(tmp_path / "a", *common)
     assert whole.code == 0, whole.stderr
     assert whole.facts()["wrapper"] == wrapper and len(whole.metrics("reward")) == 4
@@ -196,9 +212,12 @@ def test_a_signal_saves_and_ends_with_75(sft, tmp_path):
             time.sleep(0.05)
         job.send_signal(signal.SIGTERM)
     assert job.returncode == 75
-    assert [entry["event"] for entry in map(json.loads, (folder / "logs" / "history.jsonl").read_text().splitlines())] == [
-        "started", "preempted",
-    ]  # fmt: skip
+    assert [
+        entry["event"] for entry in map(json.loads, (folder / "logs" / "history.jsonl").read_text().splitlines())
+    ] == [
+        "started",
+        "preempted",
+    ]
     again = warm.run([*command, f"--output_dir={folder}", "--resume_from_checkpoint=auto"], cwd=ROOT)
     assert again.returncode == 0
     assert Run(0, "", "", folder).metrics("reward") == whole.metrics("reward")
@@ -219,10 +238,16 @@ def test_full_training_validation_and_a_report(embedded_model, tmp_path):
     held = tmp_path / "held.jsonl"
     held.write_text("".join(SUMS.read_text().splitlines(keepends=True)[:5]))
     run = grpo(
-        tmp_path / "run", *BATCH, "--method=full", "--lr=1e-5", "--max_steps=2", f"--eval_data_path={held}", "--eval_steps=1",
+        tmp_path / "run",
+        *BATCH,
+        "--method=full",
+        "--lr=1e-5",
+        "--max_steps=2",
+        f"--eval_data_path={held}",
+        "--eval_steps=1",
         "--rewards={numeric: 1, format: {final: true, weight: 0.1}, length: {max: 8, weight: 0.1}, repetition: 0.1}",
         "--load_best_model_at_end",
-    )  # fmt: skip
+    )
     assert run.code == 0, run.stderr
     assert len(run.metrics("eval_reward")) == 2 and len(run.metrics("kl")) == 2
     names = ("numeric", "format", "length", "repetition")
@@ -243,8 +268,11 @@ def test_a_line_of_metrics_over_a_resume(sft, tmp_path):
         "--logging_steps=3",
     ]
     lines = []
-    for name, more in (("a", []), ("b", [f"--resume_from_checkpoint={tmp_path / 'a' / 'checkpoint-2'}"]),
-                       ("c", ["--eval_split=0.1", "--eval_steps=1"])):  # fmt: skip
+    for name, more in (
+        ("a", []),
+        ("b", [f"--resume_from_checkpoint={tmp_path / 'a' / 'checkpoint-2'}"]),
+        ("c", ["--eval_split=0.1", "--eval_steps=1"]),
+    ):
         command = [
             sys.executable,
             "-m",
@@ -271,9 +299,15 @@ def test_a_line_of_metrics_over_a_resume(sft, tmp_path):
 def test_a_whole_model_of_sft(embedded_model, tokenizer, tmp_path):
     """Its template is kept, and what came of it can be used."""
     more = (
-        "--model=embedded", f"--data_path={SUMS}", "--method=full", "--max_steps=2", "--lr=1e-4", "--max_length=64", "--bf16=no",
+        "--model=embedded",
+        f"--data_path={SUMS}",
+        "--method=full",
+        "--max_steps=2",
+        "--lr=1e-4",
+        "--max_length=64",
+        "--bf16=no",
         "--chat_template=plain",
-    )  # fmt: skip
+    )
     whole = launch(tmp_path / "sft", *more, recipe="--config=fast_test")
     assert whole.code == 0, whole.stderr
     run = launch(
@@ -460,9 +494,13 @@ def test_a_dry_run(embedded_model, tmp_path):
 @pytest.mark.nightly
 def test_gsm8k(embedded_model, tmp_path):
     run = grpo(
-        tmp_path / "run", *BATCH, f"--data_path={GSM8K}", "--rewards={numeric: 1, format: {final: true, weight: 0.1}}",
-        "--max_completion_length=32", "--max_steps=2",
-    )  # fmt: skip
+        tmp_path / "run",
+        *BATCH,
+        f"--data_path={GSM8K}",
+        "--rewards={numeric: 1, format: {final: true, weight: 0.1}}",
+        "--max_completion_length=32",
+        "--max_steps=2",
+    )
     assert run.code == 0, run.stderr
     assert (
         len(run.metrics("rewards/numeric/mean")) == 2

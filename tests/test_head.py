@@ -13,9 +13,15 @@ from manyrank.models.fused_head import HeadLoss, fuse
 from manyrank.training.loss import TokenLoss
 
 SMALL = dict(
-    vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=16, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    pad_token_id=0,
+)
 
 
 @pytest.fixture(params=["confident", "unsure"])

@@ -371,9 +371,10 @@ def test_figures_on_the_page_are_those_of_the_survey(shown, tmp_path):
             repr(value)
             for source in reading.sources
             for value in (
-                *(source.weight, source.rows, source.examples, source.tokens), source.supervised / source.tokens
+                *(source.weight, source.rows, source.examples, source.tokens),
+                source.supervised / source.tokens,
             )
-        ]  # fmt: skip
+        ]
     reading = found.readings[0]
     assert dom.figures["data_path-counts"] == [repr(rows) for rows in reading.counts.values()]
     assert dom.figures["data_path-reasons"] == [repr(rows) for rows in reading.reasons.values()] == ["1", "1"]

@@ -376,10 +376,13 @@ def worker(folder: Path, end: str) -> str:
         ([sys.executable], "", 0),
         (["torchrun", "--standalone", "--nproc_per_node", "1"], "sys.exit(75)", 75),
         (["torchrun", "--standalone", "--nproc_per_node", "1"], "os.kill(os.getpid(), signal.SIGKILL)", 137),
-        (["accelerate", "launch", "--config_file", "accelerate_configs/single.yaml", "--num_processes", "1"],
-         "sys.exit(2)", 2),
+        (
+            ["accelerate", "launch", "--config_file", "accelerate_configs/single.yaml", "--num_processes", "1"],
+            "sys.exit(2)",
+            2,
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_worker_s_exit_code_is_ours(tmp_path, head, end, code):
     nodes = ((*head, worker(tmp_path, end), "--seed=1"),)
     launch = LaunchPlan(nodes=nodes, env={"OMP_NUM_THREADS": "3"}, files={"f": "content\n"})

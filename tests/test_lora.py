@@ -26,9 +26,14 @@ def adapted(base, **options):
 def base():
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attention_bias=True,
-    )  # fmt: skip
+        vocab_size=200,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+    )
     return LlamaForCausalLM(config)
 
 

@@ -77,7 +77,15 @@ def test_a_type_of_16_bits_is_written_in_shards_with_an_index(dtype, lora_run, e
 
 
 def test_qlora_adapters_of_a_sharded_run_go_into_the_full_base(embedded_model, tmp_path):
-    done = launch(tmp_path / "run", "--max_steps=2", "--save_steps=1", "--strategy=fsdp", "--nproc=2", "--method=qlora", "--lr=0.01")  # fmt: skip
+    done = launch(
+        tmp_path / "run",
+        "--max_steps=2",
+        "--save_steps=1",
+        "--strategy=fsdp",
+        "--nproc=2",
+        "--method=qlora",
+        "--lr=0.01",
+    )
     assert done.code == 0, done.stderr
     assert done.facts()["wrapper"].startswith("FSDP")
     for name in ("run", "run/checkpoint-1"):
@@ -96,7 +104,14 @@ def test_a_checkpoint_of_full_training_becomes_a_folder_with_its_tokenizer(embed
     )
     template += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{# own #}"
     (tmp_path / "own.jinja").write_text(template)
-    done = launch(tmp_path / "run", "--max_steps=1", "--save_steps=1", "--strategy=single", "--method=full", f"--chat_template={tmp_path}/own.jinja")  # fmt: skip
+    done = launch(
+        tmp_path / "run",
+        "--max_steps=1",
+        "--save_steps=1",
+        "--strategy=single",
+        "--method=full",
+        f"--chat_template={tmp_path}/own.jinja",
+    )
     assert done.code == 0, done.stderr
     assert run(tmp_path / "run" / "checkpoint-1", "--dtype", "bfloat16") == 0
     merged = tmp_path / "run" / "merged"
@@ -120,12 +135,17 @@ def adapted(folder, base, **config):
 
 LINEAR = ["q_proj", "o_proj", "down_proj"]
 KINDS = {
-    "rslora with patterns": {"target_modules": LINEAR, "use_rslora": True, "alpha_pattern": {"o_proj": 32}, "rank_pattern": {"q_proj": 2}},
+    "rslora with patterns": {
+        "target_modules": LINEAR,
+        "use_rslora": True,
+        "alpha_pattern": {"o_proj": 32},
+        "rank_pattern": {"q_proj": 2},
+    },
     "dora": {"target_modules": LINEAR, "use_dora": True},
     "trained whole": {"target_modules": LINEAR, "modules_to_save": ["lm_head", "norm"]},
     "embedding and head": {"target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
     "trained tokens": {"target_modules": LINEAR, "trainable_token_indices": [7, 9]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,10 +182,20 @@ def test_adapters_on_experts_and_a_base_in_bin(embedded_model, tmp_path):
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=1536, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_experts=4,
-        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, eos_token_id=1, pad_token_id=0,
+        vocab_size=1536,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        eos_token_id=1,
+        pad_token_id=0,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     base = Qwen3MoeForCausalLM(config)
     base.config.save_pretrained(tmp_path / "moe")
     torch.save(base.state_dict(), tmp_path / "moe" / "pytorch_model.bin")
@@ -194,13 +224,22 @@ def test_memory_is_that_of_one_copy(embedded_model, tokenizer, tmp_path):
     """What a model of 150 MiB adds to the peak of a small one, in one process."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shape = dict(vocab_size=1536, head_dim=64, num_attention_heads=12, num_key_value_heads=6, hidden_size=768, intermediate_size=2304)  # fmt: skip
+    shape = dict(
+        vocab_size=1536,
+        head_dim=64,
+        num_attention_heads=12,
+        num_key_value_heads=6,
+        hidden_size=768,
+        intermediate_size=2304,
+    )
     for name, layers in (("small", 1), ("large", 11)):
         torch.manual_seed(0)
         Qwen3ForCausalLM(Qwen3Config(**shape, num_hidden_layers=layers)).bfloat16().save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(tmp_path / f"{name}-adapter")  # fmt: skip
+        get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
+            tmp_path / f"{name}-adapter"
+        )
     argv = [sys.executable, "-c", MEMORY, str(tmp_path / "small-adapter"), str(tmp_path / "large-adapter")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -284,7 +323,9 @@ def test_the_hub_is_asked_before_the_work(env, what, lora_run, tmp_path):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     clean |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9", **env}
     command = [sys.executable, "-m", "manyrank.cli", "merge", str(lora_run), "--output", str(tmp_path / "m")]
-    done = subprocess.run([*command, "--push-to-hub", "me/model"], capture_output=True, text=True, env=clean, cwd=ROOT, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [*command, "--push-to-hub", "me/model"], capture_output=True, text=True, env=clean, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 2 and what in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "m").exists()
 

@@ -16,11 +16,17 @@ from manyrank.training.metrics import Meter, kind_of
 
 SHAPE = from_config(
     {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "intermediate_size": 1024,
-        "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000, "tie_word_embeddings": False,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "vocab_size": 1000,
+        "tie_word_embeddings": False,
     },
     name="tiny",
-)  # fmt: skip
+)
 
 
 def config(**values):
@@ -41,11 +47,18 @@ def test_the_counts_of_a_step_are_those_of_its_tensors(tokenizer, packing, ranks
     examples = prepare(found.data_path, tokenizer, found)
     loaders = [
         StepLoader(
-            examples=examples, batch_size=batch, micro_batch_size=2, max_length=256, packing=packing,
-            pad_token=tokenizer.pad_token_id, rank=rank, ranks=ranks, seed=1,
+            examples=examples,
+            batch_size=batch,
+            micro_batch_size=2,
+            max_length=256,
+            packing=packing,
+            pad_token=tokenizer.pad_token_id,
+            rank=rank,
+            ranks=ranks,
+            seed=1,
         )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
     steps = [loader.step(1) for loader in loaders]
     micros = [micro for step in steps for micro in step.micro_batches]
     assert {(s.examples, s.tokens, s.slots, s.squares) for s in steps} == {
@@ -71,9 +84,13 @@ def test_rates_are_counts_over_seconds_and_begin_anew():
     memory = rates.pop("memory_gib")
     assert 0.1 < memory < 64
     assert rates == {
-        "tokens_per_second": 500.0, "supervised_tokens_per_second": 200.0, "samples_per_second": 4.0,
-        "padding": round(1 - 1000 / 1200, 4), "step_seconds": 1.0, "eta_seconds": 10.0,
-    }  # fmt: skip
+        "tokens_per_second": 500.0,
+        "supervised_tokens_per_second": 200.0,
+        "samples_per_second": 4.0,
+        "padding": round(1 - 1000 / 1200, 4),
+        "step_seconds": 1.0,
+        "eta_seconds": 10.0,
+    }
     meter.add(step(slots=600), 1.0, 2.0)
     rates = meter.rates(steps_left=0)
     assert (rates["tokens_per_second"], rates["padding"], rates["eta_seconds"]) == (300.0, 0.0, 0.0)
@@ -132,6 +149,7 @@ def test_shorter_documents_need_fewer_operations():
     assert speed.needed(setup) == speed.needed(setup, supervised=speed.SUPERVISED, length=256)
     assert speed.needed(setup, length=64) < speed.needed(setup)
     assert math.isclose(
-        speed.needed(setup) - speed.needed(setup, length=128), speed.needed(setup, length=128) - speed.needed(setup, length=0.0001),
+        speed.needed(setup) - speed.needed(setup, length=128),
+        speed.needed(setup, length=128) - speed.needed(setup, length=0.0001),
         rel_tol=1e-4,
-    )  # fmt: skip
+    )

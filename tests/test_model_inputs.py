@@ -50,9 +50,14 @@ def loader(examples, **changes):
 
 
 SMALL = dict(
-    vocab_size=1600, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=1600,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     max_position_embeddings=512,
-)  # fmt: skip
+)
 
 
 NAMES = ["qwen3", "llama, grouped heads", "mistral, sliding window", "gemma2, soft caps"]

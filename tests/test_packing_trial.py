@@ -25,14 +25,31 @@ from manyrank.models.attention import PACKED, own_attention, packed_attention, u
 from manyrank.training.packing_trial import prove
 
 SMALL = dict(
-    vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=1, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=1,
+    pad_token_id=0,
+)
 EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 LATENT = dict(
-    kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=16, n_routed_experts=4, n_group=1,
-    topk_group=1, num_key_value_heads=4, head_dim=4,
-)  # fmt: skip
+    kv_lora_rank=8,
+    q_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=16,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    num_key_value_heads=4,
+    head_dim=4,
+)
 # What is told of a kind's attention; None: it is packed.
 KINDS = {
     "llama": ({}, None),
@@ -51,7 +68,7 @@ KINDS = {
     "bert": ({"is_decoder": False}, "attention to later tokens"),
     "llama4_text": ({**EXPERTS, "attention_chunk_size": 8}, "chunked_attention layers"),
     "bloom": ({"n_head": 4, "n_layer": 2}, "no pluggable attention"),
-}  # fmt: skip
+}
 
 
 def make(kind: str, **given):
@@ -223,9 +240,17 @@ def test_sinks_are_a_key_without_a_value():
     query, key, value = (torch.randn(1, heads, 7, 8, dtype=torch.float64) for heads in (4, 2, 2))
     sinks, bounds = torch.randn(4, dtype=torch.float64), torch.tensor([0, 7], dtype=torch.int32)
     out, _ = packed_attention(
-        torch.nn.Module(), query, key, value, None,
-        cu_seq_lens_q=bounds, max_length_q=7, sliding_window=3, s_aux=sinks, scaling=0.3,
-    )  # fmt: skip
+        torch.nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        cu_seq_lens_q=bounds,
+        max_length_q=7,
+        sliding_window=3,
+        s_aux=sinks,
+        scaling=0.3,
+    )
     for head in range(4):
         for at in range(7):
             seen = slice(max(0, at - 2), at + 1)

@@ -181,11 +181,21 @@ def test_slow_links_are_named():
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("NVIDIA H100 80GB HBM3", "H100-80GB"), ("h100", "H100-80GB"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("NVIDIA GeForce RTX 4090", "RTX4090"),
-        ("4090", "RTX4090"), ("Tesla T4", "T4"), ("NVIDIA H100 PCIe", "H100-PCIe"), ("NVIDIA RTX A6000", "A6000"), ("NVIDIA H200", "H200"),
-        ("NVIDIA A100-PCIE-40GB", "A100-40GB"), ("NVIDIA RTX 6000 Ada Generation", "RTX6000-Ada"), ("RTX 4060 Ti", "RTX4060Ti"), ("A100", "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+        ("h100", "H100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("4090", "RTX4090"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX6000-Ada"),
+        ("RTX 4060 Ti", "RTX4060Ti"),
+        ("A100", "A100-80GB"),
     ],
-)  # fmt: skip
+)
 def test_kinds_by_the_names_that_drivers_give(name, kind):
     assert find_kind(name).name == kind
     assert len({kind.name for kind in GPU_KINDS}) == len(GPU_KINDS)
@@ -268,12 +278,16 @@ def test_a_recipe_and_the_embedded_model(capsys, embedded_model):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model", "nothing-7b"], "nothing is known here"), (["--model", "qwen3-8b", "--gpu", "X1"], "no GPU 'X1' is known"),
-        (["--model", "qwen3-8b", "--gpu-memory", "big"], "no size like"), (["--model", "qwen3-8b", "--nnodes", "2,1"], "rising list"),
+        (["--model", "nothing-7b"], "nothing is known here"),
+        (["--model", "qwen3-8b", "--gpu", "X1"], "no GPU 'X1' is known"),
+        (["--model", "qwen3-8b", "--gpu-memory", "big"], "no size like"),
+        (["--model", "qwen3-8b", "--nnodes", "2,1"], "rising list"),
         (["--model", "qwen3-8b", "--nnodes", "1,2"], "speeds need a kind"),
-        (["--model", "qwen3-8b", "--stratgy", "ddp"], "did you mean"), (["--model", "qwen3-8b", "--strategy", "ddpp"], "strategy"), ([], "model_name_or_path"),
+        (["--model", "qwen3-8b", "--stratgy", "ddp"], "did you mean"),
+        (["--model", "qwen3-8b", "--strategy", "ddpp"], "strategy"),
+        ([], "model_name_or_path"),
     ],
-)  # fmt: skip
+)
 def test_wrong_command_lines(capsys, argv, message):
     assert cli.main(["plan", *argv]) == 2
     assert message in capsys.readouterr().err

@@ -24,16 +24,35 @@ WIDE = {"n_embd": 32, "n_layer": 1, "n_head": 2}
 MODELS = {
     "learned": (GPT2Config(n_positions=48, **WIDE, **SMALL), 48),
     "learned, with an offset": (
-        OPTConfig(max_position_embeddings=48, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, num_hidden_layers=1,
-                  num_attention_heads=2, **SMALL), 48),
+        OPTConfig(
+            max_position_embeddings=48,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            **SMALL,
+        ),
+        48,
+    ),
     "computed, looked up": (GPTJConfig(n_positions=48, rotary_dim=8, **WIDE, **SMALL), 48),
     "rope": (
-        LlamaConfig(max_position_embeddings=48, hidden_size=48, intermediate_size=48, num_hidden_layers=1,
-                    num_attention_heads=2, **SMALL), None),
+        LlamaConfig(
+            max_position_embeddings=48,
+            hidden_size=48,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            **SMALL,
+        ),
+        None,
+    ),
     "computed, extends itself": (
-        XGLMConfig(max_position_embeddings=48, d_model=32, ffn_dim=32, num_layers=1, attention_heads=2, **SMALL), None),
+        XGLMConfig(max_position_embeddings=48, d_model=32, ffn_dim=32, num_layers=1, attention_heads=2, **SMALL),
+        None,
+    ),
     "alibi": (BloomConfig(hidden_size=32, n_layer=1, n_head=2, **SMALL), None),
-}  # fmt: skip
+}
 
 
 def config(folder, **values):

@@ -19,21 +19,42 @@ from manyrank.parallel.engine import prepare
 from manyrank.training.optim import build_optimizer
 
 TEXT = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
     "eos_token_id": 1,
-}  # fmt: skip
+}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 SHAPES = {
     "llama": TEXT,
     "falcon": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     "mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "qwen2_moe": {**TEXT, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
-    "glm4_moe": {**TEXT, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
-    "deepseek_v4": {
-        **TEXT, **EXPERTS, "n_routed_experts": 4, "q_lora_rank": 16, "qk_rope_head_dim": 4, "max_position_embeddings": 512,
+    "glm4_moe": {
+        **TEXT,
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
     },
-}  # fmt: skip
+    "deepseek_v4": {
+        **TEXT,
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "max_position_embeddings": 512,
+    },
+}
 
 
 def tiny(kind: str):
@@ -175,9 +196,14 @@ def test_nothing_is_said_of_a_model_that_adapters_reach():
 def quantised(kind: str, folder, quantization: str, say=print):
     tiny(kind).save_pretrained(folder)
     plan = LoadPlan(
-        name=str(folder), dtype=torch.float32, compute_dtype=torch.float32, quantization=quantization,
-        device_map={"": "cpu"}, skeleton=False, trust_remote_code=False,
-    )  # fmt: skip
+        name=str(folder),
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+        quantization=quantization,
+        device_map={"": "cpu"},
+        skeleton=False,
+        trust_remote_code=False,
+    )
     method = {"nf4": "qlora", "int8": "int8"}[quantization]
     return load_model(plan, recipe(method=method), say=say)
 

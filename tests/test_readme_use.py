@@ -20,10 +20,15 @@ def test_the_merged_folder_answers_in_plain_transformers_as_the_readme_says(embe
     merged = warm.run([*run, "merge", "output/my"], cwd=tmp_path)
     assert merged.returncode == 0, merged.stderr
     (tmp_path / "in.jsonl").write_text(f'{{"question": "{QUESTION}"}}\n')
-    program = "import sys\n" + plain + retrieval + (
-        f"print('==')\nprint(answer({QUESTION!r}, lambda question: ['p = 0.3'], max_new_tokens=4))\n"
-        "assert not {'manyrank', 'peft'} & {name.split('.')[0] for name in sys.modules if name == 'manyrank' or 'peft.tuners' in name}\n"
-    )  # fmt: skip
+    program = (
+        "import sys\n"
+        + plain
+        + retrieval
+        + (
+            f"print('==')\nprint(answer({QUESTION!r}, lambda question: ['p = 0.3'], max_new_tokens=4))\n"
+            "assert not {'manyrank', 'peft'} & {name.split('.')[0] for name in sys.modules if name == 'manyrank' or 'peft.tuners' in name}\n"
+        )
+    )
     said = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
     first, second = said.stdout.split("==")

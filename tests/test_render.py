@@ -395,25 +395,46 @@ def test_special_text_where_it_cannot_be_told_apart_is_refused(more):
 @pytest.mark.parametrize(
     ("template", "turns", "options"),
     [
-        (chatml().split("{% if add")[0].replace("m.content", "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content"),
-         [user("a"), said("b", reasoning_content="why")], {}),
+        (
+            chatml()
+            .split("{% if add")[0]
+            .replace(
+                "m.content", "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content"
+            ),
+            [user("a"), said("b", reasoning_content="why")],
+            {},
+        ),
         (chatml().split("{% if add")[0], [user("a"), said("b")], {"train_on_opening": True}),
-        ("{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
-         "{% endfor %}<|assistant|>", [user("a"), said("b")], {}),
-        ("{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}{% endfor %}<|start|>assistant\n",
-         [user("a"), said("b")], {}),
-        ("{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% elif not loop.first %}<|user|>{% endif %}"
-         "{{ m.content }}{% endfor %}", [user("a"), said("b"), user("c"), said("d")], {}),
-        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if loop.last and m.role == 'assistant' %}</s>{% endif %}"
-         "{% endfor %}{% if messages[-1].role == 'user' %}<|assistant|><think>{% endif %}",
-         [user("a"), said("b"), said("c")], {}),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+            "{% endfor %}<|assistant|>",
+            [user("a"), said("b")],
+            {},
+        ),
+        (
+            "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}{% endfor %}<|start|>assistant\n",
+            [user("a"), said("b")],
+            {},
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% elif not loop.first %}<|user|>{% endif %}"
+            "{{ m.content }}{% endfor %}",
+            [user("a"), said("b"), user("c"), said("d")],
+            {},
+        ),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if loop.last and m.role == 'assistant' %}</s>{% endif %}"
+            "{% endfor %}{% if messages[-1].role == 'user' %}<|assistant|><think>{% endif %}",
+            [user("a"), said("b"), said("c")],
+            {},
+        ),
         (chatml(suffix="'(end)'"), [user("a"), said("b")], {}),
         (chatml(prefix="('[x] ' if 'final' in m.content else '')"), [user("a"), said("my final answer")], {}),
         (chatml(suffix="(' [x]' if 'final' in m.content else '')"), [user("a"), said("my final answer")], {}),
         (chatml(prefix="('NOTE' if m.content.startswith('</think>') else '')"), [user("a"), said("</think> b")], {}),
         (chatml(suffix="(' ' + m.content if m.content == 'user' else '')"), [user("a"), said("user")], {}),
     ],
-)  # fmt: skip
+)
 def test_templates_that_hide_something_in_a_turn_are_refused(template, turns, options):
     with pytest.raises(BadRow):
         render(tokenizer_for(template), turns, options=RenderOptions(**options))
@@ -531,12 +552,19 @@ LATE_TURNS_END_TWICE = chatml().replace("{% endfor %}", "{% if loop.index == 4 %
         (unasked(first=PREAMBLE, end="<|done|>\n<|turn|>"), "<|turn|>", [user("a"), said("b")]),
         (unasked(first="<|system|>Be brief.<|turn|>", end="<|turn|>"), "</s>", [user("a"), said("b")]),
         (OPEN_LAST, "</s>", [user("a"), said("b"), user("c"), said("d")]),
-        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|done|>{% if not loop.last %}</s>{% endif %}{% endfor %}",
-         "</s>", [user("a"), said("b"), user("c"), said("d")]),
-        ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|done|>\n<|turn|>"
-         "{% endif %}{% endfor %}", "</s>", [user("a"), said("b")]),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|done|>{% if not loop.last %}</s>{% endif %}{% endfor %}",
+            "</s>",
+            [user("a"), said("b"), user("c"), said("d")],
+        ),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|done|>\n<|turn|>"
+            "{% endif %}{% endfor %}",
+            "</s>",
+            [user("a"), said("b")],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_template_whose_end_of_turn_would_not_all_be_learned_is_refused(template, eos, messages):
     with pytest.raises(BadRow) as refusal:
         render(unasked_tokenizer(template, eos), messages)

@@ -34,15 +34,27 @@ class Stop(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 """
 RATES = (
-    "tokens_per_second", "supervised_tokens_per_second", "samples_per_second", "padding", "memory_gib", "step_seconds",
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "samples_per_second",
+    "padding",
+    "memory_gib",
+    "step_seconds",
     "eta_seconds",
-)  # fmt: skip
+)
 KEYS = {"step", "time", "loss", "grad_norm", "learning_rate", "epoch", *RATES}
 GIVEN = (
-    "--max_steps=6", "--report_to=wandb,tensorboard", "--wandb_project=tests", "--wandb_tags=first,second",
-    "--run_name=<i>stopped</i>", "--eval_data_path=data/validation.jsonl", "--eval_steps=2", "--packing=none",
-    "--sample_questions=What is 1 < 2 <b>?", "--sample_max_new_tokens=8",
-)  # fmt: skip
+    "--max_steps=6",
+    "--report_to=wandb,tensorboard",
+    "--wandb_project=tests",
+    "--wandb_tags=first,second",
+    "--run_name=<i>stopped</i>",
+    "--eval_data_path=data/validation.jsonl",
+    "--eval_steps=2",
+    "--packing=none",
+    "--sample_questions=What is 1 < 2 <b>?",
+    "--sample_max_new_tokens=8",
+)
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +244,11 @@ def test_what_the_user_has_set_for_wandb_stands(tmp_path, monkeypatch):
 def test_the_history_is_written_down(stopped):
     found = metrics.read_history(stopped[1].folder)
     assert [(entry["event"], entry["step"]) for entry in found] == [
-        ("started", 0), ("preempted", 3), ("resumed", 3), ("finished", 6),
-    ]  # fmt: skip
+        ("started", 0),
+        ("preempted", 3),
+        ("resumed", 3),
+        ("finished", 6),
+    ]
     assert [entry["processes"] for entry in found if "processes" in entry] == [2, 1]
     assert "preempted at step 3, with a complete checkpoint" in stopped[2]
     assert "(the run has not come to it)" in stopped[2]
@@ -361,11 +376,14 @@ def test_what_a_killed_run_left_of_a_line_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("data", '{"parts": [{}]}'), ("data", '{"parts": 3}'), ("data", '{"readings": [{"sources": [1]}]}'),
+        ("data", '{"parts": [{}]}'),
+        ("data", '{"parts": 3}'),
+        ("data", '{"readings": [{"sources": [1]}]}'),
         ("data", '{"parts": [{"name": "training", "lengths": {}, "examples": "many"}]}'),
-        ("samples", "[1]"), ("memory", '{"parts": [1]}'),
+        ("samples", "[1]"),
+        ("memory", '{"parts": [1]}'),
     ],
-)  # fmt: skip
+)
 def test_json_that_is_not_what_a_training_writes(name, text, tmp_path):
     folder = made_run(tmp_path / "run", line(1, loss=2.0), **{name: text})
     page = report.make(folder).read_text()
@@ -404,8 +422,13 @@ def test_a_very_long_run_is_thinned_out_and_keeps_its_spike(tmp_path):
 
 def test_planned_memory_is_beside_the_measured(tmp_path):
     gib = 2**30
-    facts = {"planned_bytes": 30 * gib, "parts": {"weights": 20 * gib, "slack": 0}, "allocated_bytes": 24 * gib,
-             "reserved_bytes": 26 * gib, "in_use_bytes": 28 * gib}  # fmt: skip
+    facts = {
+        "planned_bytes": 30 * gib,
+        "parts": {"weights": 20 * gib, "slack": 0},
+        "allocated_bytes": 24 * gib,
+        "reserved_bytes": 26 * gib,
+        "in_use_bytes": 28 * gib,
+    }
     folder = made_run(tmp_path / "run", line(1, loss=1.0, memory_gib=24.0, mfu=0.4), memory=json.dumps(facts))
     text = report.make(folder).read_text()
     dom = Page(text)

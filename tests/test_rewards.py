@@ -20,8 +20,10 @@ def scores(rewards: dict, answer: str, reference: str = "", row: dict | None = N
 def test_weights_and_names():
     found = read_rewards({"numeric": 1, "brief": {"reward": "length", "weight": 0.5, "max": 9}, "f1": {"weight": 0}})
     assert [(reward.name, reward.kind, reward.weight) for reward in found] == [
-        ("numeric", "numeric", 1.0), ("brief", "length", 0.5), ("f1", "f1", 0.0),
-    ]  # fmt: skip
+        ("numeric", "numeric", 1.0),
+        ("brief", "length", 0.5),
+        ("f1", "f1", 0.0),
+    ]
 
 
 def test_what_is_right_is_asked_of_what_comes_after_the_thinking():

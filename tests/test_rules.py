@@ -53,9 +53,15 @@ EVAL = {"eval_data_path": OTHER, "eval_steps": 5}
 NODES = {"world_size": 4, "save_steps": 5}
 ELASTIC = {"elastic": True, "resume_from_checkpoint": "auto", "global_batch_size": 8, **NODES}
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 512,
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 8,
+    "max_position_embeddings": 512,
+}
 WEIGHTS = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "uint8"}
 ENDS = {"eos_token": "<end>", "chat_template": "{{ messages }}<end>"}
@@ -99,10 +105,16 @@ CASES = [
     ("adapter-of-full-grpo", {**GRPO, "method": "full", "sft_model": "ADAPTER"}, {"method": "lora"}),
     ("reference-of-sharded-full", {**GRPO, "method": "full", "strategy": "fsdp"}, {"beta": 0}),
     ("reference-of-sharded-full", {**GRPO, "method": "full", "strategy": "zero3"}, {"method": "lora"}),
-    ("best-of-grpo", {**GRPO, **EVAL, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
-     {"metric_for_best_model": "eval_reward"}),
-    ("adapters-on-head-of-grpo", {**GRPO, "model": llama(), "lora_target_modules": "q_proj,lm_head"},
-     {"lora_target_modules": "q_proj"}),
+    (
+        "best-of-grpo",
+        {**GRPO, **EVAL, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
+        {"metric_for_best_model": "eval_reward"},
+    ),
+    (
+        "adapters-on-head-of-grpo",
+        {**GRPO, "model": llama(), "lora_target_modules": "q_proj,lm_head"},
+        {"lora_target_modules": "q_proj"},
+    ),
     ("answers-by-vllm", {**GRPO, "use_vllm": "colocate"}, {"use_vllm": "off"}),
     ("answers-by-vllm", {**GRPO, "use_vllm": "server", "hardware": GPUS}, {"task": "sft"}),
     ("vllm-and-quantised", {**GRPO, "use_vllm": "colocate", "method": "qlora"}, {"use_vllm": "off"}),
@@ -122,8 +134,11 @@ CASES = [
     ("compile-on-cpu", {"torch_compile": True}, {"hardware": GPUS}),
     ("paged-optimizer-on-cpu", {"optim": "paged_adamw_8bit"}, {"optim": "adamw_8bit"}),
     ("paged-optimizer-on-cpu", {"optim": "paged_adamw_32bit"}, {"hardware": GPUS}),
-    ("accumulation-in-environment",
-     {"env": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}}, {"env": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}}),
+    (
+        "accumulation-in-environment",
+        {"env": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}},
+        {"env": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}},
+    ),
     # Sharding
     ("offload-without-gpu", {"strategy": "fsdp_offload"}, {"strategy": "fsdp"}),
     ("offload-without-gpu", {"strategy": "fsdp_offload"}, {"hardware": GPUS}),
@@ -143,22 +158,37 @@ CASES = [
     ("fp16", {"strategy": "zero2", "json": {"fp16": {"enabled": True}}}, {"json": {"fp16": {"enabled": False}}}),
     ("precision-against-recipe", {"yaml": {"mixed_precision": "bf16"}}, {"hardware": CPU_WITH_BF16}),
     ("precision-against-recipe", {"strategy": "zero3", "json": {"bf16": {"enabled": True}}}, {"json": {}}),
-    ("precision-against-recipe",
-     {"strategy": "zero3", "hardware": GPUS, "json": {"bf16": {"enabled": False}}}, {"bf16": False}),
-    ("checkpointing-twice",
-     {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_activation_checkpointing": True}, "gradient_checkpointing": 2},
-     {"yaml": {}}),
-    ("fsdp-checkpointing", {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_activation_checkpointing": True}}, {"yaml": {}}),
+    (
+        "precision-against-recipe",
+        {"strategy": "zero3", "hardware": GPUS, "json": {"bf16": {"enabled": False}}},
+        {"bf16": False},
+    ),
+    (
+        "checkpointing-twice",
+        {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_activation_checkpointing": True}, "gradient_checkpointing": 2},
+        {"yaml": {}},
+    ),
+    (
+        "fsdp-checkpointing",
+        {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_activation_checkpointing": True}},
+        {"yaml": {}},
+    ),
     ("fsdp-version", {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_version": 1}}, {"yaml": {}}),
     ("fsdp-version", {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_version": None}}, {"yaml": {}}),
     ("one-fsdp-unit", {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_auto_wrap_policy": "NO_WRAP"}}, {"yaml": {}}),
     ("processes-of-multi-cpu", {"yaml": {"distributed_type": "MULTI_CPU"}}, {"yaml": {}}),
     ("cpu-beside-gpus", {"yaml": {"use_cpu": True}, "hardware": GPUS}, {"hardware": CPU}),
     ("node-facts-in-config", {"yaml": {"num_processes": 8, "machine_rank": 0}}, {"yaml": {}}),
-    ("compiled-twice",
-     {"yaml": {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "torch_compile": True, "hardware": GPUS},
-     {"torch_compile": False}),
-    ("keys-beside-deepspeed-json", {"strategy": "zero2", "yaml": {"mixed_precision": "bf16"}, "hardware": GPUS}, {"yaml": {}}),
+    (
+        "compiled-twice",
+        {"yaml": {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "torch_compile": True, "hardware": GPUS},
+        {"torch_compile": False},
+    ),
+    (
+        "keys-beside-deepspeed-json",
+        {"strategy": "zero2", "yaml": {"mixed_precision": "bf16"}, "hardware": GPUS},
+        {"yaml": {}},
+    ),
     ("keys-beside-deepspeed-json", {"strategy": "zero3", "yaml": {"deepspeed_config.zero_stage": 3}}, {"yaml": {}}),
     ("batch-in-deepspeed-json", {"strategy": "zero2", "json": {"train_batch_size": 8}}, {"json": {}}),
     ("batch-in-deepspeed-json", {"strategy": "zero2", "json": {"gradient_clipping": 0.5}}, {"json": {}}),
@@ -174,15 +204,26 @@ CASES = [
     ("batch-division", {"global_batch_size": 6, "packing": "none"}, {"packing": "step"}),
     ("idle-ranks", {"global_batch_size": 1}, {"nproc": 1}),
     ("idle-ranks", {"global_batch_size": 1}, {"global_batch_size": 2}),
-    ("changed-since-checkpoint",
-     {"run": RUN | {"learning_rate": 1e-4}, "resume_from_checkpoint": "auto"}, {"resume_changes": ["learning_rate"]}),
-    ("changed-since-checkpoint",
-     {"run": RUN, "resume_from_checkpoint": "auto", "per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4}),
-    ("changed-since-checkpoint",
-     {"run": RUN | {"global_batch_size": 8}, "resume_from_checkpoint": "auto", "global_batch_size": 16},
-     {"global_batch_size": 8}),
-    ("changed-since-checkpoint",
-     {"run": RUN | {"bf16": True}, "resume_from_checkpoint": "auto"}, {"hardware": CPU_WITH_BF16}),
+    (
+        "changed-since-checkpoint",
+        {"run": RUN | {"learning_rate": 1e-4}, "resume_from_checkpoint": "auto"},
+        {"resume_changes": ["learning_rate"]},
+    ),
+    (
+        "changed-since-checkpoint",
+        {"run": RUN, "resume_from_checkpoint": "auto", "per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 4},
+    ),
+    (
+        "changed-since-checkpoint",
+        {"run": RUN | {"global_batch_size": 8}, "resume_from_checkpoint": "auto", "global_batch_size": 16},
+        {"global_batch_size": 8},
+    ),
+    (
+        "changed-since-checkpoint",
+        {"run": RUN | {"bf16": True}, "resume_from_checkpoint": "auto"},
+        {"hardware": CPU_WITH_BF16},
+    ),
     # Steps
     ("validation-without-data", {"eval_steps": 5}, {"eval_data_path": OTHER}),
     ("validation-without-data", {"eval_steps": 5}, {"eval_split": 0.1}),
@@ -198,17 +239,22 @@ CASES = [
     ("never-validated", {**EVAL, "max_steps": 4}, {"max_steps": 5}),
     ("never-saved", {"save_steps": 10, "max_steps": 4}, {"save_steps": 2}),
     ("save-interval-beyond-limit", {"env": {"SLURM_JOB_END_TIME": IN_TWO_HOURS}}, {"save_steps": 5}),
-    ("save-interval-beyond-limit",
-     {"env": {"SLURM_JOB_END_TIME": IN_TWO_HOURS}, "run": RUN, "resume_from_checkpoint": "auto", "save_steps": 99},
-     {"save_steps": 9}),
+    (
+        "save-interval-beyond-limit",
+        {"env": {"SLURM_JOB_END_TIME": IN_TWO_HOURS}, "run": RUN, "resume_from_checkpoint": "auto", "save_steps": 99},
+        {"save_steps": 9},
+    ),
     ("machines-without-saves", {"world_size": 4}, {"save_steps": 5}),
     ("machine-local-output", {**NODES, "mounts": "ext4"}, {"mounts": "nfs4"}),
     ("elastic-without-resume", ELASTIC | {"resume_from_checkpoint": None}, {"resume_from_checkpoint": "auto"}),
     ("elastic-batch", ELASTIC | {"global_batch_size": None}, {"global_batch_size": 8}),
     # Optimisation and reports
     ("warmup-beyond-end", {"warmup_steps": 20, "max_steps": 10}, {"max_steps": 100}),
-    ("warmup-of-constant",
-     {"warmup_steps": 5, "lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant_with_warmup"}),
+    (
+        "warmup-of-constant",
+        {"warmup_steps": 5, "lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "constant_with_warmup"},
+    ),
     ("unusual-learning-rate", {"method": "full", "learning_rate": 2e-3}, {"learning_rate": 2e-5}),
     ("unusual-learning-rate", {"learning_rate": 2e-7}, {"method": "full"}),
     ("unusual-adapter-scale", {"lora_r": 4, "lora_alpha": 256}, {"lora_alpha": 8}),
@@ -217,20 +263,34 @@ CASES = [
     ("unused-options", {"optim": "sgd", "adam_beta1": 0.8}, {"optim": "adamw_torch"}),
     ("unknown-tracker", {"report_to": "wandbb"}, {"report_to": "none"}),
     ("unknown-tracker", {"report_to": "wandb,nonsense"}, {"report_to": "wandb"}),
-    ("wandb-without-login", {"report_to": "wandb", "env": {"WANDB_MODE": "online"}}, {"env": {"WANDB_MODE": "offline"}}),
-    ("wandb-without-login",
-     {"report_to": "wandb", "env": {"WANDB_MODE": "online"}}, {"env": {"WANDB_MODE": "online", "WANDB_API_KEY": "x"}}),
+    (
+        "wandb-without-login",
+        {"report_to": "wandb", "env": {"WANDB_MODE": "online"}},
+        {"env": {"WANDB_MODE": "offline"}},
+    ),
+    (
+        "wandb-without-login",
+        {"report_to": "wandb", "env": {"WANDB_MODE": "online"}},
+        {"env": {"WANDB_MODE": "online", "WANDB_API_KEY": "x"}},
+    ),
     # The model
     ("adapter-as-base", {"model": {"adapter_config.json": {}}}, {"model": llama()}),
     ("base-not-causal", {"model": llama(is_encoder_decoder=True)}, {"model": llama()}),
     ("base-not-causal", {"model": llama(architectures=["BertForMaskedLM"])}, {"model": llama()}),
     ("quantised-base", {"model": quantised(), "method": "full", "learning_rate": 1e-5}, {"method": "qlora"}),
     ("quantised-base", {"model": quantised(), "method": "lora"}, {"method": "qlora"}),
-    ("quantised-base", {"model": quantised(), "method": "int8"}, {"model": quantised(load_in_4bit=False, load_in_8bit=True)}),
+    (
+        "quantised-base",
+        {"model": quantised(), "method": "int8"},
+        {"model": quantised(load_in_4bit=False, load_in_8bit=True)},
+    ),
     ("untried-quantisation", {"model": llama(quantization_config={"quant_method": "gptq"})}, {"model": llama()}),
     ("quant-storage-in-shards", {"model": quantised(), "method": "qlora", "strategy": "fsdp"}, {"strategy": "zero3"}),
-    ("quant-storage-in-shards",
-     {"model": quantised(), "method": "qlora", "strategy": "fsdp"}, {"model": quantised(bnb_4bit_quant_storage="float32")}),
+    (
+        "quant-storage-in-shards",
+        {"model": quantised(), "method": "qlora", "strategy": "fsdp"},
+        {"model": quantised(bnb_4bit_quant_storage="float32")},
+    ),
     ("experts-not-quantised", {"model": llama(num_local_experts=8), "method": "qlora"}, {"method": "lora"}),
     ("packing-unknown-layers", {"model": llama(layer_types=["conv", "full_attention"])}, {"packing": "none"}),
     ("packing-unknown-layers", {"model": llama(model_type="bloom")}, {"model": llama()}),
@@ -239,43 +299,97 @@ CASES = [
     ("attention-by-documents", {"model": llama(head_dim=60), "hardware": GPUS}, {"model": llama(head_dim=256)}),
     ("attention-by-documents", {"model": llama(head_dim=64, v_head_dim=32), "hardware": GPUS}, {"packing": "none"}),
     ("attention-by-documents", {"model": llama(global_head_dim=512), "hardware": GPUS}, {"model": llama()}),
-    ("fp16-model-in-bf16", {"model": llama(torch_dtype="float16"), "hardware": GPUS}, {"model": llama(dtype="bfloat16")}),
+    (
+        "fp16-model-in-bf16",
+        {"model": llama(torch_dtype="float16"), "hardware": GPUS},
+        {"model": llama(dtype="bfloat16")},
+    ),
     ("length-beyond-positions", {"model": llama(), "max_length": 1024}, {"max_length": 512}),
-    ("length-beyond-positions",
-     {"model": llama(), "max_length": 2048},
-     {"model": llama(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512})}),
+    (
+        "length-beyond-positions",
+        {"model": llama(), "max_length": 2048},
+        {"model": llama(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512})},
+    ),
     ("layers-beyond-model", {"model": llama(), "gradient_checkpointing": 3}, {"gradient_checkpointing": 2}),
     ("layers-beyond-model", {"model": llama(), "gradient_checkpointing": 3}, {"gradient_checkpointing": "full"}),
-    ("tokens-beyond-vocabulary",
-     {"model": llama() | {"tokenizer_config.json": {"eos_token": "<turn>", "chat_template": "x"}, "tokenizer.json": TOKENS}},
-     {"model": llama(vocab_size=9) | {"tokenizer_config.json": {"eos_token": "<turn>", "chat_template": "<turn>"},
-                                      "tokenizer.json": TOKENS}}),
-    ("tokens-beyond-vocabulary",
-     {"model": llama() | {"tokenizer_config.json": {**ENDS, "chat_template": "<turn><end>"}, "tokenizer.json": TOKENS}},
-     {"model": llama() | {"tokenizer_config.json": ENDS, "tokenizer.json": TOKENS}}),
-    ("tokens-beyond-vocabulary",
-     {"model": llama(vocab_size=9) | {"tokenizer_config.json": {**ENDS, "pad_token": {"content": "[PAD]"}}, "tokenizer.json": TOKENS}},
-     {"model": llama(vocab_size=10) | {"tokenizer_config.json": {**ENDS, "pad_token": {"content": "[PAD]"}}, "tokenizer.json": TOKENS}}),
-    ("unknown-stop",
-     {"model": llama() | {"tokenizer_config.json": {**ENDS, "chat_template": "<im_end>"}, "tokenizer.json": TOKENS}},
-     {"model": llama(vocab_size=9) | {"tokenizer_config.json": {**ENDS, "chat_template": "<turn>"}, "tokenizer.json": TOKENS,
-                                      "generation_config.json": {"eos_token_id": [7, 8]}}}),
-    ("unknown-stop",
-     {"model": llama() | {"tokenizer_config.json": ENDS, "tokenizer.json": TOKENS}, "chat_template": "chatml"},
-     {"chat_template": "zephyr"}),
-    ("remote-code-from-hub", {"model_name_or_path": "someone/a-model", "trust_remote_code": True}, {"trust_remote_code": False}),
+    (
+        "tokens-beyond-vocabulary",
+        {
+            "model": llama()
+            | {"tokenizer_config.json": {"eos_token": "<turn>", "chat_template": "x"}, "tokenizer.json": TOKENS}
+        },
+        {
+            "model": llama(vocab_size=9)
+            | {"tokenizer_config.json": {"eos_token": "<turn>", "chat_template": "<turn>"}, "tokenizer.json": TOKENS}
+        },
+    ),
+    (
+        "tokens-beyond-vocabulary",
+        {
+            "model": llama()
+            | {"tokenizer_config.json": {**ENDS, "chat_template": "<turn><end>"}, "tokenizer.json": TOKENS}
+        },
+        {"model": llama() | {"tokenizer_config.json": ENDS, "tokenizer.json": TOKENS}},
+    ),
+    (
+        "tokens-beyond-vocabulary",
+        {
+            "model": llama(vocab_size=9)
+            | {"tokenizer_config.json": {**ENDS, "pad_token": {"content": "[PAD]"}}, "tokenizer.json": TOKENS}
+        },
+        {
+            "model": llama(vocab_size=10)
+            | {"tokenizer_config.json": {**ENDS, "pad_token": {"content": "[PAD]"}}, "tokenizer.json": TOKENS}
+        },
+    ),
+    (
+        "unknown-stop",
+        {"model": llama() | {"tokenizer_config.json": {**ENDS, "chat_template": "<im_end>"}, "tokenizer.json": TOKENS}},
+        {
+            "model": llama(vocab_size=9)
+            | {
+                "tokenizer_config.json": {**ENDS, "chat_template": "<turn>"},
+                "tokenizer.json": TOKENS,
+                "generation_config.json": {"eos_token_id": [7, 8]},
+            }
+        },
+    ),
+    (
+        "unknown-stop",
+        {"model": llama() | {"tokenizer_config.json": ENDS, "tokenizer.json": TOKENS}, "chat_template": "chatml"},
+        {"chat_template": "zephyr"},
+    ),
+    (
+        "remote-code-from-hub",
+        {"model_name_or_path": "someone/a-model", "trust_remote_code": True},
+        {"trust_remote_code": False},
+    ),
     # Adapters
-    ("adapters-on-tied-head-under-fsdp",
-     {"model": llama(tie_word_embeddings=True), "lora_target_modules": ["lm_head"], "strategy": "fsdp"}, {"strategy": "zero3"}),
-    ("adapters-on-tied-head",
-     {"model": llama(tie_word_embeddings=True), "lora_target_modules": ["lm_head"]}, {"model": llama(tie_word_embeddings=False)}),
+    (
+        "adapters-on-tied-head-under-fsdp",
+        {"model": llama(tie_word_embeddings=True), "lora_target_modules": ["lm_head"], "strategy": "fsdp"},
+        {"strategy": "zero3"},
+    ),
+    (
+        "adapters-on-tied-head",
+        {"model": llama(tie_word_embeddings=True), "lora_target_modules": ["lm_head"]},
+        {"model": llama(tie_word_embeddings=False)},
+    ),
     ("adapters-on-head", {"lora_target_modules": ["lm_head", "q_proj"]}, {"lora_target_modules": ["q_proj"]}),
     ("adapters-on-embeddings", {"lora_target_modules": ["embed_tokens"]}, {"lora_target_modules": "all-linear"}),
-    ("unknown-targets", {"model": llama(), "lora_target_modules": ["q_proj", "v_prjo"]}, {"lora_target_modules": ["q_proj"]}),
+    (
+        "unknown-targets",
+        {"model": llama(), "lora_target_modules": ["q_proj", "v_prjo"]},
+        {"lora_target_modules": ["q_proj"]},
+    ),
     ("rank-beyond-layers", {"model": llama(), "lora_r": 64, "lora_alpha": 64}, {"lora_r": 32}),
     ("dropout-on-experts", {"model": llama(model_type="mixtral"), "lora_dropout": 0.1}, {"lora_dropout": 0}),
-    ("dropout-on-experts", {"model": llama(model_type="qwen3_moe"), "lora_dropout": 0.1}, {"lora_target_modules": ["q_proj"]}),
-]  # fmt: skip
+    (
+        "dropout-on-experts",
+        {"model": llama(model_type="qwen3_moe"), "lora_dropout": 0.1},
+        {"lora_target_modules": ["q_proj"]},
+    ),
+]
 IDS = [f"{name}-{number}" for number, (name, _, _) in enumerate(CASES)]
 
 
@@ -460,9 +574,11 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
         )
     whats = [problem.what for problem in caught.value.problems]
     assert whats == [
-        "method int8 under fsdp", "adamw_8bit under fsdp", "1 of the first 1 rows cannot be used (1 empty field)",
+        "method int8 under fsdp",
+        "adamw_8bit under fsdp",
+        "1 of the first 1 rows cannot be used (1 empty field)",
         "there is no folder ./no",
-    ]  # fmt: skip
+    ]
     text = str(caught.value)
     assert text.startswith("4 things are wrong\n\nerror: method int8")
     assert all(f"error: {what}\n" in text for what in whats)
@@ -490,8 +606,9 @@ def test_what_the_number_of_steps_decides_is_told_once_it_is_known():
     config = resolved(**recipe).config
     save, warmup = warnings_of_length(config, 12)
     assert warmup.splitlines()[:2] == [
-        "warning: warmup_steps 20, and the run has 12 steps", "where: warmup_steps, num_train_epochs"
-    ]  # fmt: skip
+        "warning: warmup_steps 20, and the run has 12 steps",
+        "where: warmup_steps, num_train_epochs",
+    ]
     assert save.startswith("warning: save_steps 50, and the run has 12 steps\n")
     assert warnings_of_length(config, 100) == []
     assert warnings_of_length(resolved(**recipe, max_steps=12).config, 12) == []

@@ -239,7 +239,9 @@ def test_one_file_is_bounded(network):
 @both
 @pytest.mark.parametrize("kept", [10, 1000, 200_000])
 def test_output_is_capped_and_does_not_block(kept, network):
-    outcome = python("import sys\nfor _ in range(400): sys.stdout.write('0123456789' * 1000)", output_bytes=kept, network=network)  # fmt: skip
+    outcome = python(
+        "import sys\nfor _ in range(400): sys.stdout.write('0123456789' * 1000)", output_bytes=kept, network=network
+    )
     assert outcome.code == 0
     assert outcome.output == ("0123456789" * kept)[:kept]
 

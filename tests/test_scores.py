@@ -20,13 +20,32 @@ def test_exact(answer, reference, right):
 @pytest.mark.parametrize(
     ("text", "normal"),
     [
-        ("The  Eiffel Tower!", "eiffel tower"), ("An apple, a day.", "apple day"), ("Theatre", "theatre"),
-        ("It's\n\tfine", "its fine"), ("well-known", "wellknown"), ("1/3", "1/3"), ("1,000.50", "1000.50"),
-        ("$5", "5"), ("-5", "-5"), ("\u22125", "-5"), ("3-4", "3-4"), ("x-5", "x5"), ("5.", "5"), ("10:30", "10:30"),
-        ("“Straße”", "strasse"), ("ｆｕｌｌ", "full"), ("—", ""), ("the", ""), ("50%", "50"), ("2^4", "2^4"), (" .5", "5"),
-        ("Ça va?", "ça va"), ("c++", "c"), ("日本。", "日本"),
+        ("The  Eiffel Tower!", "eiffel tower"),
+        ("An apple, a day.", "apple day"),
+        ("Theatre", "theatre"),
+        ("It's\n\tfine", "its fine"),
+        ("well-known", "wellknown"),
+        ("1/3", "1/3"),
+        ("1,000.50", "1000.50"),
+        ("$5", "5"),
+        ("-5", "-5"),
+        ("\u22125", "-5"),
+        ("3-4", "3-4"),
+        ("x-5", "x5"),
+        ("5.", "5"),
+        ("10:30", "10:30"),
+        ("“Straße”", "strasse"),
+        ("ｆｕｌｌ", "full"),
+        ("—", ""),
+        ("the", ""),
+        ("50%", "50"),
+        ("2^4", "2^4"),
+        (" .5", "5"),
+        ("Ça va?", "ça va"),
+        ("c++", "c"),
+        ("日本。", "日本"),
     ],
-)  # fmt: skip
+)
 def test_normal_text(text, normal):
     assert normal_text(text) == normal == normal_text(normal)
 
@@ -39,12 +58,26 @@ def test_normalised_keeps_numbers_apart():
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("16 - 3 = 13\n#### 18", "18"), ("#### $1,218", "1218"), ("#### 1,218 for 3 days", "1218"), ("so 5 + 7 = 12.", "12"),
-        ("A: 18.0", "18"), ("it costs $5.50", "5.5"), ("-3", "-3"), ("-$3", "-3"), ("\u22123", "-3"), ("7-3", "3"),
-        ("50%", "50"), ("#### 1\n#### 2", "2"), ("1,000,000 people", "1000000"), ("\\boxed{42}", "42"), ("1e3", "1000"),
-        (".5", "0.5"), ("1,2", "2"), ("5.0", "5"),
+        ("16 - 3 = 13\n#### 18", "18"),
+        ("#### $1,218", "1218"),
+        ("#### 1,218 for 3 days", "1218"),
+        ("so 5 + 7 = 12.", "12"),
+        ("A: 18.0", "18"),
+        ("it costs $5.50", "5.5"),
+        ("-3", "-3"),
+        ("-$3", "-3"),
+        ("\u22123", "-3"),
+        ("7-3", "3"),
+        ("50%", "50"),
+        ("#### 1\n#### 2", "2"),
+        ("1,000,000 people", "1000000"),
+        ("\\boxed{42}", "42"),
+        ("1e3", "1000"),
+        (".5", "0.5"),
+        ("1,2", "2"),
+        ("5.0", "5"),
     ],
-)  # fmt: skip
+)
 def test_number(text, value):
     assert number(text) == Decimal(value)
 
@@ -67,14 +100,36 @@ def test_numeric():
 @pytest.mark.parametrize(
     ("text", "chosen"),
     [
-        ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("b) Paris", "B"), ("B: Paris", "B"), ("**C**", "C"), ("[D]", "D"),
-        ("The answer is B.", "B"), ("the correct answer is (b).", "B"), ("Answer: C", "C"), ("ANSWER: **D**", "D"),
-        ("Final answer: $\\boxed{E}$", "E"), ("A dog barks, so the answer is C", "C"), ("I think it is B", "B"), ("I'd say D.", "D"),
-        ("Not (A), but (C)", "C"), ("Answer: A? No. The answer is B", "B"), ("It is A", "A"), ("A\nbecause", "A"),
-        ("Option C is best", "C"), ("The answer is a dog. So B", "B"), ("J", "J"), ("D, since A fails", "D"),
-        ("The answer is, I think, B", "B"), ("I, personally, pick C", "C"), ("The answer is I.", "I"), ("I", "I"),
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("b) Paris", "B"),
+        ("B: Paris", "B"),
+        ("**C**", "C"),
+        ("[D]", "D"),
+        ("The answer is B.", "B"),
+        ("the correct answer is (b).", "B"),
+        ("Answer: C", "C"),
+        ("ANSWER: **D**", "D"),
+        ("Final answer: $\\boxed{E}$", "E"),
+        ("A dog barks, so the answer is C", "C"),
+        ("I think it is B", "B"),
+        ("I'd say D.", "D"),
+        ("Not (A), but (C)", "C"),
+        ("Answer: A? No. The answer is B", "B"),
+        ("It is A", "A"),
+        ("A\nbecause", "A"),
+        ("Option C is best", "C"),
+        ("The answer is a dog. So B", "B"),
+        ("J", "J"),
+        ("D, since A fails", "D"),
+        ("The answer is, I think, B", "B"),
+        ("I, personally, pick C", "C"),
+        ("The answer is I.", "I"),
+        ("I", "I"),
     ],
-)  # fmt: skip
+)
 def test_letter(text, chosen):
     assert letter(text) == chosen
 
@@ -96,10 +151,16 @@ def test_choice():
 @pytest.mark.parametrize(
     ("answer", "reference", "value"),
     [
-        ("the cat sat", "a cat sat", 1), ("cat", "cat sat", 2 / 3), ("cat cat", "cat", 2 / 3), ("dog", "cat", 0), ("", "", 1),
-        ("the", "", 1), ("", "cat", 0), ("a b c d", "b d", 0.8),
+        ("the cat sat", "a cat sat", 1),
+        ("cat", "cat sat", 2 / 3),
+        ("cat cat", "cat", 2 / 3),
+        ("dog", "cat", 0),
+        ("", "", 1),
+        ("the", "", 1),
+        ("", "cat", 0),
+        ("a b c d", "b d", 0.8),
     ],
-)  # fmt: skip
+)
 def test_f1(answer, reference, value):
     assert f1(answer, reference) == pytest.approx(value)
 

@@ -11,26 +11,61 @@ from manyrank.models import catalog as catalogue
 from manyrank.models import spec as shapes
 
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 300, "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
 MOE = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2}
 LATENT = {
-    "q_lora_rank": 40, "kv_lora_rank": 24, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 20, "num_key_value_heads": 4,
-    "n_routed_experts": 8, "n_shared_experts": 2, "moe_intermediate_size": 48, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
-    "moe_layer_freq": 1, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
+    "q_lora_rank": 40,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 KINDS = {
-    "llama": {}, "llama, biases": {"attention_bias": True, "mlp_bias": True}, "llama, tied": {"tie_word_embeddings": True},
-    "mistral": {"sliding_window": 16}, "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen2": {"head_dim": None}, "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 80, "head_dim": None},
-    "qwen3": {}, "qwen3, biases": {"attention_bias": True}, "qwen3_moe": MOE, "qwen3_moe, every second": {**MOE, "decoder_sparse_step": 2},
-    "gemma": {}, "gemma2": {}, "gemma3_text": {}, "phi3": {"head_dim": None}, "olmo2": {"head_dim": None},
-    "olmoe": {"head_dim": None, "num_experts": 8, "num_experts_per_tok": 2}, "glm4": {"attention_bias": True},
-    "cohere": {"head_dim": None}, "cohere, normed": {"head_dim": None, "use_qk_norm": True}, "starcoder2": {"head_dim": None, "use_bias": True},
-    "granite": {"head_dim": None}, "smollm3": {"head_dim": None}, "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2},
-    "deepseek_v3": LATENT, "deepseek_v2": {**LATENT, "q_lora_rank": None},
-}  # fmt: skip
+    "llama": {},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 16},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2": {"head_dim": None},
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 80, "head_dim": None},
+    "qwen3": {},
+    "qwen3, biases": {"attention_bias": True},
+    "qwen3_moe": MOE,
+    "qwen3_moe, every second": {**MOE, "decoder_sparse_step": 2},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "phi3": {"head_dim": None},
+    "olmo2": {"head_dim": None},
+    "olmoe": {"head_dim": None, "num_experts": 8, "num_experts_per_tok": 2},
+    "glm4": {"attention_bias": True},
+    "cohere": {"head_dim": None},
+    "cohere, normed": {"head_dim": None, "use_qk_norm": True},
+    "starcoder2": {"head_dim": None, "use_bias": True},
+    "granite": {"head_dim": None},
+    "smollm3": {"head_dim": None},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v3": LATENT,
+    "deepseek_v2": {**LATENT, "q_lora_rank": None},
+}
 
 
 def made(kind: str) -> tuple[torch.nn.Module, dict]:
@@ -72,11 +107,18 @@ def test_the_matrices_of_each_layer_are_those_of_the_modules(kind):
 
 # As published.
 PARAMETERS = {
-    "meta-llama/Llama-2-7b-hf": 6_738_415_616, "meta-llama/Llama-2-70b-hf": 68_976_648_192, "Meta-Llama-3.1-8B-Instruct": 8_030_261_248,
-    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096, "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704, "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
-    "Qwen/Qwen2.5-0.5B": 494_032_768, "google/gemma-2-9b-it": 9_241_705_984, "deepseek-ai/DeepSeek-V3": 671_026_404_352,
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384, "microsoft/phi-4": 14_659_507_200,
-}  # fmt: skip
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "Meta-Llama-3.1-8B-Instruct": 8_030_261_248,
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "deepseek-ai/DeepSeek-V3": 671_026_404_352,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "microsoft/phi-4": 14_659_507_200,
+}
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())

@@ -55,8 +55,18 @@ def test_a_job_is_signalled_requeued_and_resumed(embedded_model, tmp_path):
         tool = tools(env)
         # Both nodes are this machine, where accelerate's look at the port finds the other node's agent.
         options = ("--via=torchrun", f"--max_steps={STEPS}", "--logging_steps=1", "--callbacks=slowly:Slowly")
-        said = tool("sbatch", "--nodes=2", "--time=10", "--gpus-per-node=0", f"--output={log}", "launch/slurm.sbatch", "verify", "ddp",
-                    f"--output_dir={folder}", *options)  # fmt: skip
+        said = tool(
+            "sbatch",
+            "--nodes=2",
+            "--time=10",
+            "--gpus-per-node=0",
+            f"--output={log}",
+            "launch/slurm.sbatch",
+            "verify",
+            "ddp",
+            f"--output_dir={folder}",
+            *options,
+        )
         job = re.search(r"\d+", said)[0]
         metrics = folder / "logs" / "metrics.jsonl"
         wait(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, "the first steps", log)

@@ -24,9 +24,13 @@ NO_SLURM = slurm_cluster.available()
 def story(name: str, folder: Path, *argv: str, **variables: str) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [ROOT / "launch" / "stories" / f"{name}.sh", *argv], cwd=ROOT, capture_output=True, text=True, timeout=400,
+        [ROOT / "launch" / "stories" / f"{name}.sh", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
         env={**os.environ, "PATH": path, "OUT": str(folder), **variables},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

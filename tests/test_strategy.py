@@ -79,8 +79,12 @@ def test_every_key_has_a_comment(name):
     bare = [line for line in keys if "#" not in line]
     # Sections and what the first line of the file explains.
     assert {line.split(":")[0].strip() for line in bare} <= {
-        "compute_environment", "distributed_type", "fsdp_config", "deepspeed_config", "parallelism_config",
-    }  # fmt: skip
+        "compute_environment",
+        "distributed_type",
+        "fsdp_config",
+        "deepspeed_config",
+        "parallelism_config",
+    }
 
 
 def test_the_cpu_adapter_is_still_needed():

@@ -345,17 +345,22 @@ def refused(capsys, tmp_path, monkeypatch):
         (["--via=slurm", "--nproc=4", "--gpus=2"], "4 processes on a machine with 2 GPUs"),
         (["--via=slurm", "--nproc=2", "--strategy=single"], "strategy single with 2 processes"),
         (["--via=slurm", "--nproc=2", "--data_path=none.jsonl"], "there is no file none.jsonl"),
-        (["--via=slurm", "--nproc=2", "--resume_from=output/a/checkpoint-5"],
-         "a job resumes by itself, and not from output/a/checkpoint-5: queued again it would lose what it has trained since"),
+        (
+            ["--via=slurm", "--nproc=2", "--resume_from=output/a/checkpoint-5"],
+            "a job resumes by itself, and not from output/a/checkpoint-5: queued again it would lose what it has trained since",
+        ),
         (["--via=slurm", "--nproc=2", "--elastic", "--global_batch_size=8"], "elastic on one machine"),
         (["--via=kubernetes", "--nproc=2"], "--via kubernetes needs --image and --pvc"),
         ([*POD, "--nproc=2", "--job_name=My_job"], "--job_name 'My_job' is no name for Kubernetes"),
         ([*POD, "--nproc=2", "--k8s_kind=pod"], "--k8s_kind 'pod' is none of job, trainjob"),
         ([*POD, "--nproc=2", "--k8s_kind=trainjob", "--grace=9"], "--grace with a TrainJob"),
         ([*POD, "--nproc=2", "--mount_path=data"], "--mount_path 'data' is relative"),
-        ([*POD, "--nproc=2", "--output_dir=/else/run"], "the output folder /else/run is not on the volume, which is at /workspace"),
+        (
+            [*POD, "--nproc=2", "--output_dir=/else/run"],
+            "the output folder /else/run is not on the volume, which is at /workspace",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused(refused, flags, error):
     assert refused(*flags) == error
 

@@ -39,9 +39,14 @@ def test_final_model_loads_plainly_and_gives_the_loss_of_the_run(strategy, metho
     from transformers import AutoModelForCausalLM
 
     run = launch(
-        tmp_path / "run", f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}", f"--method={method}",
-        "--max_steps=4", "--eval_data_path=data/validation.jsonl", "--eval_steps=4",
-    )  # fmt: skip
+        tmp_path / "run",
+        f"--strategy={strategy}",
+        f"--nproc={1 if strategy == 'single' else 2}",
+        f"--method={method}",
+        "--max_steps=4",
+        "--eval_data_path=data/validation.jsonl",
+        "--eval_steps=4",
+    )
     assert run.code == 0, run.stderr
     final = run.folder / "final_model"
     if method == "lora":
@@ -102,9 +107,15 @@ def test_bad_rows_are_put_aside_and_the_split_is_validated(embedded_model, tmp_p
     rows = Path("data/sample.jsonl").read_text().splitlines()
     file.write_text("\n".join([*rows[:60], '{"question": "c"}', "not json", *rows[60:]]) + "\n")
     run = launch(
-        tmp_path / "run", f"--data_path={file}", "--on_bad_row=skip", "--eval_split=0.2", "--eval_steps=3", "--max_steps=6",
-        "--strategy=ddp", "--nproc=2",
-    )  # fmt: skip
+        tmp_path / "run",
+        f"--data_path={file}",
+        "--on_bad_row=skip",
+        "--eval_split=0.2",
+        "--eval_steps=3",
+        "--max_steps=6",
+        "--strategy=ddp",
+        "--nproc=2",
+    )
     assert run.code == 0, run.stderr
     assert "2 bad, put aside" in run.stdout and "validation data: " in run.stdout
     assert "between the longest rank and the mean" in run.stdout
@@ -143,9 +154,15 @@ def test_early_stopping_and_the_best_model(embedded_model, tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
     run = launch(
-        tmp_path / "run", "--max_steps=40", "--learning_rate=0.05", "--lr_scheduler_type=constant",
-        "--eval_data_path=data/validation.jsonl", "--eval_steps=2", "--early_stopping_patience=2", "--load_best_model_at_end",
-    )  # fmt: skip
+        tmp_path / "run",
+        "--max_steps=40",
+        "--learning_rate=0.05",
+        "--lr_scheduler_type=constant",
+        "--eval_data_path=data/validation.jsonl",
+        "--eval_steps=2",
+        "--early_stopping_patience=2",
+        "--load_best_model_at_end",
+    )
     assert run.code == 0, run.stderr
     losses = run.metrics("eval_loss")
     best = losses.index(min(losses))
@@ -196,9 +213,13 @@ def test_a_non_finite_gradient_stops_before_the_optimizer(strategy, embedded_mod
     (tmp_path / "mine.py").write_text(CALLBACK)
     nproc = 1 if strategy == "single" else 2
     run = launch(
-        tmp_path / "run", f"--strategy={strategy}", f"--nproc={nproc}", "--max_steps=4", "--callbacks=mine:Poison",
+        tmp_path / "run",
+        f"--strategy={strategy}",
+        f"--nproc={nproc}",
+        "--max_steps=4",
+        "--callbacks=mine:Poison",
         PYTHONPATH=str(tmp_path),
-    )  # fmt: skip
+    )
     assert run.code == 1
     assert "stopped before the optimizer used it: the gradient's norm is" in run.stderr
     assert "in step 2 (" in run.stderr and "rank 0: rows [" in run.stderr
@@ -234,9 +255,13 @@ def test_a_bad_row_in_the_middle_is_three_lines_from_two_processes(embedded_mode
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_bf16_follows_float32(strategy, method, whole_run, tmp_path):
     run = launch(
-        tmp_path / "run", f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}", f"--method={method}",
-        "--max_steps=6", "--bf16",
-    )  # fmt: skip
+        tmp_path / "run",
+        f"--strategy={strategy}",
+        f"--nproc={1 if strategy == 'single' else 2}",
+        f"--method={method}",
+        "--max_steps=6",
+        "--bf16",
+    )
     assert run.code == 0, run.stderr
     assert run.facts()["precision"] == "bf16"
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=0.1 if method == "qlora" else 0.03)

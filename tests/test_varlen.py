@@ -20,9 +20,22 @@ def of_torch_2_11(
 
 
 def of_torch_2_12(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
     share = query.shape[1] // key.shape[1]
     assert enable_gqa or share == 1
     key, value = (tensor[:, :, None].expand(-1, -1, share, -1).flatten(1, 2) for tensor in (key, value))

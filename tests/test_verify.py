@@ -51,13 +51,20 @@ def test_hsdp_is_left_out_where_there_are_too_few_gpus():
 
 
 GOOD = verify.Outcome(
-    (2.0, 1.5), (1.0, 0.9),
+    (2.0, 1.5),
+    (1.0, 0.9),
     {
-        "wrapper": "DeepSpeedEngine", "distributed_type": "DEEPSPEED", "world_size": 2, "precision": "no", "base_bytes": 100,
-        "base_bytes_here": [50, 50], "trainable_tensors": 4, "mesh": [],
+        "wrapper": "DeepSpeedEngine",
+        "distributed_type": "DEEPSPEED",
+        "world_size": 2,
+        "precision": "no",
+        "base_bytes": 100,
+        "base_bytes_here": [50, 50],
+        "trainable_tensors": 4,
+        "mesh": [],
     },
     4,
-)  # fmt: skip
+)
 ZERO3 = verify.Case("zero3", "lora", "torchrun")
 
 

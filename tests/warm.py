@@ -37,13 +37,37 @@ from pathlib import Path
 PROGRAMS = ("manyrank.", "accelerate.commands.launch", "torch.distributed.run")  # of which a process may be forked
 AT_IMPORT = ("HF_HOME", "HF_HUB_OFFLINE", "HOME", "XDG_CACHE_HOME", "TRANSFORMERS_OFFLINE", "PYTHONHASHSEED")
 LIBRARIES = (
-    "torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
-    "torch.nn.attention.flex_attention", "transformers", "transformers.models.auto.modeling_auto", "transformers.trainer_callback",
-    "transformers.models.qwen3.modeling_qwen3", "transformers.models.qwen2.tokenization_qwen2", "transformers.integrations",
-    "transformers.optimization", "transformers.modelcard", "peft", "bitsandbytes", "accelerate", "accelerate.commands.launch",
-    "deepspeed", "deepspeed.runtime.engine", "deepspeed.ops.adam", "deepspeed.ops.op_builder", "torch.utils.cpp_extension", "torch.profiler", "datasets", "datasets.packaged_modules",
-    "pyarrow.parquet", "pydantic", "psutil", "numpy.ctypeslib",
-)  # fmt: skip
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.run",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.nn.attention.flex_attention",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.trainer_callback",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.qwen2.tokenization_qwen2",
+    "transformers.integrations",
+    "transformers.optimization",
+    "transformers.modelcard",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "accelerate.commands.launch",
+    "deepspeed",
+    "deepspeed.runtime.engine",
+    "deepspeed.ops.adam",
+    "deepspeed.ops.op_builder",
+    "torch.utils.cpp_extension",
+    "torch.profiler",
+    "datasets",
+    "datasets.packaged_modules",
+    "pyarrow.parquet",
+    "pydantic",
+    "psutil",
+    "numpy.ctypeslib",
+)
 ENVIRONMENT = dict(os.environ)  # of the session, before a test changes it for itself
 _fork_exec = subprocess._fork_exec
 

@@ -99,18 +99,22 @@ class SFTTrainer:
     """
 
     def __init__(
-        self, config: SFTConfig | str | Path, *,
+        self,
+        config: SFTConfig | str | Path,
+        *,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config = config if isinstance(config, SFTConfig) else SFTConfig(config)
         self.brought = Brought(model, tokenizer, tuple(callbacks), loss)
         if self.config.per_device_train_batch_size == "auto":
             raise UserError(
-                "a micro-batch of auto is decided by `manyrank train`", where="per_device_train_batch_size", fix="give a number"
-            )  # fmt: skip
+                "a micro-batch of auto is decided by `manyrank train`",
+                where="per_device_train_batch_size",
+                fix="give a number",
+            )
 
     def train(self) -> Trained:
         """Train to the end and save final_model.
@@ -126,9 +130,12 @@ class SFTTrainer:
             session = train.train(self.config._resolved, topology.from_environment(), folder, self.brought)
         state = session.trainer.state
         return Trained(
-            folder, None if self.config.dry_run else folder / "final_model", state.global_step,
-            {key: value for line in state.log_history for key, value in line.items()}, state.log_history,
-        )  # fmt: skip
+            folder,
+            None if self.config.dry_run else folder / "final_model",
+            state.global_step,
+            {key: value for line in state.log_history for key, value in line.items()},
+            state.log_history,
+        )
 
 
 @contextmanager
@@ -165,15 +172,24 @@ class SFTDataset(Dataset):
     """
 
     def __init__(
-        self, data_path: str | Path | list, tokenizer: PreTrainedTokenizerBase, *,
-        max_length: int = 1024, format_type: str = "auto", use_chat_template: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        data_path: str | Path | list,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 1024,
+        format_type: str = "auto",
+        use_chat_template: bool = True,
+        **options: Any,
+    ) -> None:
         if not use_chat_template and options.setdefault("chat_template", "plain") != "plain":
             raise UserError("a chat template that is not used", where="use_chat_template", fix="leave one of them out")
         self.config = SFTConfig(
-            model_name_or_path=tokenizer.name_or_path or "tokenizer", data_path=data_path, max_length=max_length,
-            format_type=format_type, **options,
-        )  # fmt: skip
+            model_name_or_path=tokenizer.name_or_path or "tokenizer",
+            data_path=data_path,
+            max_length=max_length,
+            format_type=format_type,
+            **options,
+        )
         self.tokenizer = load_tokenizer(self.config, tokenizer)
         self.examples = prepare(self.config.data_path, self.tokenizer, self.config)
 

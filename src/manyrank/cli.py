@@ -73,10 +73,21 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
     from .errors import UserError
 
     commands = {
-        "train": _train, "grpo": _grpo, "plan": _plan, "data": _data, "doctor": _doctor, "rules": _rules, "report": _report, "verify": _verify,
-        "evaluate": _evaluate, "bench": _bench, "chat": _chat, "generate": _generate, "merge": _merge,
+        "train": _train,
+        "grpo": _grpo,
+        "plan": _plan,
+        "data": _data,
+        "doctor": _doctor,
+        "rules": _rules,
+        "report": _report,
+        "verify": _verify,
+        "evaluate": _evaluate,
+        "bench": _bench,
+        "chat": _chat,
+        "generate": _generate,
+        "merge": _merge,
         "embedded-model": _embedded_model,
-    }  # fmt: skip
+    }
     if name not in commands:
         import difflib
 

@@ -99,9 +99,14 @@ def _launch(request: dict, limits: Limits) -> Outcome:
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, json.dumps(request)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            cwd="/", env=_environment(request["folder"]), pass_fds=[told], start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            env=_environment(request["folder"]),
+            pass_fds=[told],
+            start_new_session=True,
+        )
     except OSError:
         os.close(report)
         raise

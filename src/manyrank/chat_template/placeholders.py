@@ -170,9 +170,15 @@ def written(message: Message, form: Form) -> Message:
         made["content"] = [{"type": "text", "text": message["content"]}]
     if form.json_arguments and message.get("tool_calls"):
         made["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                },
+            }
             for call in message["tool_calls"]
-        ]  # fmt: skip
+        ]
     return made
 
 

@@ -115,9 +115,14 @@ class Template:
         """Render; whatever the template raises becomes a BadRow."""
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tools=tools or self.no_tools, documents=documents, chat_template=self.source, tokenize=False,
-                add_generation_prompt=generate, **self.variables,
-            )  # fmt: skip
+                list(messages),
+                tools=tools or self.no_tools,
+                documents=documents,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=generate,
+                **self.variables,
+            )
         except Exception as error:  # a template raises what it likes: jinja2 errors, TypeError, ...
             raise BadRow(f"the chat template refuses the conversation: {error}", reason=REFUSED) from None
 

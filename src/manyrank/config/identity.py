@@ -10,18 +10,43 @@ from .resolve import FIELDS, TrainConfig
 
 # What shapes the result; a resumed run must not differ in it.
 IDENTITY = (
-    "method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "max_length",
-    "packing", "chat_template_kwargs", "train_on_last_turn", "train_on_prompt", "train_on_opening", "thinking", "stop_tokens",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "method",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "max_length",
+    "packing",
+    "chat_template_kwargs",
+    "train_on_last_turn",
+    "train_on_prompt",
+    "train_on_opening",
+    "thinking",
+    "stop_tokens",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
     "seed",
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
-)  # fmt: skip
+)
 OF_GRPO = (
-    "rewards", "on_reward_error", "num_generations", "max_completion_length", "beta", "temperature", "top_p", "loss_type",
-    "scale_rewards", "mask_truncated_completions", "use_vllm",
-)  # fmt: skip
+    "rewards",
+    "on_reward_error",
+    "num_generations",
+    "max_completion_length",
+    "beta",
+    "temperature",
+    "top_p",
+    "loss_type",
+    "scale_rewards",
+    "mask_truncated_completions",
+    "use_vllm",
+)
 # What a run's identity calls otherwise than the recipe does.
 CALLED = {
     "per_device_train_batch_size": ("batch_per_process",),

@@ -65,10 +65,19 @@ BY_TASK = "task grpo"
 DEFAULTS_OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "greater_is_better": True}
 # Of adapter_config.json, what the adapters made here have, so that theirs is told by rank, scale and modules.
 PLAIN_ADAPTER = {
-    "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "lora_bias": False, "rank_pattern": {},
-    "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "target_parameters": None,
-    "trainable_token_indices": None, "fan_in_fan_out": False,
-}  # fmt: skip
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "fan_in_fan_out": False,
+}
 METHOD_PREFERENCE = ("lora", "qlora", "int8", "full")
 SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
 TYPED = frozenset({"trust_remote_code"})  # what a run's own config cannot switch on: it may be somebody else's

@@ -13,11 +13,24 @@ Task = Literal["sft", "grpo"]
 Method = Literal["full", "lora", "qlora", "int8"]
 Strategy = Literal["single", "ddp", "fsdp", "fsdp_offload", "hsdp", "zero2", "zero3", "zero3_offload"]
 FORMATS = (
-    "auto", "question_answer", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "tokens",
-)  # fmt: skip
+    "auto",
+    "question_answer",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "prompt_completion",
+    "text",
+    "tokens",
+)
 Schedule = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-]  # fmt: skip
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
 
 

@@ -119,9 +119,14 @@ class Examples:
     def take(self, chosen: np.ndarray) -> Examples:
         """The examples of a mask or of positions."""
         return replace(
-            self, index=self.index[chosen], lengths=self.lengths[chosen], supervised=self.supervised[chosen],
-            content=self.content[chosen], tokens=self.tokens[chosen], source=self.source[chosen],
-        )  # fmt: skip
+            self,
+            index=self.index[chosen],
+            lengths=self.lengths[chosen],
+            supervised=self.supervised[chosen],
+            content=self.content[chosen],
+            tokens=self.tokens[chosen],
+            source=self.source[chosen],
+        )
 
     def split(self, part: float) -> tuple[Examples, Examples]:
         """All but about `part` of the examples, and that part.

@@ -24,10 +24,17 @@ from ..chat_template.types import BadRow, Message
 from ..errors import UserError
 
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "function_call": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 KEYS = {  # of a message, besides its role and content; another one would be lost
     "system": {"name", "weight"},

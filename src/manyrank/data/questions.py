@@ -88,6 +88,4 @@ def _question(key: Key, row: Row, source: Source) -> Question | None:
     last = messages[learned[-1]]
     if not learned[-1] or last.get("tool_calls") or not (last.get("content") or "").strip():
         return None
-    return Question(
-        key, row.place, row.value, messages[: learned[-1]], last["content"], sample.tools, sample.documents
-    )  # fmt: skip
+    return Question(key, row.place, row.value, messages[: learned[-1]], last["content"], sample.tools, sample.documents)

@@ -132,8 +132,12 @@ class Model(BaseModel):
 
 OPTIONS: dict[str, type[BaseModel]] = {
     **dict.fromkeys(SCORES, Metric),
-    "format": Format, "length": Length, "repetition": Repetition, "command": Program, "model": Model,
-}  # fmt: skip
+    "format": Format,
+    "length": Length,
+    "repetition": Repetition,
+    "command": Program,
+    "model": Model,
+}
 
 
 @dataclass(frozen=True)
@@ -222,9 +226,15 @@ def _of_spoken(score: RowScore) -> RowScore:
 
 
 def rewarded(
-    reward: Reward, score: RowScore, answer: str, reference: str, row: Mapping[str, Any], *,
-    place: str, on_error: Literal["error"] | float,
-) -> float:  # fmt: skip
+    reward: Reward,
+    score: RowScore,
+    answer: str,
+    reference: str,
+    row: Mapping[str, Any],
+    *,
+    place: str,
+    on_error: Literal["error"] | float,
+) -> float:
     """The score of one answer.
 
     Args:

@@ -114,8 +114,12 @@ def f1(answer: str, reference: str) -> float:
 
 
 SCORES: dict[str, Score] = {
-    "exact": exact, "normalised": normalised, "numeric": numeric, "choice": choice, "f1": f1,
-}  # fmt: skip
+    "exact": exact,
+    "normalised": normalised,
+    "numeric": numeric,
+    "choice": choice,
+    "f1": f1,
+}
 
 
 def spoken(text: str) -> str:

@@ -192,13 +192,17 @@ def of_run(config: TrainConfig, train: Examples, evaluation: Examples | None) ->
         "readings": [asdict(reading) for reading in readings],
         "parts": [
             {
-                "name": name, "examples": len(part), "tokens": int(part.lengths.sum()),
-                "supervised": int(part.supervised.sum()), "lengths": asdict(_lengths(part.lengths)),
-                "read": sum(part.report.rows), "out_of": sum(part.report.out_of),
+                "name": name,
+                "examples": len(part),
+                "tokens": int(part.lengths.sum()),
+                "supervised": int(part.supervised.sum()),
+                "lengths": asdict(_lengths(part.lengths)),
+                "read": sum(part.report.rows),
+                "out_of": sum(part.report.out_of),
             }
             for name, part in parts.items()
         ],
-    }  # fmt: skip
+    }
 
 
 def _settings(config: TrainConfig) -> dict[str, str]:

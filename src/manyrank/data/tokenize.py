@@ -161,9 +161,17 @@ def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, choice: Ch
     )
     digest = hashlib.sha256(state.encode())
     what = [
-        fingerprint(source), source.path, source.format_type, source.columns, _code(source.format_type), asdict(options),
-        asdict(choice) if choice else None, tokenizer.chat_template, tokenizer.special_tokens_map, CACHE_VERSION,
-    ]  # fmt: skip
+        fingerprint(source),
+        source.path,
+        source.format_type,
+        source.columns,
+        _code(source.format_type),
+        asdict(options),
+        asdict(choice) if choice else None,
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        CACHE_VERSION,
+    ]
     digest.update(json.dumps(what, sort_keys=True).encode())
     return digest.hexdigest()[:32]
 

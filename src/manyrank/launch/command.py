@@ -211,9 +211,10 @@ def _check_nodes(where: Where) -> None:
     host, _, port = (where.rdzv_endpoint or "").rpartition(":")
     if where.nnodes > 1 and not (host and port.isdecimal()):
         raise UserError(
-            f"{where.nnodes} machines, and rdzv_endpoint is {where.rdzv_endpoint}", where="command line",
+            f"{where.nnodes} machines, and rdzv_endpoint is {where.rdzv_endpoint}",
+            where="command line",
             fix="give HOST:PORT of machine 0",
-        )  # fmt: skip
+        )
     if where.node_rank >= where.nnodes:
         raise UserError(
             f"node_rank {where.node_rank} of {where.nnodes} machines", where="command line", fix="count from 0"
@@ -248,9 +249,19 @@ def _accelerate(strategy: str, nproc: int, where: Where, node: int) -> list[str]
         return [*argv, "--main_process_port", "0"]  # any free one: several runs may share a machine
     host, _, port = where.rdzv_endpoint.rpartition(":")
     return [
-        *argv, "--machine_rank", str(node), "--main_process_ip", host, "--main_process_port", port,
-        "--rdzv_backend", "c10d", "--rdzv_conf", _rendezvous(where, node), *_restarts(where),
-    ]  # fmt: skip
+        *argv,
+        "--machine_rank",
+        str(node),
+        "--main_process_ip",
+        host,
+        "--main_process_port",
+        port,
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_conf",
+        _rendezvous(where, node),
+        *_restarts(where),
+    ]
 
 
 def _restarts(where: Where) -> list[str]:
@@ -270,9 +281,18 @@ def _torchrun(nproc: int, where: Where, node: int, *, elastic: bool) -> list[str
     if where.nnodes == 1:
         return [*argv, "--standalone"]
     return [
-        *argv, "--node_rank", str(node), "--rdzv_backend", "c10d", "--rdzv_id", "manyrank",
-        "--rdzv_endpoint", where.rdzv_endpoint, "--rdzv_conf", _rendezvous(where, node),
-    ]  # fmt: skip
+        *argv,
+        "--node_rank",
+        str(node),
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_id",
+        "manyrank",
+        "--rdzv_endpoint",
+        where.rdzv_endpoint,
+        "--rdzv_conf",
+        _rendezvous(where, node),
+    ]
 
 
 def run(launch: LaunchPlan, *, stay: bool = False) -> int:

@@ -80,19 +80,30 @@ def indexed_job(pods: Pods) -> list[dict[str, Any]]:
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
     container = {
-        "name": "node", "image": pods.image, "command": ["sh", "-c", pods.script], "env": pods.environment,
-        "resources": pods.resources, "volumeMounts": pods.mounts,
-    }  # fmt: skip
+        "name": "node",
+        "image": pods.image,
+        "command": ["sh", "-c", pods.script],
+        "env": pods.environment,
+        "resources": pods.resources,
+        "volumeMounts": pods.mounts,
+    }
     pod = {
-        "subdomain": pods.name, "restartPolicy": "Never", "terminationGracePeriodSeconds": pods.grace,
-        "containers": [container], "volumes": pods.volumes,
-    }  # fmt: skip
+        "subdomain": pods.name,
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": pods.grace,
+        "containers": [container],
+        "volumes": pods.volumes,
+    }
     # The machines look for each other before they are ready. Kubernetes sets the label job-name.
     service = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job-name": pods.name}}
     job = {
-        "completionMode": "Indexed", "completions": pods.count, "parallelism": pods.count,
-        "backoffLimit": RETRIES * pods.count, "podFailurePolicy": {"rules": rules}, "template": {"spec": pod},
-    }  # fmt: skip
+        "completionMode": "Indexed",
+        "completions": pods.count,
+        "parallelism": pods.count,
+        "backoffLimit": RETRIES * pods.count,
+        "podFailurePolicy": {"rules": rules},
+        "template": {"spec": pod},
+    }
     return [
         {"apiVersion": "v1", "kind": "Service", "metadata": pods.metadata, "spec": service},
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": pods.metadata, "spec": job},
@@ -102,9 +113,12 @@ def indexed_job(pods: Pods) -> list[dict[str, Any]]:
 def train_job(pods: Pods) -> list[dict[str, Any]]:
     """A TrainJob. How often it is tried again, and how long a pod may save, is up to the runtime."""
     trainer = {
-        "image": pods.image, "command": ["sh", "-c", pods.script], "env": pods.environment,
-        "numNodes": pods.count, "resourcesPerNode": pods.resources,
-    }  # fmt: skip
+        "image": pods.image,
+        "command": ["sh", "-c", pods.script],
+        "env": pods.environment,
+        "numNodes": pods.count,
+        "resourcesPerNode": pods.resources,
+    }
     patch = {"containers": [{"name": "node", "volumeMounts": pods.mounts}], "volumes": pods.volumes}
     node = {"name": "node", "template": {"spec": {"template": {"spec": patch}}}}
     spec = {

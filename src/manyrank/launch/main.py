@@ -109,9 +109,14 @@ def _checked(decision: Decision, folder: str) -> LaunchPlan:
         )
     )
     return launcher.plan(
-        decision.line, strategy=decision.strategy, nproc=decision.nproc, output_dir=folder, hardware=decision.machine,
-        elastic=decision.config.elastic, expandable=may_expand(decision.config),
-    )  # fmt: skip
+        decision.line,
+        strategy=decision.strategy,
+        nproc=decision.nproc,
+        output_dir=folder,
+        hardware=decision.machine,
+        elastic=decision.config.elastic,
+        expandable=may_expand(decision.config),
+    )
 
 
 def decide(line: CommandLine, machine: Hardware) -> Decision:

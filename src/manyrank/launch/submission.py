@@ -118,9 +118,15 @@ def prepare(line: CommandLine) -> Submission:
     name = line.job.job_name or _name(folder)
     line = replace(line, where=replace(where, rdzv_endpoint=_endpoint(line, name)))
     launch = launcher.lay_out(
-        line, "torchrun", strategy=strategy, nproc=nproc, output_dir=str(folder), hardware=machine,
-        elastic=resolved.config.elastic, expandable=may_expand(resolved.config),
-    )  # fmt: skip
+        line,
+        "torchrun",
+        strategy=strategy,
+        nproc=nproc,
+        output_dir=str(folder),
+        hardware=machine,
+        elastic=resolved.config.elastic,
+        expandable=may_expand(resolved.config),
+    )
     make = _slurm if where.via == "slurm" else _kubernetes
     return make(line, launch, machine, name=name, command=command, folder=folder)
 
@@ -232,10 +238,18 @@ def _kubernetes(
         place = ""
     script = kubernetes.escaped(f"cd {shlex.quote(job.mount_path)} && exec {start}") + place
     pods = kubernetes.Pods(
-        name=name, count=where.nnodes, image=job.image, pvc=job.pvc, mount_path=job.mount_path,
-        gpus=len(machine.gpus), cpus=machine.cpu_cores, grace=job.grace or GRACE, env=launch.env, script=script,
+        name=name,
+        count=where.nnodes,
+        image=job.image,
+        pvc=job.pvc,
+        mount_path=job.mount_path,
+        gpus=len(machine.gpus),
+        cpus=machine.cpu_cores,
+        grace=job.grace or GRACE,
+        env=launch.env,
+        script=script,
         namespace=job.namespace,
-    )  # fmt: skip
+    )
     make = {"job": kubernetes.indexed_job, "trainjob": kubernetes.train_job}[job.k8s_kind]
     file = folder / LAUNCH_FOLDER / "job.yaml"
     return Submission(launch, file, kubernetes.as_yaml(make(pods)), ("kubectl", "apply", "-f", str(file)))

@@ -85,19 +85,30 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     why = varlen.obstacle(
-        device=query.device.type, dtype=query.dtype, query_width=query.shape[-1], value_width=value.shape[-1],
-        dropout=dropout, softcap=softcap, sinks=s_aux is not None,
-    )  # fmt: skip
+        device=query.device.type,
+        dtype=query.dtype,
+        query_width=query.shape[-1],
+        value_width=value.shape[-1],
+        dropout=dropout,
+        softcap=softcap,
+        sinks=s_aux is not None,
+    )
     if why is None:
         bounds, window = (cu_seq_lens_q, max_length_q), sliding_window
         return varlen.attend(query, key, value, *bounds, scaling=scaling, window=window), None
     if query.is_cuda:
         logger.warning_once(f"attention takes one document at a time (slower, more memory): {why}")
-    lengths = cu_seq_lens_q.diff().tolist()
-    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
     options = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
-    parts = [_document(q, k, v, **options, short=short).transpose(1, 2) for q, k, v in documents]
-    return torch.cat(parts, dim=1).contiguous(), None
+    return _one_by_one(query, key, value, cu_seq_lens_q, short=short, **options), None
+
+
+def _one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, **options
+) -> torch.Tensor:
+    lengths = bounds.diff().tolist()
+    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+    parts = [_document(q, k, v, **options).transpose(1, 2) for q, k, v in documents]
+    return torch.cat(parts, dim=1).contiguous()
 
 
 def _refuse_unknown(module, attention_mask, bounds, causal: bool, others: dict) -> None:
@@ -128,10 +139,15 @@ def _document(query, key, value, *, scaling, window, dropout, softcap, sinks, sh
         return _products(query, key, value, **options)
     mask = _allowed(tokens, window, query.device) if window is not None and tokens > window else None
     return F.scaled_dot_product_attention(
-        query, key, value,
-        attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling,
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    )
 
 
 def _products(query, key, value, *, scaling, window, softcap, sinks, dropout) -> torch.Tensor:

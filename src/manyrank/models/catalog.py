@@ -35,9 +35,10 @@ def read(model: str) -> Architecture:
         return from_config(_json(cached), name=model, where=str(cached))
     close = difflib.get_close_matches(key, shipped, 3, 0.5)
     raise UserError(
-        f"nothing is known here of the model {model}", where="model_name_or_path",
+        f"nothing is known here of the model {model}",
+        where="model_name_or_path",
         fix="give its folder or config.json" + (f", or a known name: {', '.join(close)}" if close else ""),
-    )  # fmt: skip
+    )
 
 
 def known() -> dict[str, dict[str, Any]]:

@@ -62,10 +62,14 @@ def matrices(model: torch.nn.Module) -> Iterator[Matrix]:
             seen.add(id(parameter))
             weights, held = math.prod(shape), getattr(parameter, "ds_numel", parameter.numel())
             yield Matrix(
-                _plain(path), name, type(module).__name__, weights,
+                _plain(path),
+                name,
+                type(module).__name__,
+                weights,
                 quantised=held * parameter.element_size() < PACKED_BYTES * weights,
-                adapted=(id(module), name) in adapted, stacked=len(shape) > 2,
-            )  # fmt: skip
+                adapted=(id(module), name) in adapted,
+                stacked=len(shape) > 2,
+            )
 
 
 def _plain(path: str) -> str:

@@ -109,9 +109,14 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), numbers[row]))
     for rows in _batches(order, prompts, room, batch_size, _context(model)):
         said = _batch(
-            model, [prompts[row] for row in rows], [numbers[row] for row in rows], sampling=sampling, stops=stops,
-            pad_token=pad_token, most=max(room[row] for row in rows),
-        )  # fmt: skip
+            model,
+            [prompts[row] for row in rows],
+            [numbers[row] for row in rows],
+            sampling=sampling,
+            stops=stops,
+            pad_token=pad_token,
+            most=max(room[row] for row in rows),
+        )
         yield [_answer(numbers[row], tokens[: room[row]], stops) for row, tokens in zip(rows, said)]
 
 
@@ -139,9 +144,16 @@ def stream(
     room = _room(model, [prompt], [number], sampling.max_new_tokens)[0]
     ending = StoppingCriteriaList([_Asks(stopped)])
     said = _batch(
-        model, [prompt], [number], sampling=sampling, stops=stops, pad_token=pad_token, most=room, streamer=streamer,
+        model,
+        [prompt],
+        [number],
+        sampling=sampling,
+        stops=stops,
+        pad_token=pad_token,
+        most=room,
+        streamer=streamer,
         stopping_criteria=ending,
-    )  # fmt: skip
+    )
     return _answer(number, said[0], stops)
 
 
@@ -211,9 +223,12 @@ def _batch(
     )
     with _own_settings_aside(model):
         said = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
-            logits_processor=_processors(sampling, numbers, width, device), **more,
-        )  # fmt: skip
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=_processors(sampling, numbers, width, device),
+            **more,
+        )
     return said[:, width:].tolist()
 
 

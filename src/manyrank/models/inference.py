@@ -55,7 +55,7 @@ def load_model(
 
     Raises:
         UserError: it cannot be found or loaded, or an option does not go with it.
-    """  # fmt: skip
+    """
     found = find(name) if isinstance(name, str) else name
     if merge and (quantization or not found.adapter):
         what = "merging into a quantised base" if quantization else "there is no adapter to merge"
@@ -68,9 +68,14 @@ def load_model(
     if dtype == "auto":
         dtype = "bfloat16" if hardware.computes_in_bf16("auto", machine) else "float32"
     plan = LoadPlan(
-        name=resolve_name(found.base), dtype=DTYPES[dtype], compute_dtype=DTYPES[dtype], quantization=QUANTIZATION.get(quantization),
-        device_map={"": device}, skeleton=False, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        name=resolve_name(found.base),
+        dtype=DTYPES[dtype],
+        compute_dtype=DTYPES[dtype],
+        quantization=QUANTIZATION.get(quantization),
+        device_map={"": device},
+        skeleton=False,
+        trust_remote_code=trust_remote_code,
+    )
     model = base_model(plan)
     if plan.quantization:
         _check_quantised(model, quantization, found)
@@ -106,9 +111,14 @@ def load_stored(
         what = f"the weights of {found.base} are quantised"
         raise UserError(what, where=found.name, fix="name the same model in full precision with --base")
     plan = LoadPlan(
-        name=source, dtype="auto", compute_dtype=torch.float32, quantization=None, device_map={"": cpu}, skeleton=False,
+        name=source,
+        dtype="auto",
+        compute_dtype=torch.float32,
+        quantization=None,
+        device_map={"": cpu},
+        skeleton=False,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
     model = base_model(plan)
     model = with_adapter(model, found) if found.adapter else model
     return model.eval(), tokenizer_of(found, trust_remote_code=trust_remote_code)
@@ -161,7 +171,7 @@ def tokenizer_of(
         chat_template = chat_template or recipe.chat_template
     config = TrainConfig(
         model_name_or_path=name, data_path="none", chat_template=chat_template, trust_remote_code=trust_remote_code
-    )  # fmt: skip
+    )
     tokenizer = load_tokenizer(config)
     tokenizer.padding_side = "left"
     return tokenizer

@@ -194,9 +194,11 @@ def load_model(plan: LoadPlan, config: TrainConfig, *, say: Say = silent) -> tor
 
 def _check_quantised(model: torch.nn.Module, config: TrainConfig, say: Say) -> None:
     note = coverage.check_quantised(
-        model, asked=f"method {config.method}", where=f"method, with {config.model_name_or_path}",
+        model,
+        asked=f"method {config.method}",
+        where=f"method, with {config.model_name_or_path}",
         fix="use method: lora, or full; fsdp and zero3 shard what does not fit",
-    )  # fmt: skip
+    )
     if note:
         say(f"method {config.method}: {note}")
 

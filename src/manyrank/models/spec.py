@@ -161,18 +161,31 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(), "mistral": Family(qkv_bias=False), "mixtral": Family(qkv_bias=False), "ministral": Family(qkv_bias=False),
-    "granite": Family(), "smollm3": Family(), "seed_oss": Family(),
-    "qwen2": Family(qkv_bias=True, o_bias=False), "qwen2_moe": Family(qkv_bias=True, o_bias=False),
-    "qwen3": Family(qk_norm="head"), "qwen3_moe": Family(qk_norm="head"),
-    "gemma": Family(norm="wide", tied=True, head_dim=256), "gemma2": Family(norms=4, norm="wide", tied=True, head_dim=256),
+    "llama": Family(),
+    "mistral": Family(qkv_bias=False),
+    "mixtral": Family(qkv_bias=False),
+    "ministral": Family(qkv_bias=False),
+    "granite": Family(),
+    "smollm3": Family(),
+    "seed_oss": Family(),
+    "qwen2": Family(qkv_bias=True, o_bias=False),
+    "qwen2_moe": Family(qkv_bias=True, o_bias=False),
+    "qwen3": Family(qk_norm="head"),
+    "qwen3_moe": Family(qk_norm="head"),
+    "gemma": Family(norm="wide", tied=True, head_dim=256),
+    "gemma2": Family(norms=4, norm="wide", tied=True, head_dim=256),
     "gemma3_text": Family(norms=4, norm="wide", tied=True, head_dim=256, qk_norm="head"),
-    "phi3": Family(fused=True, qkv_bias=False, o_bias=False), "olmo2": Family(norm="wide", qk_norm="full"), "olmoe": Family(qk_norm="full"),
-    "glm4": Family(norms=4, fused_mlp=True, o_bias=False), "cohere": Family(norms=1, norm="centred", tied=True, parallel=True),
+    "phi3": Family(fused=True, qkv_bias=False, o_bias=False),
+    "olmo2": Family(norm="wide", qk_norm="full"),
+    "olmoe": Family(qk_norm="full"),
+    "glm4": Family(norms=4, fused_mlp=True, o_bias=False),
+    "cohere": Family(norms=1, norm="centred", tied=True, parallel=True),
     "cohere2": Family(norms=1, norm="centred", tied=True, parallel=True),
     "starcoder2": Family(norm="layer", tied=True, plain_mlp=("c_fc", "c_proj")),
-    "gpt_oss": Family(norm="wide"), "deepseek_v2": Family(), "deepseek_v3": Family(),
-}  # fmt: skip
+    "gpt_oss": Family(norm="wide"),
+    "deepseek_v2": Family(),
+    "deepseek_v3": Family(),
+}
 # Models whose logits are changed after the head (see `fused_head.fuse`).
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -249,9 +262,14 @@ def _layers(get: _Reader, family: Family, *, hidden: int, head_dim: int, norm: i
         attention, linears, extra = _attention(get, family, hidden=hidden, head_dim=head_dim, window=window)
         mlp, experts, router = _mlp(get, family, hidden=hidden, sparse=sparse)
         yield Layer(
-            count=count, attention=attention, linears={**linears, **mlp}, experts=experts, norms=family.norms,
-            rest=family.norms * norm + extra + router, parallel=family.parallel,
-        )  # fmt: skip
+            count=count,
+            attention=attention,
+            linears={**linears, **mlp},
+            experts=experts,
+            norms=family.norms,
+            rest=family.norms * norm + extra + router,
+            parallel=family.parallel,
+        )
 
 
 def _is_sparse(get: _Reader, index: int) -> bool:

@@ -25,9 +25,15 @@ GROUPED = takes_groups(varlen_attn)
 
 
 def obstacle(
-    *, device: str, dtype: torch.dtype, query_width: int, value_width: int, dropout: float = 0.0,
-    softcap: float | None = None, sinks: bool = False,
-) -> str | None:  # fmt: skip
+    *,
+    device: str,
+    dtype: torch.dtype,
+    query_width: int,
+    value_width: int,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> str | None:
     """The reason why the kernel does not compute such attention; None where it does.
 
     Args:
@@ -48,9 +54,16 @@ def obstacle(
 
 
 def arguments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, *,
-    scaling: float | None, window: int | None, grouped: bool,
-) -> tuple[tuple, dict]:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    *,
+    scaling: float | None,
+    window: int | None,
+    grouped: bool,
+) -> tuple[tuple, dict]:
     """Arguments of the kernel, by position and by name.
 
     Args:

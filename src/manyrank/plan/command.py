@@ -28,7 +28,20 @@ from .view import as_text, as_values
 
 PROG = "manyrank plan"
 OWN = ("gpu", "gpu_memory", "host_memory", "network", "price", "tokens", "json")
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 1e3, "mb": 1e6, "gb": 1e9}  # fmt: skip
+UNITS = {
+    "": 1,
+    "k": 1e3,
+    "m": 1e6,
+    "g": 1e9,
+    "b": 1e9,
+    "t": 1e12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "kb": 1e3,
+    "mb": 1e6,
+    "gb": 1e9,
+}
 NO_DATA = "(none)"  # stands for the data of a plan without a recipe
 BYTES_A_TOKEN = 4  # of text in a data file, about
 
@@ -63,9 +76,11 @@ def main(argv: Sequence[str]) -> int:
     scales = scaling(config, shape, machine, asked.nodes, bf16=bf16) if len(asked.nodes) > 1 else []
     price = asked.own.price if asked.own.price is not None else machine.kind.price if machine.kind else None
     facts = {
-        "tokens": _tokens(config, plan, asked.own.tokens), "price": price, "scales": scales,
+        "tokens": _tokens(config, plan, asked.own.tokens),
+        "price": price,
+        "scales": scales,
         "against": _against(resolved, config, plan),
-    }  # fmt: skip
+    }
     print(json.dumps(as_values(plan, **facts), indent=1) if asked.own.json else as_text(plan, **facts))
     return 0
 

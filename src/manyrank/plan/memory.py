@@ -217,22 +217,29 @@ def _moments(setup: Setup) -> dict[str, dict[str, int]]:
     gathered = _gathered_layers(setup)
     return {
         "loss": {
-            "activations": kept + activations.cached_casts(setup), "gradients": before, "head and loss": _head(setup),
+            "activations": kept + activations.cached_casts(setup),
+            "gradients": before,
+            "head and loss": _head(setup),
             "gathered": _gathered_outside(setup),
         },
         "backward": {
-            "activations": kept + (one if setup.checkpointed else 0), "gradients": before + _buckets(setup), "head and loss": _head_gradient(setup),
-            "working": working, "gathered": _gathered_outside(setup) + _reduced_outside(setup) + gathered,
+            "activations": kept + (one if setup.checkpointed else 0),
+            "gradients": before + _buckets(setup),
+            "head and loss": _head_gradient(setup),
+            "working": working,
+            "gathered": _gathered_outside(setup) + _reduced_outside(setup) + gathered,
         },
         # The first layer's backward: all others have given their gradients.
         "end of backward": {
-            "activations": one, "gradients": max(before, gradients) + _buckets(setup),
+            "activations": one,
+            "gradients": max(before, gradients) + _buckets(setup),
             "head and loss": setup.shape.embedding * FLOAT if setup.full and setup.strategy not in SHARDED else 0,
-            "working": working, "gathered": gathered,
+            "working": working,
+            "gathered": gathered,
         },
         "step": {"gradients": gradients, "working": _step(setup)},
         **({"answers": _answers(setup)} if setup.config.is_grpo else {}),
-    }  # fmt: skip
+    }
 
 
 def _answers(setup: Setup) -> dict[str, int]:

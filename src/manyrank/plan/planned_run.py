@@ -12,8 +12,9 @@ from ..models.spec import Architecture, Layer, Linear
 # Experts of these types get adapters under all-linear: peft 0.21 gives them for the names that transformers 4 had, and
 # then leaves the dense matrices of those names without (peft/utils/transformers_weight_conversion.py).
 ADAPTED_EXPERTS = {
-    "mixtral": ("w1", "w2", "w3"), **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
-}  # fmt: skip
+    "mixtral": ("w1", "w2", "w3"),
+    **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
+}
 SHARDED = ("fsdp", "fsdp_offload", "hsdp", "zero3", "zero3_offload")
 FSDP = ("fsdp", "fsdp_offload", "hsdp")
 OFFLOADED = ("fsdp_offload", "zero3_offload")

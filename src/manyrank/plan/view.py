@@ -10,9 +10,18 @@ from .planner import Option, Plan, Scale, Verdict, short_of
 
 WIDTH = 32  # characters of a bar
 FILLS = (  # what a bar is made of, in this order
-    ("weights", "█"), ("adapters", "▓"), ("gradients", "▓"), ("optimizer", "▓"), ("activations", "▒"), ("cache", "▒"), ("head and loss", "▒"),
-    ("working", "▒"), ("gathered", "░"), ("context", "·"), ("slack", "·"),
-)  # fmt: skip
+    ("weights", "█"),
+    ("adapters", "▓"),
+    ("gradients", "▓"),
+    ("optimizer", "▓"),
+    ("activations", "▒"),
+    ("cache", "▒"),
+    ("head and loss", "▒"),
+    ("working", "▒"),
+    ("gathered", "░"),
+    ("context", "·"),
+    ("slack", "·"),
+)
 LEGEND = "again: layers whose activations are computed again; micro, length: the largest that fit, under auto with all of them\n█ weights  ▓ adapters, gradients, optimizer  ▒ activations, head, working  ░ gathered  · CUDA, slack  │ the GPU's memory"
 
 

@@ -50,35 +50,52 @@ def _vllm(s: Situation) -> str | None:
 
 GRPO_RULES = (
     Rule(
-        "grpo-without-trl", "error", ("task",),
-        unless(lambda s: s.config.is_grpo and importlib.util.find_spec("trl") is None, "task grpo, and trl is not installed"),
+        "grpo-without-trl",
+        "error",
+        ("task",),
+        unless(
+            lambda s: s.config.is_grpo and importlib.util.find_spec("trl") is None,
+            "task grpo, and trl is not installed",
+        ),
         reason="trl's GRPOTrainer answers and computes the loss.",
         fix="pip install 'manyrank[rl]'",
     ),
     Rule(
-        "rewards-of-grpo", "error", ("rewards",), _rewards,
+        "rewards-of-grpo",
+        "error",
+        ("rewards",),
+        _rewards,
         reason="Rewards are all that GRPO learns from.",
         fix="see docs/grpo.md for the rewards and their options",
     ),
     Rule(
-        "whole-groups", "error", ("global_batch_size", "per_device_train_batch_size", "num_generations"), _groups,
+        "whole-groups",
+        "error",
+        ("global_batch_size", "per_device_train_batch_size", "num_generations"),
+        _groups,
         reason="Under grpo a batch counts answers; the answers to a prompt are compared with each other in one step.",
         fix="choose a multiple of num_generations and of per_device_train_batch_size x processes",
     ),
     Rule(
-        "packed-answers", "error", ("packing",),
+        "packed-answers",
+        "error",
+        ("packing",),
         unless(lambda s: s.config.is_grpo and s.config.packing != "none", "packing: {c.packing} with grpo"),
         reason="Answers are computed padded, as trl does it.",
         fix="leave packing out",
     ),
     Rule(
-        "adapters-on-head-of-grpo", "error", ("lora_target_modules",),
+        "adapters-on-head-of-grpo",
+        "error",
+        ("lora_target_modules",),
         lambda s: head_target(s) if s.config.is_grpo else None,
         reason="trl computes log-probabilities with the head's own weight.",
         fix="leave the head out of lora_target_modules",
     ),
     Rule(
-        "adapter-of-full-grpo", "error", ("sft_model", "method"),
+        "adapter-of-full-grpo",
+        "error",
+        ("sft_model", "method"),
         unless(
             lambda s: s.config.is_grpo and s.config.method == "full" and s.goes_on_from_adapter,
             "method full, and {c.sft_model} is an adapter",
@@ -87,7 +104,9 @@ GRPO_RULES = (
         fix="merge it first: manyrank merge; or use method lora",
     ),
     Rule(
-        "reference-of-sharded-full", "error", ("method", "beta", "strategy"),
+        "reference-of-sharded-full",
+        "error",
+        ("method", "beta", "strategy"),
         unless(
             lambda s: s.config.is_grpo and s.config.method == "full" and s.config.beta > 0 and s.strategy in SHARDED,
             "method full with beta {c.beta:g} on {s.strategy}",
@@ -96,10 +115,13 @@ GRPO_RULES = (
         fix="use method lora, whose reference is an adapter; or beta: 0",
     ),
     Rule(
-        "best-of-grpo", "error", ("metric_for_best_model",),
+        "best-of-grpo",
+        "error",
+        ("metric_for_best_model",),
         unless(
             lambda s: bool(
-                s.config.is_grpo and s.config.metric_for_best_model == "eval_loss"
+                s.config.is_grpo
+                and s.config.metric_for_best_model == "eval_loss"
                 and (s.config.load_best_model_at_end or s.config.early_stopping_patience)
             ),
             "grpo validates with rewards, and metric_for_best_model is eval_loss",
@@ -108,12 +130,17 @@ GRPO_RULES = (
         fix="metric_for_best_model: eval_reward, and greater_is_better: true",
     ),
     Rule(
-        "answers-by-vllm", "error", ("use_vllm",), _vllm,
+        "answers-by-vllm",
+        "error",
+        ("use_vllm",),
+        _vllm,
         reason="vLLM answers on GPUs, and is a package of its own.",
         fix="leave use_vllm out, or run where it can; a server is started with `trl vllm-serve`",
     ),
     Rule(
-        "vllm-and-quantised", "error", ("use_vllm", "method"),
+        "vllm-and-quantised",
+        "error",
+        ("use_vllm", "method"),
         unless(
             lambda s: s.config.is_grpo and s.config.use_vllm != "off" and s.config.method in ("qlora", "int8"),
             "use_vllm {c.use_vllm} with method {c.method}",
@@ -122,21 +149,27 @@ GRPO_RULES = (
         fix="use method lora",
     ),
     Rule(
-        "answers-from-host-memory", "error", ("strategy",),
+        "answers-from-host-memory",
+        "error",
+        ("strategy",),
         unless(lambda s: s.config.is_grpo and "offload" in s.strategy, "grpo on {s.strategy}"),
         reason="Every token of an answer would wait for weights from host memory.",
         fix="use fsdp or zero3",
     ),
     Rule(
-        "sft-model-of-sft", "error", ("sft_model", "task"),
+        "sft-model-of-sft",
+        "error",
+        ("sft_model", "task"),
         unless(lambda s: bool(s.config.sft_model and not s.config.is_grpo), "sft_model with task sft"),
         reason="It is what grpo goes on from; SFT begins with a base.",
         fix="give --task grpo, or manyrank merge it and train the result",
     ),
     Rule(
-        "compiled-answers", "error", ("torch_compile",),
+        "compiled-answers",
+        "error",
+        ("torch_compile",),
         unless(lambda s: s.config.is_grpo and s.config.torch_compile, "torch_compile with grpo"),
         reason="Answers grow by a token at a time, and every length would be compiled.",
         fix="leave torch_compile out",
     ),
-)  # fmt: skip
+)

@@ -15,9 +15,17 @@ from .rule import Rule, Situation, unless
 
 # The trackers of transformers, by the package that each needs.
 TRACKERS = {
-    "wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "comet_ml": "comet_ml", "neptune": "neptune",
-    "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio", "codecarbon": "codecarbon",
-}  # fmt: skip
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "comet_ml": "comet_ml",
+    "neptune": "neptune",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+    "codecarbon": "codecarbon",
+}
 # Peak learning rates that people use, by method.
 USUAL_RATES = {"full": (1e-6, 1e-4), "lora": (1e-5, 1e-3), "qlora": (1e-5, 1e-3), "int8": (1e-5, 1e-3)}
 USUAL_SCALES = (0.5, 4.0)  # lora_alpha / lora_r
@@ -27,8 +35,11 @@ OF_SFT = ("train_on_last_turn", "train_on_prompt", "train_on_opening", "lora_dro
 DEPENDENT = (
     (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), lambda c: c.uses_lora, "method full"),
     (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda c: c.optim != "sgd", "optim sgd"),
-    (("metric_for_best_model", "greater_is_better"), lambda c: c.load_best_model_at_end or c.early_stopping_patience,
-     "neither load_best_model_at_end nor early_stopping_patience"),
+    (
+        ("metric_for_best_model", "greater_is_better"),
+        lambda c: c.load_best_model_at_end or c.early_stopping_patience,
+        "neither load_best_model_at_end nor early_stopping_patience",
+    ),
     (("per_device_eval_batch_size",), lambda c: c.has_validation, "no validation"),
     (("wandb_project", "wandb_tags"), lambda c: "wandb" in c.report_to, "report_to without wandb"),
     (("resume_changes",), lambda c: c.resume_from_checkpoint, "no resume_from_checkpoint"),
@@ -37,7 +48,7 @@ DEPENDENT = (
     (OF_SFT, lambda c: not c.is_grpo, "task grpo"),
     (("vllm_server_base_url",), lambda c: c.use_vllm == "server", "use_vllm not server"),
     (("vllm_gpu_memory_utilization",), lambda c: c.use_vllm == "colocate", "use_vllm not colocate"),
-)  # fmt: skip
+)
 LOCAL_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
 MOUNTS = Path("/proc/mounts")
 
@@ -173,13 +184,19 @@ def filesystem(path: Path) -> str:
 # These look at nothing but the recipe, so `data inspect` checks them too.
 SOURCE_RULES = (
     Rule(
-        "one-validation-set", "error", ("eval_data_path", "eval_split"),
-        unless(lambda s: bool(s.config.eval_data_path and s.config.eval_split), "eval_data_path and eval_split together"),
+        "one-validation-set",
+        "error",
+        ("eval_data_path", "eval_split"),
+        unless(
+            lambda s: bool(s.config.eval_data_path and s.config.eval_split), "eval_data_path and eval_split together"
+        ),
         reason="A run validates with one set: rows of its own, or a part of the training rows.",
         fix="keep one of them",
     ),
     Rule(
-        "weighted-validation", "error", ("eval_data_path",),
+        "weighted-validation",
+        "error",
+        ("eval_data_path",),
         unless(
             lambda s: any(source.weight != 1 for source in s.config.eval_data_path or []),
             "a source of eval_data_path has a weight",
@@ -188,7 +205,9 @@ SOURCE_RULES = (
         fix="leave the weight out",
     ),
     Rule(
-        "packs-of-parts", "error", ("packing", "data_path"),
+        "packs-of-parts",
+        "error",
+        ("packing", "data_path"),
         unless(
             lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
             "packing: dataset, and a weight that is not a whole number",
@@ -196,22 +215,29 @@ SOURCE_RULES = (
         reason="Packs over the data set need the same examples in every epoch.",
         fix="use packing: step, or whole weights",
     ),
-)  # fmt: skip
+)
 
 BATCH_RULES = (
     Rule(
-        "batch-product", "error",
-        ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"), _batch_product,
+        "batch-product",
+        "error",
+        ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+        _batch_product,
         reason="The three say the batch twice, and differently.",
         fix="leave one of the three away",
     ),
     Rule(
-        "batch-division", "error", ("global_batch_size", "per_device_train_batch_size"), _batch_divides,
+        "batch-division",
+        "error",
+        ("global_batch_size", "per_device_train_batch_size"),
+        _batch_divides,
         reason="Padded rows are not dealt freely: every process takes whole micro-batches.",
         fix="choose a multiple",
     ),
     Rule(
-        "idle-ranks", "warning", ("global_batch_size",),
+        "idle-ranks",
+        "warning",
+        ("global_batch_size",),
         unless(
             lambda s: s.config.batch(s.world_size) < s.world_size,
             "{c.global_batch_size} examples to a step, and {s.world_size} processes",
@@ -220,41 +246,59 @@ BATCH_RULES = (
         fix="raise global_batch_size, or start fewer processes",
     ),
     Rule(
-        "changed-since-checkpoint", "error", ("checkpoint:", "resume_changes"), _changed,
+        "changed-since-checkpoint",
+        "error",
+        ("checkpoint:", "resume_changes"),
+        _changed,
         reason="A resumed run goes on as if it had never been stopped, so what shapes its result stays.",
         fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
     ),
-)  # fmt: skip
+)
 
 STEP_RULES = (
     Rule(
-        "validation-without-data", "error", ("eval_steps", "eval_data_path"),
-        unless(lambda s: bool(s.config.eval_steps) and not s.config.has_validation, "eval_steps without validation data"),
+        "validation-without-data",
+        "error",
+        ("eval_steps", "eval_data_path"),
+        unless(
+            lambda s: bool(s.config.eval_steps) and not s.config.has_validation, "eval_steps without validation data"
+        ),
         reason="There is nothing to validate with.",
         fix="give --eval_data_path or --eval_split",
     ),
     Rule(
-        "validation-without-steps", "error", ("eval_steps", "eval_data_path", "eval_split"),
+        "validation-without-steps",
+        "error",
+        ("eval_steps", "eval_data_path", "eval_split"),
         unless(lambda s: s.config.has_validation and not s.config.eval_steps, "validation data without eval_steps"),
         reason="The data would never be looked at.",
         fix="say how often with --eval_steps",
     ),
     Rule(
-        "best-without-validation", "error", ("load_best_model_at_end", "early_stopping_patience"),
+        "best-without-validation",
+        "error",
+        ("load_best_model_at_end", "early_stopping_patience"),
         unless(
-            lambda s: (s.config.load_best_model_at_end or bool(s.config.early_stopping_patience)) and not s.config.eval_steps,
+            lambda s: (
+                (s.config.load_best_model_at_end or bool(s.config.early_stopping_patience)) and not s.config.eval_steps
+            ),
             "the best model or early stopping without validation",
         ),
         reason="Validation decides which model is the best one, and when to stop.",
         fix="give --eval_data_path and --eval_steps",
     ),
     Rule(
-        "validated-with-training-rows", "warning", ("data_path", "eval_data_path"), _validates_training_rows,
+        "validated-with-training-rows",
+        "warning",
+        ("data_path", "eval_data_path"),
+        _validates_training_rows,
         reason="The validation loss then tells how well the rows are remembered, and falls all the time.",
         fix="give other rows, or keep a part back with --eval_split",
     ),
     Rule(
-        "never-validated", "warning", ("eval_steps", "max_steps"),
+        "never-validated",
+        "warning",
+        ("eval_steps", "max_steps"),
         unless(
             lambda s: s.config.eval_steps is not None and 0 < s.config.max_steps < s.config.eval_steps,
             "eval_steps {c.eval_steps}, and the run has {c.max_steps} steps",
@@ -263,7 +307,9 @@ STEP_RULES = (
         fix="lower eval_steps",
     ),
     Rule(
-        "never-saved", "warning", ("save_steps", "max_steps"),
+        "never-saved",
+        "warning",
+        ("save_steps", "max_steps"),
         unless(
             lambda s: s.config.save_steps is not None and 0 < s.config.max_steps < s.config.save_steps,
             "save_steps {c.save_steps}, and the run has {c.max_steps} steps",
@@ -272,25 +318,35 @@ STEP_RULES = (
         fix="lower save_steps",
     ),
     Rule(
-        "save-interval-beyond-limit", "warning", ("save_steps", "environment:SLURM_JOB_END_TIME"), _unsaved_at_limit,
+        "save-interval-beyond-limit",
+        "warning",
+        ("save_steps", "environment:SLURM_JOB_END_TIME"),
+        _unsaved_at_limit,
         reason="A job that comes to its time limit loses what it has not saved; the signal before it may not reach it, "
         "or leave it too little time.",
         fix="save more often with --save_steps, or ask for more time",
     ),
     Rule(
-        "machines-without-saves", "warning", ("save_steps",),
+        "machines-without-saves",
+        "warning",
+        ("save_steps",),
         unless(lambda s: s.nnodes > 1 and not s.config.save_steps, "{s.nnodes} machines, and no save_steps"),
         reason="When a machine goes away, the others go on from the newest checkpoint, and there is none.",
         fix="give --save_steps",
     ),
     Rule(
-        "machine-local-output", "warning", ("output_dir",), _local_output,
+        "machine-local-output",
+        "warning",
+        ("output_dir",),
+        _local_output,
         reason="Checkpoints are written by the first machine and read by all, so the folder must be shared; file systems "
         "of this kind belong to one machine.",
         fix="give an output_dir on a file system that all machines share",
     ),
     Rule(
-        "elastic-without-resume", "error", ("elastic", "resume_from_checkpoint"),
+        "elastic-without-resume",
+        "error",
+        ("elastic", "resume_from_checkpoint"),
         unless(
             lambda s: s.config.elastic and s.config.resume_from_checkpoint != "auto",
             "an elastic run that does not resume by itself",
@@ -299,19 +355,25 @@ STEP_RULES = (
         fix="give --resume_from_checkpoint auto, and --save_steps",
     ),
     Rule(
-        "elastic-batch", "error", ("elastic", "global_batch_size", "gradient_accumulation_steps"),
+        "elastic-batch",
+        "error",
+        ("elastic", "global_batch_size", "gradient_accumulation_steps"),
         unless(
-            lambda s: s.config.elastic and (not s.config.global_batch_size or bool(s.config.gradient_accumulation_steps)),
+            lambda s: (
+                s.config.elastic and (not s.config.global_batch_size or bool(s.config.gradient_accumulation_steps))
+            ),
             "an elastic run whose batch follows the number of processes",
         ),
         reason="It has more processes at one time than at another.",
         fix="give global_batch_size, and leave gradient_accumulation_steps out",
     ),
-)  # fmt: skip
+)
 
 OPTIMISATION_RULES = (
     Rule(
-        "warmup-beyond-end", "warning", ("warmup_steps", "max_steps"),
+        "warmup-beyond-end",
+        "warning",
+        ("warmup_steps", "max_steps"),
         unless(
             lambda s: 0 < s.config.max_steps <= s.config.warmup_steps,
             "warmup_steps {c.warmup_steps}, and the run has {c.max_steps} steps",
@@ -320,7 +382,9 @@ OPTIMISATION_RULES = (
         fix="lower warmup_steps to a few per cent of the run",
     ),
     Rule(
-        "warmup-of-constant", "warning", ("warmup_steps", "lr_scheduler_type"),
+        "warmup-of-constant",
+        "warning",
+        ("warmup_steps", "lr_scheduler_type"),
         unless(
             lambda s: bool(s.config.warmup_steps) and s.config.lr_scheduler_type == "constant",
             "warmup_steps {c.warmup_steps} with lr_scheduler_type constant",
@@ -329,33 +393,47 @@ OPTIMISATION_RULES = (
         fix="use lr_scheduler_type: constant_with_warmup",
     ),
     Rule(
-        "unusual-learning-rate", "warning", ("learning_rate", "method"), _far_rate,
+        "unusual-learning-rate",
+        "warning",
+        ("learning_rate", "method"),
+        _far_rate,
         reason="It is more than ten times outside of what the method usually takes; full fine-tuning takes about a tenth "
         "of what adapters take.",
         fix="look for a slip in the exponent",
     ),
     Rule(
-        "unusual-adapter-scale", "warning", ("lora_alpha", "lora_r"), _far_scale,
+        "unusual-adapter-scale",
+        "warning",
+        ("lora_alpha", "lora_r"),
+        _far_scale,
         reason="Usual is 0.5 to 4; the scale multiplies what the adapters add, much as the learning rate does.",
         fix="set lora_alpha to once or twice lora_r",
     ),
     Rule(
-        "unused-options", "warning", tuple(key for keys, *_ in DEPENDENT for key in keys), _unused,
+        "unused-options",
+        "warning",
+        tuple(key for keys, *_ in DEPENDENT for key in keys),
+        _unused,
         reason="The option only counts with another one, which is off.",
         fix="leave it out, or switch on what it belongs to",
     ),
     Rule(
-        "unknown-tracker", "error", ("report_to",), _tracker,
+        "unknown-tracker",
+        "error",
+        ("report_to",),
+        _tracker,
         reason="The run would fail when it begins to report.",
         fix="install the package, or choose another tracker",
     ),
     Rule(
-        "wandb-without-login", "warning", ("report_to", "environment:WANDB_API_KEY"),
+        "wandb-without-login",
+        "warning",
+        ("report_to", "environment:WANDB_API_KEY"),
         unless(_no_login, "report_to wandb, and no login for it was found"),
         reason="W&B asks for a key at the start, and ends the run where nobody can answer.",
         fix="run `wandb login`, set WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline",
     ),
-)  # fmt: skip
+)
 # What the number of steps decides, which without max_steps shows when the data is counted.
 LENGTH_RULES = tuple(
     rule

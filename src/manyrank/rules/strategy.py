@@ -9,13 +9,26 @@ from .rule import Rule, Situation, unless
 
 # What a YAML may not say beside a DeepSpeed JSON (accelerate 1.15, DeepSpeedPlugin._deepspeed_config_checks).
 BESIDE_JSON = (
-    "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device", "offload_param_device",
-    "offload_param_nvme_path", "offload_optimizer_nvme_path", "zero3_save_16bit_model", "mixed_precision",
-)  # fmt: skip
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_param_device",
+    "offload_param_nvme_path",
+    "offload_optimizer_nvme_path",
+    "zero3_save_16bit_model",
+    "mixed_precision",
+)
 NODE_FACTS = (
-    "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend",
-    "same_network", "gpu_ids",
-)  # fmt: skip
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+    "rdzv_backend",
+    "same_network",
+    "gpu_ids",
+)
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
@@ -99,46 +112,60 @@ def _checkpoints(s: Situation) -> bool:
 _fsdp_checkpoints = _fsdp("fsdp_activation_checkpointing", "true")
 
 ONE_PROCESS = Rule(
-    "processes-of-single", "error", ("strategy",),
+    "processes-of-single",
+    "error",
+    ("strategy",),
     unless(lambda s: s.strategy == "single" and s.world_size > 1, "strategy single with {s.world_size} processes"),
     reason="It has no process group: each process would train by itself and write the same folder.",
     fix="use ddp, or one process",
-)  # fmt: skip
+)
 MACHINE_RULES = (
     ONE_PROCESS,
     Rule(
-        "processes-beyond-gpus", "error", ("nproc",),
+        "processes-beyond-gpus",
+        "error",
+        ("nproc",),
         unless(lambda s: bool(s.gpus) and s.nproc > s.gpus, "{s.nproc} processes on a machine with {s.gpus} GPUs"),
         reason="Each process needs a GPU of its own: NCCL refuses two on one.",
         fix="start at most one process for each GPU (--nproc)",
     ),
     Rule(
-        "bf16-not-native", "error", ("bf16",),
+        "bf16-not-native",
+        "error",
+        ("bf16",),
         unless(lambda s: s.config.bf16 is True and not s.hardware.has_bf16, "bf16 is not supported by this machine"),
         reason="GPUs before Ampere, and CPUs without AVX512-BF16 or AMX, emulate it: slower than float32.",
         fix="set bf16: false",
     ),
     Rule(
-        "float32-on-gpus", "warning", ("bf16",),
+        "float32-on-gpus",
+        "warning",
+        ("bf16",),
         unless(lambda s: bool(s.gpus) and not s.bf16, "the GPUs compute in float32"),
         reason="It takes twice the memory of bf16 and much more time, and attention over packed rows has no fast kernel "
         "for it.",
         fix="set bf16: auto; GPUs before Ampere have no better way here",
     ),
     Rule(
-        "compile-on-cpu", "warning", ("torch_compile",),
+        "compile-on-cpu",
+        "warning",
+        ("torch_compile",),
         unless(lambda s: s.config.torch_compile and not s.gpus, "torch_compile without GPUs"),
         reason="It was measured not to pay on CPUs, see docs/performance.md.",
         fix="leave torch_compile out",
     ),
     Rule(
-        "paged-optimizer-on-cpu", "warning", ("optim",),
+        "paged-optimizer-on-cpu",
+        "warning",
+        ("optim",),
         unless(lambda s: s.config.optim.startswith("paged_") and not s.gpus, "{c.optim} without GPUs"),
         reason="There is no GPU memory to page out of; bitsandbytes takes the optimizer without pages.",
         fix="use optim adamw_torch, or adamw_8bit",
     ),
     Rule(
-        "accumulation-in-environment", "error", (f"environment:{ACCUMULATION}",),
+        "accumulation-in-environment",
+        "error",
+        (f"environment:{ACCUMULATION}",),
         unless(
             lambda s: os.environ.get(ACCUMULATION, "1") not in ("", "1"),
             f"{ACCUMULATION} is set",
@@ -147,11 +174,13 @@ MACHINE_RULES = (
         fix=f"unset {ACCUMULATION}; the recipe's gradient_accumulation_steps or global_batch_size says it",
         upstream="https://huggingface.co/docs/accelerate/package_reference/accelerator",
     ),
-)  # fmt: skip
+)
 
 SHARDING_RULES = (
     Rule(
-        "offload-without-gpu", "error", ("strategy",),
+        "offload-without-gpu",
+        "error",
+        ("strategy",),
         unless(
             lambda s: s.files.kind == "FSDP" and s.files.offloads_parameters and not s.gpus,
             "{s.strategy} without GPUs",
@@ -160,7 +189,9 @@ SHARDING_RULES = (
         fix="use fsdp on CPUs",
     ),
     Rule(
-        "shards-of-one", "warning", ("strategy",),
+        "shards-of-one",
+        "warning",
+        ("strategy",),
         unless(
             lambda s: s.files.sharded and s.world_size == 1 and not s.files.offloads_parameters,
             "strategy {s.strategy} with one process",
@@ -169,14 +200,18 @@ SHARDING_RULES = (
         fix="use strategy single, or more processes",
     ),
     Rule(
-        "int8-in-shards", "error", ("method", "strategy"),
+        "int8-in-shards",
+        "error",
+        ("method", "strategy"),
         unless(lambda s: s.config.method == "int8" and s.files.sharded, "method int8 under {s.strategy}"),
         reason="FSDP and ZeRO-3 shard floating-point parameters; 8-bit weights are integers, with statistics beside them.",
         fix="use method qlora, or strategy ddp or zero2",
         upstream="https://github.com/huggingface/peft/issues/2833",
     ),
     Rule(
-        "optimizer-in-shards", "error", ("optim", "strategy"),
+        "optimizer-in-shards",
+        "error",
+        ("optim", "strategy"),
         unless(
             lambda s: s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in ("FSDP", "DEEPSPEED"),
             "{c.optim} under {s.strategy}",
@@ -187,7 +222,9 @@ SHARDING_RULES = (
         upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1633",
     ),
     Rule(
-        "sgd-under-offload", "error", ("optim", "strategy"),
+        "sgd-under-offload",
+        "error",
+        ("optim", "strategy"),
         unless(
             lambda s: s.config.optim == "sgd" and s.files.offloads_optimizer,
             "sgd under {s.strategy}",
@@ -196,7 +233,9 @@ SHARDING_RULES = (
         fix="use optim adamw_torch",
     ),
     Rule(
-        "qlora-under-zero-offload", "warning", ("method", "strategy"),
+        "qlora-under-zero-offload",
+        "warning",
+        ("method", "strategy"),
         unless(
             lambda s: s.config.method == "qlora" and s.files.zero_stage == 3 and s.files.offloads_parameters,
             "qlora under {s.strategy}",
@@ -205,23 +244,29 @@ SHARDING_RULES = (
         fix="use strategy zero3 or fsdp",
         upstream="https://huggingface.co/docs/peft/accelerate/deepspeed#caveats",
     ),
-)  # fmt: skip
+)
 
 HSDP_RULES = (
     Rule(
-        "shard-size-without-hsdp", "error", ("hsdp_shard_size", "strategy"),
+        "shard-size-without-hsdp",
+        "error",
+        ("hsdp_shard_size", "strategy"),
         unless(lambda s: bool(s.config.hsdp_shard_size) and s.strategy != "hsdp", "hsdp_shard_size under {s.strategy}"),
         reason="It says how many processes share one copy of the model, and only hsdp has several copies of shards.",
         fix="give --strategy hsdp, or leave hsdp_shard_size out",
     ),
     Rule(
-        "hsdp-without-shards", "error", ("strategy",),
+        "hsdp-without-shards",
+        "error",
+        ("strategy",),
         unless(lambda s: s.strategy == "hsdp" and s.shards == 1, "hsdp with one process on a machine"),
         reason="A copy of the model lies on one machine, and there is nothing to shard.",
         fix="use ddp, or more processes on each machine (--nproc)",
     ),
     Rule(
-        "hsdp-copies-in-machines", "error", ("hsdp_shard_size", "strategy"),
+        "hsdp-copies-in-machines",
+        "error",
+        ("hsdp_shard_size", "strategy"),
         unless(
             lambda s: s.strategy == "hsdp" and bool(s.nproc % s.shards or s.world_size % s.shards),
             "the {s.nproc} processes of this machine, or all {s.world_size}, do not divide into copies of {s.shards}",
@@ -230,7 +275,9 @@ HSDP_RULES = (
         fix="let every machine have as many processes, and hsdp_shard_size divide them",
     ),
     Rule(
-        "hsdp-of-one-copy", "error", ("strategy", "hsdp_shard_size"),
+        "hsdp-of-one-copy",
+        "error",
+        ("strategy", "hsdp_shard_size"),
         unless(
             lambda s: s.strategy == "hsdp" and s.world_size < 2 * s.shards and not s.world_size % s.shards,
             "hsdp with one copy of the model, on {s.world_size} processes",
@@ -239,7 +286,9 @@ HSDP_RULES = (
         fix="use fsdp, or several machines (--nnodes), or copies on a part of the machine (--hsdp_shard_size)",
     ),
     Rule(
-        "elastic-hsdp", "error", ("elastic", "strategy", "hsdp_shard_size"),
+        "elastic-hsdp",
+        "error",
+        ("elastic", "strategy", "hsdp_shard_size"),
         unless(
             lambda s: s.strategy == "hsdp" and s.config.elastic and s.nproc < 2 * s.shards,
             "an elastic run under hsdp",
@@ -247,23 +296,31 @@ HSDP_RULES = (
         reason="It may end on one machine, and hsdp needs two copies of the model.",
         fix="use fsdp, or leave elastic out",
     ),
-)  # fmt: skip
+)
 
 FILE_RULES = (
     Rule(
-        "fp16", "error", ("yaml:mixed_precision", "json:fp16.enabled"), _fp16,
+        "fp16",
+        "error",
+        ("yaml:mixed_precision", "json:fp16.enabled"),
+        _fp16,
         reason="fp16 ends at 65504, and models that were trained in bf16 go beyond it: losses become inf and nan. This "
         "project computes in bf16 or float32.",
         fix="take it out of the file; the recipe's bf16 decides",
         upstream="https://github.com/QwenLM/Qwen3/issues/868",
     ),
     Rule(
-        "precision-against-recipe", "error", ("yaml:mixed_precision", "json:bf16.enabled", "bf16"), _precision,
+        "precision-against-recipe",
+        "error",
+        ("yaml:mixed_precision", "json:bf16.enabled", "bf16"),
+        _precision,
         reason="Two places say the precision, and differently.",
         fix="leave it to the recipe: mixed_precision: 'no' in the YAML, \"auto\" in the JSON",
     ),
     Rule(
-        "checkpointing-twice", "error", ("yaml:fsdp_config.fsdp_activation_checkpointing", "gradient_checkpointing"),
+        "checkpointing-twice",
+        "error",
+        ("yaml:fsdp_config.fsdp_activation_checkpointing", "gradient_checkpointing"),
         unless(
             lambda s: _fsdp_checkpoints(s) and _checkpoints(s),
             "fsdp_activation_checkpointing and gradient_checkpointing together",
@@ -273,7 +330,9 @@ FILE_RULES = (
         upstream="https://github.com/huggingface/transformers/issues/30404",
     ),
     Rule(
-        "fsdp-checkpointing", "error", ("yaml:fsdp_config.fsdp_activation_checkpointing",),
+        "fsdp-checkpointing",
+        "error",
+        ("yaml:fsdp_config.fsdp_activation_checkpointing",),
         unless(
             lambda s: _fsdp_checkpoints(s) and not _checkpoints(s),
             "fsdp_activation_checkpointing in {s.files.accelerate_file}",
@@ -283,7 +342,9 @@ FILE_RULES = (
         fix="set it to false, and gradient_checkpointing: full in the recipe",
     ),
     Rule(
-        "fsdp-version", "error", ("yaml:fsdp_config.fsdp_version",),
+        "fsdp-version",
+        "error",
+        ("yaml:fsdp_config.fsdp_version",),
         unless(
             lambda s: s.files.kind == "FSDP" and not _fsdp("fsdp_version", "2")(s),
             "FSDP version 1 in {s.files.accelerate_file}",
@@ -293,20 +354,26 @@ FILE_RULES = (
         fix="set fsdp_version: 2",
     ),
     Rule(
-        "one-fsdp-unit", "warning", ("yaml:fsdp_config.fsdp_auto_wrap_policy",),
+        "one-fsdp-unit",
+        "warning",
+        ("yaml:fsdp_config.fsdp_auto_wrap_policy",),
         unless(_fsdp("fsdp_auto_wrap_policy", "no_wrap"), "fsdp_auto_wrap_policy NO_WRAP in {s.files.accelerate_file}"),
         reason="The whole model is one unit: every rank gathers all of it in each forward and backward.",
         fix="set TRANSFORMER_BASED_WRAP",
     ),
     Rule(
-        "processes-of-multi-cpu", "error", ("yaml:distributed_type",),
+        "processes-of-multi-cpu",
+        "error",
+        ("yaml:distributed_type",),
         unless(lambda s: s.files.kind == "MULTI_CPU", "distributed_type MULTI_CPU in {s.files.accelerate_file}"),
         reason="accelerate launch then starts one process, without a word.",
         fix="set MULTI_GPU; the train module uses the CPU where there is no GPU",
         upstream="https://github.com/huggingface/accelerate/issues/2741",
     ),
     Rule(
-        "cpu-beside-gpus", "error", ("yaml:use_cpu",),
+        "cpu-beside-gpus",
+        "error",
+        ("yaml:use_cpu",),
         unless(
             lambda s: bool(s.gpus) and is_on(s.files.accelerate.get("use_cpu")),
             "use_cpu in {s.files.accelerate_file}, and {s.gpus} GPUs",
@@ -315,44 +382,61 @@ FILE_RULES = (
         fix="set use_cpu: false; to train on the CPU hide the GPUs: CUDA_VISIBLE_DEVICES=''",
     ),
     Rule(
-        "node-facts-in-config", "warning", ("yaml:num_processes",), _node_facts,
+        "node-facts-in-config",
+        "warning",
+        ("yaml:num_processes",),
+        _node_facts,
         reason="They are flags here (--nproc, --nnodes, --node_rank, --rdzv_endpoint), and the flags win; several of the "
         "keys are ignored by accelerate itself.",
         fix="take them out of the file",
     ),
     Rule(
-        "compiled-twice", "error", ("yaml:dynamo_config.dynamo_backend", "torch_compile"),
+        "compiled-twice",
+        "error",
+        ("yaml:dynamo_config.dynamo_backend", "torch_compile"),
         unless(
-            lambda s: s.config.torch_compile
-            and str(s.files.section("dynamo_config").get("dynamo_backend") or "NO").upper() != "NO",
+            lambda s: (
+                s.config.torch_compile
+                and str(s.files.section("dynamo_config").get("dynamo_backend") or "NO").upper() != "NO"
+            ),
             "dynamo_config in {s.files.accelerate_file} and torch_compile together",
         ),
         reason="The recipe compiles each layer; accelerate would compile the model around them once more.",
         fix="keep torch_compile, and take dynamo_config out of the file",
     ),
     Rule(
-        "keys-beside-deepspeed-json", "error", ("yaml:deepspeed_config.deepspeed_config_file",), _beside_json,
+        "keys-beside-deepspeed-json",
+        "error",
+        ("yaml:deepspeed_config.deepspeed_config_file",),
+        _beside_json,
         reason="accelerate refuses to start where both files say such a thing.",
         fix="say it in the JSON, or leave it to the recipe",
     ),
     Rule(
-        "batch-in-deepspeed-json", "error", ("json:train_micro_batch_size_per_gpu", "global_batch_size", "max_grad_norm"),
+        "batch-in-deepspeed-json",
+        "error",
+        ("json:train_micro_batch_size_per_gpu", "global_batch_size", "max_grad_norm"),
         _owned,
         reason="The recipe owns batch, accumulation and clipping. The train module overwrites them, all but "
         "train_batch_size, with which DeepSpeed then refuses to start.",
         fix='write "auto", or leave it out',
     ),
     Rule(
-        "optimizer-in-deepspeed-json", "error", ("json:optimizer", "json:scheduler", "optim", "lr_scheduler_type"),
+        "optimizer-in-deepspeed-json",
+        "error",
+        ("json:optimizer", "json:scheduler", "optim", "lr_scheduler_type"),
         _own_optimizer,
         reason="The recipe owns both. accelerate refuses a second optimizer, and a second schedule changes the learning "
         "rate behind the first.",
         fix="take it out of the JSON; optim, learning_rate and lr_scheduler_type say it",
     ),
     Rule(
-        "files-of-another-name", "error", ("strategy", "yaml:distributed_type"), _stage,
+        "files-of-another-name",
+        "error",
+        ("strategy", "yaml:distributed_type"),
+        _stage,
         reason="What a strategy is called decides what is planned, checked and told of it.",
         fix="choose the strategy of those files, or mend them",
     ),
-)  # fmt: skip
+)
 STRATEGY_RULES = (*MACHINE_RULES, *SHARDING_RULES, *HSDP_RULES, *FILE_RULES)

@@ -71,9 +71,10 @@ def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:
     if (chosen / "config.json").is_file():
         return Artifact(name, str(chosen), None, run)
     raise UserError(
-        "neither a model, an adapter nor a run", where=name,
+        "neither a model, an adapter nor a run",
+        where=name,
         fix="give a folder with config.json or adapter_config.json, a run's folder, or a hub name",
-    )  # fmt: skip
+    )
 
 
 def is_run(folder: Path) -> bool:

@@ -101,10 +101,24 @@ def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int, more: 
     output = folder / str(case).replace(" ", "-")
     each = [f"--hsdp_shard_size={shards('hsdp', nproc)}"] if case.strategy == "hsdp" else []
     argv = [
-        sys.executable, "-m", "manyrank.cli", "train", recipe, f"--method={case.method}", f"--strategy={case.strategy}",
-        f"--via={case.via}", f"--nproc={processes(case.strategy, nproc)}", f"--max_steps={steps}", "--logging_steps=1",
-        "--lora_dropout=0", f"--output_dir={output}", "--sample_questions=[]", "--report_to=none", *each, *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "manyrank.cli",
+        "train",
+        recipe,
+        f"--method={case.method}",
+        f"--strategy={case.strategy}",
+        f"--via={case.via}",
+        f"--nproc={processes(case.strategy, nproc)}",
+        f"--max_steps={steps}",
+        "--logging_steps=1",
+        "--lora_dropout=0",
+        f"--output_dir={output}",
+        "--sample_questions=[]",
+        "--report_to=none",
+        *each,
+        *more,
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, preexec_fn=die_with_parent)
     if done.returncode:
         return Outcome((), (), {}, 0, error=f"exit code {done.returncode}: {_last_words(done.stderr)}")

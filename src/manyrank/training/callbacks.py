@@ -133,9 +133,14 @@ def check_states(handler: CallbackHandler) -> None:
 
 
 def training_arguments(
-    config: TrainConfig, *, output_dir: Path, total_steps: int, on_cpu: bool,
-    kind: type[TrainingArguments] = TrainingArguments, **more,
-) -> TrainingArguments:  # fmt: skip
+    config: TrainConfig,
+    *,
+    output_dir: Path,
+    total_steps: int,
+    on_cpu: bool,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more,
+) -> TrainingArguments:
     """The run in transformers' own words, for callbacks that look things up there; `more` are arguments of `kind`."""
     options = {
         "output_dir": str(output_dir),

@@ -145,9 +145,14 @@ def add_answers(
         _add_answer(entries, questions[row], "", "no room", asked)
     size = max(1, min(layout.batch_size, -(-len(questions) // layout.place.world_size)))
     batches = generate(
-        model, [prompts[row] for row in fitting], sampling=asked.sampling, stops=stop_ids(tokenizer, asked.options),
-        pad_token=tokenizer.pad_token_id, batch_size=size, numbers=fitting,
-    )  # fmt: skip
+        model,
+        [prompts[row] for row in fitting],
+        sampling=asked.sampling,
+        stops=stop_ids(tokenizer, asked.options),
+        pad_token=tokenizer.pad_token_id,
+        batch_size=size,
+        numbers=fitting,
+    )
     for answer in (answer for batch in batches for answer in batch):
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
         _add_answer(entries, questions[answer.number], text, answer.finish, asked)

@@ -35,9 +35,13 @@ class TokenLoss:
     """
 
     def __init__(
-        self, wrapped: torch.nn.Module, model: torch.nn.Module | None = None, *,
-        fused: bool = True, function: LossFunction | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        wrapped: torch.nn.Module,
+        model: torch.nn.Module | None = None,
+        *,
+        fused: bool = True,
+        function: LossFunction | None = None,
+    ) -> None:
         self.wrapped, self.function = wrapped, function
         self.head = fuse(model or wrapped) if fused and function is None else None
 
@@ -91,9 +95,13 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _whole_logits(
-    model: torch.nn.Module, inputs: dict, positions: torch.Tensor, targets: torch.Tensor, function: LossFunction,
+    model: torch.nn.Module,
+    inputs: dict,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    function: LossFunction,
     rows: list[int] | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     if inputs["input_ids"].shape[0] == 1:
         keep = positions if len(positions) else positions.new_zeros(1)
         logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits[0]

@@ -73,9 +73,12 @@ def compared(setup: Setup, folder: Path) -> str | None:
     planned = memory.estimate(setup)
     held, free, total = torch.cuda.max_memory_reserved(), *torch.cuda.mem_get_info()
     facts = {
-        "planned_bytes": planned.peak, "parts": dict(planned.parts), "allocated_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": held, "in_use_bytes": total - free,
-    }  # fmt: skip
+        "planned_bytes": planned.peak,
+        "parts": dict(planned.parts),
+        "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": held,
+        "in_use_bytes": total - free,
+    }
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "logs" / "memory.json").write_text(json.dumps(facts, indent=1))
     around = planned.parts.get("context", 0)

@@ -55,15 +55,25 @@ class Task(Protocol):
     """What a run learns from, where that is more than the examples."""
 
     def questions_of(
-        self, train: Examples, evaluation: Examples | None, config: TrainConfig, tokenizer: PreTrainedTokenizerBase,
+        self,
+        train: Examples,
+        evaluation: Examples | None,
+        config: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
         context: int | None,
-    ) -> tuple[Examples, Examples | None, Sequence[Question]]:  # fmt: skip
+    ) -> tuple[Examples, Examples | None, Sequence[Question]]:
         """The examples that have a question, and these."""
 
     def trainer_of(
-        self, model: torch.nn.Module, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase,
-        questions: Sequence[Question], *, bf16: bool,
-    ) -> tuple[Callable[..., Trainer], str]:  # fmt: skip
+        self,
+        model: torch.nn.Module,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Question],
+        *,
+        bf16: bool,
+    ) -> tuple[Callable[..., Trainer], str]:
         """What makes the trainer, and the fingerprint of the questions."""
 
 
@@ -94,9 +104,15 @@ def open_session(
 
 
 def _open(
-    config: TrainConfig, place: Topology, output_dir: Path, task: Task | None, brought: Brought, heart: Heart | None,
-    *, bf16: bool,
-) -> Session:  # fmt: skip
+    config: TrainConfig,
+    place: Topology,
+    output_dir: Path,
+    task: Task | None,
+    brought: Brought,
+    heart: Heart | None,
+    *,
+    bf16: bool,
+) -> Session:
     _prepare_environment(config, place, output_dir)
     own_folder, heart = output_dir if heart and not config.dry_run else None, heart or Heart(place.rank)
     heart.beat(0, "loading the tokenizer")
@@ -104,9 +120,7 @@ def _open(
     accelerator = _meet(config, place, heart, own_folder, bf16=bf16)
     start = find_start(config, output_dir, accelerator)
     per_process = batch_per_process(config)
-    if start.folder and config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
-        config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
-    needed = start.run["needed"] if start.folder else _needed(config, accelerator.num_processes)
+    config, needed = _amounts(config, start, accelerator.num_processes)
     heart.beat(0, "reading and tokenising the data")
     train, evaluation, questions = _data(config, tokenizer, needed, task, brought.model)
     if accelerator.is_main_process:
@@ -121,20 +135,36 @@ def _open(
         runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
     run = _run(
-        config, accelerator, start, train, model, base=base, rows=rows, brought=brought, per_process=per_process,
-        needed=needed, bf16=bf16,
-    )  # fmt: skip
-    trainer = kind(
-        config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run,
-        meter=Meter(accelerator.device.type, setup, kind_of(accelerator.device)), callbacks=brought.callbacks, loss=brought.loss, heart=heart,
-    )  # fmt: skip
+        config,
+        accelerator,
+        start,
+        train,
+        model,
+        base=base,
+        rows=rows,
+        brought=brought,
+        per_process=per_process,
+        needed=needed,
+        bf16=bf16,
+    )
+    meter = Meter(accelerator.device.type, setup, kind_of(accelerator.device))
+    given = {"callbacks": brought.callbacks, "loss": brought.loss, "heart": heart}
+    trainer = kind(config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run, meter=meter, **given)
     heart.beat(0, "trying the loss on a small example")
     _prove(trainer, bf16=bf16)
-    if start.folder:
-        start = _with_changes(start, trainer.run, config)
+    start = _with_changes(start, trainer.run, config)
     _tell_balance(config, trainer, accelerator)
     own_tokenizer = brought.tokenizer is not None
     return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, own_tokenizer, give_back)
+
+
+def _amounts(config: TrainConfig, start: Start, processes: int) -> tuple[TrainConfig, int | None]:
+    """The recipe with the batch that a resumed run is bound to, and the examples that the run needs."""
+    if not start.folder:
+        return config, _needed(config, processes)
+    if config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
+        config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
+    return config, start.run["needed"]
 
 
 def _meet(config: TrainConfig, place: Topology, heart: Heart, folder: Path | None, *, bf16: bool) -> Accelerator:
@@ -148,17 +178,33 @@ def _meet(config: TrainConfig, place: Topology, heart: Heart, folder: Path | Non
 
 
 def _kind(
-    config: TrainConfig, task: Task | None, model: torch.nn.Module, accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, bf16: bool,
-) -> tuple[Callable[..., Trainer], str | None]:  # fmt: skip
+    config: TrainConfig,
+    task: Task | None,
+    model: torch.nn.Module,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    bf16: bool,
+) -> tuple[Callable[..., Trainer], str | None]:
     """What makes the task's trainer, and the fingerprint of the questions that it asks."""
     return task.trainer_of(model, config, accelerator, tokenizer, questions, bf16=bf16) if task else (Trainer, None)
 
 
 def _run(
-    config: TrainConfig, accelerator: Accelerator, start: Start, train: Examples, model: torch.nn.Module, *,
-    base: str | None, rows: str | None, brought: Brought, per_process: int | None, needed: int | None, bf16: bool,
-) -> dict:  # fmt: skip
+    config: TrainConfig,
+    accelerator: Accelerator,
+    start: Start,
+    train: Examples,
+    model: torch.nn.Module,
+    *,
+    base: str | None,
+    rows: str | None,
+    brought: Brought,
+    per_process: int | None,
+    needed: int | None,
+    bf16: bool,
+) -> dict:
     """The values that a resumed run must share with this one."""
     commit = getattr(model.config, "_commit_hash", None)
     return identity(
@@ -179,7 +225,9 @@ def _run(
 
 
 def _with_changes(start: Start, run: dict, config: TrainConfig) -> Start:
-    """With what the resumed run has otherwise than its checkpoint, as it may."""
+    """With what a resumed run has otherwise than its checkpoint, as it may."""
+    if not start.folder:
+        return start
     changed = refuse_changes(start.folder, run, allowed=config.resume_changes)
     return replace(start, notes=(*start.notes, *(f"changed, as allowed: {change}" for change in changed)))
 

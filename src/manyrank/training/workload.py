@@ -18,9 +18,15 @@ BESIDE = ("gsm8k_train.jsonl", "alpaca_en_demo.json")  # files of DATA, mixed ha
 DATA = asset("..", "shared", "data")
 VOCABULARY = 32_768
 SHAPE = dict(
-    hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-    max_position_embeddings=4096, tie_word_embeddings=False,
-)  # fmt: skip
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=4096,
+    tie_word_embeddings=False,
+)
 
 
 def build(folder: Path, *, data: Path = DATA, layers: int | None = None) -> str:

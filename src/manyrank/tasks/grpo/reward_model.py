@@ -57,8 +57,12 @@ def reward_model(
         scores: list[float] = []
         for at in range(0, len(texts), AT_ONCE):
             inputs = tokenizer(
-                texts[at : at + AT_ONCE], padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
-            ).to(device)  # fmt: skip
+                texts[at : at + AT_ONCE],
+                padding=True,
+                padding_side="right",
+                add_special_tokens=False,
+                return_tensors="pt",
+            ).to(device)
             scores += model(**inputs).logits[:, 0].float().tolist()
         return scores
 

@@ -72,15 +72,22 @@ class Policy(GRPOTrainer):
         }
         # transformers makes the folder that its arguments name; nothing is ever written there.
         args = training_arguments(
-            config, output_dir=Path(tempfile.gettempdir()), total_steps=1, on_cpu=accelerator.device.type == "cpu", kind=GRPOConfig,
+            config,
+            output_dir=Path(tempfile.gettempdir()),
+            total_steps=1,
+            on_cpu=accelerator.device.type == "cpu",
+            kind=GRPOConfig,
             **_options(config, rewards, accumulation, bf16=bf16),
-        )  # fmt: skip
+        )
         # With that variable its arguments would set up DeepSpeed a second time (see `training_arguments`).
         with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
             super().__init__(
-                model, _reward_functions(rewards, config, questions, tokenizer, accelerator.device), args,
-                train_dataset=Dataset.from_dict({"prompt": ["-"]}), processing_class=tokenizer,
-            )  # fmt: skip
+                model,
+                _reward_functions(rewards, config, questions, tokenizer, accelerator.device),
+                args,
+                train_dataset=Dataset.from_dict({"prompt": ["-"]}),
+                processing_class=tokenizer,
+            )
         for parameter, value in masters.items():  # trl 1.16 rounds the adapters of a quantised base to bf16
             parameter.data = value
 
@@ -176,9 +183,11 @@ class Policy(GRPOTrainer):
 def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, *, bf16: bool) -> dict:
     """The recipe in trl's words."""
     vllm = {
-        "use_vllm": True, "vllm_mode": config.use_vllm, "vllm_server_base_url": config.vllm_server_base_url,
+        "use_vllm": True,
+        "vllm_mode": config.use_vllm,
+        "vllm_server_base_url": config.vllm_server_base_url,
         "vllm_gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-    }  # fmt: skip
+    }
     return {
         "gradient_accumulation_steps": accumulation,
         "num_generations": config.num_generations,
@@ -225,8 +234,14 @@ def _reward_function(reward: Reward, score, config: TrainConfig, questions: Sequ
     def one(answer: str, number: int) -> float:
         question = questions[number]
         return rewarded(
-            reward, score, answer, question.reference, question.row, place=question.place, on_error=config.on_reward_error
-        )  # fmt: skip
+            reward,
+            score,
+            answer,
+            question.reference,
+            question.row,
+            place=question.place,
+            on_error=config.on_reward_error,
+        )
 
     def function(completion_ids: list, number: list[int], **_) -> list[float]:
         answers = _texts(tokenizer, completion_ids)
@@ -249,11 +264,16 @@ def _with_model(
         talks = [[*questions[row].prompt, {"role": "assistant", "content": said}] for row, said in zip(number, answers)]
         return [
             rewarded(
-                reward, lambda *_, value=value: value, said, questions[row].reference, {}, place=questions[row].place,
+                reward,
+                lambda *_, value=value: value,
+                said,
+                questions[row].reference,
+                {},
+                place=questions[row].place,
                 on_error=config.on_reward_error,
             )
             for row, said, value in zip(number, answers, judge(talks))
-        ]  # fmt: skip
+        ]
 
     function.__name__ = reward.name
     return function

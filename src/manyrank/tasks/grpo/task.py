@@ -169,9 +169,14 @@ def _check_questions(
     for question in questions:
         for reward in rewards:
             rewarded(
-                reward, scores[reward.name], question.reference, question.reference, question.row,
-                place=question.place, on_error=config.on_reward_error,
-            )  # fmt: skip
+                reward,
+                scores[reward.name],
+                question.reference,
+                question.reference,
+                question.row,
+                place=question.place,
+                on_error=config.on_reward_error,
+            )
         length = len(prompt_of(question, tokenizer, options))
         if context and length + config.max_completion_length > context:
             what = f"a prompt of {length:,} tokens and an answer of {config.max_completion_length:,} do not fit"
@@ -180,9 +185,14 @@ def _check_questions(
 
 
 def trainer_of(
-    model: torch.nn.Module, config: TrainConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question], *, bf16: bool,
-) -> tuple[Callable[..., PolicyTrainer], str]:  # fmt: skip
+    model: torch.nn.Module,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    bf16: bool,
+) -> tuple[Callable[..., PolicyTrainer], str]:
     """What makes the trainer, with trl's part, before the strategy wraps the model; and the fingerprint of the questions.
 
     Raises:
@@ -191,10 +201,15 @@ def trainer_of(
     per_rank = config.batch(accelerator.num_processes) // accelerator.num_processes
     try:
         policy = Policy(
-            model, config, accelerator=accelerator, tokenizer=tokenizer, questions=questions,
-            rewards=read_rewards(config.rewards), accumulation=per_rank // config.per_device_train_batch_size,
+            model,
+            config,
+            accelerator=accelerator,
+            tokenizer=tokenizer,
+            questions=questions,
+            rewards=read_rewards(config.rewards),
+            accumulation=per_rank // config.per_device_train_batch_size,
             bf16=bf16,
-        )  # fmt: skip
+        )
     except ConnectionError as error:
         fix = "start it (trl vllm-serve), or mend vllm_server_base_url"
         raise UserError(f"the vLLM server: {error}", where="vllm_server_base_url", fix=fix) from None

@@ -60,10 +60,15 @@ def config(folder: Path, **more):
     from ...config.resolve import Entry, resolve
 
     given = {
-        "model_name_or_path": str(folder / "model"), "data_path": str(folder / "rows.jsonl"), "max_length": LENGTH,
-        "global_batch_size": BATCH, "per_device_train_batch_size": BATCH, "learning_rate": RATE,
-        "lr_scheduler_type": "constant", "logging_steps": 1,
-    }  # fmt: skip
+        "model_name_or_path": str(folder / "model"),
+        "data_path": str(folder / "rows.jsonl"),
+        "max_length": LENGTH,
+        "global_batch_size": BATCH,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
     return resolve(None, [Entry(key, value, "bench") for key, value in (given | more).items()]).config
 
 
@@ -100,18 +105,33 @@ def _trl(folder: Path, steps: int, clock: Clock, output: Path, *, bf16: bool, **
         [{"input_ids": ids, "completion_mask": [int(label >= 0) for label in labels]} for ids, labels in rows]
     )
     arguments = SFTConfig(
-        output_dir=output, bf16=bf16, per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", 1)), learning_rate=RATE, max_steps=steps,
-        lr_scheduler_type="constant", logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, warmup_steps=0,
-        max_length=None if more.get("padding_free") else LENGTH, train_sampling_strategy="sequential",
-        gradient_checkpointing=False, disable_tqdm=True, completion_only_loss=True, **more,
-    )  # fmt: skip
+        output_dir=output,
+        bf16=bf16,
+        per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", 1)),
+        learning_rate=RATE,
+        max_steps=steps,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        warmup_steps=0,
+        max_length=None if more.get("padding_free") else LENGTH,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        completion_only_loss=True,
+        **more,
+    )
     dtype = torch.bfloat16 if bf16 else torch.float32
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype), arguments,
-        train_dataset=data, processing_class=tokenizer,
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype),
+        arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[_timer(clock)],
-    )  # fmt: skip
+    )
     tokens = []
     forward = trainer.training_step
 

@@ -110,9 +110,12 @@ class Bench:
         from ...config.resolve import Entry, resolve
 
         given = {
-            "model_name_or_path": self.case.model, "data_path": "random", "method": self.case.method,
-            "gradient_checkpointing": self.case.checkpointing, "plain_parts": list(self.case.plain),
-        }  # fmt: skip
+            "model_name_or_path": self.case.model,
+            "data_path": "random",
+            "method": self.case.method,
+            "gradient_checkpointing": self.case.checkpointing,
+            "plain_parts": list(self.case.plain),
+        }
         return resolve(None, [Entry(key, value, "bench") for key, value in given.items()]).config
 
     def measure(self) -> Figures:
@@ -130,9 +133,15 @@ class Bench:
         steps = self._trl(base, rows) if self.case.by == "trl" else self._steps(base, rows)
         seconds, losses = zip(*steps)
         return Figures(
-            sum(lengths) / sorted(seconds[WARM_UP:])[len(seconds[WARM_UP:]) // 2], sum(lengths), flops, product, weights,
-            torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0, self._planned(), list(losses),
-        )  # fmt: skip
+            sum(lengths) / sorted(seconds[WARM_UP:])[len(seconds[WARM_UP:]) // 2],
+            sum(lengths),
+            flops,
+            product,
+            weights,
+            torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
+            self._planned(),
+            list(losses),
+        )
 
     def _steps(self, base, rows) -> Iterator[tuple[float, float]]:
         from accelerate import Accelerator
@@ -177,15 +186,29 @@ class Bench:
                 seconds[-1] += self._now()
 
         arguments = SFTConfig(
-            output_dir=output.name, train_sampling_strategy="sequential", per_device_train_batch_size=len(rows), max_steps=STEPS, padding_free=True,
-            max_length=None, bf16=True, report_to="none", save_strategy="no", logging_steps=1, use_cpu=self.toy,
-            gradient_checkpointing=self.case.checkpointing != "off", disable_tqdm=True, completion_only_loss=True,
-        )  # fmt: skip
+            output_dir=output.name,
+            train_sampling_strategy="sequential",
+            per_device_train_batch_size=len(rows),
+            max_steps=STEPS,
+            padding_free=True,
+            max_length=None,
+            bf16=True,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            use_cpu=self.toy,
+            gradient_checkpointing=self.case.checkpointing != "off",
+            disable_tqdm=True,
+            completion_only_loss=True,
+        )
         trainer = SFTTrainer(
-            base, arguments, train_dataset=Dataset.from_list(data * STEPS), callbacks=[Timer()],
+            base,
+            arguments,
+            train_dataset=Dataset.from_list(data * STEPS),
+            callbacks=[Timer()],
             processing_class=self._tokenizer(PreTrainedTokenizerFast),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        )  # fmt: skip
+        )
         trainer.train()
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         yield from zip(seconds, losses)
@@ -255,9 +278,14 @@ class Bench:
 
         dtype = torch.bfloat16
         made = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype, quant_type="nf4",
-            quant_storage=dtype, device="meta",
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            quant_storage=dtype,
+            device="meta",
+        )
         value = torch.empty(linear.weight.shape, dtype=dtype, device=self.device).normal_(std=0.02)
         made.weight = bnb.nn.Params4bit(value, quant_type="nf4", quant_storage=dtype, module=made).to(self.device)
         if linear.bias is not None:

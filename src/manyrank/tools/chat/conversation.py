@@ -80,9 +80,15 @@ class Speaker:
             raise UserError(what, where="the conversation", fix="/reset begins a new one; /save FILE keeps this one")
         with self.view():
             said = stream(
-                self.model, prompt, sampling=self.sampling, stops=self.stops, pad_token=self.tokenizer.pad_token_id,
-                streamer=Printer(self.tokenizer, self.stops, show), stopped=stopped, number=number,
-            )  # fmt: skip
+                self.model,
+                prompt,
+                sampling=self.sampling,
+                stops=self.stops,
+                pad_token=self.tokenizer.pad_token_id,
+                streamer=Printer(self.tokenizer, self.stops, show),
+                stopped=stopped,
+                number=number,
+            )
         return self.tokenizer.decode(said.tokens, skip_special_tokens=True).strip(), said
 
 

@@ -52,9 +52,12 @@ def main(argv: Sequence[str]) -> int:
     )
     quiet()
     model, tokenizer = load_model(
-        found, quantization=asked.quantization, dtype=asked.dtype, chat_template=asked.chat_template,
+        found,
+        quantization=asked.quantization,
+        dtype=asked.dtype,
+        chat_template=asked.chat_template,
         trust_remote_code=asked.trust_remote_code,
-    )  # fmt: skip
+    )
     from .conversation import Conversation, Speaker
 
     views = {"base": {"view": model.disable_adapter}, "tuned": {}} if asked.compare else {"": {}}

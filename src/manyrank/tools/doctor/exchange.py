@@ -102,9 +102,13 @@ def _exchange(size: int, ranks: Sequence[int], rank: int, device: torch.device, 
             break
     rate = size / least
     return {
-        "bytes": size, "ranks": count, "wrong": int(wrong.item()), "seconds": least,
-        "algorithm_bandwidth": rate, "bus_bandwidth": rate * 2 * (count - 1) / count,
-    }  # fmt: skip
+        "bytes": size,
+        "ranks": count,
+        "wrong": int(wrong.item()),
+        "seconds": least,
+        "algorithm_bandwidth": rate,
+        "bus_bandwidth": rate * 2 * (count - 1) / count,
+    }
 
 
 def _timed(values: torch.Tensor, device: torch.device, group) -> float:

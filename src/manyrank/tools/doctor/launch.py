@@ -77,9 +77,14 @@ class Ranks:
         env = {**os.environ, **launch.env, "TMPDIR": str(folder)}  # launchers and libraries leave folders there
         with (folder / LAUNCHER_LOG).open("w") as log:
             self.process = subprocess.Popen(
-                argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=die_with_parent,
-            )  # fmt: skip
+                argv,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
         self.started = time.monotonic()
 
     def __enter__(self) -> Ranks:

@@ -148,9 +148,13 @@ def _launch(scope: Scope, folder: Path) -> launcher.LaunchPlan:
     via = scope.line.where.via or (None if scope.ranks == 1 and scope.strategy == "single" else "torchrun")
     line = replace(scope.line, where=replace(scope.line.where, via=via, max_restarts=0))
     return launcher.plan(
-        line, strategy=scope.strategy, nproc=scope.nproc, output_dir=str(scope.output_dir), hardware=scope.machine,
+        line,
+        strategy=scope.strategy,
+        nproc=scope.nproc,
+        output_dir=str(scope.output_dir),
+        hardware=scope.machine,
         program=("manyrank.tools.doctor.ranks", str(folder)),
-    )  # fmt: skip
+    )
 
 
 def _examine(scope: Scope, launch: launcher.LaunchPlan, folder: Path, run: Path, report: _Report) -> None:

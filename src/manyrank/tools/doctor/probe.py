@@ -173,8 +173,10 @@ def _nvlinks(pynvml, handle, ask) -> tuple[int, float | None]:
 def _slowed(pynvml, reasons: int) -> tuple[str, ...]:
     """Heat and power brakes; a power cap is how cards work at full load."""
     known = {
-        "SwThermalSlowdown": "heat", "HwThermalSlowdown": "heat, by the card", "HwPowerBrakeSlowdown": "the power supply",
-    }  # fmt: skip
+        "SwThermalSlowdown": "heat",
+        "HwThermalSlowdown": "heat, by the card",
+        "HwPowerBrakeSlowdown": "the power supply",
+    }
     return tuple(text for name, text in known.items() if reasons & getattr(pynvml, f"nvmlClocksEventReason{name}"))
 
 

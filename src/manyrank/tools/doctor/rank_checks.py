@@ -13,8 +13,16 @@ from .launch import Ended, How
 Facts = Mapping[str, Any]
 
 STAGES = (
-    "start", "model", "process group", "same software", "all-reduce", "clocks", "output folder", "step", "save and load",
-)  # fmt: skip
+    "start",
+    "model",
+    "process group",
+    "same software",
+    "all-reduce",
+    "clocks",
+    "output folder",
+    "step",
+    "save and load",
+)
 TOGETHER = ("process group", "same software", "all-reduce", "clocks")  # stages that one process does not have
 PART_OF_LINK = 0.4  # of a link's figure that an all-reduce of large messages reaches at least
 CLOCK_OK, CLOCK_LATE = 1.0, 60.0  # seconds

@@ -32,9 +32,13 @@ def make_model(folder: Path) -> None:
 def step_config(given: TrainConfig, *, strategy: str, model: Path, world_size: int) -> TrainConfig:
     """The recipe's way of training, on the small model and the project's sample."""
     values = FIXED | {
-        "model_name_or_path": str(model), "strategy": strategy, "method": given.method, "bf16": given.bf16,
-        "optim": given.optim, "global_batch_size": FIXED["per_device_train_batch_size"] * world_size,
-    }  # fmt: skip
+        "model_name_or_path": str(model),
+        "strategy": strategy,
+        "method": given.method,
+        "bf16": given.bf16,
+        "optim": given.optim,
+        "global_batch_size": FIXED["per_device_train_batch_size"] * world_size,
+    }
     return resolve("verify", [Entry(key, value, "the doctor's step") for key, value in values.items()]).config
 
 

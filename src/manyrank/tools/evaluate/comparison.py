@@ -72,9 +72,7 @@ def compare(one: np.ndarray, other: np.ndarray, weights: np.ndarray, *, seed: in
     binary = bool(np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all() and (weights == 1).all())
     p = sign_test(wins, losses) if binary else _flipped(change, seed)
     test = "exact McNemar" if binary else "sign flips"
-    return Comparison(
-        mean_interval(change, weights, seed=seed), wins, losses, len(change) - wins - losses, p, test
-    )  # fmt: skip
+    return Comparison(mean_interval(change, weights, seed=seed), wins, losses, len(change) - wins - losses, p, test)
 
 
 def sign_test(wins: int, losses: int) -> float:

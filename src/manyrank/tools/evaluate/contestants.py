@@ -18,9 +18,20 @@ from ...runs.artifact import Artifact, find
 
 # The keys of a recipe that say how rows are read and what is learned of them.
 DATA_KEYS = (
-    "format_type", "columns", "on_bad_row", "duplicates", "max_length", "overlong", "chat_template", "chat_template_kwargs",
-    "stop_tokens", "thinking", "train_on_last_turn", "train_on_prompt", "train_on_opening",
-)  # fmt: skip
+    "format_type",
+    "columns",
+    "on_bad_row",
+    "duplicates",
+    "max_length",
+    "overlong",
+    "chat_template",
+    "chat_template_kwargs",
+    "stop_tokens",
+    "thinking",
+    "train_on_last_turn",
+    "train_on_prompt",
+    "train_on_opening",
+)
 OWN_KEYS = ("on_bad_row", "duplicates", "format_type", "columns")  # of the training's data, not of the model
 
 

@@ -41,9 +41,17 @@ def _installed() -> bool:
 
 
 def run(
-    model, tokenizer, tasks: Sequence[str], *, folders: Sequence[str], shots: int | None, limit: int | None, chat: bool,
-    batch_size: int, seed: int,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    model,
+    tokenizer,
+    tasks: Sequence[str],
+    *,
+    folders: Sequence[str],
+    shots: int | None,
+    limit: int | None,
+    chat: bool,
+    batch_size: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
     """The results of each task: its metrics, as `lm_eval.simple_evaluate` gives them.
 
     Args:
@@ -61,10 +69,19 @@ def run(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks),
-            num_fewshot=shots, limit=limit, apply_chat_template=chat, task_manager=_manager(tuple(folders)), bootstrap_iters=1000,
-            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed, log_samples=False,
-        )  # fmt: skip
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            apply_chat_template=chat,
+            task_manager=_manager(tuple(folders)),
+            bootstrap_iters=1000,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            log_samples=False,
+        )
     except Exception as error:  # what its tasks, datasets and the network raise
         what = f"lm-evaluation-harness: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(what, where=f"--tasks {','.join(tasks)}", fix="mend the task, or leave it out") from error

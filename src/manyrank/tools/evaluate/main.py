@@ -119,9 +119,7 @@ def _launch(argv: Sequence[str], nproc: int, folder: Path, machine: hardware.Har
         json.dumps(list(argv)), encoding="utf-8"
     )  # torchrun would take --nproc as its own
     program = ("manyrank.tools.evaluate.main", str(folder))
-    plan = launcher.plan(
-        line, strategy="ddp", nproc=nproc, output_dir=str(folder), hardware=machine, program=program
-    )  # fmt: skip
+    plan = launcher.plan(line, strategy="ddp", nproc=nproc, output_dir=str(folder), hardware=machine, program=program)
     return launcher.run(plan, stay=True)
 
 

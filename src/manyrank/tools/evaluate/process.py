@@ -46,9 +46,7 @@ class Process:
         self.options, self.config, self.place, self.folder = options, config, place, folder
         names = [name for name in options.metrics or options.default_metrics if name not in LOSS]
         self.wants_loss = not options.metrics or any(name in LOSS for name in options.metrics)
-        sampling = Sampling(
-            options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed
-        )  # fmt: skip
+        sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
         render = render_options(config) if config else None
         self.asked = Asked(sampling, render, row_scores(names))
         self.layout = Layout(options.batch_size, place)
@@ -83,9 +81,13 @@ class Process:
         template = options.chat_template or (config.chat_template if config and not own_template else None)
         device = f"cuda:{self.place.local_rank}" if hardware.probe().gpus else "cpu"
         model, tokenizer = load_model(
-            load.artifact, quantization=options.quantization, dtype=options.dtype, device=device, chat_template=template,
+            load.artifact,
+            quantization=options.quantization,
+            dtype=options.dtype,
+            device=device,
+            chat_template=template,
             trust_remote_code=config.trust_remote_code if config else str(options.trust_remote_code).lower() == "true",
-        )  # fmt: skip
+        )
         examples = prepare(config.data_path, tokenizer, config) if config else None
         questions = self._questions(examples) if examples else []
         for contestant in load.models:
@@ -125,10 +127,16 @@ class Process:
         tasks = self.options.tasks[self.place.rank :: self.place.world_size]
         if tasks:
             self.tasks[contestant.label] = harness.run(
-                model, tokenizer, tasks, folders=self.options.tasks_folder, shots=self.options.shots,
-                limit=self.options.limit, chat=bool(tokenizer.chat_template) and not self.options.no_chat,
-                batch_size=self.options.batch_size, seed=self.options.seed,
-            )  # fmt: skip
+                model,
+                tokenizer,
+                tasks,
+                folders=self.options.tasks_folder,
+                shots=self.options.shots,
+                limit=self.options.limit,
+                chat=bool(tokenizer.chat_template) and not self.options.no_chat,
+                batch_size=self.options.batch_size,
+                seed=self.options.seed,
+            )
 
     def _write_entries(self, contestant: Contestant, entries: dict[Key, Entry], questions: dict[Key, Question]) -> None:
         rank = f"{self.place.rank:05d}"

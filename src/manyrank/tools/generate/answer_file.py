@@ -90,7 +90,9 @@ class AnswerFile:
             what = f"{self.partial} is not a file that this command began"
             raise UserError(what, where="OUTPUT", fix="choose another name")
         now = json.loads(json.dumps(now))
-        changed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in before | now if before.get(key) != now.get(key)]  # fmt: skip
+        changed = [
+            f"{key}: {before.get(key)} -> {now.get(key)}" for key in before | now if before.get(key) != now.get(key)
+        ]
         if changed:
             what = f"{self.partial} was begun with other settings: {'; '.join(changed)}"
             raise UserError(what, where="OUTPUT", fix="give the same settings, another name, or --overwrite")

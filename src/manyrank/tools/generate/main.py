@@ -48,13 +48,19 @@ def main(argv: Sequence[str]) -> int:
     from ...models.generation import Sampling
 
     sampling = Sampling(
-        max_new_tokens=asked.max_new_tokens, temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k,
+        max_new_tokens=asked.max_new_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
         seed=asked.seed,
-    )  # fmt: skip
+    )
     try:
         return Answering(asked, found, source, prompts, sampling).run()
     except OSError as error:
-        print(f"error: cannot write: {error}\nwhere: {asked.output}\nfix:   make room; the same command goes on", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: cannot write: {error}\nwhere: {asked.output}\nfix:   make room; the same command goes on",
+            file=sys.stderr,
+        )
         return EXIT_FAILED
 
 
@@ -133,7 +139,9 @@ class Answering:
         try:
             stops = stop_ids(tokenizer, rendering) - {None}
         except BadRow as error:
-            raise UserError(str(error), where=self.found.name, fix="give one: --chat-template chatml, or a Jinja file") from None  # fmt: skip
+            raise UserError(
+                str(error), where=self.found.name, fix="give one: --chat-template chatml, or a Jinja file"
+            ) from None
         self._render(tokenizer, rendering)
         file = AnswerFile(asked.output, self._settings(rendering, stops), overwrite=asked.overwrite)
         try:
@@ -145,7 +153,10 @@ class Answering:
                 with self.stop.listening(remember=True):
                     finished = self._answer(model, tokenizer, stops, file)
                 if not finished:
-                    print(f"stopped; {len(file.done):,} of {len(self.prompts):,} rows are written, and the same command goes on", file=sys.stderr)  # fmt: skip
+                    print(
+                        f"stopped; {len(file.done):,} of {len(self.prompts):,} rows are written, and the same command goes on",
+                        file=sys.stderr,
+                    )
                     return EXIT_PREEMPTED
             file.finish()
         finally:
@@ -188,11 +199,21 @@ class Answering:
             weights = sorted(self.found.adapter.glob("adapter_model.*"))
             model["adapter"] = [digest(file) for file in (self.found.adapter / "adapter_config.json", *weights)]
         return {
-            "model": model, "input": fingerprint(self.source), **asdict(self.sampling), "stops": sorted(stops),
-            "chat_template": asked.chat_template, "variables": rendering.template_kwargs, "batch_size": asked.batch_size,
-            "num_samples": asked.num_samples, "system": asked.system, "limit": asked.limit, "format_type": asked.format_type,
-            "on_bad_row": asked.on_bad_row, "quantization": asked.quantization, "dtype": asked.dtype,
-        }  # fmt: skip
+            "model": model,
+            "input": fingerprint(self.source),
+            **asdict(self.sampling),
+            "stops": sorted(stops),
+            "chat_template": asked.chat_template,
+            "variables": rendering.template_kwargs,
+            "batch_size": asked.batch_size,
+            "num_samples": asked.num_samples,
+            "system": asked.system,
+            "limit": asked.limit,
+            "format_type": asked.format_type,
+            "on_bad_row": asked.on_bad_row,
+            "quantization": asked.quantization,
+            "dtype": asked.dtype,
+        }
 
     def _answer(self, model, tokenizer, stops, file: AnswerFile) -> bool:
         """Answer batch by batch; whether it came to the end."""
@@ -206,16 +227,24 @@ class Answering:
                 return False
             units = [index * samples + sample for index in batch for sample in range(samples)]
             said = generate(
-                model, [self.ids[unit // samples] for unit in units], sampling=self.sampling, stops=stops,
-                pad_token=tokenizer.pad_token_id, batch_size=self.asked.batch_size, numbers=units,
-            )  # fmt: skip
+                model,
+                [self.ids[unit // samples] for unit in units],
+                sampling=self.sampling,
+                stops=stops,
+                pad_token=tokenizer.pad_token_id,
+                batch_size=self.asked.batch_size,
+                numbers=units,
+            )
             answers = {answer.number: answer for part in said for answer in part}
             tokens += sum(len(answer.tokens) for answer in answers.values())
             said = {unit: _said(tokenizer, answers[unit]) for unit in units}
             file.add(self._entry(index, [said[index * samples + k] for k in range(samples)]) for index in batch)
             if time.monotonic() - told > REPORT_EVERY:
                 told = time.monotonic()
-                print(f"{len(file.done):,} of {len(self.prompts):,} rows, {tokens / (told - started):,.0f} tokens/s", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{len(file.done):,} of {len(self.prompts):,} rows, {tokens / (told - started):,.0f} tokens/s",
+                    file=sys.stderr,
+                )
         return True
 
     def _batches(self) -> Iterator[list[int]]:
@@ -233,7 +262,13 @@ class Answering:
         if prompt.problem:
             return {"row": prompt.number, "error": prompt.problem}
         tools = {"tools": prompt.tools} if prompt.tools else {}
-        return {"row": prompt.number, "messages": prompt.messages, **tools, "prompt_tokens": len(self.ids[index]), "answers": answers}  # fmt: skip
+        return {
+            "row": prompt.number,
+            "messages": prompt.messages,
+            **tools,
+            "prompt_tokens": len(self.ids[index]),
+            "answers": answers,
+        }
 
 
 def _said(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> dict[str, Any]:

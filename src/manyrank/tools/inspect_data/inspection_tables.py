@@ -28,12 +28,17 @@ def reading_tables(reading: Reading) -> Iterator[Table]:
         ("source", "format", "weight", "rows", "examples", "tokens", "supervised"),
         tuple(
             (
-                word(source.path), word(source.format_type), decimal(source.weight), count(source.rows),
-                count(source.examples), count(source.tokens), share(source.supervised / max(1, source.tokens)),
+                word(source.path),
+                word(source.format_type),
+                decimal(source.weight),
+                count(source.rows),
+                count(source.examples),
+                count(source.tokens),
+                share(source.supervised / max(1, source.tokens)),
             )
             for source in reading.sources
         ),
-    )  # fmt: skip
+    )
     if reading.counts:
         fates = tuple((word(what), count(rows)) for what, rows in reading.counts.items())
         yield Table(f"{key}-counts", "What became of the rows", (), fates)

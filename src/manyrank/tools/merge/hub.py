@@ -70,8 +70,14 @@ class _errors:
 
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, LocalTokenNotFoundError):
-            raise UserError("nobody is logged in to the hub", where=self.where, fix="run: hf auth login; or set HF_TOKEN") from None  # fmt: skip
+            raise UserError(
+                "nobody is logged in to the hub", where=self.where, fix="run: hf auth login; or set HF_TOKEN"
+            ) from None
         if isinstance(error, HfHubHTTPError):
-            raise UserError(f"the hub refuses: {text}", where=self.where, fix="check the token's rights and the name") from None  # fmt: skip
+            raise UserError(
+                f"the hub refuses: {text}", where=self.where, fix="check the token's rights and the name"
+            ) from None
         if isinstance(error, OSError) or "httpx" in type(error).__module__ or "httpcore" in type(error).__module__:
-            raise UserError(f"the hub cannot be reached: {text}", where=self.where, fix="check the connection, or leave it out") from None  # fmt: skip
+            raise UserError(
+                f"the hub cannot be reached: {text}", where=self.where, fix="check the connection, or leave it out"
+            ) from None

@@ -29,6 +29,8 @@ from ...runs.folder import check_output, written_beside
 from . import hub
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 MARK = "merge.json"  # what was merged; tells that the folder was written by this command
@@ -78,9 +80,14 @@ def main(argv: Sequence[str]) -> int:
     found, output = _checked(asked)
     try:
         report = merge(
-            found, output, dtype=asked.dtype, max_shard_size=asked.max_shard_size, tolerance=asked.tolerance,
-            overwrite=asked.overwrite, trust_remote_code=asked.trust_remote_code,
-        )  # fmt: skip
+            found,
+            output,
+            dtype=asked.dtype,
+            max_shard_size=asked.max_shard_size,
+            tolerance=asked.tolerance,
+            overwrite=asked.overwrite,
+            trust_remote_code=asked.trust_remote_code,
+        )
     except (MergeFailed, OSError) as error:
         print(f"error: {error}\nwhere: {output}\nfix:   nothing was written; see the reason", file=sys.stderr)
         return EXIT_FAILED
@@ -93,9 +100,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _options() -> argparse.ArgumentParser:
     made = Parser(
-        prog="manyrank merge", allow_abbrev=False,
+        prog="manyrank merge",
+        allow_abbrev=False,
         description="Put an adapter into its base, and prove that the result answers as the two did.",
-    )  # fmt: skip
+    )
     add = made.add_argument
     add("name", metavar="NAME", help="a run's folder, a checkpoint or an adapter")
     add("--output", type=Path, metavar="DIR", help="the folder to write (default: merged in the run's folder)")
@@ -152,7 +160,6 @@ def merge(
         MergeFailed: the result differs by more than the tolerance.
         OSError: it cannot be written. In all cases nothing is left.
     """
-
     from ...models.inference import DTYPES, load_stored, quiet, rendering_of
     from ...runs import logs as metrics
     from . import host_memory, logits, merging
@@ -162,12 +169,8 @@ def merge(
     own = merging.stored_in(model.get_base_model() if found.adapter else model)
     wanted = DTYPES[dtype] if dtype else own
     name = str(wanted).removeprefix("torch.")
-    tolerance = TOLERANCES[name] if tolerance is None else tolerance
-    ids = logits.sample_ids(tokenizer)
-    before, effect = logits.logits(model, ids), None
-    if found.adapter:
-        with model.disable_adapter():
-            effect = logits.difference(before, logits.logits(model, ids)).largest
+    before = logits.logits(model, ids := logits.sample_ids(tokenizer))
+    effect = _effect(model, before, ids) if found.adapter else None
     model = merging.merged(model, own, wanted) if found.adapter else merging.in_dtype(model, own, wanted)
     size, sums = sum(tensor.nbytes for tensor in model.parameters()), merging.checksums(model)
     _check_room(output, size)
@@ -179,14 +182,30 @@ def merge(
         model = _read_back(partial, sums, trust_remote_code)
         off = logits.difference(before, logits.logits(model, ids))
         report = Report(
-            output=str(output), base=found.base, adapter=str(found.adapter) if found.adapter else None, dtype=name,
-            bytes=size, files=len(list(partial.glob("*.safetensors"))), largest_difference=off.largest, largest_logit=off.scale,
-            tolerance=tolerance, adapter_effect=effect, peak_memory=metrics.peak_memory("cpu"),
-        )  # fmt: skip
+            output=str(output),
+            base=found.base,
+            adapter=str(found.adapter) if found.adapter else None,
+            dtype=name,
+            bytes=size,
+            files=len(list(partial.glob("*.safetensors"))),
+            largest_difference=off.largest,
+            largest_logit=off.scale,
+            tolerance=TOLERANCES[name] if tolerance is None else tolerance,
+            adapter_effect=effect,
+            peak_memory=metrics.peak_memory("cpu"),
+        )
         (partial / MARK).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
-        if not off.relative <= tolerance:
+        if not off.relative <= report.tolerance:
             raise MergeFailed(f"the result is not the model with its adapter: {_difference(report)}")
     return report
+
+
+def _effect(model: PeftModel, before: torch.Tensor, ids: torch.Tensor) -> float:
+    """By how much the adapter changes a logit, at most."""
+    from . import logits
+
+    with model.disable_adapter():
+        return logits.difference(before, logits.logits(model, ids)).largest
 
 
 def _read_back(folder: Path, sums: dict[str, int], trust_remote_code: bool) -> PreTrainedModel:

@@ -120,16 +120,21 @@ def compared_charts(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator
 
 
 _CURVES = (
-    ("learning_rate", "Learning rate", True), ("grad_norm", "Gradient norm, before clipping", True),
-    ("tokens_per_second", "Tokens a second", True), ("memory_gib", "Memory", True), ("mfu", "MFU", True),
-)  # fmt: skip
+    ("learning_rate", "Learning rate", True),
+    ("grad_norm", "Gradient norm, before clipping", True),
+    ("tokens_per_second", "Tokens a second", True),
+    ("memory_gib", "Memory", True),
+    ("mfu", "MFU", True),
+)
 
 
 _OF_GRPO = (
-    ("kl", "KL divergence from the reference", True), ("entropy", "Entropy of a token", True),
-    ("completions/mean_length", "Tokens of an answer", True), ("completions/clipped_ratio", "Answers cut off", True),
+    ("kl", "KL divergence from the reference", True),
+    ("entropy", "Entropy of a token", True),
+    ("completions/mean_length", "Tokens of an answer", True),
+    ("completions/clipped_ratio", "Answers cut off", True),
     ("frac_reward_zero_std", "Groups without a signal", True),
-)  # fmt: skip
+)
 
 
 def reward_names(run: RunRecord) -> list[str]:
@@ -144,11 +149,12 @@ def completions(run: RunRecord, most: int = 12) -> Table | None:
     names = list(dict.fromkeys(name for said in last for name in said.get("rewards", {})))
     rows = tuple(
         (
-            count(said.get("step", 0)), *(word(str(said.get(key, ""))) for key in ("prompt", "answer", "reference")),
+            count(said.get("step", 0)),
+            *(word(str(said.get(key, ""))) for key in ("prompt", "answer", "reference")),
             *(_score(said["rewards"][name]) if name in said.get("rewards", {}) else NONE for name in names),
         )
         for said in last
-    )  # fmt: skip
+    )
     return Table("completions", "Answers", ("step", "prompt", "answer", "reference", *names), rows) if rows else None
 
 
@@ -165,8 +171,12 @@ def _title(key: str, title: str, runs: Sequence[RunRecord]) -> str:
 def memory(run: RunRecord) -> Table | None:
     """The plan's bytes beside the measured ones; None where no GPU was used."""
     held = run.memory
-    sizes = [("planned", held.get("planned_bytes")), ("allocated", held.get("allocated_bytes")),
-             ("held by torch", held.get("reserved_bytes")), ("in use on the GPU", held.get("in_use_bytes"))]  # fmt: skip
+    sizes = [
+        ("planned", held.get("planned_bytes")),
+        ("allocated", held.get("allocated_bytes")),
+        ("held by torch", held.get("reserved_bytes")),
+        ("in use on the GPU", held.get("in_use_bytes")),
+    ]
     sizes += [(f"planned: {part}", size) for part, size in held.get("parts", {}).items() if size]
     rows = tuple((word(name), _gib(size / GiB)) for name, size in sizes if isinstance(size, int | float))
     return Table("memory", "Memory of a GPU: planned and measured", (), rows) if rows else None
