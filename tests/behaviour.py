@@ -274,7 +274,7 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("record")
     command.add_argument("file", type=Path)
-    command.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
+    command.add_argument("parts", nargs="*", default=list(PARTS), metavar=f"{{{','.join(PARTS)}}}")
     command = commands.add_parser("compare")
     command.add_argument("one", type=Path)
     command.add_argument("other", type=Path)
