@@ -20,9 +20,8 @@ from ...data.prompts import Prompt, read_prompts
 from ...data.sources import Source, digest, fingerprint
 from ...errors import EXIT_FAILED, EXIT_PREEMPTED, UserError
 from ...runs.artifact import Artifact, find
-from ...runs.folder import check_output
 from ...signals import StopRequest
-from .answer_file import AnswerFile
+from .answer_file import AnswerFile, check_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
