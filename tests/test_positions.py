@@ -91,6 +91,6 @@ def test_rows_of_training_and_of_validation_are_refused_with_the_data(long, tmp_
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"data_path": str(paths["train"]), "eval_data_path": str(paths["eval"])}
     with pytest.raises(UserError, match="a table of 48 positions"):
-        _data(config(tmp_path / "model", **given), tokenizer, None, None)
-    train, evaluation, _ = _data(config(tmp_path / "model", **given, max_length="48"), tokenizer, None, None)
+        _data(config(tmp_path / "model", **given), tokenizer, None, None, None)
+    train, evaluation, _ = _data(config(tmp_path / "model", **given, max_length="48"), tokenizer, None, None, None)
     assert max(train.lengths.max(), evaluation.lengths.max()) == 48
