@@ -10,6 +10,7 @@ import pytest
 
 from manyrank.chat_template.types import IGNORE
 from manyrank.config.resolve import Entry, resolve
+from manyrank.data import formats
 from manyrank.data import tokenize as tokenise
 from manyrank.data.dataset import prepare, write_quarantine
 from manyrank.data.loader import StepLoader, epoch_order
@@ -463,7 +464,7 @@ def test_a_function_of_one_s_own_and_its_changes(examples_of, file, tmp_path, mo
     first = examples_of(data_path=path, format_type="own_rows:rows")
     module.write_text("def rows(row):\n    return {'question': row['x'], 'answer': 'one and two'}\n")
     monkeypatch.delitem(__import__("sys").modules, "own_rows")
-    __import__("manyrank.data.formats").formats.load_function.cache_clear()
+    formats.load_function.cache_clear()
     assert examples_of(data_path=path, format_type="own_rows:rows").fingerprint != first.fingerprint
 
 

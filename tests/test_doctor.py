@@ -26,7 +26,7 @@ GPUS = len(hardware.probe().gpus)
 def start(tmp_path: Path, *args: str, gpus: str = "", **env: str) -> subprocess.Popen:
     """`manyrank doctor --json` with temporary files of its own, on the CPU unless told which GPUs."""
     (tmp_path / "temporary").mkdir(exist_ok=True)
-    argv = [sys.executable, "-m", "manyrank.cli", "doctor", "verify", "--json", "--limit=150", *args]
+    argv = [sys.executable, "-m", "manyrank.cli", "doctor", "verify", "--json", "--limit=250", *args]
     env = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT / "src"), **env}
     env["CUDA_VISIBLE_DEVICES"] = gpus
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path)

@@ -17,7 +17,7 @@ from manyrank.config.resolve import Entry, asset, resolve
 from manyrank.models.catalog import read
 from manyrank.plan.planner import Machine, make_plan
 from manyrank.rules.rule import Rule, Violation
-from manyrank.runs.versions import Software
+from manyrank.runs.versions import Software, software
 from manyrank.tools.doctor import checks, rank_checks
 from manyrank.tools.doctor import probe as doctor_probe
 from manyrank.tools.doctor import recipe as doctor_recipe
@@ -63,7 +63,7 @@ def test_libraries(found, tested, needed, state, fix):
 def test_another_version_than_in_the_constraints(tmp_path):
     """The real versions against a file of constraints that has one of them otherwise."""
     text = asset("constraints.txt").read_text()
-    here = doctor_probe.software()
+    here = software()
     (tmp_path / "same.txt").write_text(text)
     (tmp_path / "other.txt").write_text(f"# a comment\n{text}\npeft==0.0.1\n")
     needed = doctor_probe.needed_versions()
@@ -79,7 +79,7 @@ def test_another_version_than_in_the_constraints(tmp_path):
 def test_the_software_of_this_process():
     import torch
 
-    found = doctor_probe.software()
+    found = software()
     assert found.libraries["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found.cuda == torch.version.cuda
 
