@@ -29,7 +29,6 @@ import sys
 import tempfile
 import threading
 import traceback
-import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,14 +83,24 @@ def program(argv: Sequence[str]) -> list[str] | None:
 
 
 def run(
-    argv: Sequence[str], *, cwd: object = None, env: dict | None = None, timeout: float = 400, **_: object
+    argv: Sequence[str],
+    *,
+    cwd: object = None,
+    env: dict | None = None,
+    timeout: float = 400,
+    capture_output: bool = True,
+    text: bool = True,
+    preexec_fn: object = None,
 ) -> subprocess.CompletedProcess:
     """As `subprocess.run` with captured text, in a process that is forked from the server.
+
+    Args:
+        preexec_fn: not called; what ends a process with its parent would end it with the server.
 
     Raises:
         ValueError: the command is not one of PROGRAMS, or needs an interpreter of its own.
     """
-    if program(argv) is None:
+    if program(argv) is None or not (capture_output and text):
         raise ValueError(f"a warm process cannot run {argv}")
     return _server().run(argv, str(cwd or Path.cwd()), dict(os.environ if env is None else env), timeout)
 
@@ -119,11 +128,12 @@ class _Server:
             request = {"argv": list(argv), "cwd": cwd, "env": env, "out": str(out), "err": str(err)}
             print(json.dumps(request), file=self.process.stdin, flush=True)
             pid = int(self.process.stdout.readline())
-            late = threading.Timer(timeout, os.killpg, (pid, signal.SIGKILL))
+            expired = threading.Event()
+            late = threading.Timer(timeout, lambda: (expired.set(), os.killpg(pid, signal.SIGKILL)))
             late.start()
             code = int(self.process.stdout.readline())
             late.cancel()
-            if late.finished.is_set() and code == -signal.SIGKILL:
+            if expired.is_set():
                 raise subprocess.TimeoutExpired(argv, timeout, out.read_text(), err.read_text())
             return subprocess.CompletedProcess(argv, code, out.read_text(), err.read_text())
 
@@ -143,10 +153,8 @@ def serve() -> None:
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
-    filters = warnings.filters[:]
     for name in LIBRARIES:
         importlib.import_module(name)
-    warnings.filters[:] = filters
     threads = {task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")}
     # jemalloc, in pyarrow, takes its locks around a fork and needs no thread in the child.
     assert threads <= {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}, (
@@ -248,7 +256,7 @@ def _begin(rest: list[str], argv: Sequence[str], env: dict[str, str], cwd: str) 
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", os.cpu_count())))
     sys.stdin, sys.stdout, sys.stderr = (
         io.TextIOWrapper(open(0, "rb", closefd=False)),  # noqa: SIM115
-        io.TextIOWrapper(open(1, "wb", closefd=False), write_through=False),  # noqa: SIM115
+        io.TextIOWrapper(open(1, "wb", closefd=False)),  # noqa: SIM115
         io.TextIOWrapper(open(2, "wb", closefd=False), line_buffering=True),  # noqa: SIM115
     )
     sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
