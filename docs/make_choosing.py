@@ -7,9 +7,11 @@ from pathlib import Path
 from manyrank.config.resolve import Entry, resolve
 from manyrank.models.catalog import read
 from manyrank.plan.memory import GiB
-from manyrank.plan.planner import Machine, Verdict, make_plan
+from manyrank.plan.planner import Verdict, make_plan
 from manyrank.plan.view import count
-from manyrank.topology.gpus import find_kind
+from manyrank.rules.context import RunContext
+from manyrank.topology.gpus import Gpu, Hardware, find_kind
+from manyrank.topology.strategies import default_strategy
 
 FILE = Path(__file__).with_name("choosing.md")
 MODELS = ("qwen3-1.7b", "llama-3.1-8b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b", "qwen3-30b-a3b")
@@ -72,13 +74,14 @@ def _cell(model: str, method: str, gpu: str, nproc: int, nnodes: int) -> str:
         "global_batch_size": BATCH,
         "gradient_checkpointing": "auto",
     }
-    config = resolve(None, [Entry(key, value, "docs") for key, value in given.items()]).config
-    kind = find_kind(gpu)
-    found = make_plan(config, read(model), Machine(kind, kind.memory, nproc, nnodes), bf16=True).chosen
+    resolved, kind = resolve(None, [Entry(key, value, "docs") for key, value in given.items()]), find_kind(gpu)
+    machine = Hardware((Gpu(gpu, kind.memory, (9, 0), planned=kind),) * nproc, cpu_cores=nproc, cpu_bf16=True)
+    context = RunContext(resolved, default_strategy(nproc * nnodes), nproc, nproc * nnodes, machine)
+    found = make_plan(context, read(model)).chosen
     if found.verdict == Verdict.TOO_BIG:
         return "-"
     again = {"off": "", "full": ", all again"}.get(
-        found.setup.config.gradient_checkpointing, f", {found.setup.checkpointed} again"
+        found.run.config.gradient_checkpointing, f", {found.run.checkpointed} again"
     )
     return f"{found.strategy} {found.memory.peak / GiB:.0f} GiB{again}, {count(found.speed.tokens_per_second)}/s"
 

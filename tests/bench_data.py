@@ -22,9 +22,9 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from manyrank.chat_template.render import render
-from manyrank.config.resolve import asset
 from manyrank.data.packing import dataset_layout, imbalance, step_layout
 from manyrank.models.tiny import ensure
+from manyrank.project_files import asset
 
 ROUNDS, ROWS = 5, 2000
 

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from planned import planned_run
 from test_shapes import LATENT, MOE, SMALL
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -12,7 +13,6 @@ from manyrank.config.resolve import resolve
 from manyrank.models import spec as shapes
 from manyrank.models.load import with_adapters
 from manyrank.plan import activations
-from manyrank.plan.planned_run import Setup
 from manyrank.training.loss import TokenLoss
 
 TOKENS, DOCUMENTS = 256, 4
@@ -121,5 +121,5 @@ def test_activations_are_what_autograd_saves(kind, precision, options):
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
         real = really_saved(model)
     strategy = "single" if autocast or config.method != "full" else "fsdp"
-    planned = activations.saved(Setup(config, shape, strategy, bf16=precision != "float32", gpu=False))
+    planned = activations.saved(planned_run(config, shape, strategy, bf16=precision != "float32", gpu=False))
     assert planned == pytest.approx(real, rel=0.05), planned / real

@@ -7,11 +7,12 @@ import pytest
 
 from manyrank.chat_template.types import BadRow
 from manyrank.config.args import parse
-from manyrank.config.resolve import Entry, asset, resolve
+from manyrank.config.resolve import Entry, resolve
 from manyrank.data.formats import to_sample
 from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
 from manyrank.launch import command as launcher
+from manyrank.project_files import asset
 from manyrank.rules import check as rules
 from manyrank.topology import gpus as hardware
 from manyrank.topology.gpus import Hardware
@@ -26,7 +27,7 @@ def entries(**v):
 
 def check(**v):
     r = resolve(None, entries(**({"model_name_or_path": "embedded", "data_path": DATA} | v)))
-    rules.check(rules.Situation(r, "single", 1, 1, CPU))
+    rules.check(rules.RunContext(r, "single", 1, 1, CPU))
 
 
 def write(p, t):

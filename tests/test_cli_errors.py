@@ -9,7 +9,7 @@ import pytest
 import warm
 
 from manyrank import __version__, cli
-from manyrank.config.resolve import asset
+from manyrank.project_files import asset
 from manyrank.topology import gpus as hardware
 from manyrank.topology.gpus import Gpu, Hardware
 

@@ -5,8 +5,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyrank.config.resolve import ALIASES, FIELDS, METHOD_FLAGS, METHODS, SWITCHES, Entry, asset, presets, resolve
+from manyrank.config.resolve import ALIASES, FIELDS, METHOD_FLAGS, METHODS, SWITCHES, Entry, presets, resolve
 from manyrank.errors import UserError
+from manyrank.project_files import asset
 
 REQUIRED = {"model_name_or_path": "embedded", "data_path": "data/sample.jsonl"}
 

@@ -12,10 +12,10 @@ from datasets import load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyrank.config.resolve import asset
 from manyrank.data.formats import Conversation, PlainText, TokenIds, detect, to_sample
 from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
+from manyrank.project_files import asset
 from manyrank.tools.prepare import main as curate
 from manyrank.tools.prepare.export import kind, merged
 from manyrank.tools.prepare.filters import Item

@@ -5,7 +5,7 @@ from conftest import launch
 
 from manyrank.config.args import parse
 from manyrank.errors import EXIT_MEMORY, UserError
-from manyrank.launch.main import decide
+from manyrank.launch.main import resolve_launch
 from manyrank.topology.gpus import Gpu, Hardware, find_kind
 
 
@@ -15,7 +15,7 @@ def machine(gpu: str | None = None, count: int = 1) -> Hardware:
 
 
 def decided(here: Hardware, *argv: str):
-    return decide(parse(["--data_path=x", *argv], prog="test", launch=True), here)
+    return resolve_launch(parse(["--data_path=x", *argv], prog="test", launch=True), here)
 
 
 BIG = ("--model=llama-3.1-70b", "--max_length=4096")
@@ -23,31 +23,31 @@ BIG = ("--model=llama-3.1-70b", "--max_length=4096")
 
 def test_on_gpus_the_plan_chooses_the_strategy():
     many = decided(machine("H100-80GB", 8), *BIG)
-    assert (many.strategy, many.nproc) == ("fsdp", 8) and "ddp needs" in many.told()
+    assert (many.context.strategy.name, many.context.nproc) == ("fsdp", 8) and "ddp needs" in many.summary()
     small = decided(machine("H100-80GB", 8), "--model=qwen2.5-1.5b")
-    assert small.strategy == "ddp" and "planned:" in small.told() and "tokens/s" in small.told()
-    assert decided(machine("H100-80GB"), "--model=qwen2.5-1.5b").strategy == "single"
+    assert small.context.strategy.name == "ddp" and "planned:" in small.summary() and "tokens/s" in small.summary()
+    assert decided(machine("H100-80GB"), "--model=qwen2.5-1.5b").context.strategy.name == "single"
 
 
 def test_auto_is_the_default_and_a_name_stands():
-    assert decided(machine("H100-80GB", 8), *BIG, "--strategy=auto").strategy == "fsdp"
+    assert decided(machine("H100-80GB", 8), *BIG, "--strategy=auto").context.strategy.name == "fsdp"
     named = decided(machine("H100-80GB", 8), *BIG, "--strategy=zero3")
-    assert named.strategy == "zero3" and named.plan.chosen.strategy == "zero3"
+    assert named.context.strategy.name == "zero3" and named.plan.chosen.strategy.name == "zero3"
 
 
 def test_on_cpus_nothing_is_planned():
     here = decided(machine(), "--model=llama-3.1-8b")
-    assert (here.strategy, here.plan, here.notes) == ("single", None, ())
-    assert decided(machine(), "--model=llama-3.1-8b", "--nproc=2").strategy == "ddp"
+    assert (here.context.strategy.name, here.plan, here.notes) == ("single", None, ())
+    assert decided(machine(), "--model=llama-3.1-8b", "--nproc=2").context.strategy.name == "ddp"
 
 
 def test_a_model_that_is_not_known_here_is_not_planned_and_that_is_said():
     found = decided(machine("H100-80GB", 8), "--model=someone/a-model-of-mine")
-    assert found.strategy == "ddp" and found.plan is None and "nothing is planned" in found.told()
+    assert found.context.strategy.name == "ddp" and found.plan is None and "nothing is planned" in found.summary()
 
 
 def test_what_a_step_comes_to_is_shown():
-    told = decided(machine("H100-80GB", 8), "--model=qwen2.5-7b", "--micro_batch=2", "--global_batch_size=64").told()
+    told = decided(machine("H100-80GB", 8), "--model=qwen2.5-7b", "--micro_batch=2", "--global_batch_size=64").summary()
     assert "a step: 64 examples (micro-batch 2 x accumulation 4 x world 8)" in told
 
 

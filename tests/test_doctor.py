@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT
 
 from manyrank import cli
-from manyrank.config.resolve import asset
 from manyrank.errors import UserError
+from manyrank.project_files import asset
 from manyrank.tools.doctor import main as doctor
 from manyrank.tools.doctor import rank_checks
 from manyrank.topology import gpus as hardware

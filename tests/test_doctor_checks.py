@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pynvml
 import pytest
+from planned import planned_context
 
-from manyrank.config.resolve import Entry, asset, resolve
+from manyrank.config.resolve import Entry, resolve
 from manyrank.models.catalog import read
-from manyrank.plan.planner import Machine, make_plan
+from manyrank.plan.planner import make_plan
+from manyrank.project_files import asset
 from manyrank.rules.rule import Rule, Violation
 from manyrank.runs.versions import Software, software
 from manyrank.tools.doctor import checks, rank_checks
@@ -633,10 +635,8 @@ def test_lines():
 @pytest.mark.parametrize(("gpu", "state"), [("H100-80GB", "ok"), ("RTX3060", "failed")])
 def test_the_plan_of_a_recipe_is_a_check(gpu, state):
     kind = find_kind(gpu)
-    machine = Machine(kind, kind.memory)
-    plan = make_plan(
-        config(method="full"), read("llama-3.1-405b" if state == "failed" else "qwen2.5-0.5b"), machine, bf16=True
-    )
+    model = "llama-3.1-405b" if state == "failed" else "qwen2.5-0.5b"
+    plan = make_plan(planned_context(config(method="full"), gpu=kind), read(model))
     found = checks.planned(plan)
     assert found.state == state and "planned:" in found.seen and bool(found.fix) == (state != "ok")
     assert checks.planned(None).state == "ok"

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyrank.chat_template.types import BadRow
-from manyrank.config.resolve import asset
 from manyrank.data.formats import FORMATS, Conversation, PlainText, TokenIds, detect, load_function, to_sample
 from manyrank.data.messages import KEYS, ROLES
 from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
+from manyrank.project_files import asset
 
 SAMPLES = {path.name: path for path in sorted(asset("data", "formats").iterdir())}
 REAL = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout, where somebody put it there

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from manyrank.api import _as_it_was
 from manyrank.chat_template.render import RenderOptions, prompt_ids, stop_ids
-from manyrank.config.resolve import Entry, asset, resolve
+from manyrank.config.resolve import Entry, resolve
 from manyrank.errors import UserError
 from manyrank.models.inference import load_model
+from manyrank.project_files import asset
 from manyrank.runs.logs import read_completions, read_metrics
 from manyrank.tasks.grpo import task as grpo_task
 from manyrank.topology import ranks as topology

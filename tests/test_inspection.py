@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from manyrank.chat_template.render import render
 from manyrank.config.args import Entry
-from manyrank.config.resolve import asset, resolve
+from manyrank.config.resolve import resolve
 from manyrank.data.dataset import prepare
 from manyrank.data.formats import to_sample
 from manyrank.data.histogram import bars
@@ -27,6 +27,7 @@ from manyrank.data.loader import StepLoader
 from manyrank.data.sources import Source, read_rows
 from manyrank.data.stats import Piece, gather, padding, pieces, spread
 from manyrank.errors import UserError
+from manyrank.project_files import asset
 from manyrank.tools.inspect_data import main as inspection
 from manyrank.tools.inspect_data.inspection_html import page
 from manyrank.tools.report.tables import visible

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from manyrank.config.args import Where, parse
-from manyrank.config.resolve import TrainConfig, asset, resolve
+from manyrank.config.resolve import TrainConfig, resolve
 from manyrank.errors import UserError
 from manyrank.launch.command import CPU_VARIABLES, LaunchPlan, before_imports, choose_strategy, output_dir, plan
+from manyrank.project_files import asset
 from manyrank.topology import allocator
 from manyrank.topology.gpus import Gpu, Hardware
 
@@ -70,9 +71,9 @@ def test_segments_grow_on_gpus_alone():
 @pytest.mark.parametrize("vllm, colocated", [("colocate", True), ("server", False), ("off", False)])
 def test_segments_do_not_grow_beside_vllm(vllm, colocated):
     config = TrainConfig(model_name_or_path="m", data_path="d", task="grpo", use_vllm=vllm)
-    assert allocator.may_expand(config) is not colocated
+    assert config.expandable_segments is not colocated
     sft = config.model_copy(update={"task": "sft"})
-    assert allocator.may_expand(sft)
+    assert sft.expandable_segments
 
 
 def test_the_users_own_allocator_stands(monkeypatch):
@@ -238,7 +239,8 @@ def test_the_train_module_understands_the_golden_commands(case):
 def test_strategy_and_processes(strategy, where, hardware, chosen):
     line = parse(["quickstart", *([f"--strategy={strategy}"] if strategy else [])], prog="", launch=True)
     config = resolve(line.recipe, line.overrides).config
-    assert choose_strategy(config, Where(**where), hardware) == chosen
+    strategy, nproc = choose_strategy(config, Where(**where), hardware)
+    assert (strategy.name, nproc) == chosen
 
 
 def test_several_processes_without_gpus_need_a_number():

@@ -5,13 +5,13 @@ import weakref
 
 import pytest
 import torch
+from planned import planned_run
 from test_activations import CHECKPOINTED, FULL, LORA, TOKENS, made, packs, recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manyrank.models.load import LoadPlan, base_model
 from manyrank.plan import memory
-from manyrank.plan.planned_run import Setup
 from manyrank.training.loss import TokenLoss
 from manyrank.training.optim import build_optimizer
 
@@ -46,13 +46,13 @@ def nbytes(tensors) -> int:
 def test_weights_adapters_and_states_are_the_real_ones(kind, options):
     config = recipe(*options)
     model, shape = made(kind, config, torch.float32)
-    setup = Setup(config, shape, "single", bf16=False, gpu=False)
-    parts = memory.estimate(setup).parts
+    run = planned_run(config, shape, "single", bf16=False, gpu=False)
+    parts = memory.estimate(run).parts
     adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
     assert parts["weights"] == nbytes(p for name, p in model.named_parameters() if ".lora_" not in name)
     assert parts.get("adapters", 0) == nbytes(adapters)
-    assert setup.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert parts["optimizer"] == 2 * 4 * setup.trainable
+    assert run.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert parts["optimizer"] == 2 * 4 * run.trainable
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
@@ -69,7 +69,7 @@ def test_optimizer_states_are_those_after_a_step(optim):
         for key, value in state.items()
         if key not in ("step", "qmap1", "qmap2") and value is not None
     ]
-    assert memory.states(Setup(config, shape, "single", bf16=False), optim) == nbytes(real)
+    assert memory.states(planned_run(config, shape, "single", bf16=False), optim) == nbytes(real)
     assert real or optim == "sgd"
 
 
@@ -87,7 +87,7 @@ def test_a_quantised_base_has_the_planned_bytes(kind, method, tmp_path):
             constants += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
         elif getattr(parameter, "SCB", None) is not None:
             constants += [parameter.SCB]
-    weights, planned = memory.base_weights(Setup(config, shape, "single", bf16=True))
+    weights, planned = memory.base_weights(planned_run(config, shape, "single", bf16=True))
     assert constants and planned == nbytes(constants)
     assert weights == nbytes(model.parameters())
 
@@ -126,18 +126,18 @@ def test_a_step_takes_what_is_planned(kind, bf16, method, again):
         pytest.skip("peft has no dropout for experts")
     config = recipe(*method, *again)
     model, shape = made(kind, config, torch.bfloat16 if bf16 and method != FULL else torch.float32)
-    setup = Setup(config, shape, "single", bf16=bf16, gpu=False)
+    run = planned_run(config, shape, "single", bf16=bf16, gpu=False)
     optimizer, loss, some = build_optimizer(model, config), TokenLoss(model, model), torch.arange(TOKENS)
     with Living(model.parameters()) as living:
         for _ in range(2):  # the optimizer makes its states in the first
             living.peak = 0
-            with torch.autocast("cpu", torch.bfloat16) if setup.autocast else contextlib.nullcontext():
+            with torch.autocast("cpu", torch.bfloat16) if run.autocast else contextlib.nullcontext():
                 value = loss(packs(), some, some % 300)
             value.backward()
             del value
             optimizer.step()
             optimizer.zero_grad()
-    planned = sum(size for part, size in memory.estimate(setup).parts.items() if part != "slack")
+    planned = sum(size for part, size in memory.estimate(run).parts.items() if part != "slack")
     assert 0.95 <= planned / living.peak <= 1.15
 
 
@@ -154,7 +154,7 @@ def test_what_answers_of_grpo_keep_is_what_a_cache_holds(kind):
     config = recipe("--method=lora").model_copy(update={**more, "per_device_train_batch_size": 1})
     length = config.max_length
     model, shape = made(kind, config, torch.float32)
-    found = memory.estimate(Setup(config, shape, "single", bf16=False, gpu=False))
+    found = memory.estimate(planned_run(config, shape, "single", bf16=False, gpu=False))
     with torch.no_grad():
         kept = model.eval()(
             input_ids=torch.zeros(2, length, dtype=torch.long), use_cache=True, logits_to_keep=1

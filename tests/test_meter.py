@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from planned import planned_run
 
 from manyrank.config.resolve import Entry, resolve
 from manyrank.data.dataset import prepare
 from manyrank.data.loader import Step, StepLoader
 from manyrank.models.spec import from_config
 from manyrank.plan import speed
-from manyrank.plan.planned_run import Setup
 from manyrank.topology.gpus import find_kind
 from manyrank.training.metrics import Meter, kind_of
 
@@ -111,45 +111,45 @@ def test_mfu_is_needed_operations_over_the_gpus_rate():
     kind = find_kind("NVIDIA H100 80GB HBM3")
     found = {}
     for method in ("lora", "full"):
-        setup = Setup(config(method=method), SHAPE, "ddp", nproc=2)
-        meter = Meter("cpu", setup, kind)
+        run = planned_run(config(method=method), SHAPE, "ddp", nproc=2)
+        meter = Meter("cpu", run, kind)
         meter.add(step(), 1.0, 0.25)
         meter.add(step(), 1.0, 0.25)
         window = meter.window
-        needed = speed.needed(setup, supervised=0.5, length=200.0)
+        needed = speed.needed(run, supervised=0.5, length=200.0)
         found[method] = meter._mfu(window)["mfu"], needed
         assert found[method][0] == pytest.approx(1200 * needed / 0.5 / (2 * kind.flops), abs=5e-5)
     # By hand: frozen weights take 4 operations a token, learned ones 6, the head on half of the tokens.
     layer = 4 * 512 * 512 + 3 * 512 * 1024
     attention = 3.5 * 4 * 2 * 100 * (512 + 512)
     assert found["full"][1] == pytest.approx(6 * 4 * layer + 6 * 1000 * 512 * 0.5 + attention, rel=0.01)
-    adapters = 6 * Setup(config(), SHAPE, "ddp", nproc=2).trainable
+    adapters = 6 * planned_run(config(), SHAPE, "ddp", nproc=2).trainable
     assert found["lora"][1] == pytest.approx(4 * 4 * layer + 4 * 1000 * 512 * 0.5 + attention + adapters, rel=0.01)
 
 
 def test_float32_is_held_against_the_rate_of_float32():
     kind = find_kind("A100-80GB")
-    setup = Setup(config(method="full"), SHAPE, "single", bf16=False)
-    meter = Meter("cpu", setup, kind)
+    run = planned_run(config(method="full"), SHAPE, "single", bf16=False)
+    meter = Meter("cpu", run, kind)
     meter.add(step(tokens=6_000_000, supervised=3_000_000, squares=1_200_000_000), 1.0, 1.0)
-    expected = 6_000_000 * speed.needed(setup, supervised=0.5, length=200.0) / kind.float32_flops
+    expected = 6_000_000 * speed.needed(run, supervised=0.5, length=200.0) / kind.float32_flops
     assert meter.rates(steps_left=0)["mfu"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("setup", [None, Setup(config(), SHAPE, "single")])
-def test_there_is_no_mfu_where_the_rate_is_not_known(setup):
-    meter = Meter("cpu", setup, None)
+@pytest.mark.parametrize("run", [None, planned_run(config(), SHAPE, "single")])
+def test_there_is_no_mfu_where_the_rate_is_not_known(run):
+    meter = Meter("cpu", run, None)
     meter.add(step(), 1.0, 1.0)
     assert "mfu" not in meter.rates(steps_left=0)
     assert kind_of(torch.device("cpu")) is None
 
 
 def test_shorter_documents_need_fewer_operations():
-    setup = Setup(config(max_length=256), SHAPE, "single")
-    assert speed.needed(setup) == speed.needed(setup, supervised=speed.SUPERVISED, length=256)
-    assert speed.needed(setup, length=64) < speed.needed(setup)
+    run = planned_run(config(max_length=256), SHAPE, "single")
+    assert speed.needed(run) == speed.needed(run, supervised=speed.SUPERVISED, length=256)
+    assert speed.needed(run, length=64) < speed.needed(run)
     assert math.isclose(
-        speed.needed(setup) - speed.needed(setup, length=128),
-        speed.needed(setup, length=128) - speed.needed(setup, length=0.0001),
+        speed.needed(run) - speed.needed(run, length=128),
+        speed.needed(run, length=128) - speed.needed(run, length=0.0001),
         rel_tol=1e-4,
     )

@@ -1,12 +1,12 @@
 """The plan: what it answers, against published figures, and what it chooses."""
 
-import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from planned import planned_context, planned_run
 
 from manyrank import cli
 from manyrank.config.args import parse
@@ -16,8 +16,7 @@ from manyrank.models import catalog as catalogue
 from manyrank.plan import memory, planner, speed
 from manyrank.plan.command import _nodes
 from manyrank.plan.memory import GiB
-from manyrank.plan.planned_run import Setup
-from manyrank.plan.planner import Machine, Verdict, make_plan
+from manyrank.plan.planner import Verdict, make_plan
 from manyrank.topology.gpus import GPU_KINDS, find_kind
 
 
@@ -26,13 +25,9 @@ def config(*argv: str):
     return resolve(line.recipe, line.overrides).config
 
 
-def machine(gpu: str, nproc: int = 1, nnodes: int = 1) -> Machine:
-    kind = find_kind(gpu)
-    return Machine(kind, kind.memory, nproc, nnodes)
-
-
-def planned(model: str, gpu: str, *argv: str, nproc: int = 1, nnodes: int = 1) -> planner.Plan:
-    return make_plan(config(*argv), catalogue.read(model), machine(gpu, nproc, nnodes), bf16=True)
+def planned(model: str, gpu: str, *argv: str, nproc: int = 1, nnodes: int = 1, host=None) -> planner.Plan:
+    context = planned_context(config(*argv), nproc=nproc, nnodes=nnodes, gpu=find_kind(gpu), host=host)
+    return make_plan(context, catalogue.read(model))
 
 
 QLORA = ("--method=qlora", "--gradient_checkpointing=full")
@@ -48,7 +43,7 @@ PUBLISHED = [  # model, strategy, processes, recipe, GB as published, how far of
 
 @pytest.mark.parametrize(("model", "strategy", "nproc", "recipe", "gigabytes", "off"), PUBLISHED)
 def test_published_figures(model, strategy, nproc, recipe, gigabytes, off):
-    found = memory.estimate(Setup(config(*recipe), catalogue.read(model), strategy, nproc))
+    found = memory.estimate(planned_run(config(*recipe), catalogue.read(model), strategy, nproc))
     assert found.peak / 1e9 == pytest.approx(gigabytes, rel=off)
 
 
@@ -62,7 +57,7 @@ def test_more_of_anything_needs_more():
     shape = catalogue.read("qwen2.5-7b")
 
     def peak(*argv: str, strategy: str = "fsdp", nproc: int = 4) -> int:
-        return memory.estimate(Setup(config(*argv), shape, strategy, nproc)).peak
+        return memory.estimate(planned_run(config(*argv), shape, strategy, nproc)).peak
 
     assert peak("--max_length=2048") > peak("--max_length=1024")
     assert peak("--micro_batch=8") > peak("--micro_batch=4")
@@ -84,30 +79,30 @@ def test_more_of_anything_needs_more():
 def test_hsdp_shards_over_one_machine():
     shape = catalogue.read("llama-3-8b")
     one, four = (
-        memory.estimate(Setup(config("--method=full"), shape, "hsdp", 8, nodes)).parts["weights"] for nodes in (1, 4)
+        memory.estimate(planned_run(config("--method=full"), shape, "hsdp", 8, nodes)).parts["weights"]
+        for nodes in (1, 4)
     )
-    assert one == four == memory.estimate(Setup(config("--method=full"), shape, "fsdp", 8, 1)).parts["weights"]
+    assert one == four == memory.estimate(planned_run(config("--method=full"), shape, "fsdp", 8, 1)).parts["weights"]
 
 
 def test_auto_takes_the_simplest_of_the_fastest_that_fit():
-    assert planned("qwen2.5-7b", "H100", nproc=8).chosen.strategy == "ddp"
+    assert planned("qwen2.5-7b", "H100", nproc=8).chosen.strategy.name == "ddp"
     big = planned("llama-3.1-70b", "H100", "--gradient_checkpointing=full", nproc=8)
-    assert big.chosen.strategy == "fsdp" and "ddp needs" in big.why
-    assert planned("qwen2.5-0.5b", "RTX4090").chosen.strategy == "single"
+    assert big.chosen.strategy.name == "fsdp" and "ddp needs" in big.why
+    assert planned("qwen2.5-0.5b", "RTX4090").chosen.strategy.name == "single"
 
 
 def test_auto_passes_over_what_the_rules_refuse():
     plan = planned("llama-3.1-70b", "H100", "--method=int8", "--gradient_checkpointing=full", nproc=8)
-    assert {option.strategy for option in plan.options if option.refused} >= {"fsdp", "zero3"}
+    assert {option.strategy.name for option in plan.options if option.refused} >= {"fsdp", "zero3"}
     assert not plan.chosen.refused
 
 
 def test_host_memory_counts_where_it_is_known():
     argv = ("--method=full", "--max_length=2048", "--micro_batch=1", "--gradient_checkpointing=full")
-    shape, known = catalogue.read("llama-3.1-8b"), machine("RTX4090")
-    enough = make_plan(config(*argv), shape, known, bf16=True)
-    assert enough.chosen.strategy in ("fsdp_offload", "zero3_offload") and enough.chosen.usable
-    short = make_plan(config(*argv), shape, dataclasses.replace(known, host=64 * GiB), bf16=True)
+    enough = planned("llama-3.1-8b", "RTX4090", *argv)
+    assert enough.chosen.strategy.name in ("fsdp_offload", "zero3_offload") and enough.chosen.usable
+    short = planned("llama-3.1-8b", "RTX4090", *argv, host=64 * GiB)
     assert short.chosen.verdict == Verdict.TOO_BIG
 
 
@@ -125,8 +120,8 @@ def test_the_largest_micro_batch_and_length_fit_and_more_do_not():
         ("max_length", chosen.largest_max_length, 64),
     ):
         assert largest > 0
-        assert memory.estimate(chosen.setup.with_options(**{key: largest})).needed <= room
-        assert memory.estimate(chosen.setup.with_options(**{key: largest + step})).needed > room
+        assert memory.estimate(chosen.run.with_options(**{key: largest})).needed <= room
+        assert memory.estimate(chosen.run.with_options(**{key: largest + step})).needed > room
 
 
 @pytest.mark.parametrize(
@@ -134,9 +129,9 @@ def test_the_largest_micro_batch_and_length_fit_and_more_do_not():
     [("H100", (), False), ("A100-80GB", ("--max_length=4096",), True), ("RTX4090", ("--max_length=8192",), True)],
 )
 def test_auto_checkpoints_as_few_layers_as_fit(gpu, argv, some):
-    setup = Setup(config("--gradient_checkpointing=auto", *argv), catalogue.read("llama-3.1-8b"), "single")
+    run = planned_run(config("--gradient_checkpointing=auto", *argv), catalogue.read("llama-3.1-8b"), "single")
     room = planner.ROOMY * find_kind(gpu).memory
-    found = planner.settled(setup, find_kind(gpu).memory)
+    found = planner.settled(run, find_kind(gpu).memory)
     assert (found.config.gradient_checkpointing != "off") == some
     if isinstance(found.config.gradient_checkpointing, int):
         assert memory.estimate(found).needed <= room
@@ -149,7 +144,7 @@ def test_operations_are_4n_for_lora_and_6n_for_full():
     shape = catalogue.read("llama-3.1-8b")
     short = ("--max_length=16",)  # next to no attention
     lora, full = (
-        speed.needed(Setup(config(f"--method={method}", *short), shape, "single")) for method in ("lora", "full")
+        speed.needed(planned_run(config(f"--method={method}", *short), shape, "single")) for method in ("lora", "full")
     )
     weights = shape.active + speed.SUPERVISED * shape.embedding
     assert full == pytest.approx(6 * weights, rel=0.01)
@@ -158,10 +153,11 @@ def test_operations_are_4n_for_lora_and_6n_for_full():
 
 def test_a_batch_of_fewer_examples_than_gpus_stops_scaling():
     argv = ("--global_batch_size=64", "--micro_batch=1", "--max_length=2048")
-    rows = planner.scaling(config(*argv), catalogue.read("llama-3.1-8b"), machine("H100", 8), [1, 8, 16, 32], bf16=True)
-    ddp = {row.nnodes: row for row in rows if row.option.strategy == "ddp"}
+    context = planned_context(config(*argv), nproc=8, gpu=find_kind("H100"))
+    rows = planner.scaling(context, catalogue.read("llama-3.1-8b"), [1, 8, 16, 32])
+    ddp = {row.nnodes: row for row in rows if row.option.strategy.name == "ddp"}
     assert ddp[8].efficiency > 0.9 and ddp[16].efficiency < 0.6 and "batch" in ddp[16].waits_for
-    assert "hsdp" in {row.option.strategy for row in rows}
+    assert "hsdp" in {row.option.strategy.name for row in rows}
 
 
 def test_slow_links_are_named():

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from manyrank.chat_template.render import RenderOptions, render
 from manyrank.chat_template.types import IGNORE, BadRow
-from manyrank.config.resolve import asset
+from manyrank.project_files import asset
 
 OWN = {path.stem: path.read_text(encoding="utf-8") for path in asset("data", "templates").glob("*.jinja")}
 PACKAGED = {

@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from manyrank import cli
-from manyrank.config.resolve import Entry, Resolved, asset, presets, resolve
+from manyrank.config.resolve import Entry, Resolved, presets, resolve
 from manyrank.errors import UserError, UserErrors
+from manyrank.project_files import asset
 from manyrank.rules import recipe as recipe_rules
 from manyrank.rules.check import (
     RULES,
-    Situation,
     as_markdown,
     check,
     check_data,
@@ -24,10 +24,12 @@ from manyrank.rules.check import (
     violations,
     warnings_of_length,
 )
+from manyrank.rules.context import RunContext
 from manyrank.rules.recipe import TRACKERS, filesystem
 from manyrank.topology import gpus as hardware
-from manyrank.topology import strategies as strategy_files
+from manyrank.topology import strategy_files
 from manyrank.topology.gpus import Gpu, Hardware
+from manyrank.topology.strategies import STRATEGIES
 
 CPU = Hardware(gpus=(), cpu_cores=4, cpu_bf16=False)
 CPU_WITH_BF16 = Hardware(gpus=(), cpu_cores=4, cpu_bf16=True)
@@ -42,8 +44,10 @@ def resolved(recipe=None, **values) -> Resolved:
     return resolve(recipe, [Entry(key, value, f"command line, --{key}") for key, value in values.items()])
 
 
-def situation(*, strategy="ddp", nproc=2, world_size=None, hardware=CPU, output_dir=None, **values) -> Situation:
-    return Situation(resolved(**values), strategy, nproc, world_size or nproc, hardware, output_dir=output_dir)
+def situation(*, strategy="ddp", nproc=2, world_size=None, hardware=CPU, output_dir=None, **values) -> RunContext:
+    return RunContext(
+        resolved(**values), STRATEGIES[strategy], nproc, world_size or nproc, hardware, output_dir=output_dir
+    )
 
 
 BATCH = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -500,6 +504,11 @@ def made(tmp_path, monkeypatch):
     return make
 
 
+def placed(places: dict) -> dict:
+    """The same for a RunContext."""
+    return places | {"strategy": STRATEGIES[places["strategy"]]}
+
+
 def arguments(places: dict, values: dict) -> list[str]:
     """The command line of a situation."""
     nodes = places["world_size"] // places["nproc"]
@@ -540,9 +549,9 @@ def told(printed: str) -> list[str]:
 @pytest.mark.parametrize("name, broken, mend", CASES, ids=IDS)
 def test_a_rule_mended(name, broken, mend, made):
     places, values = made(broken)
-    assert name in names(violations(Situation(resolved(**values), **{**places})))
+    assert name in names(violations(RunContext(resolved(**values), **placed(places))))
     places, values = made(broken | mend, 1)
-    found = violations(Situation(resolved(**values), **places))
+    found = violations(RunContext(resolved(**values), **placed(places)))
     assert name not in names(found)
     assert not [violation.what for violation in found if violation.rule.severity == "error"]
 
@@ -559,7 +568,7 @@ def test_a_rule_says_where_its_values_came_from():
 
 def test_a_rule_names_the_file_and_key(made):
     places, values = made({"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_version": 1}})
-    (violation,) = violations(Situation(resolved(**values), **places))
+    (violation,) = violations(RunContext(resolved(**values), **placed(places)))
     assert violation.where == "accelerate_configs/fsdp.yaml, fsdp_config.fsdp_version"
 
 
@@ -667,10 +676,9 @@ INTENDED = {
     ("deepseek_32b_qlora", "CPU"): {"paged-optimizer-on-cpu"},
     ("verify", "GPUS"): {"float32-on-gpus"},
 }
-STRATEGIES = ["single", "ddp", "fsdp", "zero2", "zero3", "zero3_offload"]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3", "zero3_offload"])
 @pytest.mark.parametrize("recipe", presets())
 def test_shipped_recipes_are_quiet(recipe, strategy, embedded_model):
     if recipe == "deepseek_32b_qlora" and strategy not in ("single", "ddp"):
@@ -679,7 +687,7 @@ def test_shipped_recipes_are_quiet(recipe, strategy, embedded_model):
     if "model_name_or_path" in yaml.safe_load(asset("launch", "recipes", f"{recipe}.yaml").read_text()):
         given = resolve(recipe, [Entry("data_path", DATA, "test")])
     for name, machine in (("CPU", CPU), ("GPUS", GPUS)):
-        found = violations(Situation(given, strategy, nproc, nproc, machine))
+        found = violations(RunContext(given, STRATEGIES[strategy], nproc, nproc, machine))
         intended = INTENDED.get((recipe, name), set())
         if recipe in ("qlora_fsdp", "grpo_low_memory") and strategy == "zero3_offload":
             intended = intended | {"qlora-under-zero-offload"}
@@ -697,16 +705,18 @@ def test_what_the_table_does_not_name_is_allowed(strategy, method):
 # Facts
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "fsdp_offload"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_accelerate_launch_passes_on_says_what_the_files_say(strategy):
     from manyrank.parallel.accelerator import config_environment
 
-    read, passed = strategy_files.read(strategy), config_environment(strategy, 2)
+    read, passed = strategy_files.read(strategy), config_environment(STRATEGIES[strategy], 2)
     found = strategy_files.from_environment(passed | {"WORLD_SIZE": "1" if strategy == "single" else "2"})
     for fact in ("kind", "zero_stage", "sharded", "offloads_parameters", "offloads_optimizer", "strategy"):
         assert getattr(found, fact) == getattr(read, fact), fact
-    assert found.strategy == (None if strategy in ("single", "ddp") else strategy)
-    launched = Situation(resolved(), strategy, 2, 2, GPUS, launched=found)
+    # What hsdp's parallelism_config says stands in other variables.
+    named = {"single": None, "ddp": None, "hsdp": "fsdp"}.get(strategy, strategy)
+    assert (found.strategy and found.strategy.name) == named
+    launched = RunContext(resolved(), STRATEGIES[strategy], 2, 2, GPUS, launched=found)
     assert not [violation for violation in violations(launched) if violation.rule in strategy_files_rules()]
     assert strategy_files.from_environment({}) is None
 
@@ -748,7 +758,7 @@ def test_a_file_that_is_no_config_is_told_with_the_rest(made):
     file = Path(strategy_files.asset("ds_configs", "zero2.json"))
     file.write_text("{")
     with pytest.raises(UserErrors) as caught:
-        check(Situation(resolved(**values | {"model_name_or_path": "./no"}), **places))
+        check(RunContext(resolved(**values | {"model_name_or_path": "./no"}), **placed(places)))
     assert caught.value.problems[0].where == "ds_configs/zero2.json"
 
 

@@ -16,9 +16,9 @@ from conftest import ROOT, Run
 
 from manyrank import cli
 from manyrank.config.args import parse
-from manyrank.config.resolve import asset
 from manyrank.launch import kubernetes, submission
 from manyrank.launch.command import CPU_VARIABLES
+from manyrank.project_files import asset
 
 GOLDEN = Path(__file__).parent / "golden"
 SLURM = ("--via=slurm", "--time=1-12:00:00", "--partition=gpu", "--account=lab", "--grace=300")

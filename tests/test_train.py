@@ -10,8 +10,8 @@ import torch
 import warm
 from conftest import ROOT, launch
 
-from manyrank.config.resolve import asset
 from manyrank.launch.command import LaunchPlan
+from manyrank.project_files import asset
 from manyrank.topology import gpus as hardware
 
 

@@ -5,10 +5,11 @@ import math
 import pytest
 import warm
 
-from manyrank.config.resolve import asset
+from manyrank.project_files import asset
 from manyrank.tools import verify
+from manyrank.topology.strategies import STRATEGIES
 
-CASES = list(verify.cases(verify.METHODS, verify.STRATEGIES, verify.LAUNCHERS))
+CASES = list(verify.cases(verify.METHODS, verify.COMPARED, verify.LAUNCHERS, 2))
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def outcomes(embedded_model, tmp_path_factory):
             recipe = str(asset("launch", "recipes", "verify.yaml"))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(verify.subprocess, "run", warm.run)
-                done[case] = verify.run(case, recipe, folder, nproc=2, steps=3)
+                done[case] = verify.run(case, recipe, folder, steps=3)
         return done[case]
 
     return outcome
@@ -29,25 +30,27 @@ def outcomes(embedded_model, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_losses_as_one_process(case, outcomes):
-    outcome, single = outcomes(case), outcomes(verify.Case("single", case.method, "python"))
-    assert verify.problems(case, outcome, single, nproc=2) == []
+    outcome, single = outcomes(case), outcomes(verify.Case(STRATEGIES["single"], case.method, "python", 1))
+    assert verify.problems(case, outcome, single) == []
     assert len(outcome.losses) == 3 and outcome.losses[2] < outcome.losses[0]
-    if case.strategy in ("fsdp", "hsdp", "zero3"):
+    if "parameters" in case.strategy.shards:
         assert verify.share(outcome.facts) <= 0.525
     else:
         assert verify.share(outcome.facts) == 1
-    if case.strategy == "hsdp":
+    if case.strategy.replicas:
         assert (outcome.facts["world_size"], outcome.facts["mesh"]) == (4, [2, 2])
 
 
 def test_hsdp_has_two_copies_of_the_model_on_one_machine():
-    sizes = [(verify.processes("hsdp", nproc), verify.mesh("hsdp", nproc)) for nproc in (2, 3, 4, 7, 8)]
+    hsdp = STRATEGIES["hsdp"]
+    made = [verify.Case(hsdp, "lora", "torchrun", verify.processes(hsdp, nproc)) for nproc in (2, 3, 4, 7, 8)]
+    sizes = [(case.nproc, case.mesh) for case in made]
     assert sizes == [(4, [2, 2]), (4, [2, 2]), (4, [2, 2]), (6, [2, 3]), (8, [2, 4])]
 
 
 def test_hsdp_is_left_out_where_there_are_too_few_gpus():
-    assert verify.fitting(2, 0) == verify.fitting(2, 4) == verify.STRATEGIES
-    assert verify.fitting(2, 2) == ("ddp", "fsdp", "zero2", "zero3")
+    assert verify.fitting(2, 0) == verify.fitting(2, 4) == tuple(verify.COMPARED)
+    assert verify.fitting(2, 2) == ("ddp", "zero2", "fsdp", "zero3")
 
 
 GOOD = verify.Outcome(
@@ -65,14 +68,14 @@ GOOD = verify.Outcome(
     },
     4,
 )
-ZERO3 = verify.Case("zero3", "lora", "torchrun")
+ZERO3 = verify.Case(STRATEGIES["zero3"], "lora", "torchrun", 2)
 
 
 def wrong(**changes) -> list[str]:
     facts = GOOD.facts | {key: value for key, value in changes.items() if key in GOOD.facts}
     plain = {key: value for key, value in changes.items() if key not in GOOD.facts}
     outcome = verify.Outcome(**{**vars(GOOD), "facts": facts, **plain})
-    return verify.problems(ZERO3, outcome, GOOD, nproc=2)
+    return verify.problems(ZERO3, outcome, GOOD)
 
 
 def test_each_deviation_is_found():

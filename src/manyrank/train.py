@@ -22,13 +22,14 @@ from .config.resolve import Resolved, resolve
 from .errors import EXIT_USER, UserError
 from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
 from .rules import check as rules
+from .rules.context import RunContext
 from .runs.folder import LAUNCH_FOLDER, writable
 from .runs.lock import claimed
 from .topology import gpus as hardware
 from .topology import ranks as topology
-from .topology import strategies as strategy_files
-from .topology.allocator import may_expand
+from .topology import strategy_files
 from .topology.ranks import Topology
+from .topology.strategies import STRATEGIES, default_strategy
 from .training.exits import for_good, guarded, last_word, leave, say_stopped
 from .training.watchdog import Heart, Watchdog
 
@@ -107,7 +108,7 @@ def _train_checked(
 ) -> Session:
     config = resolved.config
     heart.beat(0, "importing torch and transformers")
-    before_imports(machine, expandable=may_expand(config))
+    before_imports(machine, expandable=config.expandable_segments)
     import torch
 
     from .tools.report.main import make_report
@@ -141,17 +142,18 @@ def _train_checked(
 
 def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.Hardware, output_dir: Path) -> None:
     launched = strategy_files.from_environment()
-    named = resolved.config.strategy or (launched and launched.strategy)
-    situation = rules.Situation(
+    named = resolved.config.strategy
+    strategy = STRATEGIES[named] if named else (launched and launched.strategy) or default_strategy(place.world_size)
+    context = RunContext(
         resolved,
-        named or topology.default_strategy(place.world_size),
+        strategy,
         nproc=place.local_world_size,
         world_size=place.world_size,
         hardware=machine,
         output_dir=output_dir,
         launched=launched,
     )
-    rules.check(situation, warn=place.is_main and LAUNCH_VARIABLE not in os.environ)
+    rules.check(context, warn=place.is_main and LAUNCH_VARIABLE not in os.environ)
     if place.is_main and not topology.restarts():
         rules.check_output_dir(resolved.config, output_dir)
 

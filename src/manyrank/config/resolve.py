@@ -19,6 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import UserError, UserErrors
+from ..project_files import asset
 from ..runs import artifact
 from ..runs.artifact import Artifact
 from .recipe_file import Entry, Known, normal, read_entries
@@ -105,13 +106,6 @@ class Resolved:
             text = yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=True, width=10_000)
             lines.append(f"{text.strip()[1:-1]}  # {' '.join(self.origin.get(key, 'default').split())}")
         return "\n".join(lines) + "\n"
-
-
-def asset(*parts: str) -> Path:
-    """A file of the project: from the checkout, or from the installed package."""
-    packaged = Path(__file__).parents[1] / "assets"
-    root = packaged if packaged.exists() else Path(__file__).parents[3]
-    return root.joinpath(*parts)
 
 
 def presets() -> list[str]:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..topology.strategies import STRATEGIES
+
 Task = Literal["sft", "grpo"]
 Method = Literal["full", "lora", "qlora", "int8"]
-Strategy = Literal["single", "ddp", "fsdp", "fsdp_offload", "hsdp", "zero2", "zero3", "zero3_offload"]
 FORMATS = (
     "auto",
     "question_answer",
@@ -94,6 +95,12 @@ def _format(value: str) -> str:
     return value
 
 
+def _strategy(value: str) -> str:
+    if value not in STRATEGIES:
+        raise ValueError(f"it is none of {', '.join(STRATEGIES)}")
+    return value
+
+
 def _vllm(value: Any) -> Any:
     """A yes/no value stands for a vLLM on the training's GPUs, or none."""
     text = str(value).strip().lower()
@@ -126,6 +133,7 @@ Parts = Annotated[list[Literal["head", "lora", "attention"]], BeforeValidator(_l
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
 Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
 Format = Annotated[str, AfterValidator(_format)]
+Strategy = Annotated[str, AfterValidator(_strategy)]
 
 
 class DataSource(BaseModel):
@@ -330,6 +338,11 @@ class TrainConfig(BaseModel):
     @property
     def is_grpo(self) -> bool:
         return self.task == "grpo"
+
+    @property
+    def expandable_segments(self) -> bool:
+        """Whether the run works with segments of GPU memory that grow, see `topology.allocator`."""
+        return not (self.is_grpo and self.use_vllm == "colocate")
 
     def plain(self) -> dict[str, Any]:
         """The values as YAML writes them; a source that is only a path is that path."""

@@ -24,12 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..config.args import JOBS, CommandLine, Where
-from ..config.resolve import TrainConfig, asset
+from ..config.resolve import TrainConfig
 from ..errors import EXIT_FAILED, UserError
+from ..project_files import asset
 from ..signals import become, die_with_parent, pass_on_while
 from ..topology.allocator import allocator
 from ..topology.gpus import Hardware
-from ..topology.ranks import default_strategy
+from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
 
 LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the packed plan, which the run writes into its folder
 
@@ -85,29 +86,28 @@ def file_text(name: str, content: str) -> str:
     return f"# file {name}\n{content}"
 
 
-def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tuple[str, int]:
+def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tuple[Strategy, int]:
     """The strategy, and the number of processes on this machine.
 
     Raises:
         UserError: several processes without GPUs, and nobody said how many.
     """
-    gpus = len(hardware.gpus)
-    nproc = where.nproc or (1 if config.strategy in (None, "single") and gpus < 2 else gpus)
-    if config.strategy == "single":
-        nproc = where.nproc or 1
+    named, gpus = STRATEGIES[config.strategy] if config.strategy else None, len(hardware.gpus)
+    alone = named.engine is Engine.SINGLE if named else gpus < 2
+    nproc = where.nproc or (1 if alone else gpus)
     if nproc == 0:
         raise UserError(
-            f"strategy {config.strategy} on a machine without GPUs",
+            f"strategy {named} on a machine without GPUs",
             where="nproc",
             fix="say how many processes: --nproc 2",
         )
-    return config.strategy or default_strategy(nproc * where.nnodes), nproc
+    return named or default_strategy(nproc * where.nnodes), nproc
 
 
 def plan(
     line: CommandLine,
     *,
-    strategy: str,
+    strategy: Strategy,
     nproc: int,
     output_dir: str,
     hardware: Hardware,
@@ -142,15 +142,16 @@ def plan(
     )
 
 
-def _via(where: Where, strategy: str, nproc: int, *, elastic: bool) -> str:
+def _via(where: Where, strategy: Strategy, nproc: int, *, elastic: bool) -> str:
     usual = "torchrun" if elastic or where.max_restarts else "accelerate"
-    via = where.via or ("python" if strategy == "single" and nproc * where.nnodes == 1 else usual)
+    alone = strategy.engine is Engine.SINGLE and nproc * where.nnodes == 1
+    via = where.via or ("python" if alone else usual)
     if elastic and via != "torchrun":
         raise UserError(f"via {via} with elastic", where="via", fix="use torchrun, which can go on with fewer machines")
     if where.max_restarts and where.nnodes == 1 and via != "torchrun":
         # accelerate meets on one machine in a store that keeps the dead workers' addresses (torch 2.13, static_tcp_rendezvous.py).
         raise UserError(f"max_restarts via {via} on one machine", where="max_restarts", fix="use --via torchrun")
-    if via == "python" and (strategy != "single" or nproc * where.nnodes > 1):
+    if via == "python" and not alone:
         raise UserError(
             "via python starts one process of strategy single", where="via", fix="use accelerate or torchrun"
         )
@@ -161,7 +162,7 @@ def lay_out(
     line: CommandLine,
     via: str,
     *,
-    strategy: str,
+    strategy: Strategy,
     nproc: int,
     output_dir: str,
     hardware: Hardware,
@@ -221,7 +222,7 @@ def _check_nodes(where: Where) -> None:
         )
 
 
-def train_arguments(line: CommandLine, strategy: str, output_dir: str) -> list[str]:
+def train_arguments(line: CommandLine, strategy: Strategy, output_dir: str) -> list[str]:
     """The recipe and every override, with the strategy and the folder that were chosen."""
     given = {entry.split("=")[0] for entry in line.argv}
     extra = [f"--strategy={strategy}"] if "--strategy" not in given else []
@@ -229,7 +230,7 @@ def train_arguments(line: CommandLine, strategy: str, output_dir: str) -> list[s
     return [*line.argv, *extra]
 
 
-def _files(strategy: str) -> list[Path]:
+def _files(strategy: Strategy) -> list[Path]:
     ds = asset("ds_configs", f"{strategy}.json")
     return [_shown(asset("accelerate_configs", f"{strategy}.yaml"))] + ([_shown(ds)] if ds.exists() else [])
 
@@ -239,7 +240,7 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _accelerate(strategy: str, nproc: int, where: Where, node: int) -> list[str]:
+def _accelerate(strategy: Strategy, nproc: int, where: Where, node: int) -> list[str]:
     config, *deepspeed = _files(strategy)
     argv = ["accelerate", "launch", "--config_file", str(config)]
     if deepspeed:  # the YAML names it relative to the project's root

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config.args import CommandLine
-from ..config.resolve import ALIASES, Entry, Resolved, normal, resolve
+from ..config.resolve import ALIASES, Entry, normal, resolve
 from ..config.schema import TrainConfig
 from ..errors import EXIT_MEMORY, UserError
 from ..models.spec import Architecture
-from ..plan.command import machine_of, read_model
+from ..plan.command import read_model
 from ..plan.planner import MICRO_BATCH, Plan, Verdict, make_plan, with_micro_batch
 from ..plan.view import summary
 from ..rules import check as rules
+from ..rules.context import RunContext
 from ..topology import gpus as hardware
-from ..topology.allocator import may_expand
 from ..topology.gpus import Hardware
 from ..training.watchdog import Heart, Watchdog
 from . import command as launcher
@@ -29,40 +29,35 @@ from .command import LaunchPlan
 
 
 @dataclass(frozen=True)
-class Decision:
+class ResolvedLaunch:
     """A launch with nothing left open; `plan` is None where nothing was planned, `notes` say why."""
 
     line: CommandLine
-    resolved: Resolved
-    strategy: str
-    nproc: int
-    machine: Hardware
+    context: RunContext
     plan: Plan | None
     notes: tuple[str, ...]
     retries: bool  # with smaller micro-batches
 
     @property
     def config(self) -> TrainConfig:
-        return self.resolved.config
+        return self.context.config
 
-    @property
-    def world(self) -> int:
-        return self.nproc * self.line.where.nnodes
-
-    def smaller(self) -> Decision:
+    def with_half_micro_batch(self) -> ResolvedLaunch:
         """The same with half the micro-batch, resuming what there is."""
         half = self.config.per_device_train_batch_size // 2
         line = _with(_with(self.line, MICRO_BATCH, str(half)), "resume_from_checkpoint", "auto")
-        return replace(self, line=line, resolved=resolve(line.recipe, line.overrides))
+        context = replace(self.context, resolved=resolve(line.recipe, line.overrides))
+        return replace(self, line=line, context=context)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What will run, in a few lines."""
-        batch, micro = self.config.batch(self.world), self.config.per_device_train_batch_size
-        accumulation = math.ceil(batch / (micro * self.world))
-        most = "" if micro * accumulation * self.world == batch else "at most "
+        world = self.context.world_size
+        batch, micro = self.config.batch(world), self.config.per_device_train_batch_size
+        accumulation = math.ceil(batch / (micro * world))
+        most = "" if micro * accumulation * world == batch else "at most "
         lines = [
-            f"strategy {self.strategy}, {self.world} process{'es' if self.world > 1 else ''}; a step: {batch} examples "
-            f"({most}micro-batch {micro} x accumulation {accumulation} x world {self.world})"
+            f"strategy {self.context.strategy}, {world} process{'es' if world > 1 else ''}; a step: {batch} examples "
+            f"({most}micro-batch {micro} x accumulation {accumulation} x world {world})"
         ]
         return "\n".join([*lines, *([summary(self.plan)] if self.plan else []), *self.notes])
 
@@ -79,47 +74,39 @@ def train(line: CommandLine) -> int:
     heart = Heart(0)
     heart.beat(0, "checking the recipe, the model's files and the data")
     with Watchdog(heart, patience=math.inf, notices=True):
-        decision = decide(line, hardware.probe())
-        folder = launcher.output_dir(decision.config, line)
-        rules.check_output_dir(decision.config, Path(folder))
-        launch = _checked(decision, folder)
+        resolved = resolve_launch(line, hardware.probe())
+        folder = launcher.output_dir(resolved.config, line)
+        rules.check_output_dir(resolved.config, Path(folder))
+        launch = _checked(resolved, folder)
     if line.where.print:
         print(launch.text(), end="")
         return 0
-    print(f"{decision.told()}\n{launch}", flush=True)
-    code = launcher.run(launch, stay=decision.retries)
-    while code == EXIT_MEMORY and decision.retries and decision.config.per_device_train_batch_size > 1:
-        decision = decision.smaller()
+    print(f"{resolved.summary()}\n{launch}", flush=True)
+    code = launcher.run(launch, stay=resolved.retries)
+    while code == EXIT_MEMORY and resolved.retries and resolved.config.per_device_train_batch_size > 1:
+        resolved = resolved.with_half_micro_batch()
         print(
-            f"trying again with micro-batch {decision.config.per_device_train_batch_size}", file=sys.stderr, flush=True
+            f"trying again with micro-batch {resolved.config.per_device_train_batch_size}", file=sys.stderr, flush=True
         )
-        code = launcher.run(_checked(decision, folder), stay=True)
+        code = launcher.run(_checked(resolved, folder), stay=True)
     return code
 
 
-def _checked(decision: Decision, folder: str) -> LaunchPlan:
-    rules.check(
-        rules.Situation(
-            decision.resolved,
-            decision.strategy,
-            decision.nproc,
-            decision.world,
-            decision.machine,
-            output_dir=Path(folder),
-        )
-    )
+def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
+    context = replace(resolved.context, output_dir=Path(folder))
+    rules.check(context)
     return launcher.plan(
-        decision.line,
-        strategy=decision.strategy,
-        nproc=decision.nproc,
+        resolved.line,
+        strategy=context.strategy,
+        nproc=context.nproc,
         output_dir=folder,
-        hardware=decision.machine,
-        elastic=decision.config.elastic,
-        expandable=may_expand(decision.config),
+        hardware=context.hardware,
+        elastic=context.config.elastic,
+        expandable=context.config.expandable_segments,
     )
 
 
-def decide(line: CommandLine, machine: Hardware) -> Decision:
+def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
     """Fill in what the recipe leaves open on a machine.
 
     Raises:
@@ -128,28 +115,32 @@ def decide(line: CommandLine, machine: Hardware) -> Decision:
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
     strategy, nproc = launcher.choose_strategy(config, line.where, machine)
+    context = RunContext(resolved, strategy, nproc, nproc * line.where.nnodes, machine)
     automatic = config.per_device_train_batch_size == "auto"
     if automatic and not config.global_batch_size:
         what = "a micro-batch of auto, and no global batch that would stay the same"
         raise UserError(what, where=resolved.where(MICRO_BATCH), fix="give --global_batch_size")
     shape, notes = _shape(config, needed=automatic, wanted=bool(machine.gpus) or automatic)
     if shape is None:
-        return Decision(line, resolved, strategy, nproc, machine, None, notes, retries=False)
-    where = machine_of(machine, nproc, line.where.nnodes)
-    bf16 = hardware.computes_in_bf16(config.bf16, machine)
+        return ResolvedLaunch(line, context, None, notes, retries=False)
     if automatic:
-        named = config.model_copy(update={"strategy": config.strategy or (None if where.kind else strategy)})
-        size = with_micro_batch(named, shape, where, bf16=bf16, gpu=bool(machine.gpus)).per_device_train_batch_size
-        line = _with(line, MICRO_BATCH, str(size))
-        resolved = resolve(line.recipe, line.overrides)
+        line, context = _with_micro_batch(line, context, shape)
     retries = automatic and line.where.nnodes == 1  # elsewhere the other machines end with other exit codes
     if not machine.gpus:
-        return Decision(line, resolved, strategy, nproc, machine, None, notes, retries)
-    plan = make_plan(resolved.config, shape, where, bf16=bf16)
+        return ResolvedLaunch(line, context, None, notes, retries)
+    plan = make_plan(context, shape)
     if plan.chosen.verdict == Verdict.TOO_BIG and not config.strategy:
         fix = "`manyrank plan` shows what would fit; name a --strategy to try it all the same"
         raise UserError(f"it does not fit: {summary(plan)}", where="the plan", fix=fix)
-    return Decision(line, resolved, plan.chosen.strategy, nproc, machine, plan, notes, retries)
+    return ResolvedLaunch(line, context.on(plan.chosen.strategy), plan, notes, retries)
+
+
+def _with_micro_batch(line: CommandLine, context: RunContext, shape: Architecture) -> tuple[CommandLine, RunContext]:
+    """The micro-batch that fits, on the strategy that will run, or on the best where the GPUs' kind is known."""
+    named = context.config.strategy or (None if context.kind else context.strategy.name)
+    made = with_micro_batch(context.with_options(strategy=named), shape)
+    line = _with(line, MICRO_BATCH, str(made.config.per_device_train_batch_size))
+    return line, replace(context, resolved=resolve(line.recipe, line.overrides))
 
 
 def _shape(config: TrainConfig, *, needed: bool, wanted: bool) -> tuple[Architecture | None, tuple[str, ...]]:

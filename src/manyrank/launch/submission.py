@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config.args import CommandLine, Where
-from ..config.resolve import Entry, Resolved, asset, resolve
+from ..config.resolve import Entry, Resolved, resolve
 from ..errors import UserError
+from ..project_files import asset
 from ..rules import check as rules
+from ..rules.context import RunContext
 from ..runs.folder import LAUNCH_FOLDER, write
-from ..topology.allocator import may_expand
 from ..topology.gpus import Gpu, Hardware
 from . import command as launcher
 from . import kubernetes
@@ -109,9 +110,9 @@ def prepare(line: CommandLine) -> Submission:
     resolved, machine = resolve(line.recipe, line.overrides), _asked_for(line)
     strategy, nproc = launcher.choose_strategy(resolved.config, where, machine)
     here = folder if where.via == "slurm" else None  # a Kubernetes job's folder is on its volume
-    situation = rules.Situation(resolved, strategy, nproc, nproc * where.nnodes, machine, output_dir=here)
+    context = RunContext(resolved, strategy, nproc, nproc * where.nnodes, machine, output_dir=here)
     # The files of a Kubernetes job are on its volume; its pods look at them before they start.
-    rules.check(situation, files=where.via == "slurm")
+    rules.check(context, files=where.via == "slurm")
     launcher.check_elastic(where, elastic=resolved.config.elastic)
     arguments = launcher.train_arguments(line, strategy, str(folder))
     command = [*arguments, "--via=torchrun", f"--nproc={nproc}", *_passed_on(where)]
@@ -125,7 +126,7 @@ def prepare(line: CommandLine) -> Submission:
         output_dir=str(folder),
         hardware=machine,
         elastic=resolved.config.elastic,
-        expandable=may_expand(resolved.config),
+        expandable=resolved.config.expandable_segments,
     )
     make = _slurm if where.via == "slurm" else _kubernetes
     return make(line, launch, machine, name=name, command=command, folder=folder)

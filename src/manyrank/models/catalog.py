@@ -12,8 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..config.resolve import asset
 from ..errors import UserError
+from ..project_files import asset
 from .spec import Architecture, from_config
 
 

@@ -26,8 +26,9 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..config.resolve import TrainConfig, asset
+from ..config.resolve import TrainConfig
 from ..errors import UserError
+from ..project_files import asset
 from . import coverage
 from .adapters import Say, freeze_unreached, with_lora
 from .attention import use_packed_attention

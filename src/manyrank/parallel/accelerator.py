@@ -7,16 +7,12 @@ accelerator) is decided here, from what the machine has. `engine` then runs the 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -27,9 +23,11 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..config.resolve import TrainConfig, asset
+from ..config.resolve import TrainConfig
 from ..errors import UserError
-from ..topology.ranks import Topology, default_strategy
+from ..project_files import asset
+from ..topology.ranks import Topology
+from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
 from . import compile_locks
 from .fsdp_on_cpu import promote_to_fsdp
 
@@ -39,45 +37,21 @@ TIMEOUT = timedelta(hours=2)
 PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What an accelerate config asks for."""
-
-    distributed_type: str  # NO, MULTI_GPU, FSDP or DEEPSPEED
-    zero_stage: int = 0
-    offload: bool = False
-    replicas: bool = False  # several copies of the model, each in shards of its own
-
-
-def config_file(name: str) -> Path:
-    """The accelerate config of a strategy."""
-    return asset("accelerate_configs", f"{name}.yaml")
-
-
-def wanted(name: str) -> Wanted:
-    """Read what a strategy's accelerate config (and the DeepSpeed JSON that it names) asks for."""
-    content = yaml.safe_load(config_file(name).read_text())
-    if content["distributed_type"] == "DEEPSPEED":
-        zero = json.loads(asset(content["deepspeed_config"]["deepspeed_config_file"]).read_text())["zero_optimization"]
-        return Wanted("DEEPSPEED", zero["stage"], "offload_param" in zero or "offload_optimizer" in zero)
-    offload = bool(content.get("fsdp_config", {}).get("fsdp_offload_params"))
-    return Wanted(content["distributed_type"], offload=offload, replicas=bool(content.get("parallelism_config")))
-
-
 def launched_by_accelerate(environ=os.environ) -> bool:
     """Whether `accelerate launch` has already applied a config."""
     return "ACCELERATE_MIXED_PRECISION" in environ
 
 
-def config_environment(name: str, world_size: int) -> dict[str, str]:
+def config_environment(strategy: Strategy, world_size: int) -> dict[str, str]:
     """The variables of PREFIXES that `accelerate launch --config_file` would set, by accelerate's own code."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import launch
 
-    argv = ["--config_file", str(config_file(name)), "--num_processes", str(world_size), "--num_machines", "1"]
+    config = asset("accelerate_configs", f"{strategy}.yaml")
+    argv = ["--config_file", str(config), "--num_processes", str(world_size), "--num_machines", "1"]
     argv += ["--main_process_port", "0", "-m", "manyrank.train"]
-    if wanted(name).distributed_type == "DEEPSPEED":
-        argv[2:2] = ["--deepspeed_config_file", str(asset("ds_configs", f"{name}.json"))]
+    if strategy.engine is Engine.DEEPSPEED:
+        argv[2:2] = ["--deepspeed_config_file", str(asset("ds_configs", f"{strategy}.json"))]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
@@ -95,18 +69,19 @@ def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator
     Raises:
         UserError: the strategy needs a launcher or a GPU, or another one was started than asked for.
     """
-    name = config.strategy or (None if launched_by_accelerate() else default_strategy(topology.world_size))
+    strategy = STRATEGIES[config.strategy] if config.strategy else None
     if not launched_by_accelerate():
-        os.environ.update(config_environment(name, topology.world_size))
-    _needs_launcher(name)
+        strategy = strategy or default_strategy(topology.world_size)
+        os.environ.update(config_environment(strategy, topology.world_size))
+    _needs_launcher(strategy)
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which other packages do, too
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         for line in compile_locks.remove_stale():
             print(line, file=sys.stderr, flush=True)
-    accelerator = _accelerator(config, _parallelism(config, name, topology), bf16=bf16, on_cpu=on_cpu)
-    _check(accelerator, config, name, topology, bf16=bf16)
+    accelerator = _accelerator(config, _parallelism(config, strategy, topology), bf16=bf16, on_cpu=on_cpu)
+    _check(accelerator, config, strategy, topology, bf16=bf16)
     return accelerator
 
 
@@ -114,12 +89,12 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
-def _needs_launcher(name: str | None) -> None:
+def _needs_launcher(strategy: Strategy | None) -> None:
     if "LOCAL_RANK" not in os.environ and (_flag("ACCELERATE_USE_DEEPSPEED") or _flag("ACCELERATE_USE_FSDP")):
         raise UserError(
-            f"strategy {name} needs a launcher",
+            f"strategy {strategy} needs a launcher",
             where="python -m manyrank.train",
-            fix=f"start it with `manyrank train ... --strategy {name}`, torchrun or accelerate launch",
+            fix=f"start it with `manyrank train ... --strategy {strategy}`, torchrun or accelerate launch",
         )
 
 
@@ -129,7 +104,7 @@ def copies(config: TrainConfig, topology: Topology) -> tuple[int, int]:
     return topology.world_size // shards, shards
 
 
-def _parallelism(config: TrainConfig, name: str | None, topology: Topology) -> ParallelismConfig | None:
+def _parallelism(config: TrainConfig, strategy: Strategy | None, topology: Topology) -> ParallelismConfig | None:
     """The sizes of replicas and shards, where the accelerate config asks for them.
 
     Raises:
@@ -138,7 +113,7 @@ def _parallelism(config: TrainConfig, name: str | None, topology: Topology) -> P
     if not _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
     where = "the accelerate config"
-    if name is None or not wanted(name).replicas:
+    if strategy is None or not strategy.replicas:
         raise UserError("it has a parallelism_config", where=where, fix="give --strategy hsdp with it")
     replicas, shards = copies(config, topology)
     sizes = {"dp_replicate": replicas, "dp_shard": shards, "tp": 1, "cp": 1, "sp": 1}
@@ -194,32 +169,33 @@ def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin:
     return plugin
 
 
-def _check(accelerator: Accelerator, config: TrainConfig, name: str | None, topology: Topology, *, bf16: bool) -> None:
+def _check(
+    accelerator: Accelerator, config: TrainConfig, strategy: Strategy | None, topology: Topology, *, bf16: bool
+) -> None:
     """Compare what came up with what was asked for; several of the libraries fall back without a word."""
     found = {"processes": accelerator.num_processes, "precision": _precision(accelerator)}
     asked = {"processes": topology.world_size, "precision": "bf16" if bf16 else "no"}
-    if name:
-        want = wanted(name)
+    if strategy:
         found |= {"type": accelerator.distributed_type.value, "ZeRO stage": _zero_stage(accelerator)}
-        asked |= {"type": _types(want, topology), "ZeRO stage": want.zero_stage}
+        asked |= {"type": _types(strategy.engine, topology), "ZeRO stage": strategy.zero_stage}
         found |= {"mesh of processes": _mesh(accelerator)}
-        asked |= {"mesh of processes": copies(config, topology) if want.replicas else ()}
+        asked |= {"mesh of processes": copies(config, topology) if strategy.replicas else ()}
         asked["type"] = found["type"] if found["type"] in asked["type"] else asked["type"][0]
     differ = [f"{key} is {found[key]}, not {asked[key]}" for key in asked if found[key] != asked[key]]
     if differ:
         raise UserError(
             f"what came up is not what was asked for: {'; '.join(differ)}",
-            where=f"strategy {name}" if name else "the accelerate config",
+            where=f"strategy {strategy}" if strategy else "the accelerate config",
             fix="give accelerate launch the --config_file of the same strategy, or leave --strategy away",
         )
 
 
-def _types(want: Wanted, topology: Topology) -> list[str]:
-    if want.distributed_type == "MULTI_GPU":
-        return ["MULTI_GPU", "MULTI_CPU"] + (["NO"] if topology.world_size == 1 else [])
-    if want.distributed_type == "NO" and topology.world_size == 1:  # of one process, but started by torchrun
-        return ["NO", "MULTI_GPU", "MULTI_CPU"]
-    return [want.distributed_type]
+def _types(engine: Engine, topology: Topology) -> list[str]:
+    if engine is Engine.DDP:
+        return [Engine.DDP, "MULTI_CPU"] + ([Engine.SINGLE] if topology.world_size == 1 else [])
+    if engine is Engine.SINGLE and topology.world_size == 1:  # of one process, but started by torchrun
+        return [Engine.SINGLE, Engine.DDP, "MULTI_CPU"]
+    return [engine]
 
 
 def _mesh(accelerator: Accelerator) -> tuple[int, ...]:

@@ -15,166 +15,162 @@ A checkpointed layer keeps its input alone. `tests/test_activations.py` counts w
 from __future__ import annotations
 
 from ..models.spec import Layer
-from .planned_run import Setup
+from .planned_run import PlannedRun
 
 FLOAT, INDEX = 4, 8  # bytes
 GATES = ("gate_proj", "up_proj", "gate_up_proj")
 
 
-def saved(setup: Setup) -> int:
+def saved(run: PlannedRun) -> int:
     """Bytes between forward and backward of a micro-batch, head and loss not counted."""
-    tokens, kept, computed_again = setup.tokens, 0, setup.checkpointed
-    sizes = {id(layer): of_layer(setup, layer) for layer in setup.shape.layers}
-    for index, layer in enumerate(setup.shape.each()):
+    tokens, kept, computed_again = run.tokens, 0, run.checkpointed
+    sizes = {id(layer): of_layer(run, layer) for layer in run.shape.layers}
+    for index, layer in enumerate(run.shape.each()):
         if index < computed_again:
-            kept += tokens * (stream(setup) + _out_of_reach(setup, layer))
+            kept += tokens * (stream(run) + _out_of_reach(run, layer))
         else:
             # The first layer's input needs no gradient where the embedding is frozen, so its norm keeps nothing.
-            first = 0 if index or setup.full else tokens * FLOAT * setup.shape.hidden
+            first = 0 if index or run.full else tokens * FLOAT * run.shape.hidden
             kept += sizes[id(layer)] - first
-    outside = tokens * (_norm(setup, setup.shape.hidden) + (INDEX if setup.full else 0)) + _rotary(setup)
-    return kept + outside + _cast_weights(setup, checkpointed=False)
+    outside = tokens * (_norm(run, run.shape.hidden) + (INDEX if run.full else 0)) + _rotary(run)
+    return kept + outside + _cast_weights(run, checkpointed=False)
 
 
-def again(setup: Setup, layer: Layer) -> int:
+def again(run: PlannedRun, layer: Layer) -> int:
     """Bytes of a checkpointed layer while it is computed again, its cast weights included."""
-    casts = sum(linear.weights for linear in layer.linears.values()) * setup.compute if setup.autocast else 0
-    return of_layer(setup, layer) + casts
+    casts = sum(linear.weights for linear in layer.linears.values()) * run.compute if run.autocast else 0
+    return of_layer(run, layer) + casts
 
 
-def cached_casts(setup: Setup) -> int:
+def cached_casts(run: PlannedRun) -> int:
     """Bytes of cast weights of checkpointed layers, which autocast keeps until the forward has ended."""
-    return _cast_weights(setup, checkpointed=True)
+    return _cast_weights(run, checkpointed=True)
 
 
-def _out_of_reach(setup: Setup, layer: Layer) -> int:
+def _out_of_reach(run: PlannedRun, layer: Layer) -> int:
     """Bytes of a token that checkpointing does not give back: bitsandbytes 0.50 keeps the inputs of 8-bit matrices as
     attributes (MatMul8bitLt), where the hooks of checkpointing do not see them."""
-    if setup.config.method != "int8":
+    if run.config.method != "int8":
         return 0
     inner = layer.linears["down_proj"].inputs if "down_proj" in layer.linears else 0
-    return setup.compute * (2 * setup.shape.hidden + layer.attention.output + inner)
+    return run.compute * (2 * run.shape.hidden + layer.attention.output + inner)
 
 
-def of_layer(setup: Setup, layer: Layer) -> int:
+def of_layer(run: PlannedRun, layer: Layer) -> int:
     """Bytes that a layer keeps that is not checkpointed."""
-    experts = _experts(setup, layer) if layer.experts else 0
-    each = _norms(setup, layer) + _attention(setup, layer) + _dense(setup, layer) + _thin(setup, layer)
-    return setup.tokens * each + experts
+    experts = _experts(run, layer) if layer.experts else 0
+    each = _norms(run, layer) + _attention(run, layer) + _dense(run, layer) + _thin(run, layer)
+    return run.tokens * each + experts
 
 
-def stream(setup: Setup) -> int:
+def stream(run: PlannedRun) -> int:
     """Bytes of a token's hidden state between layers."""
-    return setup.shape.hidden * (FLOAT if setup.autocast else setup.compute)
+    return run.shape.hidden * (FLOAT if run.autocast else run.compute)
 
 
-def _norm(setup: Setup, width: int) -> int:
-    kind = setup.shape.norm
+def _norm(run: PlannedRun, width: int) -> int:
+    kind = run.shape.norm
     if kind == "layer":  # one operation of torch: its input, mean and inverse deviation
-        return width * (FLOAT if setup.autocast else setup.compute) + 2 * FLOAT
+        return width * (FLOAT if run.autocast else run.compute) + 2 * FLOAT
     kept = FLOAT * width * (2 if kind == "centred" else 1) + FLOAT  # its input, and the inverse root
-    if not setup.full:
+    if not run.full:
         return kept
-    wide = setup.autocast or kind != "rms"
-    return kept + width * (FLOAT if wide else setup.compute)
+    wide = run.autocast or kind != "rms"
+    return kept + width * (FLOAT if wide else run.compute)
 
 
-def _norms(setup: Setup, layer: Layer) -> int:
-    kept = layer.norms * _norm(setup, setup.shape.hidden) + sum(_norm(setup, width) for width in layer.attention.latent)
-    return kept + (_norm(setup, layer.attention.normed) if layer.attention.normed else 0)
+def _norms(run: PlannedRun, layer: Layer) -> int:
+    kept = layer.norms * _norm(run, run.shape.hidden) + sum(_norm(run, width) for width in layer.attention.latent)
+    return kept + (_norm(run, layer.attention.normed) if layer.attention.normed else 0)
 
 
-def _learns(setup: Setup, layer: Layer, *names: str) -> int:
+def _learns(run: PlannedRun, layer: Layer, *names: str) -> int:
     """How many of these matrices keep their input."""
-    mine = layer.linears if setup.full else setup.adapted(layer)
+    mine = layer.linears if run.full else run.adapted(layer)
     return sum(name in mine for name in names)
 
 
-def _inputs(setup: Setup, layer: Layer, width: int, *names: str) -> int:
+def _inputs(run: PlannedRun, layer: Layer, width: int, *names: str) -> int:
     """Bytes of an input that these matrices share."""
-    learn = _learns(setup, layer, *names)
-    if "lora" in setup.config.plain_parts and not setup.full:  # peft casts the input of each adapter for itself
-        mask = 1 if setup.config.lora_dropout else 0
-        return learn * width * (setup.compute + mask)
-    if setup.config.lora_dropout and not setup.full:  # each adapter has dropped inputs of its own, and their mask
-        return learn * width * (setup.compute + (1 if setup.gpu else setup.compute))
-    return width * setup.compute * (learn if setup.autocast else min(learn, 1))
+    learn = _learns(run, layer, *names)
+    if "lora" in run.config.plain_parts and not run.full:  # peft casts the input of each adapter for itself
+        mask = 1 if run.config.lora_dropout else 0
+        return learn * width * (run.compute + mask)
+    if run.config.lora_dropout and not run.full:  # each adapter has dropped inputs of its own, and their mask
+        return learn * width * (run.compute + (1 if run.gpu else run.compute))
+    return width * run.compute * (learn if run.autocast else min(learn, 1))
 
 
-def _attention(setup: Setup, layer: Layer) -> int:
-    width, compute = layer.attention, setup.compute
+def _attention(run: PlannedRun, layer: Layer) -> int:
+    width, compute = layer.attention, run.compute
     names = [
         name
         for name in layer.linears
         if name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa")
     ]
-    entries = _inputs(setup, layer, setup.shape.hidden, *names)
+    entries = _inputs(run, layer, run.shape.hidden, *names)
     for rank, name in zip(width.latent[::-1], ("kv_b_proj", "q_b_proj")):
-        entries += _inputs(setup, layer, rank, name)
+        entries += _inputs(run, layer, rank, name)
     # Values are a part of what one matrix gives, and keep all of it.
     fused = next((layer.linears[name] for name in ("kv_b_proj", "qkv_proj") if name in layer.linears), None)
     value = fused.outputs if fused else width.value
     kept = compute * (width.query + width.key + value + width.output) + FLOAT * width.heads
-    kept += _scores(setup, layer)
+    kept += _scores(run, layer)
     # On a GPU in 16 bits all documents are one call, whose output o_proj takes as it is; else those of each are joined.
-    joined = not (setup.gpu and setup.bf16) or setup.shape.soft_capped or bool(setup.config.lora_dropout)
-    joined = joined or "lora" in setup.config.plain_parts
-    return entries + kept + (_inputs(setup, layer, width.output, "o_proj") if joined else 0)
+    joined = not (run.gpu and run.bf16) or run.shape.soft_capped or bool(run.config.lora_dropout)
+    joined = joined or "lora" in run.config.plain_parts
+    return entries + kept + (_inputs(run, layer, width.output, "o_proj") if joined else 0)
 
 
-def _scores(setup: Setup, layer: Layer) -> int:
+def _scores(run: PlannedRun, layer: Layer) -> int:
     """Bytes of a token's scores where there is no flash attention, the document taken to be max_length long."""
-    row = layer.attention.heads * setup.config.max_length
-    if setup.shape.soft_capped:  # the capped ones, and their softmax
-        return 2 * row * setup.compute
-    return row * FLOAT if setup.gpu and not setup.bf16 else 0  # torch's plain kernel
+    row = layer.attention.heads * run.config.max_length
+    if run.shape.soft_capped:  # the capped ones, and their softmax
+        return 2 * row * run.compute
+    return row * FLOAT if run.gpu and not run.bf16 else 0  # torch's plain kernel
 
 
-def _dense(setup: Setup, layer: Layer) -> int:
+def _dense(run: PlannedRun, layer: Layer) -> int:
     if "down_proj" in layer.linears:
         inner = layer.linears["down_proj"].inputs
-        product = _inputs(setup, layer, inner, "down_proj")
-        return _inputs(setup, layer, setup.shape.hidden, *GATES) + setup.compute * 3 * inner + product
+        product = _inputs(run, layer, inner, "down_proj")
+        return _inputs(run, layer, run.shape.hidden, *GATES) + run.compute * 3 * inner + product
     if not layer.linears.keys() & {"c_fc"}:
         return 0
     inner = layer.linears["c_fc"].outputs
-    return (
-        _inputs(setup, layer, setup.shape.hidden, "c_fc")
-        + setup.compute * inner
-        + _inputs(setup, layer, inner, "c_proj")
-    )
+    return _inputs(run, layer, run.shape.hidden, "c_fc") + run.compute * inner + _inputs(run, layer, inner, "c_proj")
 
 
-def _thin(setup: Setup, layer: Layer) -> int:
-    return len(setup.adapted(layer)) * setup.config.lora_r * setup.compute
+def _thin(run: PlannedRun, layer: Layer) -> int:
+    return len(run.adapted(layer)) * run.config.lora_r * run.compute
 
 
-def _experts(setup: Setup, layer: Layer) -> int:
+def _experts(run: PlannedRun, layer: Layer) -> int:
     """Bytes of the routed experts of one layer."""
-    experts, compute, tokens = layer.experts, setup.compute, setup.tokens
-    adapted = setup.adapted_experts(layer)
+    experts, compute, tokens = layer.experts, run.compute, run.tokens
+    adapted = run.adapted_experts(layer)
     # Gate and up, act(gate), what comes out; also the chosen rows and the product, where something learns from them.
     row = experts.hidden + 3 * experts.intermediate
-    row += experts.hidden + experts.intermediate if adapted or setup.full else 0
+    row += experts.hidden + experts.intermediate if adapted or run.full else 0
     kept = tokens * experts.per_token * (row * compute + 3 * INDEX)
     kept += tokens * (FLOAT * experts.number + INDEX * experts.per_token)
-    if setup.autocast or adapted:  # peft 0.21 adds adapters to the weights themselves (ParamWrapper)
+    if run.autocast or adapted:  # peft 0.21 adds adapters to the weights themselves (ParamWrapper)
         kept += experts.weights * compute
     if adapted and compute < FLOAT:
-        kept += sum(setup.expert_adapters(layer)) * compute
+        kept += sum(run.expert_adapters(layer)) * compute
     return kept
 
 
-def _rotary(setup: Setup) -> int:
-    if setup.checkpointed >= setup.shape.depth:
+def _rotary(run: PlannedRun) -> int:
+    if run.checkpointed >= run.shape.depth:
         return 0
-    return setup.tokens * 2 * setup.shape.rope * (FLOAT if setup.autocast else setup.compute)
+    return run.tokens * 2 * run.shape.rope * (FLOAT if run.autocast else run.compute)
 
 
-def _cast_weights(setup: Setup, *, checkpointed: bool) -> int:
+def _cast_weights(run: PlannedRun, *, checkpointed: bool) -> int:
     """Copies of the weights in 16 bits that autocast makes, of the layers that are checkpointed or of the others."""
-    if not setup.autocast:
+    if not run.autocast:
         return 0
-    layers = list(setup.shape.each())
-    chosen = layers[: setup.checkpointed] if checkpointed else layers[setup.checkpointed :]
-    return setup.compute * sum(sum(linear.weights for linear in layer.linears.values()) for layer in chosen)
+    layers = list(run.shape.each())
+    chosen = layers[: run.checkpointed] if checkpointed else layers[run.checkpointed :]
+    return run.compute * sum(sum(linear.weights for linear in layer.linears.values()) for layer in chosen)

@@ -21,9 +21,11 @@ from ..models.catalog import read
 from ..models.spec import Architecture
 from ..models.tiny import EMBEDDED, ensure
 from ..rules.check import violations
-from ..rules.rule import Situation
+from ..rules.context import RunContext
 from ..topology import gpus as hardware
-from .planner import Machine, Plan, make_plan, scaling, with_micro_batch
+from ..topology.gpus import Gpu, Hardware
+from ..topology.strategies import default_strategy
+from .planner import Plan, make_plan, scaling, with_micro_batch
 from .view import as_text, as_values
 
 PROG = "manyrank plan"
@@ -67,19 +69,19 @@ def main(argv: Sequence[str]) -> int:
     asked = _parse(argv)
     resolved = _resolved(asked.line)
     config = resolved.config
-    machine, bf16 = _machine(asked, config)
-    _check_speeds(asked.own, asked.nodes, machine)
+    context = _context(asked, resolved)
+    _check_speeds(asked.own, asked.nodes, context)
     shape = read_model(config.model_name_or_path)
     if config.per_device_train_batch_size == "auto":
-        config = with_micro_batch(config, shape, machine, bf16=bf16)
-    plan = make_plan(config, shape, machine, bf16=bf16)
-    scales = scaling(config, shape, machine, asked.nodes, bf16=bf16) if len(asked.nodes) > 1 else []
-    price = asked.own.price if asked.own.price is not None else machine.kind.price if machine.kind else None
+        context = with_micro_batch(context, shape)
+    plan = make_plan(context, shape)
+    scales = scaling(context, shape, asked.nodes) if len(asked.nodes) > 1 else []
+    price = asked.own.price if asked.own.price is not None else context.kind.price if context.kind else None
     facts = {
-        "tokens": _tokens(config, plan, asked.own.tokens),
+        "tokens": _tokens(context.config, plan, asked.own.tokens),
         "price": price,
         "scales": scales,
-        "against": _against(resolved, config, plan),
+        "against": _against(plan),
     }
     print(json.dumps(as_values(plan, **facts), indent=1) if asked.own.json else as_text(plan, **facts))
     return 0
@@ -213,7 +215,7 @@ def _resolved(line: CommandLine) -> Resolved:
         return resolve(line.recipe, [*line.overrides, data])
 
 
-def _check_speeds(own: argparse.Namespace, nodes: list[int], machine: Machine) -> None:
+def _check_speeds(own: argparse.Namespace, nodes: list[int], context: RunContext) -> None:
     """Refuse what needs speeds where there is no kind of GPU to tell them."""
     wants = {
         "--nnodes": len(nodes) > 1,
@@ -222,51 +224,44 @@ def _check_speeds(own: argparse.Namespace, nodes: list[int], machine: Machine) -
         "--network": own.network,
     }
     for name, wanted in wants.items():
-        if wanted and machine.kind is None:
+        if wanted and context.kind is None:
             raise UserError("speeds need a kind of GPU", where=name, fix=f"give --gpu, one of {_kinds()}")
 
 
-def _against(resolved: Resolved, config: TrainConfig, plan: Plan) -> list[str]:
+def _against(plan: Plan) -> list[str]:
     """What `manyrank train` would refuse of the recipe, as far as it can be told without its data."""
-    setup, kind = plan.chosen.setup, plan.machine.kind
-    gpu = hardware.Gpu("planned", 0, (9, 0) if kind is None or kind.has_bf16 else (7, 0))
-    machine = hardware.Hardware(gpus=(gpu,) * plan.machine.nproc, cpu_cores=plan.machine.nproc, cpu_bf16=False)
-    situation = Situation(Resolved(config, resolved.origin), setup.strategy, setup.nproc, setup.world, machine)
-    found = [v for v in violations(situation) if v.rule.severity == "error"]
-    if not setup.trainable:
+    run = plan.chosen.run
+    found = [v for v in violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
+    if not run.trainable:
         raise UserError(
             "no matrix of the model has such a name", where="lora_target_modules", fix="name some, or all-linear"
         )
     return [f"{violation.rule.name}: {violation.what}" for violation in found]
 
 
-def _machine(asked: Asked, config: TrainConfig) -> tuple[Machine, bool]:
-    """The GPUs to plan for, and whether they compute in bf16."""
-    own, here, nproc, nnodes = asked.own, hardware.probe(), asked.line.where.nproc, asked.nodes[0]
-    if own.gpu:
-        kind = hardware.find_kind(own.gpu, own.gpu_memory)
-        if kind is None:
-            fix = f"one of {_kinds()}; or --gpu_memory 24GiB"
-            raise UserError(f"no GPU {own.gpu!r} is known", where="--gpu", fix=fix)
-        found, native = Machine(kind, kind.memory, nproc or 1, nnodes), kind.has_bf16
-    elif here.gpus and not own.gpu_memory:
-        found, native = machine_of(here, nproc or len(here.gpus), nnodes), here.has_bf16
-    else:
-        found, native = Machine(None, None, nproc or 1, nnodes), True
-    if found.kind and own.network:
-        found = replace(found, kind=hardware.with_network(found.kind, gbit=own.network, gpus=found.nproc))
-    bf16 = config.bf16 is True or (config.bf16 == "auto" and native)
-    return replace(found, memory=own.gpu_memory or found.memory, host=own.host_memory or found.host), bf16
+def _context(asked: Asked, resolved: Resolved) -> RunContext:
+    """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
+    own, here, nproc = asked.own, hardware.probe(), asked.line.where.nproc
+    if own.gpu or not here.gpus or own.gpu_memory:
+        nproc = nproc or 1
+        here = Hardware((_planned_gpu(own),) * nproc, cpu_cores=nproc, cpu_bf16=False)
+    nproc = nproc or len(here.gpus)
+    smallest = here.smallest_gpu
+    if own.network and smallest.kind:
+        kind = hardware.with_network(smallest.kind, gbit=own.network, gpus=nproc)
+        here = replace(here, gpus=(replace(smallest, planned=kind),) * len(here.gpus))
+    here = replace(here, memory=own.host_memory or here.memory)
+    return RunContext(resolved, default_strategy(nproc * asked.nodes[0]), nproc, nproc * asked.nodes[0], here)
 
 
-def machine_of(here: hardware.Hardware, nproc: int, nnodes: int) -> Machine:
-    """What a plan for this machine is made for; the processes of a CPU share its memory."""
-    if not here.gpus:
-        return Machine(None, here.memory and here.memory // nproc, nproc, nnodes)
-    smallest = min(here.gpus, key=lambda gpu: gpu.memory)
-    return Machine(
-        hardware.find_kind(smallest.name, smallest.memory), smallest.memory or None, nproc, nnodes, here.memory
-    )
+def _planned_gpu(own: argparse.Namespace) -> Gpu:
+    if not own.gpu:
+        return Gpu("planned", own.gpu_memory or 0, (9, 0))
+    kind = hardware.find_kind(own.gpu, own.gpu_memory)
+    if kind is None:
+        fix = f"one of {_kinds()}; or --gpu_memory 24GiB"
+        raise UserError(f"no GPU {own.gpu!r} is known", where="--gpu", fix=fix)
+    return Gpu(kind.name, own.gpu_memory or kind.memory, (9, 0) if kind.has_bf16 else (7, 0), planned=kind)
 
 
 def _tokens(config: TrainConfig, plan: Plan, given: int | None) -> int | None:

@@ -8,6 +8,8 @@ from itertools import chain
 
 from ..config.schema import TrainConfig
 from ..models.spec import Architecture, Layer, Linear
+from ..rules.context import RunContext
+from ..topology.strategies import Strategy
 
 # Experts of these types get adapters under all-linear: peft 0.21 gives them for the names that transformers 4 had, and
 # then leaves the dense matrices of those names without (peft/utils/transformers_weight_conversion.py).
@@ -15,32 +17,49 @@ ADAPTED_EXPERTS = {
     "mixtral": ("w1", "w2", "w3"),
     **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
 }
-SHARDED = ("fsdp", "fsdp_offload", "hsdp", "zero3", "zero3_offload")
-FSDP = ("fsdp", "fsdp_offload", "hsdp")
-OFFLOADED = ("fsdp_offload", "zero3_offload")
-ZERO = ("zero2", "zero3", "zero3_offload")
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A recipe on a strategy. `nproc` processes on each of `nnodes` machines; `gpu` says whether they compute on GPUs."""
+class PlannedRun:
+    """A recipe on a strategy and a machine, with the shape of its model."""
 
-    config: TrainConfig
+    context: RunContext
     shape: Architecture
-    strategy: str
-    nproc: int = 1
-    nnodes: int = 1
-    bf16: bool = True
-    gpu: bool = True
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.context.config
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.context.strategy
+
+    @property
+    def nproc(self) -> int:
+        return self.context.nproc
 
     @property
     def world(self) -> int:
-        return self.nproc * self.nnodes
+        return self.context.world_size
 
     @property
     def shards(self) -> int:
         """Processes over which weights and states are spread; hsdp has several copies of them."""
-        return (self.config.hsdp_shard_size or self.nproc) if self.strategy == "hsdp" else self.world
+        return self.context.shards
+
+    @cached_property
+    def bf16(self) -> bool:
+        return self.context.bf16
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the processes compute on GPUs."""
+        return bool(self.context.hardware.gpus)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds all parameters."""
+        return "parameters" in self.strategy.shards
 
     @property
     def compute(self) -> int:
@@ -54,7 +73,7 @@ class Setup:
     @property
     def autocast(self) -> bool:
         """Whether float32 weights are cast for each use: full fine-tuning in bf16 where no strategy casts them."""
-        return self.full and self.bf16 and self.strategy in ("single", "ddp")
+        return self.full and self.bf16 and not self.strategy.shards
 
     @property
     def tokens(self) -> int:
@@ -67,13 +86,13 @@ class Setup:
         wanted = self.config.gradient_checkpointing
         return {"auto": 0, "off": 0, "full": self.shape.depth}.get(wanted, wanted)
 
-    def with_options(self, **values) -> Setup:
+    def with_options(self, **values) -> PlannedRun:
         """The same with other values in the recipe."""
-        return replace(self, config=self.config.model_copy(update=values))
+        return replace(self, context=self.context.with_options(**values))
 
-    def on(self, strategy: str) -> Setup:
+    def on(self, strategy: Strategy) -> PlannedRun:
         """The same on another strategy."""
-        return replace(self, strategy=strategy)
+        return replace(self, context=self.context.on(strategy))
 
     # What is trained
 

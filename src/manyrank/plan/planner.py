@@ -7,19 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from ..config.resolve import Resolved
-from ..config.schema import TrainConfig
 from ..models.spec import Architecture
-from ..rules.rule import Situation
+from ..rules.context import RunContext
 from ..rules.strategy import HSDP_RULES, ONE_PROCESS, SHARDING_RULES
-from ..topology.gpus import Gpu, GpuKind, Hardware
+from ..topology.strategies import STRATEGIES, Engine, Strategy
 from . import memory, speed
 from .memory import Memory
-from .planned_run import OFFLOADED, Setup
+from .planned_run import PlannedRun
 from .speed import Speed
 
-# From the simplest to the most involved: of two that are about as fast the first is taken.
-STRATEGIES = ("single", "ddp", "zero2", "fsdp", "hsdp", "zero3", "fsdp_offload", "zero3_offload")
 ROOMY = 0.92  # of a GPU's memory: up to here a plan fits, up to all of it it is tight
 MICRO_BATCH = "per_device_train_batch_size"
 AS_FAST = 0.97  # of the fastest counts as fastest
@@ -34,24 +30,6 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Machine:
-    """GPUs of one kind: `memory` in bytes of each, None where nobody said; without a `kind` no speeds are known.
-
-    `host`: bytes of host memory of one machine; None: not looked at.
-    """
-
-    kind: GpuKind | None
-    memory: int | None
-    nproc: int = 1
-    nnodes: int = 1
-    host: int | None = None
-
-    @property
-    def world(self) -> int:
-        return self.nproc * self.nnodes
-
-
-@dataclass(frozen=True)
 class Option:
     """One strategy's plan.
 
@@ -61,7 +39,7 @@ class Option:
         plain: bytes of one GPU with whole logits and peft's own adapters, as most other software runs.
     """
 
-    setup: Setup
+    run: PlannedRun
     memory: Memory
     speed: Speed | None
     verdict: Verdict
@@ -71,8 +49,8 @@ class Option:
     plain: int | None = None
 
     @property
-    def strategy(self) -> str:
-        return self.setup.strategy
+    def strategy(self) -> Strategy:
+        return self.run.strategy
 
     @property
     def usable(self) -> bool:
@@ -81,56 +59,53 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """All options, the chosen one and why."""
+    """All options, the chosen one and why. `context` has the strategy of none of them."""
 
-    machine: Machine
+    context: RunContext
     options: tuple[Option, ...]
     chosen: Option
     why: str
 
 
-def make_plan(
-    config: TrainConfig, shape: Architecture, machine: Machine, *, bf16: bool, gpu: bool = True, searched: bool = True
-) -> Plan:
+def make_plan(context: RunContext, shape: Architecture, *, searched: bool = True) -> Plan:
     """Plan a recipe; on the strategy that it names, or on all.
 
     Args:
-        gpu: whether the processes compute on GPUs.
         searched: whether to look for the largest micro-batches and lengths.
     """
-    names = [config.strategy] if config.strategy else candidates(machine, config)
-    options = []
-    for name in names:
-        setup = Setup(config, shape, name, machine.nproc, machine.nnodes, bf16=bf16, gpu=gpu)
-        options.append(_option(setup, machine, searched=searched))
-    chosen, why = _choose(options, machine, given=bool(config.strategy))
-    return Plan(machine, tuple(options), chosen, why)
+    named = context.config.strategy
+    strategies = [STRATEGIES[named]] if named else candidates(context)
+    options = [_option(PlannedRun(context.on(strategy), shape), searched=searched) for strategy in strategies]
+    chosen, why = _choose(options, context, given=bool(named))
+    return Plan(context, tuple(options), chosen, why)
 
 
-def candidates(machine: Machine, config: TrainConfig) -> list[str]:
+def candidates(context: RunContext) -> list[Strategy]:
     """Strategies that make sense for so many processes."""
-    if config.hsdp_shard_size:
-        return ["hsdp"]
-    if machine.world == 1:
-        return ["single", "fsdp_offload", "zero3_offload"]
-    return [name for name in STRATEGIES if name != "single" and (name != "hsdp" or machine.nnodes > 1)]
+    every = STRATEGIES.values()
+    if context.config.hsdp_shard_size:
+        return [strategy for strategy in every if strategy.replicas]
+    if context.world_size == 1:
+        return [strategy for strategy in every if strategy.engine is Engine.SINGLE or strategy.offload]
+    several = [strategy for strategy in every if strategy.engine is not Engine.SINGLE]
+    return [strategy for strategy in several if context.nnodes > 1 or not strategy.replicas]
 
 
-def settled(setup: Setup, available: int | None) -> Setup:
+def settled(run: PlannedRun, available: int | None) -> PlannedRun:
     """With `gradient_checkpointing: auto` decided: as few layers as fit into `available` bytes; none where nobody knows."""
-    if setup.config.gradient_checkpointing != "auto":
-        return setup
+    if run.config.gradient_checkpointing != "auto":
+        return run
 
     def fits(kept: int) -> bool:
         return (
             available is None
-            or _needs(setup.with_options(gradient_checkpointing=setup.shape.depth - kept)) <= ROOMY * available
+            or _needs(run.with_options(gradient_checkpointing=run.shape.depth - kept)) <= ROOMY * available
         )
 
-    kept = _largest(fits, setup.shape.depth)
-    if kept == setup.shape.depth:
-        return setup.with_options(gradient_checkpointing="off")
-    return setup.with_options(gradient_checkpointing=setup.shape.depth - kept if kept else "full")
+    kept = _largest(fits, run.shape.depth)
+    if kept == run.shape.depth:
+        return run.with_options(gradient_checkpointing="off")
+    return run.with_options(gradient_checkpointing=run.shape.depth - kept if kept else "full")
 
 
 def verdict(needed: int, available: int | None) -> Verdict:
@@ -139,53 +114,50 @@ def verdict(needed: int, available: int | None) -> Verdict:
     return Verdict.FITS if needed <= ROOMY * available else Verdict.TIGHT if needed <= available else Verdict.TOO_BIG
 
 
-def refusal(setup: Setup) -> str | None:
+def refusal(run: PlannedRun) -> str | None:
     """Why a strategy cannot run a recipe, as the rules have it; one that nobody named is not taken where it is doubtful."""
-    gpus = (Gpu("planned", memory=0, compute_capability=(9, 0)),) * setup.nproc if setup.gpu else ()
-    machine = Hardware(gpus=gpus, cpu_cores=setup.nproc, cpu_bf16=True)
-    situation = Situation(Resolved(setup.config), setup.strategy, setup.nproc, setup.world, machine)
     table = (ONE_PROCESS, *SHARDING_RULES, *HSDP_RULES)
-    rules = [rule for rule in table if rule.severity == "error" or not setup.config.strategy]
-    return next((what for rule in rules if (what := rule.broken(situation))), None)
+    rules = [rule for rule in table if rule.severity == "error" or not run.config.strategy]
+    return next((what for rule in rules if (what := rule.broken(run.context))), None)
 
 
-def _needs(setup: Setup) -> int:
-    return memory.estimate(setup).needed
+def _needs(run: PlannedRun) -> int:
+    return memory.estimate(run).needed
 
 
-def _option(given: Setup, machine: Machine, *, searched: bool) -> Option:
-    setup = settled(given, machine.memory)
-    found = memory.estimate(setup)
-    # Layers that auto keeps fill the memory; what fits at most, fits with all of them computed again.
+def _option(given: PlannedRun, *, searched: bool) -> Option:
+    context = given.context
+    run = settled(given, context.memory)
+    found = memory.estimate(run)
+    # Layers that auto keeps fill the memory; what fits at most, fits with all of them recomputed.
     automatic = given.config.gradient_checkpointing == "auto"
-    most = given.with_options(gradient_checkpointing="full") if automatic and given.gpu else setup
+    most = given.with_options(gradient_checkpointing="full") if automatic and given.gpu else run
     return Option(
-        setup=setup,
+        run=run,
         memory=found,
-        speed=speed.estimate(setup, machine.kind) if machine.kind else None,
-        verdict=Verdict.TOO_BIG if exceeds_host(found, machine) else verdict(found.needed, machine.memory),
-        largest_micro_batch=_largest_fitting(most, machine, MICRO_BATCH, MOST_EXAMPLES) if searched else None,
-        largest_max_length=_largest_fitting(most, machine, "max_length", LONGEST, unit=64) if searched else None,
-        refused=refusal(setup),
-        plain=memory.estimate(setup.with_options(plain_parts=["head", "lora"])).peak,
+        speed=speed.estimate(run, context.kind) if context.kind else None,
+        verdict=Verdict.TOO_BIG if exceeds_host(found, context) else verdict(found.needed, context.memory),
+        largest_micro_batch=_largest_fitting(most, MICRO_BATCH, MOST_EXAMPLES) if searched else None,
+        largest_max_length=_largest_fitting(most, "max_length", LONGEST, unit=64) if searched else None,
+        refused=refusal(run),
+        plain=memory.estimate(run.with_options(plain_parts=["head", "lora"])).peak,
     )
 
 
-def exceeds_host(found: Memory, machine: Machine) -> bool:
+def exceeds_host(found: Memory, context: RunContext) -> bool:
     """Whether one machine's host memory does not suffice."""
-    return machine.host is not None and max(found.host, found.host_loading) > machine.host
+    return context.host_memory is not None and max(found.host, found.host_loading) > context.host_memory
 
 
-def with_micro_batch(
-    config: TrainConfig, shape: Architecture, machine: Machine, *, bf16: bool, gpu: bool = True
-) -> TrainConfig:
+def with_micro_batch(context: RunContext, shape: Architecture) -> RunContext:
     """A micro-batch that fits in place of `auto`: the fastest, where speeds are known, else the largest; and no larger
     than a process needs for a step."""
-    share = math.ceil(config.global_batch_size / machine.world) if config.global_batch_size else MOST_EXAMPLES
+    batch = context.config.global_batch_size
+    share = math.ceil(batch / context.world_size) if batch else MOST_EXAMPLES
     best, size = None, 1
     while True:
-        made = config.model_copy(update={MICRO_BATCH: size})
-        chosen = make_plan(made, shape, machine, bf16=bf16, gpu=gpu, searched=False).chosen
+        made = context.with_options(**{MICRO_BATCH: size})
+        chosen = make_plan(made, shape, searched=False).chosen
         if best is not None and chosen.verdict != Verdict.FITS:
             return best[1]
         rate = chosen.speed.tokens_per_second if chosen.speed else size
@@ -196,13 +168,14 @@ def with_micro_batch(
         size = min(2 * size, share)
 
 
-def _largest_fitting(setup: Setup, machine: Machine, key: str, most: int, *, unit: int = 1) -> int | None:
+def _largest_fitting(run: PlannedRun, key: str, most: int, *, unit: int = 1) -> int | None:
     """The greatest value of an option that fits, in steps of `unit`."""
-    if machine.memory is None:
+    available = run.context.memory
+    if available is None:
         return None
 
     def fits(count: int) -> bool:
-        return verdict(_needs(setup.with_options(**{key: unit * count})), machine.memory) == Verdict.FITS
+        return verdict(_needs(run.with_options(**{key: unit * count})), available) == Verdict.FITS
 
     return unit * _largest(fits, most // unit)
 
@@ -216,7 +189,7 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _choose(options: list[Option], machine: Machine, *, given: bool) -> tuple[Option, str]:
+def _choose(options: list[Option], context: RunContext, *, given: bool) -> tuple[Option, str]:
     if given:
         against = options[0].refused
         return options[0], f"as the recipe says, but refused: {against}" if against else "as the recipe says"
@@ -225,7 +198,7 @@ def _choose(options: list[Option], machine: Machine, *, given: bool) -> tuple[Op
         [
             option
             for option in options
-            if option.usable and option.verdict == verdict and offloads == (option.strategy in OFFLOADED)
+            if option.usable and option.verdict == verdict and offloads == option.strategy.offload
         ]
         for offloads in (False, True)
         for verdict in (Verdict.FITS, Verdict.TIGHT)
@@ -245,24 +218,24 @@ def _choose(options: list[Option], machine: Machine, *, given: bool) -> tuple[Op
     tight = "" if chosen.verdict == Verdict.FITS else ", though tightly"
     first = options.index(chosen) == 0
     passed = [option for option in options[: options.index(chosen)] if not option.usable]
-    because = "" if first or not passed else "; " + ", ".join(_passed(option, machine) for option in passed)
+    because = "" if first or not passed else "; " + ", ".join(_passed(option, context) for option in passed)
     fastest = (
         "the fastest that fits" if chosen.speed.tokens_per_second == best else "the simplest of the fastest that fit"
     )
     return chosen, f"{fastest}{tight}{because}"
 
 
-def short_of(option: Option, machine: Machine) -> str | None:
+def short_of(option: Option, context: RunContext) -> str | None:
     """What there is too little of, where it is not what the peak takes."""
-    if option.verdict != Verdict.TOO_BIG or machine.memory is None or option.memory.peak > machine.memory:
+    if option.verdict != Verdict.TOO_BIG or context.memory is None or option.memory.peak > context.memory:
         return None
-    return "host memory" if exceeds_host(option.memory, machine) else "loading"
+    return "host memory" if exceeds_host(option.memory, context) else "loading"
 
 
-def _passed(option: Option, machine: Machine) -> str:
+def _passed(option: Option, context: RunContext) -> str:
     if option.refused:
         return f"{option.strategy}: {option.refused}"
-    if exceeds_host(option.memory, machine):
+    if exceeds_host(option.memory, context):
         needed = max(option.memory.host, option.memory.host_loading)
         return f"{option.strategy} needs {needed / memory.GiB:.0f} GiB of host memory"
     return f"{option.strategy} needs {option.memory.needed / memory.GiB:.0f} GiB"
@@ -278,14 +251,14 @@ class Scale:
     waits_for: str
 
 
-def scaling(config: TrainConfig, shape: Architecture, machine: Machine, nodes: list[int], *, bf16: bool) -> list[Scale]:
+def scaling(context: RunContext, shape: Architecture, nodes: list[int]) -> list[Scale]:
     """Each strategy on each number of machines; needs a kind of GPU."""
     rows: list[Scale] = []
     first: dict[str, float] = {}
     for count in nodes:
-        plan = make_plan(config, shape, replace(machine, nnodes=count), bf16=bf16, searched=False)
+        plan = make_plan(replace(context, world_size=count * context.nproc), shape, searched=False)
         for option in plan.options:
-            rate = option.speed.tokens_per_second / option.setup.world
-            base = first.setdefault(option.strategy, rate) if option.usable else first.get(option.strategy, rate)
+            name, rate = option.strategy.name, option.speed.tokens_per_second / option.run.world
+            base = first.setdefault(name, rate) if option.usable else first.get(name, rate)
             rows.append(Scale(count, option, rate / base, speed.why_slow(option.speed)))
     return rows

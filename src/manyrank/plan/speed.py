@@ -1,4 +1,4 @@
-"""How long a step takes: products, memory traffic and communication of a setup, from the figures of a kind of GPU.
+"""How long a step takes: products, memory traffic and communication of a run, from the figures of a kind of GPU.
 
     compute        products of matrices at a share of the GPU's rate, attention, what is bound by its memory
     communication  bytes of gathering weights and reducing gradients over the slowest link; hidden behind compute
@@ -15,8 +15,9 @@ import math
 from dataclasses import dataclass
 
 from ..topology.gpus import GpuKind
+from ..topology.strategies import Engine
 from . import activations, memory
-from .planned_run import OFFLOADED, SHARDED, ZERO, Setup
+from .planned_run import PlannedRun
 
 # Shares of the maker's figures that large kernels usually reach.
 MATMUL, ATTENTION, TRAFFIC, LINK = 0.7, 0.5, 0.8, 0.8
@@ -63,20 +64,20 @@ class Speed:
         return self.flops / self.step / self.peak_flops
 
 
-def micro_batches(setup: Setup) -> int:
+def micro_batches(run: PlannedRun) -> int:
     """Of one process in a step."""
-    return math.ceil(setup.config.batch(setup.world) / (setup.config.per_device_train_batch_size * setup.world))
+    return math.ceil(run.config.batch(run.world) / (run.config.per_device_train_batch_size * run.world))
 
 
-def estimate(setup: Setup, kind: GpuKind) -> Speed:
-    """How fast a setup runs on a kind of GPU."""
-    count, share = micro_batches(setup), setup.config.batch(setup.world) / setup.world
+def estimate(run: PlannedRun, kind: GpuKind) -> Speed:
+    """How fast a run runs on a kind of GPU."""
+    count, share = micro_batches(run), run.config.batch(run.world) / run.world
     # A step with fewer examples than micro-batches hold is cut into smaller ones, down to one example.
-    setup = setup.with_options(
-        per_device_train_batch_size=min(setup.config.per_device_train_batch_size, max(1, math.ceil(share)))
+    run = run.with_options(
+        per_device_train_batch_size=min(run.config.per_device_train_batch_size, max(1, math.ceil(share)))
     )
-    compute = count * _micro_batch(setup, kind)
-    each, once = _communication(setup, kind)
+    compute = count * _micro_batch(run, kind)
+    each, once = _communication(run, kind)
     # Gathering runs beside compute; the first layers' and the reduction of the last gradients cannot hide.
     hidden = min(count * each * 0.9, compute) + min(once * 0.8, compute / count / 2)
     total = count * each + once
@@ -84,11 +85,11 @@ def estimate(setup: Setup, kind: GpuKind) -> Speed:
         compute=compute,
         communication=total,
         exposed=total - hidden,
-        optimizer=_optimizer(setup, kind),
-        flops=share * setup.config.max_length * needed(setup),
-        tokens=setup.config.batch(setup.world) * setup.config.max_length,
-        peak_flops=rate(setup, kind),
-        world=setup.world,
+        optimizer=_optimizer(run, kind),
+        flops=share * run.config.max_length * needed(run),
+        tokens=run.config.batch(run.world) * run.config.max_length,
+        peak_flops=rate(run, kind),
+        world=run.world,
         examples=share,
     )
 
@@ -96,48 +97,48 @@ def estimate(setup: Setup, kind: GpuKind) -> Speed:
 # Operations
 
 
-def needed(setup: Setup, *, supervised: float = SUPERVISED, length: float | None = None) -> float:
+def needed(run: PlannedRun, *, supervised: float = SUPERVISED, length: float | None = None) -> float:
     """Floating-point operations of a token, forward and backward, without what is computed again.
 
     Args:
         supervised: share of the tokens that the head runs on.
         length: of the document that a token is in, on average over tokens; max_length where it is not known.
     """
-    shape, full = setup.shape, setup.full
+    shape, full = run.shape, run.full
     layers = (6 if full else 4) * shape.active
-    adapters = 0 if full else 6 * setup.active_adapters
+    adapters = 0 if full else 6 * run.active_adapters
     head = (6 if full else 4) * shape.embedding * supervised
-    return layers + adapters + head + _attention(setup, length) * 3.5
+    return layers + adapters + head + _attention(run, length) * 3.5
 
 
-def rate(setup: Setup, kind: GpuKind) -> float:
+def rate(run: PlannedRun, kind: GpuKind) -> float:
     """Operations a second of the kind, in the type of computation."""
-    return kind.flops if setup.bf16 else kind.float32_flops
+    return kind.flops if run.bf16 else kind.float32_flops
 
 
-def _attention(setup: Setup, length: float | None = None) -> float:
+def _attention(run: PlannedRun, length: float | None = None) -> float:
     """Operations of a token's causal attention, forward, in documents of a length, or of max_length."""
     total = 0.0
-    for layer in setup.shape.layers:
-        seen = (length or setup.config.max_length) / 2
+    for layer in run.shape.layers:
+        seen = (length or run.config.max_length) / 2
         if layer.attention.window:
             seen = min(seen, layer.attention.window)
         total += layer.count * 2 * seen * (layer.attention.query + layer.attention.output)
     return total
 
 
-def _micro_batch(setup: Setup, kind: GpuKind) -> float:
+def _micro_batch(run: PlannedRun, kind: GpuKind) -> float:
     """Seconds of forward and backward of one micro-batch."""
-    shape, tokens = setup.shape, setup.tokens
-    again = setup.checkpointed / shape.depth
-    attention = _attention(setup)
-    products = needed(setup) - 3.5 * attention + again * 2 * shape.active
-    seconds = tokens * products / (rate(setup, kind) * MATMUL) + tokens * attention * (3.5 + again) / (
-        rate(setup, kind) * ATTENTION
+    shape, tokens = run.shape, run.tokens
+    again = run.checkpointed / shape.depth
+    attention = _attention(run)
+    products = needed(run) - 3.5 * attention + again * 2 * shape.active
+    seconds = tokens * products / (rate(run, kind) * MATMUL) + tokens * attention * (3.5 + again) / (
+        rate(run, kind) * ATTENTION
     )
-    kept = activations.saved(setup.with_options(gradient_checkpointing="off"))
+    kept = activations.saved(run.with_options(gradient_checkpointing="off"))
     seconds += PASSES * (1 + again / 2) * kept / (kind.bandwidth * TRAFFIC)
-    if setup.config.method in (
+    if run.config.method in (
         "qlora",
         "int8",
     ):  # each pass reads the packed weights and writes them in 16 bits, and reads these
@@ -146,11 +147,11 @@ def _micro_batch(setup: Setup, kind: GpuKind) -> float:
     return seconds
 
 
-def _optimizer(setup: Setup, kind: GpuKind) -> float:
-    mine = setup.trainable / (setup.shards if setup.strategy in (*SHARDED, "zero2") else 1)
-    if setup.strategy in OFFLOADED:
-        return mine / HOST_ADAM + 2 * mine * setup.compute / HOST_LINK
-    if setup.config.optim.startswith("paged"):
+def _optimizer(run: PlannedRun, kind: GpuKind) -> float:
+    mine = run.trainable / (run.shards if run.strategy.shards else 1)
+    if run.strategy.offload:
+        return mine / HOST_ADAM + 2 * mine * run.compute / HOST_LINK
+    if run.config.optim.startswith("paged"):
         return mine * 28 / HOST_LINK
     return mine * 28 / (kind.bandwidth * TRAFFIC)  # reads and writes of weights, moments and gradients in float32
 
@@ -158,48 +159,48 @@ def _optimizer(setup: Setup, kind: GpuKind) -> float:
 # Communication
 
 
-def _communication(setup: Setup, kind: GpuKind) -> tuple[float, float]:
+def _communication(run: PlannedRun, kind: GpuKind) -> tuple[float, float]:
     """Seconds of each micro-batch, and of the end of a step."""
-    if setup.world == 1:
-        return _offload(setup), 0.0
-    trained, layers = setup.trainable * memory.FLOAT, setup.shape.depth
-    if setup.strategy == "zero2":  # reduces each micro-batch into shards, and gathers the new weights
-        size = setup.trainable * setup.compute
-        calls = math.ceil(setup.trainable / memory.zero_settings("zero2")["reduce_bucket_size"])
-        return _ring(setup, kind, size, calls=calls), _ring(setup, kind, size, calls=calls)
-    if setup.strategy not in SHARDED:  # an all-reduce is a reduce-scatter and an all-gather, in trees of NCCL
+    if run.world == 1:
+        return _offload(run), 0.0
+    trained, layers = run.trainable * memory.FLOAT, run.shape.depth
+    if run.strategy.zero_stage == 2:  # reduces each micro-batch into shards, and gathers the new weights
+        size = run.trainable * run.compute
+        calls = math.ceil(run.trainable / memory.zero_settings(run)["reduce_bucket_size"])
+        return _ring(run, kind, size, calls=calls), _ring(run, kind, size, calls=calls)
+    if not run.sharded:  # an all-reduce is a reduce-scatter and an all-gather, in trees of NCCL
         calls = math.ceil(trained / BUCKET)
-        return 0.0, 2 * _ring(setup, kind, trained, calls=0) + calls * (LAUNCH + HOP * math.log2(setup.world))
-    weights = memory.base_weights(setup)[0]
-    if setup.full:
-        weights = setup.shape.parameters * setup.compute
-    gather = 2 * _ring(setup, kind, weights, calls=layers)
-    reduce = _ring(setup, kind, trained, calls=layers)
-    if setup.shards < setup.world:  # the copies of hsdp add up their gradients
-        size = trained / setup.shards
-        reduce += 2 * size / (kind.network * LINK) + layers * (LAUNCH + HOP * setup.world / setup.shards)
-    each = gather + _offload(setup)
-    every = setup.full or setup.strategy in ZERO  # reduced in each micro-batch
+        return 0.0, 2 * _ring(run, kind, trained, calls=0) + calls * (LAUNCH + HOP * math.log2(run.world))
+    weights = memory.base_weights(run)[0]
+    if run.full:
+        weights = run.shape.parameters * run.compute
+    gather = 2 * _ring(run, kind, weights, calls=layers)
+    reduce = _ring(run, kind, trained, calls=layers)
+    if run.shards < run.world:  # the copies of hsdp add up their gradients
+        size = trained / run.shards
+        reduce += 2 * size / (kind.network * LINK) + layers * (LAUNCH + HOP * run.world / run.shards)
+    each = gather + _offload(run)
+    every = run.full or run.strategy.engine is Engine.DEEPSPEED  # reduced in each micro-batch
     return (each + reduce, 0.0) if every else (each, reduce)
 
 
-def _ring(setup: Setup, kind: GpuKind, size: float, *, calls: int) -> float:
+def _ring(run: PlannedRun, kind: GpuKind, size: float, *, calls: int) -> float:
     """Seconds of gathering or scattering `size` bytes over the processes that share shards, in so many calls."""
-    ranks = setup.shards
-    across = ranks > setup.nproc
-    slowest = min(kind.link, kind.network * setup.nproc) if across else kind.link
+    ranks = run.shards
+    across = ranks > run.nproc
+    slowest = min(kind.link, kind.network * run.nproc) if across else kind.link
     return size * (ranks - 1) / ranks / (slowest * LINK) + calls * (LAUNCH + HOP * ranks)
 
 
-def _offload(setup: Setup) -> float:
+def _offload(run: PlannedRun) -> float:
     """Seconds of a micro-batch in which weights come from host memory."""
-    if setup.strategy not in OFFLOADED:
+    if not run.strategy.offload:
         return 0.0
-    return 2 * memory.base_weights(setup)[0] / setup.shards / HOST_LINK
+    return 2 * memory.base_weights(run)[0] / run.shards / HOST_LINK
 
 
 def why_slow(speed: Speed) -> str:
-    """What a setup's step waits for, in a few words."""
+    """What a run's step waits for, in a few words."""
     if speed.examples < 1:
         return "the batch: it has fewer examples than there are GPUs"
     if speed.exposed > 0.25 * speed.step:

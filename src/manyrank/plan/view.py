@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .memory import GiB
-from .planned_run import OFFLOADED, Setup
+from .planned_run import PlannedRun
 from .planner import Option, Plan, Scale, Verdict, short_of
 
 WIDTH = 32  # characters of a bar
@@ -42,7 +42,7 @@ def as_text(plan: Plan, *, tokens: int | None, price: float | None, scales: list
 def summary(plan: Plan) -> str:
     """What a launch says of its plan."""
     chosen = plan.chosen
-    of = f" of {plan.machine.memory / GiB:.1f}" if plan.machine.memory else ""
+    of = f" of {plan.context.memory / GiB:.1f}" if plan.context.memory else ""
     rate = (
         f", {count(chosen.speed.tokens_per_second)} tokens/s, {chosen.speed.step:.3g} s a step" if chosen.speed else ""
     )
@@ -52,15 +52,15 @@ def summary(plan: Plan) -> str:
 
 
 def headline(plan: Plan) -> str:
-    setup, machine = plan.chosen.setup, plan.machine
-    config, shape = setup.config, setup.shape
-    lora = "" if setup.full else f" r {config.lora_r}, {count(setup.trainable)} trained"
-    gpu = "GPU of unknown memory" if machine.memory is None else f"GPU of {machine.memory / GiB:.0f} GiB"
-    gpu = machine.kind.name if machine.kind else gpu
-    nodes = f"{machine.nnodes} machines x " if machine.nnodes > 1 else ""
+    run, context = plan.chosen.run, plan.context
+    config, shape = run.config, run.shape
+    lora = "" if run.full else f" r {config.lora_r}, {count(run.trainable)} trained"
+    gpu = "GPU of unknown memory" if context.memory is None else f"GPU of {context.memory / GiB:.0f} GiB"
+    gpu = context.kind.name if context.kind else gpu
+    nodes = f"{context.nnodes} machines x " if context.nnodes > 1 else ""
     return (
-        f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}; {'bf16' if setup.bf16 else 'float32'}; "
-        f"{nodes}{machine.nproc} x {gpu}\n"
+        f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}; {'bf16' if run.bf16 else 'float32'}; "
+        f"{nodes}{context.nproc} x {gpu}\n"
         f"micro-batch {config.per_device_train_batch_size} x {config.max_length:,} tokens; {config.optim}\n"
     )
 
@@ -74,23 +74,23 @@ def count(number: float) -> str:
 
 
 def _table(plan: Plan) -> str:
-    most = max([option.memory.peak for option in plan.options] + [plan.machine.memory or 0])
+    most = max([option.memory.peak for option in plan.options] + [plan.context.memory or 0])
     head = f"{'strategy':<15}{'':<14}{'GiB':>6}  {'':<{WIDTH}}  {'tokens/s':>10} {'MFU':>5} {'again':>6} {'micro':>6} {'length':>9}"
     return "\n".join([head, *(_line(option, plan, most) for option in plan.options)])
 
 
 def _line(option: Option, plan: Plan, most: int) -> str:
     mark = "*" if option is plan.chosen and not option.refused else " "
-    short = short_of(option, plan.machine)
+    short = short_of(option, plan.context)
     state = "refused" if option.refused else f"no: {short}" if short else str(option.verdict)
     rate = f"{option.speed.tokens_per_second:>10,.0f} {option.speed.mfu:>5.0%}" if option.speed else f"{'':>10} {'':>5}"
-    again = f"{option.setup.checkpointed}/{option.setup.shape.depth}"
+    again = f"{option.run.checkpointed}/{option.run.shape.depth}"
     largest = [
         "" if n is None else f"{n:,}" if n else "-" for n in (option.largest_micro_batch, option.largest_max_length)
     ]
     return (
-        f"{mark}{option.strategy:<14}{state:<14}{option.memory.peak / GiB:>6.1f}  "
-        f"{_bar(option, plan.machine.memory, most):<{WIDTH}}  {rate} {again:>6} {largest[0]:>6} {largest[1]:>9}"
+        f"{mark}{option.strategy.name:<14}{state:<14}{option.memory.peak / GiB:>6.1f}  "
+        f"{_bar(option, plan.context.memory, most):<{WIDTH}}  {rate} {again:>6} {largest[0]:>6} {largest[1]:>9}"
     ).rstrip()
 
 
@@ -137,39 +137,39 @@ def training_hours(option: Option, tokens: int) -> float:
 
 def notes(plan: Plan) -> list[str]:
     """What one should know of a plan's figures."""
-    setup, found = plan.chosen.setup, plan.chosen.memory
+    run, found = plan.chosen.run, plan.chosen.memory
     told = []
-    if setup.shape.guessed:
-        told.append(f"models of type {setup.shape.model_type or 'unknown'} are not known: read as a Llama")
-    if not setup.shape.head_as_is:
+    if run.shape.guessed:
+        told.append(f"models of type {run.shape.model_type or 'unknown'} are not known: read as a Llama")
+    if not run.shape.head_as_is:
         told.append("the model changes its logits after the head, so that they are computed whole")
     told += [
         f"{option.strategy}: {option.refused}"
         for option in plan.options
         if option.refused and option is not plan.chosen
     ]
-    if plan.machine.memory and found.loading > plan.machine.memory and setup.config.method in ("qlora", "int8"):
+    if plan.context.memory and found.loading > plan.context.memory and run.config.method in ("qlora", "int8"):
         told.append(
             "the model does not fit while it is loaded: a quantised base is whole on each GPU before it is sharded"
         )
-    told += _of_experts(setup)
-    if plan.chosen.strategy in OFFLOADED and plan.machine.host is None:
+    told += _of_experts(run)
+    if plan.chosen.strategy.offload and plan.context.host_memory is None:
         told.append(f"host memory was not looked at: each machine needs {found.host / GiB:.0f} GiB")
-    if plan.machine.memory is None:
+    if plan.context.memory is None:
         told.append("no GPU is here, and none was given: --gpu H100-80GB or --gpu-memory 24GiB tells whether it fits")
     if plan.chosen.speed:
         told.append("speeds are estimates from the maker's figures, with documents of max_length tokens")
-    if setup.config.is_grpo:
+    if run.config.is_grpo:
         told.append("speeds are those of learning from the answers; the time that answering takes is not planned")
     return told
 
 
-def _of_experts(setup: Setup) -> list[str]:
-    sparse = [layer for layer in setup.shape.layers if layer.experts]
+def _of_experts(run: PlannedRun) -> list[str]:
+    sparse = [layer for layer in run.shape.layers if layer.experts]
     told = []
-    if sparse and setup.config.method in ("qlora", "int8"):
+    if sparse and run.config.method in ("qlora", "int8"):
         told.append("experts stay in 16 bits: transformers 5 keeps them in tensors that bitsandbytes does not see")
-    if any(setup.adapted_experts(layer) for layer in sparse):
+    if any(run.adapted_experts(layer) for layer in sparse):
         told.append(
             "adapters on experts copy their weights in each layer (peft 0.21); lora_target_modules: [q_proj, k_proj, v_proj, o_proj] does not"
         )
@@ -184,12 +184,12 @@ def scaling_table(scales: list[Scale]) -> str:
 
 def scaling_cells(scales: list[Scale]) -> list[list[str]]:
     """The table's cells, its head first: machines, GPUs, and a column for each strategy."""
-    names = list(dict.fromkeys(row.option.strategy for row in scales))
-    cells = {(row.nnodes, row.option.strategy): row for row in scales}
+    names = list(dict.fromkeys(row.option.strategy.name for row in scales))
+    cells = {(row.nnodes, row.option.strategy.name): row for row in scales}
     table = [["machines", "GPUs", *names]]
     for nodes in dict.fromkeys(row.nnodes for row in scales):
         found = [cells.get((nodes, name)) for name in names]
-        gpus = next(row.option.setup.world for row in found if row)
+        gpus = next(row.option.run.world for row in found if row)
         table.append([str(nodes), str(gpus), *map(_scaled, found)])
     return table
 
@@ -202,9 +202,10 @@ def _scaled(row: Scale | None) -> str:
 
 def scaling_ends(scales: list[Scale]) -> list[str]:
     told = []
-    for name in dict.fromkeys(row.option.strategy for row in scales):
+    for name in dict.fromkeys(row.option.strategy.name for row in scales):
         low = next(
-            (row for row in scales if row.option.strategy == name and row.option.usable and row.efficiency < 0.7), None
+            (row for row in scales if row.option.strategy.name == name and row.option.usable and row.efficiency < 0.7),
+            None,
         )
         if low:
             told.append(
@@ -217,19 +218,19 @@ def as_values(
     plan: Plan, *, tokens: int | None, price: float | None, scales: list[Scale], against: list[str]
 ) -> dict[str, Any]:
     """A plan for machines. Bytes and seconds; what is not known is None."""
-    setup, machine = plan.chosen.setup, plan.machine
+    run, context = plan.chosen.run, plan.context
     return {
-        "model": setup.shape.name,
-        "parameters": setup.shape.parameters,
-        "trainable": setup.trainable,
-        "method": setup.config.method,
-        "bf16": setup.bf16,
-        "gpu": machine.kind.name if machine.kind else None,
-        "gpu_memory_bytes": machine.memory,
-        "nproc": machine.nproc,
-        "nnodes": machine.nnodes,
-        "micro_batch": setup.config.per_device_train_batch_size,
-        "max_length": setup.config.max_length,
+        "model": run.shape.name,
+        "parameters": run.shape.parameters,
+        "trainable": run.trainable,
+        "method": run.config.method,
+        "bf16": run.bf16,
+        "gpu": context.kind.name if context.kind else None,
+        "gpu_memory_bytes": context.memory,
+        "nproc": context.nproc,
+        "nnodes": context.nnodes,
+        "micro_batch": run.config.per_device_train_batch_size,
+        "max_length": run.config.max_length,
         "why": plan.why,
         **option_values(plan.chosen, tokens=tokens, price=price),
         "strategies": [option_values(option, tokens=tokens, price=price) for option in plan.options],
@@ -253,7 +254,7 @@ def option_values(option: Option, *, tokens: int | None, price: float | None) ->
     known = option.verdict != Verdict.UNKNOWN
     hours = training_hours(option, tokens) if rate and tokens else None
     return {
-        "strategy": option.strategy,
+        "strategy": option.strategy.name,
         "verdict": "refused" if option.refused else str(option.verdict),
         "fits": option.usable if known else None,
         "refused": option.refused,
@@ -264,7 +265,7 @@ def option_values(option: Option, *, tokens: int | None, price: float | None) ->
         "loading_bytes": found.loading,
         "host_bytes": found.host,
         "host_loading_bytes": found.host_loading,
-        "gradient_checkpointing": option.setup.config.gradient_checkpointing,
+        "gradient_checkpointing": option.run.config.gradient_checkpointing,
         "largest_micro_batch": option.largest_micro_batch,
         "largest_max_length": option.largest_max_length,
         "step_seconds": rate.step if rate else None,

@@ -27,15 +27,15 @@ from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
 from ..runs import lock as run_lock
 from ..runs.folder import is_new
+from .context import RunContext
 from .grpo import GRPO_RULES
 from .model import MODEL_RULES
 from .recipe import LENGTH_RULES, RECIPE_RULES, SOURCE_RULES
-from .rule import Rule, Situation, Violation
+from .rule import Rule, Violation
 from .strategy import STRATEGY_RULES
 
 __all__ = [
     "RULES",
-    "Situation",
     "as_markdown",
     "check",
     "check_data",
@@ -60,17 +60,17 @@ def check_sources(resolved: Resolved) -> None:
     _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in found if what])
 
 
-def violations(situation: Situation) -> list[Violation]:
+def violations(context: RunContext) -> list[Violation]:
     """Every rule of the table that is broken, in its order.
 
     Raises:
         UserError: a file that the rules look at cannot be read.
     """
-    found = ((rule, rule.broken(situation)) for rule in RULES)
-    return [Violation(rule, what, situation.where(*rule.keys)) for rule, what in found if what]
+    found = ((rule, rule.broken(context)) for rule in RULES)
+    return [Violation(rule, what, context.where(*rule.keys)) for rule, what in found if what]
 
 
-def check(situation: Situation, *, warn: bool = True, files: bool = True) -> None:
+def check(context: RunContext, *, warn: bool = True, files: bool = True) -> None:
     """Check the table, and the files that the recipe names; print the warnings.
 
     Args:
@@ -80,15 +80,15 @@ def check(situation: Situation, *, warn: bool = True, files: bool = True) -> Non
     Raises:
         UserError: what is wrong; a UserErrors where it is more than one thing.
     """
-    ignored = situation.config.ignore_warnings
-    problems = list(_unknown_warnings(situation.resolved))
+    ignored = context.config.ignore_warnings
+    problems = list(_unknown_warnings(context.resolved))
     found: list[Violation] = []
     try:
-        found = violations(situation)
+        found = violations(context)
     except UserError as problem:
         problems.append(problem)
     problems += [violation.error() for violation in found if violation.rule.severity == "error"]
-    _raise([*problems, *(_file_problems(situation.resolved) if files else [])])
+    _raise([*problems, *(_file_problems(context.resolved) if files else [])])
     for violation in found if warn else []:
         if violation.rule.severity == "warning" and violation.rule.name not in ignored:
             print(f"{violation.warning()}\n", file=sys.stderr, flush=True)

@@ -6,13 +6,12 @@ import importlib.util
 
 from ..data.rewards import read_rewards
 from ..errors import UserError
+from .context import RunContext
 from .model import head_target
-from .rule import Rule, Situation, unless
-
-SHARDED = ("fsdp", "fsdp_offload", "hsdp", "zero3", "zero3_offload")
+from .rule import Rule, unless
 
 
-def _rewards(s: Situation) -> str | None:
+def _rewards(s: RunContext) -> str | None:
     if not s.config.is_grpo:
         return None
     try:
@@ -22,7 +21,7 @@ def _rewards(s: Situation) -> str | None:
     return None
 
 
-def _groups(s: Situation) -> str | None:
+def _groups(s: RunContext) -> str | None:
     c = s.config
     if not c.is_grpo or c.per_device_train_batch_size == "auto":
         return None
@@ -36,7 +35,7 @@ def _groups(s: Situation) -> str | None:
     return None
 
 
-def _vllm(s: Situation) -> str | None:
+def _vllm(s: RunContext) -> str | None:
     if not s.config.is_grpo or s.config.use_vllm == "off":
         return None
     if not s.gpus:
@@ -108,7 +107,12 @@ GRPO_RULES = (
         "error",
         ("method", "beta", "strategy"),
         unless(
-            lambda s: s.config.is_grpo and s.config.method == "full" and s.config.beta > 0 and s.strategy in SHARDED,
+            lambda s: (
+                s.config.is_grpo
+                and s.config.method == "full"
+                and s.config.beta > 0
+                and "parameters" in s.strategy.shards
+            ),
             "method full with beta {c.beta:g} on {s.strategy}",
         ),
         reason="The reference of the KL divergence would be a second whole model, which is not sharded here.",
@@ -152,7 +156,7 @@ GRPO_RULES = (
         "answers-from-host-memory",
         "error",
         ("strategy",),
-        unless(lambda s: s.config.is_grpo and "offload" in s.strategy, "grpo on {s.strategy}"),
+        unless(lambda s: s.config.is_grpo and s.strategy.offload, "grpo on {s.strategy}"),
         reason="Every token of an answer would wait for weights from host memory.",
         fix="use fsdp or zero3",
     ),

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..models.model_facts import ModelFacts
-from .rule import Rule, Situation
+from ..topology.strategies import Engine
+from .context import RunContext
+from .rule import Rule
 
 HEADS, EMBEDDINGS = ("lm_head", "embed_out"), ("embed_tokens", "wte", "embed_in")
 NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -16,18 +18,18 @@ BITS = {"qlora": "load_in_4bit", "int8": "load_in_8bit"}
 COMPUTE = {True: "bfloat16", False: "float32"}
 
 
-def _of_model(look: Callable[[Situation, ModelFacts], str | None]) -> Callable[[Situation], str | None]:
+def _of_model(look: Callable[[RunContext, ModelFacts], str | None]) -> Callable[[RunContext], str | None]:
     """A rule's `broken` for a model whose files are here."""
     return lambda s: look(s, s.model) if s.model else None
 
 
-def _adapter(s: Situation) -> str | None:
+def _adapter(s: RunContext) -> str | None:
     here = Path(s.config.model_name_or_path).expanduser() / "adapter_config.json"
     found = here.is_file() or (s.model is not None and s.model.find("adapter_config.json") is not None)
     return f"{s.config.model_name_or_path} is an adapter" if found else None
 
 
-def _not_causal(s: Situation, model: ModelFacts) -> str | None:
+def _not_causal(s: RunContext, model: ModelFacts) -> str | None:
     kinds = [name for name in model.whole.get("architectures") or [] if name.endswith(NOT_CAUSAL)]
     if model.whole.get("is_encoder_decoder"):
         return f"{model.name} is an encoder with a decoder ({model.model_type})"
@@ -40,7 +42,7 @@ def _bitsandbytes(model: ModelFacts) -> bool:
     )
 
 
-def _quantised(s: Situation, model: ModelFacts) -> str | None:
+def _quantised(s: RunContext, model: ModelFacts) -> str | None:
     method, quantised = s.config.method, model.quantisation
     if not quantised or (method == "lora" and not _bitsandbytes(model)):
         return None
@@ -51,38 +53,38 @@ def _quantised(s: Situation, model: ModelFacts) -> str | None:
     return f"method {method}, and the weights of {model.name} are quantised already ({kind})"
 
 
-def _foreign(s: Situation, model: ModelFacts) -> str | None:
+def _foreign(s: RunContext, model: ModelFacts) -> str | None:
     if s.config.method != "lora" or not model.quantisation or _bitsandbytes(model):
         return None
     return f"the weights of {model.name} are quantised by {model.quantisation.get('quant_method', 'another method')}"
 
 
-def _storage(s: Situation, model: ModelFacts) -> str | None:
+def _storage(s: RunContext, model: ModelFacts) -> str | None:
     stored, compute = model.quantisation.get("bnb_4bit_quant_storage") or "uint8", COMPUTE[s.bf16]
-    if s.files.kind != "FSDP" or s.config.method != "qlora" or not model.quantisation.get("load_in_4bit"):
+    if s.files.kind != Engine.FSDP or s.config.method != "qlora" or not model.quantisation.get("load_in_4bit"):
         return None
     return f"{model.name} stores its 4-bit weights as {stored}, not {compute}" if stored != compute else None
 
 
-def _experts(s: Situation, model: ModelFacts) -> str | None:
+def _experts(s: RunContext, model: ModelFacts) -> str | None:
     if s.config.method not in BITS or model.experts < 2:
         return None
     return f"method {s.config.method}, and {model.name} has {model.experts} experts"
 
 
-def _dropout_on_experts(s: Situation, model: ModelFacts) -> str | None:
+def _dropout_on_experts(s: RunContext, model: ModelFacts) -> str | None:
     meant = s.config.uses_lora and s.config.lora_dropout and s.config.lora_target_modules == "all-linear"
     if not meant or model.model_type not in PARAMETER_EXPERTS:
         return None
     return f"lora_dropout {s.config.lora_dropout:g} on the experts of a {model.model_type} model"
 
 
-def _packing(s: Situation, model: ModelFacts) -> str | None:
+def _packing(s: RunContext, model: ModelFacts) -> str | None:
     reasons = list(model.mixing()) if s.config.packing != "none" else []
     return f"packing: {s.config.packing} with {', '.join(reasons)} of a {model.model_type} model" if reasons else None
 
 
-def _slow_attention(s: Situation, model: ModelFacts) -> str | None:
+def _slow_attention(s: RunContext, model: ModelFacts) -> str | None:
     if not s.gpus or not s.bf16 or s.config.packing == "none":
         return None
     keys = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
@@ -92,33 +94,33 @@ def _slow_attention(s: Situation, model: ModelFacts) -> str | None:
     return f"{', '.join(found)} in {model.place('config.json')}" if found else None
 
 
-def _targets(s: Situation, names: tuple[str, ...]) -> list[str]:
+def _targets(s: RunContext, names: tuple[str, ...]) -> list[str]:
     wanted = s.config.lora_target_modules
     if not s.config.uses_lora or isinstance(wanted, str):
         return []
     return [target for target in wanted if target.rpartition(".")[2] in names]
 
 
-def _is_tied(s: Situation) -> bool:
+def _is_tied(s: RunContext) -> bool:
     return s.model is not None and s.model.ties_embeddings
 
 
-def _tied_target(s: Situation, *, fsdp: bool) -> str | None:
-    found = _targets(s, HEADS) if _is_tied(s) and (s.files.kind == "FSDP") == fsdp else []
+def _tied_target(s: RunContext, *, fsdp: bool) -> str | None:
+    found = _targets(s, HEADS) if _is_tied(s) and (s.files.kind == Engine.FSDP) == fsdp else []
     return f"adapters on {found[0]}, which shares its weights with the embeddings" if found else None
 
 
-def head_target(s: Situation) -> str | None:
+def head_target(s: RunContext) -> str | None:
     found = _targets(s, HEADS)
     return f"adapters on the head ({found[0]})" if found and not _is_tied(s) else None
 
 
-def _embedding_target(s: Situation) -> str | None:
+def _embedding_target(s: RunContext) -> str | None:
     found = _targets(s, EMBEDDINGS)
     return f"adapters on the embeddings ({found[0]})" if found else None
 
 
-def _missing_targets(s: Situation, model: ModelFacts) -> str | None:
+def _missing_targets(s: RunContext, model: ModelFacts) -> str | None:
     wanted = s.config.lora_target_modules
     if not s.config.uses_lora or isinstance(wanted, str) or not model.weights:
         return None
@@ -128,7 +130,7 @@ def _missing_targets(s: Situation, model: ModelFacts) -> str | None:
     return f"no module of {model.name} is called {' or '.join(missing)}" if missing else None
 
 
-def _rank(s: Situation, model: ModelFacts) -> str | None:
+def _rank(s: RunContext, model: ModelFacts) -> str | None:
     c = model.config
     hidden, heads = c.get("hidden_size"), c.get("num_attention_heads")
     if not s.config.uses_lora or not hidden or not heads:
@@ -139,26 +141,26 @@ def _rank(s: Situation, model: ModelFacts) -> str | None:
     return f"lora_r {s.config.lora_r}, and the smallest layers of {model.name} have {smallest} features"
 
 
-def _layers(s: Situation, model: ModelFacts) -> str | None:
+def _layers(s: RunContext, model: ModelFacts) -> str | None:
     wanted = s.config.gradient_checkpointing
     if not isinstance(wanted, int) or not model.layers or wanted <= model.layers:
         return None
     return f"gradient_checkpointing {wanted}, and {model.name} has {model.layers} layers"
 
 
-def _positions(s: Situation, model: ModelFacts) -> str | None:
+def _positions(s: RunContext, model: ModelFacts) -> str | None:
     if not model.positions or s.config.max_length <= model.positions:
         return None
     return f"max_length {s.config.max_length}, and {model.name} has {model.positions} positions"
 
 
-def _vocabulary(s: Situation, model: ModelFacts) -> str | None:
+def _vocabulary(s: RunContext, model: ModelFacts) -> str | None:
     beyond = model.beyond_vocabulary(s.template)
     size = model.config.get("vocab_size")
     return f"{', '.join(beyond)} of the tokenizer is beyond the {size} tokens of {model.name}" if beyond else None
 
 
-def _stop(s: Situation, model: ModelFacts) -> str | None:
+def _stop(s: RunContext, model: ModelFacts) -> str | None:
     template, stops = s.template, model.stops()
     if not template or not stops or not s.chats:
         return None
@@ -168,11 +170,11 @@ def _stop(s: Situation, model: ModelFacts) -> str | None:
     return f"the chat template writes none of the tokens that end an answer: {', '.join(sorted(stops))}"
 
 
-def _half_model(s: Situation, model: ModelFacts) -> str | None:
+def _half_model(s: RunContext, model: ModelFacts) -> str | None:
     return f"{model.name} is in float16, and the run computes in bf16" if s.bf16 and model.dtype == "float16" else None
 
 
-def _remote_code(s: Situation) -> str | None:
+def _remote_code(s: RunContext) -> str | None:
     name = s.config.model_name_or_path
     if not s.config.trust_remote_code or name == "embedded" or Path(name).expanduser().is_dir():
         return None

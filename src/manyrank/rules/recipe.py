@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..config.identity import OF_GRPO, early_changes
 from ..config.resolve import DEFAULTS_OF_GRPO
-from .rule import Rule, Situation, unless
+from .context import RunContext
+from .rule import Rule, unless
 
 # The trackers of transformers, by the package that each needs.
 TRACKERS = {
@@ -53,7 +54,7 @@ LOCAL_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext
 MOUNTS = Path("/proc/mounts")
 
 
-def _batch_product(s: Situation) -> str | None:
+def _batch_product(s: RunContext) -> str | None:
     c = s.config
     if not (c.global_batch_size and c.gradient_accumulation_steps):
         return None
@@ -66,14 +67,14 @@ def _batch_product(s: Situation) -> str | None:
     )
 
 
-def _batch_divides(s: Situation) -> str | None:
+def _batch_divides(s: RunContext) -> str | None:
     batch, micro = s.config.batch(s.world_size), s.config.per_device_train_batch_size
     if s.config.packing == "none" and not s.config.is_grpo and batch % (micro * s.world_size):
         return f"a global batch of {batch} examples does not divide into {s.world_size} processes x {micro} padded rows"
     return None
 
 
-def _tracker(s: Situation) -> str | None:
+def _tracker(s: RunContext) -> str | None:
     for name in s.config.report_to:
         if name not in TRACKERS:
             return f"there is no tracker {name!r}; known: none, {', '.join(TRACKERS)}"
@@ -83,7 +84,7 @@ def _tracker(s: Situation) -> str | None:
     return None
 
 
-def _no_login(s: Situation) -> bool:
+def _no_login(s: RunContext) -> bool:
     if "wandb" not in s.config.report_to or os.environ.get("WANDB_API_KEY"):
         return False
     if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun"):
@@ -95,7 +96,7 @@ def _no_login(s: Situation) -> bool:
         return True
 
 
-def _far_rate(s: Situation) -> str | None:
+def _far_rate(s: RunContext) -> str | None:
     low, high = USUAL_RATES[s.config.method]
     rate = s.config.learning_rate
     if s.config.optim == "sgd" or low / FAR <= rate <= high * FAR:
@@ -103,14 +104,14 @@ def _far_rate(s: Situation) -> str | None:
     return f"learning_rate {rate:g}, where method {s.config.method} usually takes {low:g} to {high:g}"
 
 
-def _far_scale(s: Situation) -> str | None:
+def _far_scale(s: RunContext) -> str | None:
     scale, (low, high) = s.config.lora_alpha / s.config.lora_r, USUAL_SCALES
     if not s.config.uses_lora or low / FAR <= scale <= high * FAR:
         return None
     return f"adapters are scaled by {scale:g} (lora_alpha {s.config.lora_alpha:g} / lora_r {s.config.lora_r})"
 
 
-def _unused(s: Situation) -> str | None:
+def _unused(s: RunContext) -> str | None:
     found, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
     for keys, counts, because in DEPENDENT:
         plain = type(s.config).model_fields
@@ -120,13 +121,13 @@ def _unused(s: Situation) -> str | None:
     return f"{'; '.join(found)}: nothing reads it" if found else None
 
 
-def _validates_training_rows(s: Situation) -> str | None:
+def _validates_training_rows(s: RunContext) -> str | None:
     training = {(source.path, source.split, source.name) for source in s.config.data_path}
     both = [x.path for x in s.config.eval_data_path or [] if (x.path, x.split, x.name) in training]
     return f"{both[0]} is trained on and validated with" if both else None
 
 
-def _changed(s: Situation) -> str | None:
+def _changed(s: RunContext) -> str | None:
     if s.config.dry_run or not s.checkpoint:
         return None
     try:
@@ -136,7 +137,7 @@ def _changed(s: Situation) -> str | None:
     return f"the resumed run would not be the same: {'; '.join(changes)}" if changes else None
 
 
-def _unsaved_at_limit(s: Situation) -> str | None:
+def _unsaved_at_limit(s: RunContext) -> str | None:
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     if not end.isdecimal():
         return None
@@ -151,7 +152,7 @@ def _unsaved_at_limit(s: Situation) -> str | None:
     return None
 
 
-def _seconds_per_step(s: Situation) -> float | None:
+def _seconds_per_step(s: RunContext) -> float | None:
     """What a step took in the run that goes on, validations and saves included: by its newest two lines of losses."""
     file = s.output_dir / "logs" / "metrics.jsonl" if s.output_dir and s.config.resume_from_checkpoint else None
     if not file or not file.is_file():
@@ -163,7 +164,7 @@ def _seconds_per_step(s: Situation) -> float | None:
     return (points[1][1] - points[0][1]) / (points[1][0] - points[0][0])
 
 
-def _local_output(s: Situation) -> str | None:
+def _local_output(s: RunContext) -> str | None:
     if s.nnodes == 1 or not s.output_dir or not MOUNTS.is_file():
         return None
     kind = filesystem(s.output_dir)

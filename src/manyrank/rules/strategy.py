@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
-from ..topology.strategies import is_on
-from .rule import Rule, Situation, unless
+from ..topology.strategies import Engine
+from ..topology.strategy_files import is_on
+from .context import RunContext
+from .rule import Rule, unless
 
 # What a YAML may not say beside a DeepSpeed JSON (accelerate 1.15, DeepSpeedPlugin._deepspeed_config_checks).
 BESIDE_JSON = (
@@ -33,7 +35,7 @@ OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
-def _precision(s: Situation) -> str | None:
+def _precision(s: RunContext) -> str | None:
     asked = str(s.files.accelerate.get("mixed_precision") or "no").lower()
     computes = "bf16" if s.bf16 else "no"
     if asked not in ("no", "fp16", computes):
@@ -45,11 +47,11 @@ def _precision(s: Situation) -> str | None:
     return None
 
 
-def _name(s: Situation) -> str:
+def _name(s: RunContext) -> str:
     return "bf16" if s.bf16 else "float32"
 
 
-def _fp16(s: Situation) -> str | None:
+def _fp16(s: RunContext) -> str | None:
     files = []
     if str(s.files.accelerate.get("mixed_precision")).lower() == "fp16":
         files.append(s.files.accelerate_file)
@@ -59,7 +61,7 @@ def _fp16(s: Situation) -> str | None:
     return f"fp16 in {' and '.join(files)}{trained}" if files else None
 
 
-def _beside_json(s: Situation) -> str | None:
+def _beside_json(s: RunContext) -> str | None:
     if not s.files.section("deepspeed_config").get("deepspeed_config_file"):
         return None
     # In a process that accelerate has launched, its own default stands there.
@@ -68,44 +70,37 @@ def _beside_json(s: Situation) -> str | None:
     return f"{', '.join(found)} beside deepspeed_config_file in {s.files.accelerate_file}" if found else None
 
 
-def _node_facts(s: Situation) -> str | None:
+def _node_facts(s: RunContext) -> str | None:
     found = [key for key in NODE_FACTS if key in s.files.accelerate]
     return f"{', '.join(found)} in {s.files.accelerate_file}" if found else None
 
 
-def _owned(s: Situation) -> str | None:
+def _owned(s: RunContext) -> str | None:
     found = [f"{key}: {s.files.deepspeed[key]}" for key in OWNED if s.files.deepspeed.get(key, "auto") != "auto"]
     return f"{', '.join(found)} in {s.files.deepspeed_file}" if found else None
 
 
-def _own_optimizer(s: Situation) -> str | None:
+def _own_optimizer(s: RunContext) -> str | None:
     found = [key for key in ("optimizer", "scheduler") if key in s.files.deepspeed]
     return f"{' and '.join(found)} in {s.files.deepspeed_file}" if found else None
 
 
-def _stage(s: Situation) -> str | None:
+def _stage(s: RunContext) -> str | None:
     """What accelerate launch was given is compared when it has come up (see `parallel.accelerator`)."""
-    kind = (
-        "DEEPSPEED"
-        if s.strategy.startswith("zero")
-        else "FSDP"
-        if "fsdp" in s.strategy or s.strategy == "hsdp"
-        else None
-    )
-    kind = kind or {"single": "NO"}.get(s.strategy, "MULTI_GPU")
-    if not s.launched and s.files.kind not in (kind, "MULTI_CPU"):
+    engine = s.strategy.engine
+    if not s.launched and s.files.kind not in (engine, "MULTI_CPU"):
         return f"strategy {s.strategy}, and distributed_type {s.files.kind} in {s.files.accelerate_file}"
-    if kind != "DEEPSPEED" or s.files.kind != kind or str(s.files.zero_stage) == s.strategy.removeprefix("zero")[:1]:
+    if s.files.kind != engine or s.files.zero_stage == s.strategy.zero_stage:
         return None
     place = s.files.deepspeed_file or "the accelerate config"
     return f"strategy {s.strategy}, and stage {s.files.zero_stage} in {place}"
 
 
 def _fsdp(key: str, value: str):
-    return lambda s: s.files.kind == "FSDP" and str(s.files.section("fsdp_config").get(key)).lower() == value
+    return lambda s: s.files.kind == Engine.FSDP and str(s.files.section("fsdp_config").get(key)).lower() == value
 
 
-def _checkpoints(s: Situation) -> bool:
+def _checkpoints(s: RunContext) -> bool:
     return s.config.gradient_checkpointing not in ("auto", "off", 0)
 
 
@@ -115,7 +110,10 @@ ONE_PROCESS = Rule(
     "processes-of-single",
     "error",
     ("strategy",),
-    unless(lambda s: s.strategy == "single" and s.world_size > 1, "strategy single with {s.world_size} processes"),
+    unless(
+        lambda s: s.strategy.engine is Engine.SINGLE and s.world_size > 1,
+        "strategy single with {s.world_size} processes",
+    ),
     reason="It has no process group: each process would train by itself and write the same folder.",
     fix="use ddp, or one process",
 )
@@ -182,7 +180,7 @@ SHARDING_RULES = (
         "error",
         ("strategy",),
         unless(
-            lambda s: s.files.kind == "FSDP" and s.files.offloads_parameters and not s.gpus,
+            lambda s: s.files.kind == Engine.FSDP and s.files.offloads_parameters and not s.gpus,
             "{s.strategy} without GPUs",
         ),
         reason="FSDP's offload moves shards between host and GPU memory.",
@@ -213,7 +211,7 @@ SHARDING_RULES = (
         "error",
         ("optim", "strategy"),
         unless(
-            lambda s: s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in ("FSDP", "DEEPSPEED"),
+            lambda s: s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in (Engine.FSDP, Engine.DEEPSPEED),
             "{c.optim} under {s.strategy}",
         ),
         reason="bitsandbytes' optimizers keep 8-bit or paged state that FSDP and DeepSpeed cannot shard: under FSDP2 they "
@@ -251,7 +249,9 @@ HSDP_RULES = (
         "shard-size-without-hsdp",
         "error",
         ("hsdp_shard_size", "strategy"),
-        unless(lambda s: bool(s.config.hsdp_shard_size) and s.strategy != "hsdp", "hsdp_shard_size under {s.strategy}"),
+        unless(
+            lambda s: bool(s.config.hsdp_shard_size) and not s.strategy.replicas, "hsdp_shard_size under {s.strategy}"
+        ),
         reason="It says how many processes share one copy of the model, and only hsdp has several copies of shards.",
         fix="give --strategy hsdp, or leave hsdp_shard_size out",
     ),
@@ -259,7 +259,7 @@ HSDP_RULES = (
         "hsdp-without-shards",
         "error",
         ("strategy",),
-        unless(lambda s: s.strategy == "hsdp" and s.shards == 1, "hsdp with one process on a machine"),
+        unless(lambda s: s.strategy.replicas and s.shards == 1, "hsdp with one process on a machine"),
         reason="A copy of the model lies on one machine, and there is nothing to shard.",
         fix="use ddp, or more processes on each machine (--nproc)",
     ),
@@ -268,7 +268,7 @@ HSDP_RULES = (
         "error",
         ("hsdp_shard_size", "strategy"),
         unless(
-            lambda s: s.strategy == "hsdp" and bool(s.nproc % s.shards or s.world_size % s.shards),
+            lambda s: s.strategy.replicas and bool(s.nproc % s.shards or s.world_size % s.shards),
             "the {s.nproc} processes of this machine, or all {s.world_size}, do not divide into copies of {s.shards}",
         ),
         reason="The shards of a copy are gathered for every layer, which is what the links inside a machine are for.",
@@ -279,7 +279,7 @@ HSDP_RULES = (
         "error",
         ("strategy", "hsdp_shard_size"),
         unless(
-            lambda s: s.strategy == "hsdp" and s.world_size < 2 * s.shards and not s.world_size % s.shards,
+            lambda s: s.strategy.replicas and s.world_size < 2 * s.shards and not s.world_size % s.shards,
             "hsdp with one copy of the model, on {s.world_size} processes",
         ),
         reason="With one copy accelerate takes plain FSDP, without a word.",
@@ -290,7 +290,7 @@ HSDP_RULES = (
         "error",
         ("elastic", "strategy", "hsdp_shard_size"),
         unless(
-            lambda s: s.strategy == "hsdp" and s.config.elastic and s.nproc < 2 * s.shards,
+            lambda s: s.strategy.replicas and s.config.elastic and s.nproc < 2 * s.shards,
             "an elastic run under hsdp",
         ),
         reason="It may end on one machine, and hsdp needs two copies of the model.",
@@ -346,7 +346,7 @@ FILE_RULES = (
         "error",
         ("yaml:fsdp_config.fsdp_version",),
         unless(
-            lambda s: s.files.kind == "FSDP" and not _fsdp("fsdp_version", "2")(s),
+            lambda s: s.files.kind == Engine.FSDP and not _fsdp("fsdp_version", "2")(s),
             "FSDP version 1 in {s.files.accelerate_file}",
         ),
         reason="Version 1 takes parameters their names and shapes, and checkpoints here go by both: a resumed adapter would "

@@ -19,22 +19,22 @@ from pathlib import Path
 from safetensors import safe_open
 
 from ..config.args import Parser
-from ..config.resolve import TrainConfig, asset, resolve
+from ..config.resolve import TrainConfig, resolve
 from ..errors import EXIT_FAILED, UserError
+from ..project_files import asset
 from ..runs.logs import read_metrics
 from ..signals import die_with_parent
 from ..topology import gpus as hardware
+from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
 
-STRATEGIES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")
+COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not Engine.SINGLE and not s.offload]
 METHODS = ("lora", "qlora", "full")
 LAUNCHERS = ("accelerate", "torchrun")
-EXPECTED = {
-    "single": ("", ("NO",)),
-    "ddp": ("DistributedDataParallel", ("MULTI_GPU", "MULTI_CPU")),
-    "fsdp": ("FSDP", ("FSDP",)),
-    "hsdp": ("FSDP", ("FSDP",)),
-    "zero2": ("DeepSpeedEngine", ("DEEPSPEED",)),
-    "zero3": ("DeepSpeedEngine", ("DEEPSPEED",)),
+WRAPPERS = {
+    Engine.SINGLE: "",
+    Engine.DDP: "DistributedDataParallel",
+    Engine.FSDP: "FSDP",
+    Engine.DEEPSPEED: "DeepSpeedEngine",
 }
 TOLERANCE = {"no": 1e-5, "bf16": 2e-2}  # largest difference of losses and gradient norms; bf16 rounds at 4e-3
 SHARD_SLACK = 1.05  # padding of uneven shards
@@ -42,12 +42,29 @@ SHARD_SLACK = 1.05  # padding of uneven shards
 
 @dataclass(frozen=True)
 class Case:
-    strategy: str
+    """One launch: a method on a strategy, by a launcher; `nproc` processes of verify's own --nproc."""
+
+    strategy: Strategy
     method: str
     via: str
+    nproc: int
 
     def __str__(self) -> str:
         return f"{self.method} {self.strategy} {self.via}"
+
+    @property
+    def shards(self) -> int:
+        """Processes that share one copy of the base."""
+        if "parameters" not in self.strategy.shards:
+            return 1
+        return self.nproc // 2 if self.strategy.replicas else self.nproc
+
+    @property
+    def mesh(self) -> list[int]:
+        """The mesh on which FSDP's parameters are to lie."""
+        if self.strategy.engine is not Engine.FSDP:
+            return []
+        return [2, self.shards] if self.strategy.replicas else [self.shards]
 
 
 @dataclass(frozen=True)
@@ -61,34 +78,23 @@ class Outcome:
     error: str = ""
 
 
-def cases(methods: Sequence[str], strategies: Sequence[str], launchers: Sequence[str]) -> Iterator[Case]:
+def cases(methods: Sequence[str], strategies: Sequence[str], launchers: Sequence[str], nproc: int) -> Iterator[Case]:
     """For each method one single-process run to compare with, then the others."""
     for method in methods:
-        yield Case("single", method, "python")
-        for strategy in strategies:
+        yield Case(default_strategy(1), method, "python", 1)
+        for strategy in (STRATEGIES[name] for name in strategies):
             for via in launchers:
-                yield Case(strategy, method, via)
+                yield Case(strategy, method, via, processes(strategy, nproc))
 
 
-def processes(strategy: str, nproc: int) -> int:
+def processes(strategy: Strategy, nproc: int) -> int:
     """Processes of a case: hsdp has two copies of the model on this machine, each in shards."""
-    return {"single": 1, "hsdp": max(4, nproc // 2 * 2)}.get(strategy, nproc)
+    return max(4, nproc // 2 * 2) if strategy.replicas else nproc
 
 
 def fitting(nproc: int, gpus: int) -> tuple[str, ...]:
     """The strategies that a machine can run; on CPUs all."""
-    return tuple(name for name in STRATEGIES if not gpus or processes(name, nproc) <= max(nproc, gpus))
-
-
-def shards(strategy: str, nproc: int) -> int:
-    """How many of them share one copy of the base."""
-    return {"fsdp": nproc, "zero3": nproc, "hsdp": processes("hsdp", nproc) // 2}.get(strategy, 1)
-
-
-def mesh(strategy: str, nproc: int) -> list[int]:
-    """The mesh on which FSDP's parameters are to lie."""
-    each = shards(strategy, nproc)
-    return {"fsdp": [each], "hsdp": [2, each]}.get(strategy, [])
+    return tuple(name for name in COMPARED if not gpus or processes(STRATEGIES[name], nproc) <= max(nproc, gpus))
 
 
 def batch_arguments(config: TrainConfig, nproc: int) -> list[str]:
@@ -96,10 +102,10 @@ def batch_arguments(config: TrainConfig, nproc: int) -> list[str]:
     return [f"--global_batch_size={config.batch(nproc)}", "--gradient_accumulation_steps=none"]
 
 
-def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int, more: Sequence[str] = ()) -> Outcome:
+def run(case: Case, recipe: str, folder: Path, *, steps: int, more: Sequence[str] = ()) -> Outcome:
     """Launch one case in `folder` with `more` arguments and read what it wrote."""
     output = folder / str(case).replace(" ", "-")
-    each = [f"--hsdp_shard_size={shards('hsdp', nproc)}"] if case.strategy == "hsdp" else []
+    each = [f"--hsdp_shard_size={case.shards}"] if case.strategy.replicas else []
     argv = [
         sys.executable,
         "-m",
@@ -109,7 +115,7 @@ def run(case: Case, recipe: str, folder: Path, *, nproc: int, steps: int, more: 
         f"--method={case.method}",
         f"--strategy={case.strategy}",
         f"--via={case.via}",
-        f"--nproc={processes(case.strategy, nproc)}",
+        f"--nproc={case.nproc}",
         f"--max_steps={steps}",
         "--logging_steps=1",
         "--lora_dropout=0",
@@ -141,21 +147,20 @@ def difference(one: Sequence[float], other: Sequence[float]) -> float:
     return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(one, other))
 
 
-def problems(case: Case, outcome: Outcome, single: Outcome, nproc: int) -> list[str]:
+def problems(case: Case, outcome: Outcome, single: Outcome) -> list[str]:
     """Everything that is wrong with a case; none is right."""
     if outcome.error:
         return [outcome.error]
-    facts, (wrapper, types) = outcome.facts, EXPECTED[case.strategy]
-    found = []
-    if not facts["wrapper"].startswith(wrapper):
+    facts, found = outcome.facts, []
+    if not facts["wrapper"].startswith(WRAPPERS[case.strategy.engine]):
         found.append(f"wrapped as {facts['wrapper']}")
-    if facts["distributed_type"] not in types:
+    if facts["distributed_type"].replace("MULTI_CPU", Engine.DDP) != case.strategy.engine:
         found.append(f"came up as {facts['distributed_type']}")
-    if facts["world_size"] != processes(case.strategy, nproc):
+    if facts["world_size"] != case.nproc:
         found.append(f"{facts['world_size']} processes")
-    if facts["mesh"] != mesh(case.strategy, nproc):
+    if facts["mesh"] != case.mesh:
         found.append(f"parameters on a mesh of {facts['mesh']}")
-    if max(facts["base_bytes_here"]) > SHARD_SLACK * facts["base_bytes"] / shards(case.strategy, nproc):
+    if max(facts["base_bytes_here"]) > SHARD_SLACK * facts["base_bytes"] / case.shards:
         found.append(f"a rank holds {share(facts):.0%} of the base")
     if outcome.saved_tensors != facts["trainable_tensors"]:
         found.append(f"saved {outcome.saved_tensors} of {facts['trainable_tensors']} tensors")
@@ -188,11 +193,11 @@ def main(argv: Sequence[str]) -> int:
     recipe = resolve(options.recipe).config
     with tempfile.TemporaryDirectory(prefix="manyrank-verify-") as temporary:
         folder = Path(options.keep or temporary)
-        for case in cases(options.methods, options.strategies, options.via):
+        for case in cases(options.methods, options.strategies, options.via, options.nproc):
             batch = batch_arguments(recipe, options.nproc)
-            outcome = run(case, options.recipe, folder, nproc=options.nproc, steps=options.steps, more=batch)
-            single = outcome if case.strategy == "single" else single
-            bad = problems(case, outcome, single, options.nproc)
+            outcome = run(case, options.recipe, folder, steps=options.steps, more=batch)
+            single = outcome if case.strategy.engine is Engine.SINGLE else single
+            bad = problems(case, outcome, single)
             wrong += bool(bad)
             print(_row(case, outcome, single, bad), flush=True)
     print("all the same" if not wrong else f"{wrong} cases are wrong")
@@ -200,7 +205,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _row(case: Case, outcome: Outcome, single: Outcome, bad: list[str]) -> str:
-    head = f"{case.method:<7} {case.strategy:<8} {case.via:<10} "
+    head = f"{case.method:<7} {case.strategy.name:<8} {case.via:<10} "
     if outcome.error:
         return head + f"WRONG: {outcome.error}"
     return (
@@ -227,7 +232,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=4, help="steps of each run (default: 4)")
     parser.add_argument("--methods", type=_among(METHODS), default=METHODS, help=",".join(METHODS))
-    parser.add_argument("--strategies", type=_among(STRATEGIES), help=",".join(STRATEGIES))
+    parser.add_argument("--strategies", type=_among(COMPARED), help=",".join(COMPARED))
     parser.add_argument("--via", type=_among(LAUNCHERS), default=LAUNCHERS, help=",".join(LAUNCHERS))
     parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there")
     options = parser.parse_args(argv)
@@ -239,8 +244,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         )
     if not options.strategies:
         options.strategies = fitting(options.nproc, gpus)
-        for name in set(STRATEGIES) - set(options.strategies):
-            print(f"left out: {name}, which needs {processes(name, options.nproc)} GPUs")
+        for name in set(COMPARED) - set(options.strategies):
+            print(f"left out: {name}, which needs {processes(STRATEGIES[name], options.nproc)} GPUs")
     return options
 
 

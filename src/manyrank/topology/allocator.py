@@ -1,23 +1,18 @@
 """How torch's allocator on GPUs gets memory: in segments that grow, where the run goes with them.
 
 Micro-batches of different lengths fragment the default segments: Llama-3.1-8B with LoRA held 79.1 GiB for 61.3
-allocated, and 61.6 with segments that grow. vLLM in the same process does not work with them.
+allocated, and 61.6 with segments that grow. vLLM in the same process does not work with them (see
+`TrainConfig.expandable_segments`).
 """
 
 from __future__ import annotations
 
 import os
 
-from ..config.schema import TrainConfig
 from .gpus import Hardware
 
 NAME, OLD_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch before 2.9 knows the second only
 EXPANDABLE = "expandable_segments:True"
-
-
-def may_expand(config: TrainConfig) -> bool:
-    """Whether a recipe goes with segments that grow."""
-    return not (config.is_grpo and config.use_vllm == "colocate")
 
 
 def allocator(machine: Hardware, *, expandable: bool) -> dict[str, str]:

@@ -13,32 +13,6 @@ CPU_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True)
-class Gpu:
-    name: str
-    memory: int  # bytes
-    compute_capability: tuple[int, int]
-
-    @property
-    def has_bf16(self) -> bool:
-        return self.compute_capability >= (8, 0)
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The visible GPUs, the CPU and the memory (bytes; None: not known) of one machine."""
-
-    gpus: tuple[Gpu, ...]
-    cpu_cores: int
-    cpu_bf16: bool
-    memory: int | None = None
-
-    @property
-    def has_bf16(self) -> bool:
-        """Whether bf16 matrix products are native on what a run would use."""
-        return all(gpu.has_bf16 for gpu in self.gpus) if self.gpus else self.cpu_bf16
-
-
-@dataclass(frozen=True)
 class GpuKind:
     """What a kind of GPU is known for, by its maker's figures.
 
@@ -61,6 +35,45 @@ class GpuKind:
     network: float
     price: float
     has_bf16: bool = True
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU. `memory` in bytes, 0 where it is not known; `planned` is the kind of a GPU that is not here."""
+
+    name: str
+    memory: int
+    compute_capability: tuple[int, int]
+    planned: GpuKind | None = None
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.compute_capability >= (8, 0)
+
+    @property
+    def kind(self) -> GpuKind | None:
+        """What its maker says of it; None: not known."""
+        return self.planned or find_kind(self.name, self.memory or None)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The visible GPUs, the CPU and the memory (bytes; None: not known) of one machine."""
+
+    gpus: tuple[Gpu, ...]
+    cpu_cores: int
+    cpu_bf16: bool
+    memory: int | None = None
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether bf16 matrix products are native on what a run would use."""
+        return all(gpu.has_bf16 for gpu in self.gpus) if self.gpus else self.cpu_bf16
+
+    @property
+    def smallest_gpu(self) -> Gpu | None:
+        """The one with the least memory, which decides what fits."""
+        return min(self.gpus, key=lambda gpu: gpu.memory, default=None)
 
 
 def _kind(

@@ -27,11 +27,6 @@ class Topology:
         return self.world_size // self.local_world_size
 
 
-def default_strategy(world_size: int) -> str:
-    """What a recipe without a strategy runs on."""
-    return "single" if world_size == 1 else "ddp"
-
-
 def from_environment(environ: Mapping[str, str] = os.environ) -> Topology:
     """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; one process if there are none.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,20 +11,23 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers.utils import logging
 
-from ..config.resolve import TrainConfig
+from ..config.resolve import Resolved, TrainConfig
 from ..errors import OutOfMemory, UserError
 from ..models.spec import from_config
 from ..plan import memory, planner
 from ..plan.memory import GiB
-from ..plan.planned_run import Setup
+from ..plan.planned_run import PlannedRun
+from ..rules.context import RunContext
+from ..topology import gpus, strategy_files
 from ..topology.ranks import Topology
+from ..topology.strategies import STRATEGIES, Engine, Strategy, find_strategy
 
 logger = logging.get_logger(__name__)
 
 
-def foresee(
+def plan_run(
     config: TrainConfig, accelerator: Accelerator, place: Topology, model_config: dict, *, bf16: bool
-) -> Setup | None:
+) -> PlannedRun | None:
     """What this run comes to; None where the model's config cannot be read.
 
     Args:
@@ -34,18 +38,20 @@ def foresee(
     except UserError as error:
         logger.warning("nothing is planned: %s", error.what)
         return None
-    gpu = accelerator.device.type == "cuda"
-    name = config.strategy or _name(accelerator)
-    setup = Setup(config, shape, name, place.local_world_size, place.nnodes, bf16=bf16, gpu=gpu)
-    return planner.settled(setup, _least_memory(accelerator) if gpu else None)
+    strategy = STRATEGIES[config.strategy] if config.strategy else _active_strategy(accelerator)
+    resolved = Resolved(config.model_copy(update={"bf16": bf16}))
+    context = RunContext(resolved, strategy, place.local_world_size, place.world_size, gpus.probe())
+    context = replace(context, launched=strategy_files.from_environment())
+    run = PlannedRun(context, shape)
+    return planner.settled(run, _least_memory(accelerator) if run.gpu else None)
 
 
-def _name(accelerator: Accelerator) -> str:
-    """A strategy for what came up, where nobody named one."""
+def _active_strategy(accelerator: Accelerator) -> Strategy:
+    """The strategy of what came up, where nobody named one."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
-        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
-    return {DistributedType.FSDP: "fsdp", DistributedType.NO: "single"}.get(kind, "ddp")
+        return find_strategy(Engine.DEEPSPEED, zero_stage=accelerator.deepspeed_plugin.zero_stage)
+    return find_strategy({DistributedType.FSDP: Engine.FSDP, DistributedType.NO: Engine.SINGLE}.get(kind, Engine.DDP))
 
 
 def _least_memory(accelerator: Accelerator) -> int:
@@ -54,23 +60,23 @@ def _least_memory(accelerator: Accelerator) -> int:
     return int(accelerator.gather(mine).min())
 
 
-def told(setup: Setup, config: TrainConfig) -> str | None:
+def describe_checkpointing(run: PlannedRun, config: TrainConfig) -> str | None:
     """What was settled that the recipe left open."""
-    found = setup.config.gradient_checkpointing
+    found = run.config.gradient_checkpointing
     if config.gradient_checkpointing != "auto" or found == "off":
         return None
-    layers = setup.shape.depth if found == "full" else found
-    needed = memory.estimate(setup).needed / GiB
+    layers = run.shape.depth if found == "full" else found
+    needed = memory.estimate(run).needed / GiB
     return (
-        f"gradient checkpointing: {layers} of {setup.shape.depth} layers, with which a GPU needs about {needed:.1f} GiB"
+        f"gradient checkpointing: {layers} of {run.shape.depth} layers, with which a GPU needs about {needed:.1f} GiB"
     )
 
 
-def compared(setup: Setup, folder: Path) -> str | None:
+def compare_with_measured(run: PlannedRun, folder: Path) -> str | None:
     """Planned against measured memory of this rank's GPU, also written to logs/memory.json; None without a GPU."""
-    if not setup.gpu:
+    if not run.gpu:
         return None
-    planned = memory.estimate(setup)
+    planned = memory.estimate(run)
     held, free, total = torch.cuda.max_memory_reserved(), *torch.cuda.mem_get_info()
     facts = {
         "planned_bytes": planned.peak,
@@ -92,19 +98,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def out_of_memory(setup: Setup, *, step: int, measured: int) -> OutOfMemory:
+def out_of_memory(run: PlannedRun, *, step: int, measured: int) -> OutOfMemory:
     """What the plan said, what was there, and what to change.
 
     Args:
         measured: bytes that this process held at most.
     """
-    planned, config = memory.estimate(setup), setup.config
+    planned, config = memory.estimate(run), run.config
     return OutOfMemory(
         f"out of memory in step {step}: planned were {planned.peak / GiB:.2f} GiB, most of it for {_most(planned)}; "
         f"this process held {measured / GiB:.2f} GiB",
         where=f"micro-batch {config.per_device_train_batch_size} x {config.max_length} tokens, gradient_checkpointing "
-        f"{config.gradient_checkpointing}, strategy {setup.strategy}",
-        fix="; or ".join(_ways(setup)) or "take a smaller model, a shorter max_length or more GPUs",
+        f"{config.gradient_checkpointing}, strategy {run.strategy}",
+        fix="; or ".join(_ways(run)) or "take a smaller model, a shorter max_length or more GPUs",
     )
 
 
@@ -112,18 +118,19 @@ def _most(planned: memory.Memory) -> str:
     return max(planned.parts, key=planned.parts.__getitem__)
 
 
-def _ways(setup: Setup) -> list[str]:
+def _ways(run: PlannedRun) -> list[str]:
     """Changes that need less memory, with what the plan says of them."""
-    config, here = setup.config, memory.estimate(setup).peak
+    config, here = run.config, memory.estimate(run).peak
     changes = {}
     if config.per_device_train_batch_size > 1:
         half = config.per_device_train_batch_size // 2
-        changes[f"--per_device_train_batch_size {half}"] = setup.with_options(per_device_train_batch_size=half)
-    if setup.checkpointed < setup.shape.depth:
-        changes["--gradient_checkpointing full"] = setup.with_options(gradient_checkpointing="full")
-    if setup.world > 1 and setup.strategy in ("ddp", "zero2") and config.method != "int8":
-        changes["--strategy fsdp"] = setup.on("fsdp")
+        changes[f"--per_device_train_batch_size {half}"] = run.with_options(per_device_train_batch_size=half)
+    if run.checkpointed < run.shape.depth:
+        changes["--gradient_checkpointing full"] = run.with_options(gradient_checkpointing="full")
+    if run.world > 1 and not run.sharded and config.method != "int8":
+        sharded = find_strategy(Engine.FSDP)
+        changes[f"--strategy {sharded}"] = run.on(sharded)
     if config.method == "lora":
-        changes["--method qlora"] = setup.with_options(method="qlora")
+        changes["--method qlora"] = run.with_options(method="qlora")
     needs = {name: memory.estimate(other).peak for name, other in changes.items()}
     return [f"{name} (about {need / GiB:.2f} GiB)" for name, need in needs.items() if need < here]

@@ -8,7 +8,7 @@ import torch
 
 from ..data.loader import Step
 from ..plan import speed
-from ..plan.planned_run import Setup
+from ..plan.planned_run import PlannedRun
 from ..runs.logs import peak_memory
 from ..topology import gpus as hardware
 from ..topology.gpus import GpuKind
@@ -31,12 +31,12 @@ class Meter:
     """Adds up steps, and makes a line of metrics of them.
 
     Args:
-        setup: what the run comes to; None where it is not known.
+        planned: what the run comes to; None where it is not known.
         kind: of the GPUs that compute; None on a CPU, and for kinds that are not known: then there is no MFU.
     """
 
-    def __init__(self, device_type: str, setup: Setup | None = None, kind: GpuKind | None = None) -> None:
-        self.device_type, self.setup, self.kind = device_type, setup, kind
+    def __init__(self, device_type: str, planned: PlannedRun | None = None, kind: GpuKind | None = None) -> None:
+        self.device_type, self.planned, self.kind = device_type, planned, kind
         self.window = Window()
 
     def add(self, step: Step, loss: float, seconds: float) -> None:
@@ -77,12 +77,12 @@ class Meter:
         }
 
     def _mfu(self, window: Window) -> dict[str, float]:
-        if self.setup is None or self.kind is None:
+        if self.planned is None or self.kind is None:
             return {}
         operations = window.tokens * speed.needed(
-            self.setup, supervised=window.supervised / window.tokens, length=window.squares / window.tokens
+            self.planned, supervised=window.supervised / window.tokens, length=window.squares / window.tokens
         )
-        rate = speed.rate(self.setup, self.kind) * self.setup.world
+        rate = speed.rate(self.planned, self.kind) * self.planned.world
         return {"mfu": round(operations / window.seconds / rate, 4)}
 
     def state(self) -> dict:

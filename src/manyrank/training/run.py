@@ -38,11 +38,11 @@ from ..models.positions import check_lengths
 from ..parallel import accelerator as strategy
 from ..parallel import compile_locks
 from ..parallel.engine import prepare as prepare_runtime
-from ..plan.planned_run import Setup
+from ..plan.planned_run import PlannedRun
 from ..runs import artifact
 from ..topology.ranks import Topology
 from . import trackers
-from .memory import foresee, told
+from .memory import describe_checkpointing, plan_run
 from .metrics import Meter, kind_of
 from .optim import build_optimizer
 from .packing_trial import prove as prove_packing
@@ -125,8 +125,10 @@ def _open(
     train, evaluation, questions = _data(config, tokenizer, needed, task, brought.model)
     if accelerator.is_main_process:
         _tell(config, train, evaluation)
-    setup = _foreseen(config, accelerator, place, brought.model, bf16=bf16)
-    config = setup.config if setup else config
+    planned = _plan(config, accelerator, place, brought.model, bf16=bf16)
+    if planned:
+        settled = planned.config.gradient_checkpointing
+        config = config.model_copy(update={"gradient_checkpointing": settled})
     base, give_back = _fingerprint(brought.model), _lent(brought.model)
     heart.beat(0, "loading the model")
     model = _model(config, accelerator, brought.model, bf16=bf16)
@@ -147,7 +149,7 @@ def _open(
         needed=needed,
         bf16=bf16,
     )
-    meter = Meter(accelerator.device.type, setup, kind_of(accelerator.device))
+    meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
     given = {"callbacks": brought.callbacks, "loss": brought.loss, "heart": heart}
     trainer = kind(config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run, meter=meter, **given)
     heart.beat(0, "trying the loss on a small example")
@@ -155,7 +157,7 @@ def _open(
     start = _with_changes(start, trainer.run, config)
     _tell_balance(config, trainer, accelerator)
     own_tokenizer = brought.tokenizer is not None
-    return Session(config, runtime, tokenizer, trainer, output_dir, start, setup, own_tokenizer, give_back)
+    return Session(config, runtime, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
 
 
 def _amounts(config: TrainConfig, start: Start, processes: int) -> tuple[TrainConfig, int | None]:
@@ -246,14 +248,14 @@ def _tell_balance(config: TrainConfig, trainer: Trainer, accelerator: Accelerato
         print(f"packing: {config.packing}; {balance}", flush=True)
 
 
-def _foreseen(
+def _plan(
     config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, bf16: bool
-) -> Setup | None:
+) -> PlannedRun | None:
     shape = own.config.to_dict() if own else read_config(config)
-    setup = foresee(config, accelerator, place, shape, bf16=bf16)
-    if setup and accelerator.is_main_process and (note := told(setup, config)):
+    planned = plan_run(config, accelerator, place, shape, bf16=bf16)
+    if planned and accelerator.is_main_process and (note := describe_checkpointing(planned, config)):
         print(note, flush=True)
-    return setup
+    return planned
 
 
 def _model(

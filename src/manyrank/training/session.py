@@ -21,13 +21,13 @@ from ..errors import Preempted, SaveError
 from ..models.generate import answers
 from ..models.load import evaluation_mode
 from ..parallel.engine import Facts, Runtime
-from ..plan.planned_run import Setup
+from ..plan.planned_run import PlannedRun
 from ..rules.check import warnings_of_length
 from ..runs import folder as run_folder
 from ..runs import logs as metrics
 from . import record, trackers
 from .loss import LossFunction
-from .memory import compared, is_out_of_memory, out_of_memory
+from .memory import compare_with_measured, is_out_of_memory, out_of_memory
 from .trainer import Trainer
 
 
@@ -58,7 +58,7 @@ class Session:
     trainer: Trainer
     output_dir: Path
     start: Start
-    setup: Setup | None
+    planned: PlannedRun | None
     own_tokenizer: bool  # a script has brought it
     give_back: Callable[[], None]  # what a script has brought, as it was
 
@@ -129,7 +129,11 @@ class Session:
 
     def _compare(self) -> None:
         with metrics.beside_the_point():
-            if self.setup and self.accelerator.is_main_process and (line := compared(self.setup, self.output_dir)):
+            if (
+                self.planned
+                and self.accelerator.is_main_process
+                and (line := compare_with_measured(self.planned, self.output_dir))
+            ):
                 self.say(line)
 
     def _recorded(self, facts: Facts, report: Callable[[Path], object]) -> contextlib.AbstractContextManager:
@@ -152,10 +156,10 @@ class Session:
         try:
             yield
         except RuntimeError as error:
-            if self.setup is None or not is_out_of_memory(error):
+            if self.planned is None or not is_out_of_memory(error):
                 raise
             held = metrics.peak_memory(self.accelerator.device.type)
-            raise out_of_memory(self.setup, step=self.trainer.state.global_step + 1, measured=held) from None
+            raise out_of_memory(self.planned, step=self.trainer.state.global_step + 1, measured=held) from None
 
     def save_final_model(self) -> Path:
         """Write final_model/, complete or not at all."""

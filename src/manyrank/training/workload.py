@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..config.resolve import asset
 from ..models.tiny import CHAT_TEMPLATE, END, START, STOP
+from ..project_files import asset
 
 BESIDE = ("gsm8k_train.jsonl", "alpaca_en_demo.json")  # files of DATA, mixed half and half
 DATA = asset("..", "shared", "data")

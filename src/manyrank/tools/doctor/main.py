@@ -23,15 +23,18 @@ from typing import Any
 
 from ... import __version__
 from ...config.args import JOBS, CommandLine, Parser, parse, parser
-from ...config.resolve import Resolved, asset
+from ...config.resolve import Resolved
 from ...errors import EXIT_FAILED, UserError
 from ...launch import command as launcher
-from ...launch.main import decide
+from ...launch.main import resolve_launch
 from ...plan.planner import Plan
+from ...project_files import asset
 from ...rules import check as rules
+from ...rules.context import RunContext
 from ...rules.rule import Violation
 from ...runs.versions import software
 from ...topology import gpus as hardware
+from ...topology.strategies import Engine, Strategy
 from . import checks as doctor_checks
 from . import probe as doctor_probe
 from . import rank_checks as doctor_rank_checks
@@ -55,7 +58,7 @@ class Scope:
     line: CommandLine
     resolved: Resolved
     machine: hardware.Hardware
-    strategy: str
+    strategy: Strategy
     nproc: int
     output_dir: Path
     limit: int
@@ -138,14 +141,23 @@ def _scope(argv: Sequence[str], limit: int) -> Scope:
     if line.where.max_restarts is not None:
         raise UserError("max_restarts", where="command line", fix="leave it out: nothing is started anew here")
     line = replace(line, recipe=line.recipe or ANY_RECIPE)
-    made = decide(line, hardware.probe())
+    made = resolve_launch(line, hardware.probe())
     output_dir = Path(launcher.output_dir(made.config, made.line))
-    return Scope(made.line, made.resolved, made.machine, made.strategy, made.nproc, output_dir, limit, made.plan)
+    return Scope(
+        made.line,
+        made.context.resolved,
+        made.context.hardware,
+        made.context.strategy,
+        made.context.nproc,
+        output_dir,
+        limit,
+        made.plan,
+    )
 
 
 def _launch(scope: Scope, folder: Path) -> launcher.LaunchPlan:
     """The ranks, started as the training would be; torchrun starts quickest, and alone there is no launcher."""
-    via = scope.line.where.via or (None if scope.ranks == 1 and scope.strategy == "single" else "torchrun")
+    via = scope.line.where.via or (None if scope.ranks == 1 and scope.strategy.engine is Engine.SINGLE else "torchrun")
     line = replace(scope.line, where=replace(scope.line.where, via=via, max_restarts=0))
     return launcher.plan(
         line,
@@ -160,7 +172,7 @@ def _launch(scope: Scope, folder: Path) -> launcher.LaunchPlan:
 def _examine(scope: Scope, launch: launcher.LaunchPlan, folder: Path, run: Path, report: _Report) -> None:
     graphics = doctor_probe.graphics()  # before the ranks use the GPUs
     where = scope.line.where
-    job = {"argv": scope.line.argv, "strategy": scope.strategy, "run": str(run), "timeout": scope.limit}
+    job = {"argv": scope.line.argv, "strategy": scope.strategy.name, "run": str(run), "timeout": scope.limit}
     (folder / "job.json").write_text(json.dumps(job))
     with Ranks(launch, folder) as ranks:
         here = _look(scope, graphics)
@@ -227,18 +239,18 @@ def _resources(scope: Scope, graphics: Graphics, hub: Hub) -> list[Check]:
 
 
 def _broken_rules(scope: Scope) -> list[Violation]:
-    situation = rules.Situation(
+    context = RunContext(
         scope.resolved, scope.strategy, scope.nproc, scope.ranks, scope.machine, output_dir=scope.output_dir
     )
     ignored = [*scope.resolved.config.ignore_warnings, "wandb-without-login"]  # that has a line of its own
-    return [found for found in rules.violations(situation) if found.rule.name not in ignored]
+    return [found for found in rules.violations(context) if found.rule.name not in ignored]
 
 
 def _recipe_facts(scope: Scope, sources: Sequence[Data]) -> dict[str, str]:
     """What must be the same on every machine; of the data what is in it, since its path may differ."""
     values = {key: str(value) for key, value in scope.resolved.config.plain().items() if not key.endswith("data_path")}
     content = {f"data {number}": f"{data.size} bytes {data.digest[:12]}" for number, data in enumerate(sources, 1)}
-    return values | content | {"strategy": scope.strategy, "nproc": str(scope.nproc)}
+    return values | content | {"strategy": scope.strategy.name, "nproc": str(scope.nproc)}
 
 
 def _links(graphics: Graphics, network: Network | None) -> dict[str, dict[str, Any]]:
@@ -348,7 +360,7 @@ class _Report:
             "node_rank": where.node_rank,
             "nnodes": where.nnodes,
             "ranks": self.plan.ranks,
-            "strategy": self.plan.strategy,
+            "strategy": self.plan.strategy.name,
             "checks": [asdict(check) for check in self.checks],
         }
 

@@ -30,6 +30,7 @@ from ...signals import end_with_parent
 from ...topology import gpus as hardware
 from ...topology import ranks as topology
 from ...topology.ranks import Topology
+from ...topology.strategies import STRATEGIES, default_strategy
 from ...training.exits import guarded, leave
 from . import contestants, harness
 from . import report as eval_report
@@ -119,7 +120,9 @@ def _launch(argv: Sequence[str], nproc: int, folder: Path, machine: hardware.Har
         json.dumps(list(argv)), encoding="utf-8"
     )  # torchrun would take --nproc as its own
     program = ("manyrank.tools.evaluate.main", str(folder))
-    plan = launcher.plan(line, strategy="ddp", nproc=nproc, output_dir=str(folder), hardware=machine, program=program)
+    plan = launcher.plan(
+        line, strategy=default_strategy(nproc), nproc=nproc, output_dir=str(folder), hardware=machine, program=program
+    )
     return launcher.run(plan, stay=True)
 
 
@@ -211,7 +214,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     options = _parser().parse_args([_dashed(word) for word in argv])
     options.default_metrics = _list(DEFAULT)
-    if options.strategy not in (None, "single", "ddp"):
+    if options.strategy and (options.strategy not in STRATEGIES or STRATEGIES[options.strategy].shards):
         fix = "each process holds the whole model: leave it out; --quantization 4bit makes the model smaller"
         raise UserError(f"evaluation does not shard models ({options.strategy})", where="--strategy", fix=fix)
     if not options.tasks and (options.tasks_folder or options.shots is not None or options.limit or options.no_chat):

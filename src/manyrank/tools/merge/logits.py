@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...config.resolve import asset
 from ...data.files import file_rows
 from ...data.formats import detect, to_sample
+from ...project_files import asset
 
 SEQUENCES, LENGTH = 3, 32  # tokens that are compared: enough for every layer to matter, little beside the weights
 

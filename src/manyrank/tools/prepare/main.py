@@ -24,13 +24,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from ... import __version__
 from ...chat_template.types import IGNORE, BadRow, Message
 from ...config.args import Parser
-from ...config.resolve import asset, normal
+from ...config.resolve import normal
 from ...config.schema import Columns, Float, Format, Int
 from ...data import sources
 from ...data.dedup import digest
 from ...data.formats import Conversation, PlainText, Sample, detect, to_sample
 from ...data.sources import Source, read_rows
 from ...errors import UserError
+from ...project_files import asset
 from ...runs.folder import written_beside
 from ...runs.yaml_file import read_yaml
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
