@@ -69,7 +69,7 @@ def model_folder(*names: str) -> str:
         (["--nproc", "two"], "--nproc 'two' is not a count", "give a whole number"),
         (
             ["--via", "mpirun"],
-            "--via 'mpirun' is none of python, accelerate, torchrun, slurm, kubernetes",
+            "--via 'mpirun' is none of python, accelerate, torchrun, slurm",
             "choose one",
         ),
     ],

@@ -5,12 +5,10 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import hosts
 import pytest
 from conftest import Run, launch
-from test_submission import POD, pod, prepare
 
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(hosts.available()), reason=str(hosts.available()))]
 STEPS = 14
@@ -125,27 +123,17 @@ def test_an_elastic_run_goes_on_alone(pair, slow, long_run, tmp_path):
     assert run.metrics() == pytest.approx(long_run.metrics(), abs=1e-5)
 
 
-def test_two_pods_that_are_evicted_and_replaced(pair, slow, long_run, tmp_path):
-    """What Kubernetes does with the pods of a job, on two hosts that know pod 0 by its name."""
+def test_two_machines_that_are_stopped_and_started_again(pair, slow, long_run, tmp_path):
+    """What a cluster does that takes a machine away: SIGTERM to one, then the same command on both."""
     args, env = slow
-    args = [arg for arg in args if not arg.startswith("--output_dir")]
-    asked = ("--nproc=1", "--gpus=0", "--nnodes=2", f"--mount_path={tmp_path}")
-    made = prepare(*POD, *asked, *args, "--output_dir=run", "--logging_steps=1", recipe="verify")
-    for host in pair:
-        names = Path("/etc/netns") / host.name / "hosts"
-        names.write_text(f"{names.read_text()}{hosts.NETWORK}.1 run-0.run\n")
-
-    def started() -> list:
-        commands = [pod(made, host.number, GLOO_SOCKET_IFNAME="eth0", **env) for host in pair]
-        return [host.start(*argv, **given) for host, (argv, given) in zip(pair, commands)]
-
-    running = started()
+    running = [host.train(*args, "--via=torchrun", **env) for host in pair]
     wait_for_steps(tmp_path / "run", 5)
     running[1].send_signal(signal.SIGTERM)
     for process in running:
         code, said = finished(process)
         assert code == 75, said
-    ended = [finished(process) for process in started()]
+    again = [host.train(*args, "--via=torchrun", **env) for host in pair]
+    ended = [finished(process) for process in again]
     assert [code for code, _ in ended] == [0, 0], ended
     assert "resumed from " in "".join(said for _, said in ended)
     run = Run(0, "", "", tmp_path / "run")

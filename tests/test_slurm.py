@@ -96,7 +96,6 @@ def test_a_job_is_written_submitted_and_trained(embedded_model, whole_run, tmp_p
         "--cpus=1",
         "--time=10",
         "--partition=all",
-        "--grace=60",
     )
     train = (sys.executable, "-m", "manyrank.cli", "train", "verify", *where, "--submit", "--strategy=ddp")
     with slurm_cluster.cluster() as env:
@@ -111,8 +110,7 @@ def test_a_job_is_written_submitted_and_trained(embedded_model, whole_run, tmp_p
     run = Run(0, "", "", folder)
     assert run.facts()["world_size"] == 2 and run.facts()["wrapper"] == "DistributedDataParallel"
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
-    plan, shown = (folder / "launch" / "plan.txt").read_text(), (folder / "launch" / "job.txt").read_text()
+    plan = (folder / "launch" / "plan.txt").read_text()
     endpoint = re.search(r"--rdzv_endpoint (\S+)", plan)[1]
     assert endpoint == f"{slurm_cluster.NODES[0]}:{29500 + int(job)}"
-    assert shown.replace('"$ENDPOINT"', endpoint).startswith(plan), "what was shown is what ran"
     assert (folder / "launch" / "submitted").read_text() == f"SLURM job {job}\n"

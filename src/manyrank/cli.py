@@ -118,9 +118,9 @@ def _launch(line: CommandLine) -> int:
 
     with ending_at_a_signal():
         if line.where.via in JOBS:
-            from .launch import submission
+            from .launch import slurm
 
-            return submission.main(line)
+            return slurm.main(line)
         from .launch import main as decision
 
         return decision.train(line)

@@ -10,9 +10,8 @@ from typing import Any, Literal, get_args
 from ..errors import UserError
 from .resolve import ALIASES, FIELDS, SWITCHES, Entry, find_recipe, normal, presets, unknown_key
 
-Via = Literal["python", "accelerate", "torchrun", "slurm", "kubernetes"]
-JOBS = ("slurm", "kubernetes")  # these write a job's file, and start nothing on this machine
-JobKind = Literal["job", "trainjob"]
+Via = Literal["python", "accelerate", "torchrun", "slurm"]
+JOBS = ("slurm",)  # these write a job's file, and start nothing on this machine
 YES_NO = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0", "auto", "none"})
 
 
@@ -31,48 +30,30 @@ class Where:
     rdzv_timeout: int = field(default=600, metadata={"help": "seconds that the machines wait for each other"})
     via: Via | None = field(
         default=None,
-        metadata={"help": "python (one process), accelerate, torchrun; or write a job for slurm or kubernetes"},
+        metadata={"help": "python (one process), accelerate, torchrun; or write a job for slurm"},
     )
+    check: bool = field(default=False, metadata={"help": "check the recipe, show the plan and start nothing"})
     print: bool = field(
         default=False, metadata={"help": "show every machine's command, its environment and the files; start nothing"}
     )
 
 
-def _about(text: str, *vias: str) -> dict[str, Any]:
-    return {"help": text, "via": vias or JOBS}
-
-
 @dataclass(frozen=True)
 class Job:
-    """What a job asks its cluster for: flags of `--via slurm` and `--via kubernetes` alone."""
+    """What a job asks its cluster for: flags of `--via slurm` alone."""
 
-    submit: bool = field(default=False, metadata=_about("hand the job in"))
-    job_name: str | None = field(default=None, metadata=_about("its name (default: after the output folder)"))
-    gpus: int | None = field(default=None, metadata=_about("GPUs of each machine (default: one for each process)"))
-    cpus: int | None = field(default=None, metadata=_about("CPU cores of each machine (default: one for each process)"))
-    grace: int | None = field(
-        default=None, metadata=_about("seconds before its end in which it is told to save (default: 120)")
-    )
-    time: str | None = field(
-        default=None, metadata=_about("time limit, as 1-12:00:00 (default: the partition's)", "slurm")
-    )
-    partition: str | None = field(default=None, metadata=_about("partition", "slurm"))
-    account: str | None = field(default=None, metadata=_about("account", "slurm"))
-    k8s_kind: JobKind = field(default="job", metadata=_about("job, or trainjob of Kubeflow's Trainer", "kubernetes"))
-    image: str | None = field(default=None, metadata=_about("a container image that has manyrank", "kubernetes"))
-    namespace: str | None = field(default=None, metadata=_about("namespace (default: kubectl's)", "kubernetes"))
-    pvc: str | None = field(
-        default=None, metadata=_about("PersistentVolumeClaim with the data, and for the run's folder", "kubernetes")
-    )
-    mount_path: str = field(
-        default="/workspace", metadata=_about("where it is mounted; paths are relative to it", "kubernetes")
-    )
+    submit: bool = field(default=False, metadata={"help": "hand the job in"})
+    gpus: int | None = field(default=None, metadata={"help": "GPUs of each machine (default: one for each process)"})
+    cpus: int | None = field(default=None, metadata={"help": "CPU cores of each machine (default: one a process)"})
+    time: str | None = field(default=None, metadata={"help": "time limit, as 1-12:00:00 (default: the partition's)"})
+    partition: str | None = field(default=None, metadata={"help": "partition"})
+    account: str | None = field(default=None, metadata={"help": "account"})
 
 
-COUNTS = ("nproc", "nnodes", "node_rank", "max_restarts", "rdzv_timeout", "gpus", "cpus", "grace")
+COUNTS = ("nproc", "nnodes", "node_rank", "max_restarts", "rdzv_timeout", "gpus", "cpus")
 MAY_BE_ZERO = ("node_rank", "max_restarts", "gpus")
-CHOICES = {"via": get_args(Via), "k8s_kind": get_args(JobKind)}
-SWITCHED = ("print", "submit")
+CHOICES = {"via": get_args(Via)}
+SWITCHED = ("check", "print", "submit")
 
 
 @dataclass(frozen=True)
@@ -110,7 +91,7 @@ def parser(prog: str, *, launch: bool) -> argparse.ArgumentParser:
     made.add_argument("--config", metavar="PRESET", help="the same as RECIPE")
     if launch:
         _add_flags(made.add_argument_group("where to run"), Where)
-        _add_flags(made.add_argument_group("the job (--via slurm or kubernetes)"), Job)
+        _add_flags(made.add_argument_group("the job (--via slurm)"), Job)
     recipe = made.add_argument_group("what to train (also the keys of a recipe)")
     for key, info in FIELDS.items():
         other = [f"--{alias}" for alias, target in ALIASES.items() if target == key]
@@ -138,8 +119,7 @@ def as_grpo(line: CommandLine) -> CommandLine:
 def _add_flags(group, kind: type) -> None:
     for item in fields(kind):
         how = {"action": "store_true"} if item.name in SWITCHED else {"metavar": "X"}
-        only = f" ({item.metadata['via'][0]})" if len(item.metadata.get("via", JOBS)) == 1 else ""
-        group.add_argument(f"--{item.name}", help=item.metadata["help"] + only, default=None, **how)
+        group.add_argument(f"--{item.name}", help=item.metadata["help"], default=None, **how)
 
 
 class _Collect(argparse.Action):
@@ -181,21 +161,16 @@ def _given(found: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 
 def _check_vias(found: argparse.Namespace, via: str | None) -> None:
-    for item in fields(Job):
-        vias = item.metadata["via"]
-        if getattr(found, item.name, None) is not None and via not in vias:
-            raise UserError(
-                f"--{item.name} is for {' and '.join(f'--via {name}' for name in vias)}",
-                where="command line",
-                fix="leave it out, or give that",
-            )
+    given = [item.name for item in fields(Job) if getattr(found, item.name, None) is not None]
+    if given and via not in JOBS:
+        what = f"--{given[0]} is for --via slurm"
+        raise UserError(what, where="command line", fix="leave it out, or give that")
 
 
 def _typed(name: str, value: Any) -> Any:
     if name in CHOICES and value not in CHOICES[name]:
-        raise UserError(
-            f"--{name} {value!r} is none of {', '.join(CHOICES[name])}", where="command line", fix="choose one"
-        )
+        fix = "edit launch/kubernetes.yaml" if value == "kubernetes" else "choose one"
+        raise UserError(f"--{name} {value!r} is none of {', '.join(CHOICES[name])}", where="command line", fix=fix)
     if name in COUNTS:
         if not str(value).isascii() or not str(value).isdigit() or (int(value) == 0 and name not in MAY_BE_ZERO):
             raise UserError(f"--{name} {value!r} is not a count", where="command line", fix="give a whole number")

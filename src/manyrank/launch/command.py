@@ -4,8 +4,8 @@
     accelerate   `accelerate launch --config_file accelerate_configs/NAME.yaml ... -m manyrank.train`
     torchrun     `torchrun ... -m manyrank.train --strategy NAME`; the train module applies the same file
 
-The launchers of accelerate and torch run inside this process, so that a worker's exit code is ours. `submission` makes
-jobs of the torchrun plan.
+The launchers of accelerate and torch run inside this process, so that a worker's exit code is ours. `slurm` makes
+a job of the torchrun plan.
 """
 
 from __future__ import annotations

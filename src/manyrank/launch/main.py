@@ -82,6 +82,8 @@ def train(line: CommandLine) -> int:
         print(launch.text(), end="")
         return 0
     print(f"{resolved.summary()}\n{launch}", flush=True)
+    if line.where.check:
+        return 0
     code = launcher.run(launch, stay=resolved.retries)
     while code == EXIT_MEMORY and resolved.retries and resolved.config.per_device_train_batch_size > 1:
         resolved = resolved.with_half_micro_batch()

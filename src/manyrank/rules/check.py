@@ -70,12 +70,11 @@ def violations(context: RunContext) -> list[Violation]:
     return [Violation(rule, what, context.where(*rule.keys)) for rule, what in found if what]
 
 
-def check(context: RunContext, *, warn: bool = True, files: bool = True) -> None:
+def check(context: RunContext, *, warn: bool = True) -> None:
     """Check the table, and the files that the recipe names; print the warnings.
 
     Args:
         warn: whether to print them; a launched process leaves it to the command that launched it.
-        files: whether those that the recipe names are here; those of a Kubernetes job are on its volume.
 
     Raises:
         UserError: what is wrong; a UserErrors where it is more than one thing.
@@ -88,7 +87,7 @@ def check(context: RunContext, *, warn: bool = True, files: bool = True) -> None
     except UserError as problem:
         problems.append(problem)
     problems += [violation.error() for violation in found if violation.rule.severity == "error"]
-    _raise([*problems, *(_file_problems(context.resolved) if files else [])])
+    _raise([*problems, *_file_problems(context.resolved)])
     for violation in found if warn else []:
         if violation.rule.severity == "warning" and violation.rule.name not in ignored:
             print(f"{violation.warning()}\n", file=sys.stderr, flush=True)
