@@ -10,7 +10,7 @@ RUN      ?= output/$(RECIPE)
 KILLS    ?= 50
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train plan test test-nightly test-slurm test-faults doctor verify chat merge bench bench-data lint clean
+.PHONY: setup train plan test test-nightly test-slurm test-faults doctor verify chat merge bench bench-data lint audit help clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions
 
@@ -61,8 +61,15 @@ story-%: setup launch/stories/%.sh  ## a whole story: traces, pairs, code, chat 
 bench-data: setup  ## the preparation of data, as tables
 	python tests/bench_data.py $(ARGS)
 
-lint: setup
+lint: setup  ## ruff and the types of the packages without torch
 	ruff check . && ruff format --check .
+
+audit: setup  ## known vulnerabilities of the pinned versions
+	pip install -q pip-audit
+	pip-audit --no-deps --disable-pip -r constraints.txt
+
+help:  ## this list
+	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 clean:
 	rm -rf $(VENV) output

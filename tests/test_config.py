@@ -1,10 +1,12 @@
 """Recipes to configs: precedence, other spellings, and errors that name the place."""
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyrank.config.json_schema import recipe_schema
 from manyrank.config.resolve import ALIASES, FIELDS, METHOD_FLAGS, METHODS, SWITCHES, Entry, presets, resolve
 from manyrank.errors import UserError
 from manyrank.project_files import asset
@@ -447,3 +449,26 @@ def test_the_fix_of_a_section_in_a_section_names_its_keys(tmp_path):
     with pytest.raises(UserError, match="training is a section") as refused:
         resolve(str(tmp_path / "recipe.yaml"))
     assert refused.value.fix == "write at the left margin: learning_rate, num_train_epochs, lora_r"
+
+
+# The JSON schema for editors
+
+
+def checked(recipe: dict) -> list[str]:
+    return [error.json_path for error in jsonschema.Draft202012Validator(recipe_schema()).iter_errors(recipe)]
+
+
+@pytest.mark.parametrize("name", presets())
+def test_the_schema_accepts_every_preset(name):
+    recipe = yaml.safe_load(asset("launch", "recipes", f"{name}.yaml").read_text())
+    assert checked(recipe) == []
+
+
+def test_the_schema_accepts_what_recipes_may_say_and_marks_slips():
+    jsonschema.Draft202012Validator.check_schema(recipe_schema())
+    given = {"model": "a/b", "dataset_path": ["a.jsonl", {"path": "b.jsonl", "weight": 2}], "strategy": "auto"}
+    given |= {"use_4bit": True, "gradient_checkpointing": True, "report_to": "wandb", "eval_steps": None}
+    assert checked(given) == []
+    assert checked({"learnin_rate": 1}) == ["$"]
+    assert checked({"strategy": "dpp"}) == ["$.strategy"]
+    assert checked({"lora_r": 0, "packing": "maybe"}) == ["$.lora_r", "$.packing"]

@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "inspect a recipe's data, or prepare a training set from raw rows",
     "doctor": "examine machines, GPUs, links and files before a training",
     "rules": "print what is checked before a run starts",
+    "schema": "print a JSON schema of recipes, by which editors complete keys",
     "report": "a page about a run, or about several runs side by side",
     "verify": "check that every strategy gives the same losses on this machine",
     "evaluate": "loss, answers and benchmarks of a base, a run, an adapter or a merged model",
@@ -79,6 +80,7 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         "data": _data,
         "doctor": _doctor,
         "rules": _rules,
+        "schema": _schema,
         "report": _report,
         "verify": _verify,
         "evaluate": _evaluate,
@@ -164,6 +166,17 @@ def _rules(argv: Sequence[str]) -> int:
 
     argparse.ArgumentParser(prog="manyrank rules", description="Print every rule, as docs/rules.md.").parse_args(argv)
     print(rules.as_markdown(), end="")
+    return 0
+
+
+def _schema(argv: Sequence[str]) -> int:
+    import argparse
+    import json
+
+    from .config.json_schema import recipe_schema
+
+    argparse.ArgumentParser(prog="manyrank schema", description="Print a JSON schema of recipes.").parse_args(argv)
+    print(json.dumps(recipe_schema(), indent=1))
     return 0
 
 
