@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Entry, Resolved, resolve
 from manyrank.models.catalog import read
 from manyrank.plan.memory import estimate
-from manyrank.plan.planned_run import Setup
+from manyrank.plan.planned_run import PlannedRun
+from manyrank.rules.context import RunContext
+from manyrank.topology.gpus import Gpu, Hardware
+from manyrank.topology.strategies import STRATEGIES
 
 FILE = Path(__file__).with_name("memory.md")
 FIGURES = Path(__file__).with_name("published_memory.csv")
@@ -71,7 +74,10 @@ def _planned(row: dict[str, str]) -> int:
         values["lora_r"], values["lora_dropout"] = int(row["lora_r"]), float(row["lora_dropout"])
         values["lora_target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     config = resolve(None, [Entry(key, value, "published_memory.csv") for key, value in values.items()]).config
-    return estimate(Setup(config, read(row["model"]), row["strategy"], int(row["nproc"]))).peak
+    nproc = int(row["nproc"])
+    machine = Hardware((Gpu("of the source", 0, (9, 0)),) * nproc, cpu_cores=nproc, cpu_bf16=True)
+    context = RunContext(Resolved(config), STRATEGIES[row["strategy"]], nproc, nproc, machine)
+    return estimate(PlannedRun(context, read(row["model"]))).peak
 
 
 def text() -> str:

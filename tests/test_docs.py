@@ -1,4 +1,4 @@
-"""The README's Python after a merge, run as it stands."""
+"""The Python of docs/use.md after a merge, run as it stands."""
 
 import json
 import re
@@ -11,8 +11,8 @@ from conftest import ROOT, launch
 QUESTION = "What is the variance of a Bernoulli variable with p = 0.3?"
 
 
-def test_the_merged_folder_answers_in_plain_transformers_as_the_readme_says(embedded_model, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_merged_folder_answers_in_plain_transformers_as_the_docs_say(embedded_model, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "use.md").read_text(encoding="utf-8"), re.DOTALL)
     plain, retrieval = (next(block for block in blocks if word in block) for word in ("from_pretrained", "retrieve"))
     done = launch(tmp_path / "output" / "my", "--max_steps=2", "--strategy=single", cwd=tmp_path)
     assert done.code == 0, done.stderr
