@@ -62,7 +62,7 @@ bench-data: setup  ## the preparation of data, as tables
 	python tests/bench_data.py $(ARGS)
 
 lint: setup  ## ruff and the types of the packages without torch
-	ruff check . && ruff format --check .
+	ruff check . && ruff format --check . && pyrefly check
 
 audit: setup  ## known vulnerabilities of the pinned versions
 	pip install -q pip-audit

@@ -24,7 +24,7 @@ class UserError(Exception):
         super().__init__(what)
         self.what, self.where, self.fix, self.why = what, where, fix, why
 
-    def __reduce__(self):  # processes that tokenise send it to the one that prints it
+    def __reduce__(self) -> tuple:  # processes that tokenise send it to the one that prints it
         return _user_error, (self.what, self.where, self.fix, self.why)
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class UserErrors(UserError):
         super().__init__(first.what, where=first.where, fix=first.fix, why=first.why)
         self.problems = tuple(problems)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return UserErrors, (self.problems,)
 
     def __str__(self) -> str:

@@ -151,7 +151,7 @@ def begin_worker() -> None:
 def become(argv: Sequence[str]) -> NoReturn:
     """Replace this process by a worker, which hears a signal that comes meanwhile in `begin_worker`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    os.execv(argv[0], argv)
+    os.execv(argv[0], list(argv))
 
 
 def ended_by(number: int) -> int:

@@ -127,7 +127,7 @@ class _Collect(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         entries = getattr(namespace, "entries", None) or []
-        namespace.entries = [*entries, Entry(option_string, values, f"command line, {option_string}")]
+        namespace.entries = [*entries, Entry(option_string or "", values, f"command line, {option_string}")]
 
 
 def parse(argv: Sequence[str], *, prog: str, launch: bool, more: Sequence[str] = ()) -> CommandLine:

@@ -70,7 +70,7 @@ def batch_per_process(config: TrainConfig) -> int | None:
     """Examples of one process in a step, where that is what the recipe says."""
     if config.global_batch_size:
         return None
-    return config.per_device_train_batch_size * (config.gradient_accumulation_steps or 1)
+    return config.micro_batch * (config.gradient_accumulation_steps or 1)
 
 
 def early_changes(folder: Path, config: TrainConfig, *, bf16: bool) -> list[str]:

@@ -106,7 +106,8 @@ def _of_section(section: Entry, known: Known) -> list[Entry]:
     for (key, value), keys in zip(section.value.items(), meant.values()):
         if _has_mapping(value) and not keys <= known.mappings:
             raise _refused(section, meant, known)
-        entries.append(Entry(*keys, value, f"{section.where}.{key}"))
+        (canonical,) = keys
+        entries.append(Entry(canonical, value, f"{section.where}.{key}"))
     return entries
 
 

@@ -277,7 +277,7 @@ def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entr
         if not allowed:
             raise _contradiction(because)
         current = str(method.value) if method else "lora"
-        if current not in METHODS:
+        if method and current not in METHODS:
             raise UserError(
                 f"method: {current!r} is none of {', '.join(METHOD_PREFERENCE)}", where=method.where, fix="choose one"
             )
@@ -345,7 +345,7 @@ def _validate(merged: dict[str, Entry]) -> TrainConfig:
             where="the recipe and the command line",
             fix=" ".join(f"--{key} ({FIELDS[key].description})" for key in missing),
         )
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[Any]] = {}
     for problem in problems:
         found.setdefault(str(problem["loc"][0]), []).append(problem)
     wrong = [_wrong(key, values[key], of_key, merged[key].where) for key, of_key in found.items()]

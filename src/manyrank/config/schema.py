@@ -361,8 +361,13 @@ class TrainConfig(BaseModel):
     def uses_lora(self) -> bool:
         return self.method != "full"
 
+    @property
+    def micro_batch(self) -> int:
+        """per_device_train_batch_size, once a launch has decided what `auto` is."""
+        if isinstance(self.per_device_train_batch_size, str):
+            raise ValueError("per_device_train_batch_size is auto, and no launch has decided it")
+        return self.per_device_train_batch_size
+
     def batch(self, world_size: int) -> int:
         """Examples to one optimizer step; the product with `world_size` unless the recipe fixes it."""
-        return self.global_batch_size or (
-            self.per_device_train_batch_size * (self.gradient_accumulation_steps or 1) * world_size
-        )
+        return self.global_batch_size or (self.micro_batch * (self.gradient_accumulation_steps or 1) * world_size)

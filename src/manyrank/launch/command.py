@@ -248,7 +248,7 @@ def _accelerate(strategy: Strategy, nproc: int, where: Where, node: int) -> list
     argv += ["--num_processes", str(nproc * where.nnodes), "--num_machines", str(where.nnodes)]
     if where.nnodes == 1:
         return [*argv, "--main_process_port", "0"]  # any free one: several runs may share a machine
-    host, _, port = where.rdzv_endpoint.rpartition(":")
+    host, _, port = (where.rdzv_endpoint or "").rpartition(":")
     return [
         *argv,
         "--machine_rank",
@@ -290,7 +290,7 @@ def _torchrun(nproc: int, where: Where, node: int, *, elastic: bool) -> list[str
         "--rdzv_id",
         "manyrank",
         "--rdzv_endpoint",
-        where.rdzv_endpoint,
+        where.rdzv_endpoint or "",
         "--rdzv_conf",
         _rendezvous(where, node),
     ]

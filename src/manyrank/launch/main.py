@@ -44,7 +44,7 @@ class ResolvedLaunch:
 
     def with_half_micro_batch(self) -> ResolvedLaunch:
         """The same with half the micro-batch, resuming what there is."""
-        half = self.config.per_device_train_batch_size // 2
+        half = self.config.micro_batch // 2
         line = _with(_with(self.line, MICRO_BATCH, str(half)), "resume_from_checkpoint", "auto")
         context = replace(self.context, resolved=resolve(line.recipe, line.overrides))
         return replace(self, line=line, context=context)
@@ -52,7 +52,7 @@ class ResolvedLaunch:
     def summary(self) -> str:
         """What will run, in a few lines."""
         world = self.context.world_size
-        batch, micro = self.config.batch(world), self.config.per_device_train_batch_size
+        batch, micro = self.config.batch(world), self.config.micro_batch
         accumulation = math.ceil(batch / (micro * world))
         most = "" if micro * accumulation * world == batch else "at most "
         lines = [
@@ -85,11 +85,9 @@ def train(line: CommandLine) -> int:
     if line.where.check:
         return 0
     code = launcher.run(launch, stay=resolved.retries)
-    while code == EXIT_MEMORY and resolved.retries and resolved.config.per_device_train_batch_size > 1:
+    while code == EXIT_MEMORY and resolved.retries and resolved.config.micro_batch > 1:
         resolved = resolved.with_half_micro_batch()
-        print(
-            f"trying again with micro-batch {resolved.config.per_device_train_batch_size}", file=sys.stderr, flush=True
-        )
+        print(f"trying again with micro-batch {resolved.config.micro_batch}", file=sys.stderr, flush=True)
         code = launcher.run(_checked(resolved, folder), stay=True)
     return code
 
@@ -141,7 +139,7 @@ def _with_micro_batch(line: CommandLine, context: RunContext, shape: Architectur
     """The micro-batch that fits, on the strategy that will run, or on the best where the GPUs' kind is known."""
     named = context.config.strategy or (None if context.kind else context.strategy.name)
     made = with_micro_batch(context.with_options(strategy=named), shape)
-    line = _with(line, MICRO_BATCH, str(made.config.per_device_train_batch_size))
+    line = _with(line, MICRO_BATCH, str(made.config.micro_batch))
     return line, replace(context, resolved=resolve(line.recipe, line.overrides))
 
 

@@ -116,7 +116,7 @@ def prepare(line: CommandLine) -> Job:
 def _note(line: CommandLine) -> str | None:
     """What to say of a strategy of auto, which needs the GPUs to be decided."""
     config = resolve(line.recipe, line.overrides).config
-    if config.strategy or line.job.gpus == 0 or line.where.nproc * line.where.nnodes == 1:
+    if config.strategy or line.job.gpus == 0 or line.where.nproc == line.where.nnodes == 1:
         return None
     advice = "`manyrank plan --gpu KIND` says what fits"
     return f"note: strategy auto is ddp in a job, whose GPUs are not known here; {advice}"
@@ -153,7 +153,7 @@ def _check_resume(given: Resolved, folder: Path) -> None:
 
 def _requested(line: CommandLine) -> Hardware:
     """A machine as the job asks for it. The kind of its GPUs is checked again when it runs there."""
-    job, nproc = line.job, line.where.nproc
+    job, nproc = line.job, line.where.nproc or 1
     gpu = Gpu("of the cluster", memory=0, compute_capability=(9, 0))
     return Hardware((gpu,) * (nproc if job.gpus is None else job.gpus), cpu_cores=job.cpus or nproc, cpu_bf16=True)
 

@@ -148,6 +148,8 @@ def _thin(run: PlannedRun, layer: Layer) -> int:
 def _experts(run: PlannedRun, layer: Layer) -> int:
     """Bytes of the routed experts of one layer."""
     experts, compute, tokens = layer.experts, run.compute, run.tokens
+    if experts is None:
+        return 0
     adapted = run.adapted_experts(layer)
     # Gate and up, act(gate), what comes out; also the chosen rows and the product, where something learns from them.
     row = experts.hidden + 3 * experts.intermediate

@@ -247,7 +247,7 @@ def _context(asked: Asked, resolved: Resolved) -> RunContext:
         here = Hardware((_planned_gpu(own),) * nproc, cpu_cores=nproc, cpu_bf16=False)
     nproc = nproc or len(here.gpus)
     smallest = here.smallest_gpu
-    if own.network and smallest.kind:
+    if own.network and smallest and smallest.kind:
         kind = hardware.with_network(smallest.kind, gbit=own.network, gpus=nproc)
         here = replace(here, gpus=(replace(smallest, planned=kind),) * len(here.gpus))
     here = replace(here, memory=own.host_memory or here.memory)

@@ -262,7 +262,7 @@ def _answers(run: PlannedRun) -> dict[str, int]:
 
 def accumulates(run: PlannedRun) -> bool:
     """Whether a step has several micro-batches."""
-    return run.config.batch(run.world) > run.config.per_device_train_batch_size * run.world
+    return run.config.batch(run.world) > run.config.micro_batch * run.world
 
 
 def _fused(run: PlannedRun) -> bool:

@@ -78,13 +78,13 @@ class PlannedRun:
     @property
     def tokens(self) -> int:
         """Of the largest micro-batch."""
-        return self.config.per_device_train_batch_size * self.config.max_length
+        return self.config.micro_batch * self.config.max_length
 
     @property
     def checkpointed(self) -> int:
         """Layers whose activations are computed again."""
         wanted = self.config.gradient_checkpointing
-        return {"auto": 0, "off": 0, "full": self.shape.depth}.get(wanted, wanted)
+        return wanted if isinstance(wanted, int) else self.shape.depth if wanted == "full" else 0
 
     def with_options(self, **values) -> PlannedRun:
         """The same with other values in the recipe."""
@@ -121,9 +121,9 @@ class PlannedRun:
 
     def expert_adapters(self, layer: Layer) -> list[int]:
         """Elements of each adapter tensor of a layer's experts and of its router."""
-        if not self.adapted_experts(layer):
-            return []
         rank, hidden, experts = self.config.lora_r, self.shape.hidden, layer.experts
+        if experts is None or not self.adapted_experts(layer):
+            return []
         all_of_them = experts.number * rank
         # Gate and up are one tensor, with adapters of twice the rank.
         sizes = [2 * all_of_them * hidden, 4 * all_of_them * experts.intermediate]

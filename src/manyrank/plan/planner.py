@@ -45,12 +45,17 @@ class Option:
     verdict: Verdict
     largest_micro_batch: int | None
     largest_max_length: int | None
-    refused: str | None = None
-    plain: int | None = None
+    refused: str | None
+    plain: int
 
     @property
     def strategy(self) -> Strategy:
         return self.run.strategy
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 where no speeds are known."""
+        return self.speed.tokens_per_second if self.speed else 0.0
 
     @property
     def usable(self) -> bool:
@@ -213,15 +218,13 @@ def _choose(options: list[Option], context: RunContext, *, given: bool) -> tuple
         ), "none fits: the one that needs the least, loading included"
     if any(option.speed is None for option in usable):
         return usable[0], "the simplest that fits"
-    best = max(option.speed.tokens_per_second for option in usable)
-    chosen = next(option for option in usable if option.speed.tokens_per_second >= AS_FAST * best)
+    best = max(option.tokens_per_second for option in usable)
+    chosen = next(option for option in usable if option.tokens_per_second >= AS_FAST * best)
     tight = "" if chosen.verdict == Verdict.FITS else ", though tightly"
     first = options.index(chosen) == 0
     passed = [option for option in options[: options.index(chosen)] if not option.usable]
     because = "" if first or not passed else "; " + ", ".join(_passed(option, context) for option in passed)
-    fastest = (
-        "the fastest that fits" if chosen.speed.tokens_per_second == best else "the simplest of the fastest that fit"
-    )
+    fastest = "the fastest that fits" if chosen.tokens_per_second == best else "the simplest of the fastest that fit"
     return chosen, f"{fastest}{tight}{because}"
 
 
@@ -258,7 +261,8 @@ def scaling(context: RunContext, shape: Architecture, nodes: list[int]) -> list[
     for count in nodes:
         plan = make_plan(replace(context, world_size=count * context.nproc), shape, searched=False)
         for option in plan.options:
-            name, rate = option.strategy.name, option.speed.tokens_per_second / option.run.world
+            name, rate = option.strategy.name, option.tokens_per_second / option.run.world
             base = first.setdefault(name, rate) if option.usable else first.get(name, rate)
-            rows.append(Scale(count, option, rate / base, speed.why_slow(option.speed)))
+            reason = speed.why_slow(option.speed) if option.speed else ""
+            rows.append(Scale(count, option, rate / base, reason))
     return rows

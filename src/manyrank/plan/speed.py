@@ -66,16 +66,14 @@ class Speed:
 
 def micro_batches(run: PlannedRun) -> int:
     """Of one process in a step."""
-    return math.ceil(run.config.batch(run.world) / (run.config.per_device_train_batch_size * run.world))
+    return math.ceil(run.config.batch(run.world) / (run.config.micro_batch * run.world))
 
 
 def estimate(run: PlannedRun, kind: GpuKind) -> Speed:
     """How fast a run runs on a kind of GPU."""
     count, share = micro_batches(run), run.config.batch(run.world) / run.world
     # A step with fewer examples than micro-batches hold is cut into smaller ones, down to one example.
-    run = run.with_options(
-        per_device_train_batch_size=min(run.config.per_device_train_batch_size, max(1, math.ceil(share)))
-    )
+    run = run.with_options(per_device_train_batch_size=min(run.config.micro_batch, max(1, math.ceil(share))))
     compute = count * _micro_batch(run, kind)
     each, once = _communication(run, kind)
     # Gathering runs beside compute; the first layers' and the reduction of the last gradients cannot hide.

@@ -7,6 +7,7 @@ from typing import Any
 from .memory import GiB
 from .planned_run import PlannedRun
 from .planner import Option, Plan, Scale, Verdict, short_of
+from .speed import Speed
 
 WIDTH = 32  # characters of a bar
 FILLS = (  # what a bar is made of, in this order
@@ -33,7 +34,7 @@ def as_text(plan: Plan, *, tokens: int | None, price: float | None, scales: list
         against: what `manyrank train` would refuse.
     """
     parts = [headline(plan), _table(plan), LEGEND, f"\n{plan.chosen.strategy}: {plan.why}", _parts(plan.chosen)]
-    parts += [_time(plan.chosen, tokens, price)] if plan.chosen.speed else []
+    parts += [_time(plan.chosen.speed, tokens, price)] if plan.chosen.speed else []
     parts += [scaling_table(scales)] if scales else []
     told = [*(f"train refuses: {what}" for what in against), *(f"note: {note}" for note in notes(plan))]
     return "\n".join([*parts, *told])
@@ -118,21 +119,20 @@ def _parts(option: Option) -> str:
     )
 
 
-def _time(option: Option, tokens: int | None, price: float | None) -> str:
-    found = option.speed
+def _time(found: Speed, tokens: int | None, price: float | None) -> str:
     text = (
         f"  a step: {found.step:.3g} s of {found.tokens:,} tokens (compute {found.compute:.3g}, communication {found.communication:.3g}, "
         f"of which {found.exposed:.3g} not hidden, optimizer {found.optimizer:.3g})"
     )
     if not tokens:
         return text
-    hours = training_hours(option, tokens)
+    hours = training_hours(found, tokens)
     cost = f", about ${hours * price * found.world:,.0f}" if price else ""
     return f"{text}\n  the whole training, {count(tokens)} tokens: {hours:.2g} hours{cost}"
 
 
-def training_hours(option: Option, tokens: int) -> float:
-    return tokens / option.speed.tokens_per_second / 3600
+def training_hours(speed: Speed, tokens: int) -> float:
+    return tokens / speed.tokens_per_second / 3600
 
 
 def notes(plan: Plan) -> list[str]:
@@ -197,7 +197,7 @@ def scaling_cells(scales: list[Scale]) -> list[list[str]]:
 def _scaled(row: Scale | None) -> str:
     if row is None or row.option.refused or row.option.verdict == Verdict.TOO_BIG:
         return "-" if row is None else "refused" if row.option.refused else str(row.option.verdict)
-    return f"{count(row.option.speed.tokens_per_second)} {row.efficiency:>4.0%}"
+    return f"{count(row.option.tokens_per_second)} {row.efficiency:>4.0%}"
 
 
 def scaling_ends(scales: list[Scale]) -> list[str]:
@@ -252,7 +252,7 @@ def option_values(option: Option, *, tokens: int | None, price: float | None) ->
     """One strategy for machines."""
     found, rate = option.memory, option.speed
     known = option.verdict != Verdict.UNKNOWN
-    hours = training_hours(option, tokens) if rate and tokens else None
+    hours = training_hours(rate, tokens) if rate and tokens else None
     return {
         "strategy": option.strategy.name,
         "verdict": "refused" if option.refused else str(option.verdict),
@@ -274,5 +274,5 @@ def option_values(option: Option, *, tokens: int | None, price: float | None) ->
         "tokens_per_second": rate.tokens_per_second if rate else None,
         "mfu": rate.mfu if rate else None,
         "hours": hours,
-        "dollars": hours * price * rate.world if hours and price else None,
+        "dollars": hours * price * rate.world if rate and hours and price else None,
     }

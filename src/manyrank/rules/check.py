@@ -27,6 +27,8 @@ from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
 from ..runs import lock as run_lock
 from ..runs.folder import is_new
+from ..topology.gpus import Hardware
+from ..topology.strategies import default_strategy
 from .context import RunContext
 from .grpo import GRPO_RULES
 from .model import MODEL_RULES
@@ -56,8 +58,13 @@ def check_sources(resolved: Resolved) -> None:
     Raises:
         UserError: what is wrong.
     """
-    found = ((rule, rule.broken(resolved)) for rule in SOURCE_RULES)
+    found = ((rule, rule.broken(_anywhere(resolved))) for rule in SOURCE_RULES)
     _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in found if what])
+
+
+def _anywhere(resolved: Resolved) -> RunContext:
+    """A recipe for rules that look at it alone."""
+    return RunContext(resolved, default_strategy(1), 1, 1, Hardware((), cpu_cores=1, cpu_bf16=False))
 
 
 def violations(context: RunContext) -> list[Violation]:
@@ -98,7 +105,9 @@ def warnings_of_length(config: TrainConfig, total_steps: int) -> list[str]:
     if config.max_steps > 0:  # told before the start
         return []
     counted = Resolved(config.model_copy(update={"max_steps": total_steps}))
-    found = ((rule, rule.broken(counted)) for rule in LENGTH_RULES if rule.name not in config.ignore_warnings)
+    found = (
+        (rule, rule.broken(_anywhere(counted))) for rule in LENGTH_RULES if rule.name not in config.ignore_warnings
+    )
     return [Violation(rule, what, f"{rule.keys[0]}, num_train_epochs").warning() for rule, what in found if what]
 
 
@@ -185,8 +194,7 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
 
 def _template_problems(resolved: Resolved) -> Iterator[UserError]:
     name = resolved.config.chat_template
-    looks_like_file = bool(name) and ("/" in name or "." in name)
-    if looks_like_file and not Path(name).is_file():
+    if name and ("/" in name or "." in name) and not Path(name).is_file():
         yield UserError(f"there is no file {name}", where=resolved.where("chat_template"), fix="name a Jinja file")
 
 

@@ -68,7 +68,7 @@ def _batch_product(s: RunContext) -> str | None:
 
 
 def _batch_divides(s: RunContext) -> str | None:
-    batch, micro = s.config.batch(s.world_size), s.config.per_device_train_batch_size
+    batch, micro = s.config.batch(s.world_size), s.config.micro_batch
     if s.config.packing == "none" and not s.config.is_grpo and batch % (micro * s.world_size):
         return f"a global batch of {batch} examples does not divide into {s.world_size} processes x {micro} padded rows"
     return None

@@ -129,10 +129,9 @@ def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
 
 def _working_folders(run: Path | None) -> list[Path]:
     """Where a run was started, as the output_dir in its config tells, where that is a relative path."""
-    file = run / "config.yaml" if run else None
-    if not file or not file.is_file():
+    if not run or not (run / "config.yaml").is_file():
         return []
-    config, folder = read_yaml(file), run.absolute()
+    config, folder = read_yaml(run / "config.yaml"), run.absolute()
     given = Path(str((config.get("output_dir") if isinstance(config, dict) else None) or f"output/{folder.name}"))
     inside = not given.is_absolute() and folder.parts[-len(given.parts) :] == given.parts
     return [folder.parents[len(given.parts) - 1]] if inside and given.parts else []

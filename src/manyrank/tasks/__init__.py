@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..config.resolve import TrainConfig
 
+if TYPE_CHECKING:
+    from ..training.run import Task
 
-def of(config: TrainConfig) -> ModuleType | None:
-    """The recipe's task, see `training.run.Task`; None for SFT."""
+
+def of(config: TrainConfig) -> Task | None:
+    """The recipe's task, None for SFT."""
     if not config.is_grpo:
         return None
     from .grpo import task as grpo  # not before: trl takes seconds to import

@@ -48,8 +48,8 @@ class Strategy:
 
 
 _OPTIMIZER: frozenset[State] = frozenset({"optimizer"})
-_GRADIENTS: frozenset[State] = _OPTIMIZER | {"gradients"}
-_ALL: frozenset[State] = _GRADIENTS | {"parameters"}
+_GRADIENTS: frozenset[State] = frozenset({"optimizer", "gradients"})
+_ALL: frozenset[State] = frozenset({"optimizer", "gradients", "parameters"})
 
 # From the simplest to the most involved: of two that are about as fast, the plan takes the first.
 STRATEGIES = {
