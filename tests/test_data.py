@@ -289,23 +289,6 @@ def test_the_fingerprint_tells_another_text_of_the_template(examples_of, file, t
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
-def test_near_duplicates_are_dropped_by_option(examples_of, file):
-    text = " ".join(f"word{i}" for i in range(80))
-    path = file(qa(text), qa(text + " today"), qa("another question altogether, about something else"))
-    assert rows_of(examples_of(data_path=path)) == [1, 2, 3]
-    near = examples_of(data_path=path, duplicates="drop_near")
-    assert rows_of(near) == [1, 3] and near.report.counts == {"duplicates, left out": 1}
-
-
-def test_a_row_that_is_left_out_has_no_near_duplicates(examples_of, file):
-    text = " ".join(f"word{i}" for i in range(80))
-    path = file(qa(text + " and much more" * 40), qa(text + " and much more" * 38), qa("short"))
-    given = {"data_path": path, "duplicates": "drop_near", "overlong": "drop"}
-    lengths = examples_of(data_path=path, max_length=2000).lengths
-    assert lengths[0] > lengths[1] and rows_of(examples_of(**given, max_length=2000)) == [1, 3]
-    assert rows_of(examples_of(**given, max_length=int(lengths[1]))) == [2, 3]
-
-
 def test_the_split_is_by_content_and_rows_never_move(examples_of, file):
     rows = [qa(f"question {i}") for i in range(300)]
     train, held = examples_of(data_path=file(*rows)).split(0.2)

@@ -34,8 +34,7 @@ from ...errors import UserError
 from ...runs.folder import written_beside
 from ...runs.yaml_file import read_yaml
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
-from .filters import Item
-from .stages import Stage, build, unknown, validated
+from .filters import FilterStage, Item, build_stages, unknown, validated
 
 
 class RawSource(BaseModel):
@@ -74,7 +73,7 @@ class PrepareConfig(BaseModel):
     splits: dict[str, Float] = Field(
         {"train": 0.85, "validation": 0.15}, min_length=1, description="{name: part}; the parts sum to 1"
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a broken row: stop, or put it aside")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a broken row: stop, or quarantine it")
     max_rows: Int | None = Field(None, gt=0, description="read only the first rows (also --limit)")
     overwrite: bool = Field(False, description="replace an output_dir that this command has written")
     workers: Int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0, description="commands at a time")
@@ -184,7 +183,7 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
         if Path(source.path).is_dir() and output.is_relative_to(Path(source.path).resolve()):
             what = f"it lies in the source folder {source.path}, which would have its rows too the next time"
             raise UserError(what, where="output_dir", fix="choose another --output_dir")
-    stages = build(config.filters, workers=config.workers, where=where)
+    stages = build_stages(config.filters, workers=config.workers, where=where)
     with written_beside(output, overwrite=config.overwrite, mark=SUMMARY) as folder:
         with closing(Writer(folder)) as writer:
             run = Preparation(config, writer)
@@ -198,7 +197,7 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
             most = max(stages, key=lambda stage: stage.seen - stage.kept, default=None)
             fix = f"look at the filter {most.name}, which dropped most" if most else "look at the rows"
             raise UserError(f"no row is left of {run.read}", where=where, fix=fix)
-        save_dataset(folder, [name for name in config.splits if writer.rows[name]], writer.kinds)
+        save_dataset(folder, [name for name in config.splits if writer.rows[name]])
         summary = run.summary(stages)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
@@ -212,7 +211,7 @@ class Preparation:
         self.read = 0
         self.sources: list[dict[str, Any]] = []
         self.formats: dict[int, str] = {}  # by source
-        self.aside: Counter[str] = Counter()
+        self.quarantined: Counter[str] = Counter()
         self.lengths: dict[tuple[str, str], array] = {}
 
     def items(self) -> Generator[Item, None, None]:
@@ -236,13 +235,13 @@ class Preparation:
                     yield Item(row.place, row.value, self.config.fields, number)
 
     def refuse(self, item: Item, stage: str, error: BadRow, *, text: str = "") -> None:
-        """Put a broken row aside, or stop.
+        """Quarantine a broken row, or stop.
 
         Raises:
             UserError: on_bad_row is "error".
         """
         if self.config.on_bad_row == "error":
-            fix = "mend the row, or put such rows aside with on_bad_row: skip"
+            fix = "fix the row, or quarantine such rows with on_bad_row: skip"
             raise UserError(str(error), where=f"{item.place}, {stage}", fix=fix)
         entry = {
             "place": item.place,
@@ -251,15 +250,15 @@ class Preparation:
             "detail": str(error),
             "row": text or item.row,
         }
-        self.writer.put_aside(entry)
-        self.aside[error.reason] += 1
+        self.writer.quarantine(entry)
+        self.quarantined[error.reason] += 1
 
     def take(self, item: Item) -> None:
         """Write a row that passed the filters."""
         try:
             row = item.training
             sample = to_sample(row, self._format(item), self.config.data_path[item.source].columns)
-            self.writer.write(split_of(question(sample), self.config.splits), row, json_line(row))
+            self.writer.write(split_of(question(sample), self.config.splits), json_line(row))
         except BadRow as error:
             self.refuse(item, "training row", error)
             return
@@ -284,7 +283,7 @@ class Preparation:
         self.formats[item.source] = found
         return found
 
-    def summary(self, stages: list[Stage]) -> dict[str, Any]:
+    def summary(self, stages: list[FilterStage]) -> dict[str, Any]:
         filters = [stage.summary() for stage in stages]
         return {
             "version": __version__,
@@ -294,7 +293,7 @@ class Preparation:
             "rows_read": self.read,
             "filters": filters,
             "accuracy": next((one["accuracy"] for one in filters if "accuracy" in one), None),
-            "quarantined": dict(self.aside.most_common()),
+            "quarantined": dict(self.quarantined.most_common()),
             "rows_written": self.writer.rows.total(),
             "splits": {name: self.writer.rows[name] for name in self.config.splits},
             "lengths": {f"{side}_{unit}": statistics(values) for (side, unit), values in self.lengths.items()},
@@ -372,7 +371,7 @@ def table(summary: dict[str, Any]) -> str:
     lines += [f"{summary['rows_read']} rows read, {summary['rows_written']} written"]
     if summary["quarantined"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in summary["quarantined"].items())
-        lines.append(f"{sum(summary['quarantined'].values())} put aside in {QUARANTINE}.jsonl: {reasons}")
+        lines.append(f"{sum(summary['quarantined'].values())} quarantined in {QUARANTINE}.jsonl: {reasons}")
     for name, rows in summary["splits"].items():
         lines.append(f"  {name:<20} {rows:>9}" + ("" if rows else "  (no file)"))
     return "\n".join(lines)
