@@ -227,9 +227,10 @@ def _writable(row: Row) -> str:
 def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[list[int], list[int], tuple[Note, ...]]:
     if isinstance(sample, TokenIds):
         labels = (label for label in sample.labels if label != IGNORE)
-        strange = next((token for token in chain(sample.input_ids, labels) if not 0 <= token < len(tokenizer)), None)
+        size = len(tokenizer)  # which takes 5 microseconds
+        strange = next((token for token in chain(sample.input_ids, labels) if not 0 <= token < size), None)
         if strange is not None:
-            raise BadRow(f"{strange} is not in the vocabulary of {len(tokenizer)} tokens", reason="unknown token")
+            raise BadRow(f"{strange} is not in the vocabulary of {size} tokens", reason="unknown token")
         return list(sample.input_ids), list(sample.labels), ()
     if isinstance(sample, PlainText):
         ids = tokenizer(sample.text)["input_ids"]
