@@ -134,7 +134,8 @@ def _namespaces(network: bool) -> tuple[str, ...]:
         if trial.returncode == 0:
             return outer
     forbidden = "another user for a command" if network else "a network namespace"
-    raise Refused(f"this machine forbids {forbidden} ({trial.stderr.strip().rpartition(': ')[2]})")
+    reason = trial.stderr.partition("\n")[0].rpartition(": ")[2]
+    raise Refused(f"this machine forbids {forbidden} ({reason})")
 
 
 def _privileges(user: int | None) -> tuple[str, ...]:

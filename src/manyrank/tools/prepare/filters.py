@@ -31,11 +31,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ...chat_template.types import BadRow
 from ...config.schema import Float, Int, Pattern, Strings
 from ...data.dedup import digest, same_text
-from ...data.fields import find, find_text, refusal
+from ...data.fields import Program, find, find_text
 from ...data.formats import load_function
 from ...data.numeric import number
 from ...errors import UserError
-from ...sandbox import Limits
 from .python_code import comment_lines, has_tests, parse
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
@@ -226,20 +225,13 @@ class Regex(BaseModel):
         return lambda item: None if bool(pattern.search(find_text(item.row, self.field))) == wanted else reason
 
 
-class Command(BaseModel):
+class Command(Program):
     """Keep rows whose content a program accepts: exit code 0, under limits, in a new folder. See `sandbox`."""
 
-    model_config = STRICT
-    run: list[str] = Field(min_length=1)  # "{file}" stands for the file's name
-    file: str = Field(pattern=r"^[\w-][\w.-]*$")
     content: Strings = Field(min_length=1)  # one field, or several that follow each other on new lines
-    timeout: Float = Field(10.0, gt=0)  # seconds
-    memory_mb: Int = Field(512, gt=0)  # of each process
-    network: bool = False
 
     def check(self) -> Check:
-        limits = Limits(seconds=self.timeout, memory_mb=self.memory_mb, network=self.network)
-        return lambda item: refusal(item.row, self.content, run=self.run, file=self.file, limits=limits)
+        return lambda item: self.refusal(item.row, self.content)
 
 
 class Quality(BaseModel):
