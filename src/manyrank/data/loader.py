@@ -161,7 +161,7 @@ class StepLoader:
         return _micro_batch({"input_ids": ids, "attention_mask": mask}, labels.flatten(), rows)
 
 
-class Ahead:
+class Prefetcher:
     """The steps of a loader in their order, each read by a thread while the one before it trains."""
 
     def __init__(self, loader: StepLoader) -> None:

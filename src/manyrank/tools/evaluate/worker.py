@@ -30,7 +30,7 @@ from ...models.generation import Sampling
 from ...models.inference import load_model
 from ...topology import gpus as hardware
 from ...topology.ranks import Topology
-from ...training.evaluation import Asked, Entry, Layout, add_answers, add_losses, check_references
+from ...training.evaluation import Entry, GenerationRequest, Layout, add_answers, add_losses, check_references
 from . import lm_eval
 from .plan import Weights
 
@@ -68,7 +68,7 @@ class Worker:
         self.wants_loss = any(name in LOSS for name in metrics)
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
         scores = row_scores([name for name in metrics if name not in LOSS])
-        self.request = Asked(sampling, render_options(config) if config else None, scores)
+        self.request = GenerationRequest(sampling, render_options(config) if config else None, scores)
         self.layout = Layout(options.batch_size, place)
         self.data = EvaluationData()
 
