@@ -124,7 +124,7 @@ def test_bad_rows_stop_the_run_with_places_and_reasons(examples_of, file):
 def test_skipped_rows_are_counted_and_written_aside(examples_of, file, tmp_path):
     path = bad_file(file)
     examples = examples_of(data_path=path, on_bad_row="skip")
-    assert rows_of(examples) == [1, 7] and examples.report.counts == {"bad, put aside": 13}
+    assert rows_of(examples) == [1, 7] and examples.report.counts == {"bad, quarantined": 13}
     write_quarantine(examples, tmp_path / "logs" / "quarantine.jsonl")
     written = [json.loads(line) for line in (tmp_path / "logs" / "quarantine.jsonl").read_text().splitlines()]
     assert [row["place"] for row in written] == [f"{path}, line {n}" for n in (*range(2, 7), *range(8, 16))]
@@ -158,7 +158,7 @@ def test_a_source_without_a_readable_row_beside_a_good_one(examples_of, file):
     sources = f"[{file('x', 'y', name='bad.jsonl')}, {SAMPLE}]"
     examples = examples_of(data_path=sources, on_bad_row="skip")
     assert len(examples) == 160 and examples.report.rows == (2, 160)
-    assert examples.report.counts == {"bad, put aside": 2}
+    assert examples.report.counts == {"bad, quarantined": 2}
 
 
 def test_a_users_function_cannot_change_the_rows(examples_of, file, tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_variables_of_the_template(examples_of, file, tmp_path):
 def test_the_fix_fits_the_reason(examples_of, file):
     with pytest.raises(UserError) as caught:
         examples_of(data_path=file(qa("a " * 50)), max_length=8, on_bad_row="skip")
-    assert caught.value.fix == "raise max_length if the answers lie behind it, or mend these rows"
+    assert caught.value.fix == "raise max_length if the answers lie behind it, or fix these rows"
     with pytest.raises(UserError) as caught:
         examples_of(data_path=file(qa("a " * 50)), max_length=8, overlong="error")
     assert caught.value.fix.startswith("raise max_length, or set overlong") and "on_bad_row: skip" in caught.value.fix
@@ -255,7 +255,7 @@ def test_duplicates_are_counted_and_dropped_by_option(examples_of, file):
     path = file(qa("one"), qa("two"), qa("one"), {"instruction": "one", "output": "yes"}, qa("one", "no"))
     both = f"[{path}, {{path: {file(dict(instruction='two', output='yes'), name='b.jsonl')}}}]"
     kept = examples_of(data_path=both, format_type="auto", on_bad_row="skip")
-    assert kept.report.counts == {"bad, put aside": 1, "duplicates": 2} and len(kept) == 5
+    assert kept.report.counts == {"bad, quarantined": 1, "duplicates": 2} and len(kept) == 5
     dropped = examples_of(data_path=both, on_bad_row="skip", duplicates="drop")
     assert rows_of(dropped) == [1, 2, 5] and dropped.report.counts["duplicates, left out"] == 2
 

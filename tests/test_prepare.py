@@ -530,7 +530,7 @@ def test_wrong_command_lines(refused, argv, what, fix):
     [
         ("data_path: a\ndata_path: b\n", "the key 'data_path' is given twice"),
         ("a: [", "not valid YAML"),
-        ("- a\n", "it is no list of `key: value` lines"),
+        ("- a\n", "expected a YAML mapping"),
         ("output_dir: x\n", "data_path must be given"),
     ],
 )

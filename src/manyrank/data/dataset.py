@@ -37,14 +37,14 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What happened to the rows.
+    """How the rows were used.
 
     Attributes:
         formats, rows: by source, the format its rows were read in, and how many were.
         out_of: by source, the rows that it has; more than were read with max_rows or a small max_steps.
         needed: the part of the rows that max_steps chose to read; 1 where it did not choose.
         counts: rows by what became of them, where it is not simply kept.
-        problems: the table whose column "problem" tells of the rows put aside, a line of JSON each.
+        problems: the table whose column "problem" tells of the quarantined rows, a line of JSON each.
     """
 
     formats: tuple[str, ...]
@@ -55,7 +55,7 @@ class Report:
     problems: Dataset
 
     def bad(self) -> Iterator[dict]:
-        """The rows put aside: reason, detail, place, row. Read from the cache, not held in memory."""
+        """Read the quarantined rows: reason, detail, place, row. From the cache, not held in memory."""
         return (json.loads(row["problem"]) for row in self.problems)
 
 
@@ -87,7 +87,7 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """What is learned in which order, to the token, wherever the files lie."""
+        """A hash of what is learned in which order, to the token, wherever the files lie."""
         digest = hashlib.sha256(repr(self.weights).encode())
         for column in (self.tokens, self.source):
             digest.update(np.ascontiguousarray(column).tobytes())
@@ -101,7 +101,7 @@ class Examples:
         return {**self.dataset[int(self.index[example])], "source": self.paths[self.source[example]]}
 
     def keys(self) -> list[tuple[str, int]]:
-        """Of each example, the path of its source and the number of its row there."""
+        """List the path of each example's source and the number of its row there."""
         rows = self.dataset.select_columns("row").with_format("numpy")[:]["row"][self.index]
         return [(self.paths[at], int(row)) for at, row in zip(self.source, rows)]
 
@@ -249,7 +249,7 @@ def _is_double(what: np.ndarray, rows: np.ndarray, used: np.ndarray) -> np.ndarr
 def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str) -> dict[str, int]:
     fate = columns["fate"]
     counts = {what: int((fate == name).sum()) for name, what in DESCRIPTIONS.items()}
-    counts["bad, put aside"] = int((fate == RowStatus.BAD).sum())
+    counts["bad, quarantined"] = int((fate == RowStatus.BAD).sum())
     counts["duplicates" + ("" if duplicates == "keep" else ", left out")] = int(double.sum())
     counts["whose end of turn is no token of the tokenizer (another chat_template?)"] = int(columns["loose_end"].sum())
     counts["with special-token text, read as plain text"] = int(columns["special_text"].sum())
@@ -260,7 +260,7 @@ def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str)
 def _bad_rows(report: Report, *, skippable: bool = True) -> UserError:
     reasons = bad_reasons(report)
     if sum(reasons[reason] for reason in TEMPLATE_REASONS) > reasons.total() / 2:
-        fix = "choose a chat template that knows such rows (--chat_template), or mend it"
+        fix = "choose a chat template that knows such rows (--chat_template), or fix it"
     else:
         fix = usual_fix(reasons)
     first = ((row["place"], row["detail"]) for row in report.bad())
@@ -268,12 +268,12 @@ def _bad_rows(report: Report, *, skippable: bool = True) -> UserError:
 
 
 def bad_reasons(report: Report) -> Counter[str]:
-    """The rows put aside by reason."""
+    """Count the quarantined rows by reason."""
     return Counter(row["reason"] for row in report.bad())
 
 
 def write_quarantine(examples: Examples, path: Path) -> None:
-    """The rows that were put aside, a line each: reason, detail, place, row."""
+    """Write the quarantined rows, a line each: reason, detail, place, row."""
     if len(examples.report.problems):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:

@@ -23,7 +23,7 @@ from .packing import Packs, dataset_layout, imbalance, padded_layout, step_layou
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process forwards at once.
+    """The examples that one process forwards at once.
 
     Attributes:
         inputs: the model's keyword arguments; input_ids is (1, tokens) when packed, (rows, longest) when padded.

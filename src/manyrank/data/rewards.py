@@ -245,7 +245,7 @@ def rewarded(
 
 
 def _has_tags(answer: str, tags: Sequence[str]) -> bool:
-    """Whether each tag opens and closes once, with something between, one after the other."""
+    """Tell whether each tag opens and closes once, with something between, one after the other."""
     parts = [rf"<{re.escape(tag)}>(?=.*?\S.*?</{re.escape(tag)}>).*?</{re.escape(tag)}>" for tag in tags]
     once = all(answer.count(f"<{tag}>") == 1 == answer.count(f"</{tag}>") for tag in tags)
     return once and bool(re.fullmatch(r"\s*" + r"\s*".join(parts) + r"\s*", answer, re.DOTALL))

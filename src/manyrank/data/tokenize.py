@@ -67,7 +67,7 @@ TABLE = [name for name in FEATURES if name not in ("input_ids", "labels", "probl
 
 @dataclass(frozen=True)
 class TokeniseOptions:
-    """What decides how a row becomes tokens, besides the tokenizer."""
+    """The options that decide how a row becomes tokens, besides the tokenizer."""
 
     max_length: int
     overlong: str
@@ -137,7 +137,7 @@ def _row_count(source: Source) -> Iterator[dict]:
 def _cached(
     make: Callable[..., Iterator[dict]], features: Features, key: str, processes: int | None = None, **what: object
 ) -> Dataset:
-    """What `make(**what)` yields, or what it yielded before under the same key."""
+    """Make a table of `make(**what)`, or load what it yielded before under the same key."""
     disable_progress_bars()
     try:
         with mortal_children():

@@ -41,7 +41,7 @@ LONGEST_WAIT = timedelta(days=30)  # of a process that is done for one that is n
 
 @dataclass
 class EvaluationData:
-    """What the models made of the rows.
+    """The losses, answers and benchmarks of all models.
 
     Attributes:
         entries: by the model's label, by row. tasks: by label, the metrics of each benchmark.

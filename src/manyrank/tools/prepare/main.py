@@ -2,7 +2,7 @@
 
     sources ──> rows ──> filters ──> training rows ──> splits ──> OUTPUT/, see `export`
 
-Rows stream; what stays in memory is hashes (of `dedup`), lengths and counts. The split of a row follows from the hash of
+Rows stream; what stays in memory is hashes (of `dedup`), lengths and counts, and in the end a split, see `export`. The split of a row follows from the hash of
 its question alone: rows with the same question are never on both sides, and no row moves when others are added.
 """
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_config(argv: Sequence[str]) -> tuple[PrepareConfig, str]:
-    """The config of a command line, and where it came from.
+    """Read the config of a command line, and say where it came from.
 
     Raises:
         UserError: no such file, no valid YAML, an unknown key or option, or a wrong value.
@@ -156,7 +156,7 @@ def _find(name: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError("it is no list of `key: value` lines", where=str(path), fix="see data/prepare/README.md")
+        raise UserError("expected a YAML mapping", where=str(path), fix="see data/prepare/README.md")
     return content
 
 
@@ -215,7 +215,7 @@ class Preparation:
         self.lengths: dict[tuple[str, str], array] = {}
 
     def items(self) -> Generator[Item, None, None]:
-        """The raw rows of all sources, up to max_rows."""
+        """Read the raw rows of all sources, up to max_rows."""
         for number, given in enumerate(self.config.data_path):
             path, own = Path(given.path), asset(given.path)
             path = own if not path.exists() and own.is_file() else path
@@ -266,7 +266,7 @@ class Preparation:
             self.lengths.setdefault(key, array("q")).append(length)
 
     def _format(self, item: Item) -> str:
-        """The format of a source: the one given, or the one that its first good row fits."""
+        """Find the format of a source: the one given, or the one that its first good row fits."""
         if item.source in self.formats:
             return self.formats[item.source]
         source = self.config.data_path[item.source]
@@ -301,7 +301,7 @@ class Preparation:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file or folder; nothing for a name on the hub."""
+    """Compute size and SHA-256 of a file or folder; nothing for a name on the hub."""
     if not path.exists():
         return {"bytes": None, "sha256": None}
     inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -312,7 +312,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def question(sample: Sample) -> Any:
-    """What decides the split: the user's turns before the first answer; where there is none, the most that there is."""
+    """Take what decides the split: the user's turns before the first answer; where there is none, the most that there is."""
     if isinstance(sample, PlainText):
         return sample.text
     if isinstance(sample, Conversation):
@@ -324,7 +324,7 @@ def question(sample: Sample) -> Any:
 
 
 def split_of(value: Any, splits: dict[str, float]) -> str:
-    """The split of a value, by its hash as a number from 0 to 1."""
+    """Choose the split of a value, by its hash as a number from 0 to 1."""
     point, end = int.from_bytes(digest(value)[:8]) / 2**64, 0.0
     for name, part in splits.items():
         end += part
@@ -334,7 +334,7 @@ def split_of(value: Any, splits: dict[str, float]) -> str:
 
 
 def lengths(sample: Sample) -> dict[tuple[str, str], int]:
-    """(prompt or answer, unit) to length; several turns are summed."""
+    """Measure (prompt or answer, unit); several turns are summed."""
     if isinstance(sample, Conversation):
         sides = {
             "prompt": _said(sample.messages, by_assistant=False),
@@ -361,7 +361,7 @@ def statistics(values: array) -> dict[str, float]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Filters with their counts, then the splits, for people."""
+    """Lay out the filters with their counts, then the splits, for people."""
     lines = [f"{'filter':<22} {'in':>9} {'out':>9} {'dropped':>9}  reasons"]
     for number, one in enumerate(summary["filters"], 1):
         reasons = chain(one["dropped"].items(), [("broken", one["broken"])] if one["broken"] else [])
