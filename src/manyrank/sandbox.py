@@ -87,6 +87,7 @@ def run(command: Sequence[str], *, files: Mapping[str, str], limits: Limits) -> 
     if sys.platform != "linux":
         raise Refused(f"commands are run under limits on Linux only, not on {sys.platform}")
     outer = _namespaces(limits.network)
+    isolated = "unshare" in outer
     user = next(_user) if os.geteuid() == 0 else None
     with tempfile.TemporaryDirectory(prefix="manyrank-", ignore_cleanup_errors=True) as folder:
         for name, content in files.items():
@@ -98,14 +99,9 @@ def run(command: Sequence[str], *, files: Mapping[str, str], limits: Limits) -> 
         if not shutil.which(program, path=env["PATH"]):
             raise Refused(f"{command[0]!r} cannot be run: there is no such program")
         timeout = ("timeout", "--signal=KILL", str(limits.seconds))
-        argv = (
-            *outer,
-            *timeout,
-            *_privileges(user),
-            *_limits(limits, alone=bool(user or "unshare" in outer)),
-            *command,
-        )
-        return _run(argv, folder, env, limits)
+        prlimit = _limits(limits, alone=isolated or bool(user))
+        argv = (*outer, *timeout, *_privileges(user), *prlimit, *command)
+        return _run(argv, folder, env, limits, isolated=isolated)
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -181,7 +177,7 @@ def _tasks_of_this_user() -> int:
     return count
 
 
-def _run(argv: Sequence[str], folder: str, env: dict[str, str], limits: Limits) -> Outcome:
+def _run(argv: Sequence[str], folder: str, env: dict[str, str], limits: Limits, *, isolated: bool) -> Outcome:
     kept, started = bytearray(), time.monotonic()
     process = subprocess.Popen(
         argv,
@@ -202,7 +198,7 @@ def _run(argv: Sequence[str], folder: str, env: dict[str, str], limits: Limits) 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if "unshare" not in argv:
+        if not isolated:
             _kill_leftovers(folder)
         reader.join(GRACE)
     output = kept.decode("utf-8", "replace")
