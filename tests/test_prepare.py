@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyrank.config.resolve import asset
-from manyrank.data.formats import Conversation, PlainText, TokenIds, detect, to_sample
+from manyrank.data.formats import detect, to_sample
 from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
 from manyrank.tools.prepare.filters import Item, build_stages
-from manyrank.tools.prepare.main import examples, lengths, main, question, read_config, split_of, statistics
+from manyrank.tools.prepare.main import examples, main, question, read_config, split_of
 
 SOLUTIONS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_model_solutions.jsonl"
 PARTS = {"train": 0.85, "validation": 0.15}
@@ -118,10 +118,6 @@ def test_everything_is_written(prepare, tmp_path, capsys):
             "sha256": hashlib.sha256(content).hexdigest(),
         }
     ]
-    answers = [len(row["answer"]) for row in expected]
-    assert found["lengths"]["answer_characters"]["max"] == max(answers)
-    assert found["lengths"]["answer_characters"]["mean"] == round(sum(answers) / len(answers), 1)
-    assert found["lengths"]["prompt_words"] == dict.fromkeys(("min", "median", "mean", "p95", "max"), 3)
 
     said = capsys.readouterr().out.splitlines()
     assert said[0].split() == ["filter", "in", "out", "dropped", "reasons"]
@@ -274,24 +270,6 @@ def test_the_question_of_a_row(row, expected):
     assert question(to_sample(row, detect(row, where=""))) == expected
 
 
-def test_lengths():
-    talk = Conversation(
-        [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "日本"}, {"role": "user", "content": "c"}]
-    )
-    assert lengths(talk) == {
-        ("prompt", "characters"): 4,
-        ("prompt", "words"): 3,
-        ("answer", "characters"): 2,
-        ("answer", "words"): 1,
-    }
-    assert lengths(PlainText("a b")) == {("answer", "characters"): 3, ("answer", "words"): 2}
-    assert lengths(TokenIds([1, 2, 3], [-100, 2, 3])) == {("prompt", "tokens"): 1, ("answer", "tokens"): 2}
-
-
-def test_statistics():
-    assert statistics(list(range(101))) == {"min": 0, "median": 50, "mean": 50, "p95": 95, "max": 100}
-
-
 # Sources
 
 
@@ -333,7 +311,7 @@ def test_columns_and_format_of_a_source(prepare, tmp_path):
     }
     folder = prepare([{"q": "1", "a": "one"}], data_path=[source], splits={"train": 1})
     assert read_lines(folder / "train.jsonl") == [{"q": "1", "a": "one"}]
-    assert summary(folder)["lengths"]["answer_characters"]["max"] == 3
+    assert summary(folder)["format"] == "question_answer"
 
 
 def test_sources_of_two_formats(refused, tmp_path):

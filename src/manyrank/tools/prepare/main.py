@@ -2,7 +2,7 @@
 
     sources ──> rows ──> filters ──> training rows ──> splits ──> OUTPUT/, see `export`
 
-Rows stream; what stays in memory is hashes (of `dedup`), lengths and counts, and in the end a split, see `export`. The split of a row follows from the hash of
+Rows stream; what stays in memory is hashes (of `dedup`) and counts, and in the end a split, see `export`. The split of a row follows from the hash of
 its question alone: rows with the same question are never on both sides, and no row moves when others are added.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from array import array
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -18,11 +17,10 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from ... import __version__
-from ...chat_template.types import IGNORE, BadRow, Message
+from ...chat_template.types import IGNORE, BadRow
 from ...config.args import Parser
 from ...config.resolve import asset, normal
 from ...config.schema import Columns, Float, Format, Int
@@ -212,7 +210,6 @@ class Preparation:
         self.sources: list[dict[str, Any]] = []
         self.formats: dict[int, str] = {}  # by source
         self.quarantined: Counter[str] = Counter()
-        self.lengths: dict[tuple[str, str], array] = {}
 
     def items(self) -> Generator[Item, None, None]:
         """Read the raw rows of all sources, up to max_rows."""
@@ -261,9 +258,6 @@ class Preparation:
             self.writer.write(split_of(question(sample), self.config.splits), json_line(row))
         except BadRow as error:
             self.refuse(item, "training row", error)
-            return
-        for key, length in lengths(sample).items():
-            self.lengths.setdefault(key, array("q")).append(length)
 
     def _format(self, item: Item) -> str:
         """Find the format of a source: the one given, or the one that its first good row fits."""
@@ -296,7 +290,6 @@ class Preparation:
             "quarantined": dict(self.quarantined.most_common()),
             "rows_written": self.writer.rows.total(),
             "splits": {name: self.writer.rows[name] for name in self.config.splits},
-            "lengths": {f"{side}_{unit}": statistics(values) for (side, unit), values in self.lengths.items()},
         }
 
 
@@ -331,33 +324,6 @@ def split_of(value: Any, splits: dict[str, float]) -> str:
         if point < end:
             return name
     return name
-
-
-def lengths(sample: Sample) -> dict[tuple[str, str], int]:
-    """Measure (prompt or answer, unit); several turns are summed."""
-    if isinstance(sample, Conversation):
-        sides = {
-            "prompt": _said(sample.messages, by_assistant=False),
-            "answer": _said(sample.messages, by_assistant=True),
-        }
-    elif isinstance(sample, PlainText):
-        sides = {"answer": [sample.text]}
-    else:
-        prompt = sample.labels.count(IGNORE)
-        return {("prompt", "tokens"): prompt, ("answer", "tokens"): len(sample.labels) - prompt}
-    units = {"characters": len, "words": lambda text: len(text.split())}
-    return {(side, unit): sum(map(count, said)) for side, said in sides.items() for unit, count in units.items()}
-
-
-def _said(messages: list[Message], *, by_assistant: bool) -> list[str]:
-    return [message["content"] for message in messages if (message["role"] == "assistant") == by_assistant]
-
-
-def statistics(values: array) -> dict[str, float]:
-    numbers = np.array(values)
-    five = {"min": numbers.min(), "median": np.median(numbers), "mean": numbers.mean()}
-    five |= {"p95": np.percentile(numbers, 95), "max": numbers.max()}
-    return {name: round(float(value), 1) for name, value in five.items()}
 
 
 def table(summary: dict[str, Any]) -> str:
