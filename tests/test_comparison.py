@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from manyrank.tools.evaluate.comparison import compare, mean_interval, sign_test
+from manyrank.tools.evaluate import comparison
+from manyrank.tools.evaluate.comparison import compare, mean_interval
 
 
 def test_the_mean_is_of_tokens_and_not_of_means():
@@ -31,12 +32,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     ("wins", "losses", "p"),
     [(0, 0, 1), (1, 0, 1), (5, 5, 1), (10, 0, 2 / 1024), (0, 10, 2 / 1024), (8, 2, 2 * 56 / 1024), (3, 2, 1)],
 )
-def test_sign_test(wins, losses, p):
-    assert sign_test(wins, losses) == pytest.approx(p)
-
-
-def test_sign_test_of_very_many_rows():
-    assert sign_test(6000, 4000) < 1e-80 and sign_test(5000, 5000) == 1
+def test_the_exact_test_of_scores_of_0_and_1(wins, losses, p):
+    first = np.array([1.0] * wins + [0.0] * losses + [1.0])
+    assert compare(first, np.array([0.0] * wins + [1.0] * losses + [1.0]), np.ones(len(first)), seed=0).p == (
+        pytest.approx(p)
+    )
 
 
 def test_scores_of_0_and_1():
@@ -64,6 +64,17 @@ def test_models_that_are_alike_seldom_seem_to_differ():
 
 
 def test_one_row_and_many_rows():
-    assert compare(np.array([0.5]), np.array([0.2]), np.ones(1), seed=0).p == 1
-    many = np.random.default_rng(0).random(30_000)
-    assert mean_interval(many, np.ones(30_000), seed=0).high - 0.5 < 0.01
+    one = compare(np.array([0.5]), np.array([0.2]), np.ones(1), seed=0)
+    assert one.p == 1 and one.difference.low == one.difference.mean == one.difference.high
+    draws = np.random.default_rng(0)
+    many = draws.random(3000)
+    assert mean_interval(many, np.ones(3000), seed=0).high - many.mean() == pytest.approx(0.0103, abs=1e-3)
+    assert compare(many + 0.1, many[::-1], np.ones(3000), seed=0).p < 1e-9
+
+
+def test_the_normal_limit_of_sign_flips_agrees_with_them(monkeypatch):
+    draws = np.random.default_rng(1)
+    first, second, weights = draws.random(500), draws.random(500), np.ones(500)
+    flipped = compare(first, second, weights, seed=0).p
+    monkeypatch.setattr(comparison, "MANY", 100)
+    assert 0 < flipped < 1 and compare(first, second, weights, seed=0).p == pytest.approx(flipped, abs=0.02)

@@ -170,7 +170,7 @@ WRONG = {
     "no data": (["embedded"], "no data"),
     "data": (["embedded", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "sources twice": (["embedded", "--data", "[data/sample.jsonl, data/sample.jsonl]"], "there twice"),
-    "strategy": (["embedded", "--strategy", "fsdp"], "does not shard"),
+    "strategy": (["embedded", "--strategy", "fsdp"], "unrecognized"),
     "top_p": (["embedded", "--data", "data/sample.jsonl", "--top-p", "0"], "top_p"),
     "rows": (["embedded", "--max-rows", "0"], "'0' is no whole number from 1"),
     "shots": (["embedded", "--shots", "3"], "for --tasks"),

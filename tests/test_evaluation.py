@@ -12,8 +12,8 @@ from manyrank.data.questions import read_questions
 from manyrank.data.scores import row_scores
 from manyrank.models.generation import Sampling
 from manyrank.topology.ranks import Topology
-from manyrank.training.evaluation import Asked, Layout, _add_batch, add_answers, add_losses
 from manyrank.training.evaluation import Entry as Found
+from manyrank.training.evaluation import GenerationRequest, Layout, _add_batch, add_answers, add_losses
 from manyrank.training.loss import TokenLoss
 
 ONE = Topology()
@@ -127,12 +127,12 @@ def test_a_prompt_that_fills_the_context_has_an_empty_answer(model, tokenizer):
     config = config_of("data/validation.jsonl")
     path = config.data_path[0].path
     questions = list(read_questions(config.data_path, config, [(path, row) for row in range(1, 5)]).values())
-    asked = Asked(Sampling(max_new_tokens=4), render_options(config), row_scores(["f1"]))
+    request = GenerationRequest(Sampling(max_new_tokens=4), render_options(config), row_scores(["f1"]))
     lengths = [len(prompt_ids(tokenizer, question.prompt)) for question in questions]
     entries: dict[tuple, Found] = {}
     context, model.config.max_position_embeddings = model.config.max_position_embeddings, max(lengths)
     try:
-        add_answers(model, tokenizer, questions, asked, Layout(2, ONE), entries)
+        add_answers(model, tokenizer, questions, request, Layout(2, ONE), entries)
     finally:
         model.config.max_position_embeddings = context
     full = [question.key for question, length in zip(questions, lengths) if length == max(lengths)]

@@ -11,11 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyrank.chat_template.types import BadRow
-from manyrank.data.dedup import MinHash, digest, same_text
+from manyrank.data.dedup import digest, same_text
 from manyrank.data.numeric import number
 from manyrank.errors import UserError
-from manyrank.tools.prepare.filters import FILTERS, Item, find
-from manyrank.tools.prepare.stages import Stage, build
+from manyrank.tools.prepare.filters import (
+    FILTERS,
+    PERMUTATIONS,
+    FilterStage,
+    Item,
+    NearDuplicates,
+    build_stages,
+    find,
+)
 
 ROW = {
     "question": "How many?",
@@ -28,8 +35,8 @@ CODE = "def add(a, b):\n    # sum of two\n    return a + b\n"
 TESTED = CODE + "\n\ndef test_add():\n    assert add(1, 2) == 3\n"
 
 
-def stage(given, *, workers: int = 1) -> Stage:
-    return build([given], workers=workers, where="config.yaml")[0]
+def stage(given, *, workers: int = 1) -> FilterStage:
+    return build_stages([given], workers=workers, where="config.yaml")[0]
 
 
 def verdict(given, row) -> str | None:
@@ -226,11 +233,11 @@ def jaccard(one: list[str], other: list[str]) -> float:
 def test_near_duplicates_are_those_of_the_jaccard_similarity(threshold):
     """Against the exact similarity, but for pairs within 3 standard errors of the threshold."""
     numbers, wrong, sides = random.Random(1), [], [0, 0]
-    margin = 3 * (threshold * (1 - threshold) / MinHash.PLACES) ** 0.5
+    margin = 3 * (threshold * (1 - threshold) / PERMUTATIONS) ** 0.5
     for _ in range(300):
         one = numbers.choices(WORDS, k=200)
         other = one[: numbers.randrange(60, 201)]
-        exact, seen = jaccard(one, other), MinHash(threshold)
+        exact, seen = jaccard(one, other), NearDuplicates(threshold)
         assert not seen.seen(" ".join(one))
         if abs(exact - threshold) > margin:
             sides[exact > threshold] += 1
@@ -522,7 +529,7 @@ def test_every_filter_has_options_that_are_checked():
 
 
 def test_stages_count_rows_in_and_out():
-    stages = build(
+    stages = build_stages(
         [{"length": {"field": "t", "min": 2}}, "dedup", {"regex": {"field": "t", "drop": "x"}}], workers=1, where=""
     )
     items = iter([Item(f"row {n}", {"t": text}) for n, text in enumerate(["a", "bb", "bb", "xx", "cc"])])

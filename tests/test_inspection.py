@@ -101,7 +101,7 @@ def test_bad_rows_are_named_and_do_not_stop_it(tokenizer, tmp_path):
     found = survey(tokenizer, data_path=path, on_bad_row="error")
     (reading,) = found.readings
     assert reading.rows == 15
-    assert reading.counts["bad, put aside"] == 13
+    assert reading.counts["bad, quarantined"] == 13
     assert list(reading.reasons.items()) == [("empty field", 11), ("no assistant turn", 1), ("not JSON", 1)]
     assert len(reading.bad) == 10
     assert [row.place for row in reading.bad[:3]] == [f"{path}, line {line}" for line in (2, 3, 5)]

@@ -18,7 +18,7 @@ from transformers import (
 
 from manyrank.config.resolve import Entry, resolve
 from manyrank.data.dataset import prepare
-from manyrank.data.loader import Ahead, MicroBatch, StepLoader
+from manyrank.data.loader import MicroBatch, Prefetcher, StepLoader
 from manyrank.models.attention import PACKED, PACKED_PLAIN, use_packed_attention
 from manyrank.models.load import with_adapters
 from manyrank.training.loss import TokenLoss
@@ -181,7 +181,7 @@ def test_epochs_differ_and_seeds_repeat(examples):
 def test_steps_that_are_read_ahead_are_those_of_the_loader(examples):
     one = loader(examples)
     last = one.steps_per_epoch + 1
-    ahead = Ahead(one)
+    ahead = Prefetcher(one)
     for number in [3, 4, 5, 2, *range(6, last + 1)]:  # a resumed run begins anywhere
         step = ahead.step(number, last=last)
         assert [m.rows for m in step.micro_batches] == [m.rows for m in one.step(number).micro_batches]

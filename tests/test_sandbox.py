@@ -113,14 +113,12 @@ def test_a_sleeper_is_ended(network):
 @both
 def test_cpu_time_is_limited_by_itself(network):
     program = """
-        import os, resource
-        print(resource.getrlimit(resource.RLIMIT_CPU))
+        import os, resource, signal
+        print(resource.getrlimit(resource.RLIMIT_CPU), flush=True)
+        os.kill(os.getpid(), signal.SIGXCPU)
     """
-    assert python(program, seconds=2.5, network=network).output == "(3, 4)\n"
-
-
-def test_the_end_of_cpu_time_is_a_time_limit():
-    assert Outcome(None, "SIGXCPU", "").reason == "time limit"
+    outcome = python(program, seconds=2.5, network=network)
+    assert (outcome.output, outcome.signal, outcome.reason) == ("(3, 4)\n", "SIGXCPU", "time limit")
 
 
 # What it leaves behind
@@ -368,3 +366,13 @@ def test_a_forbidden_namespace_is_a_refusal():
     program = "import os; print('ran')"
     assert with_privileges(*without, program=program).startswith("refused: this machine forbids a network namespace")
     assert with_privileges(*without, program=program, network=True) == "exit code 0 ran\n\n"
+
+
+@setpriv
+def test_without_namespaces_nothing_survives_either():
+    mark = f"orphan-{os.getpid()}-{time.monotonic_ns()}"
+    program = DAEMON.replace("MARK", mark).replace("WAIT", "time.sleep(600)")
+    said = with_privileges(
+        "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", program=program, network=True, seconds=2
+    )
+    assert said == "time limit left\n\n" and processes_with(mark) == []

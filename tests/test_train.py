@@ -117,7 +117,7 @@ def test_bad_rows_are_put_aside_and_the_split_is_validated(embedded_model, tmp_p
         "--nproc=2",
     )
     assert run.code == 0, run.stderr
-    assert "2 bad, put aside" in run.stdout and "validation data: " in run.stdout
+    assert "2 bad, quarantined" in run.stdout and "validation data: " in run.stdout
     assert "between the longest rank and the mean" in run.stdout
     aside = [json.loads(line) for line in (run.folder / "logs" / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["place"].split(", ")[1], row["reason"]) for row in aside] == [

@@ -142,9 +142,9 @@ def _data(argv: Sequence[str]) -> int:
 
         return inspection.main(argv[1:])
     if argv and argv[0] == "prepare":
-        from .tools.prepare import main as curate
+        from .tools.prepare import main as prepare
 
-        return curate.main(argv[1:])
+        return prepare.main(argv[1:])
     if argv and argv[0] in ("-h", "--help"):
         print(DATA_USAGE)
         return 0

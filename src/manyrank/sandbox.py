@@ -1,12 +1,13 @@
-"""Run one command under limits of time, memory, processes, files, output and network. Linux, standard library alone.
+"""Run one command under limits of time, memory, processes, files, output and network. Linux, by util-linux and coreutils.
 
-    caller ── this file as a program ── first process of its own namespace ── the command ── what it starts
-              opens the namespaces      keeps the time, reports the end        has the limits
+    caller ── unshare ── timeout ── prlimit ── the command ── what it starts
+              opens the  first of   sets the limits
+              namespaces its own
 
-The program in between sets what the command inherits, so that the caller may have threads. Whatever the command
-leaves behind dies with it: the kernel kills a process namespace as a whole; where there is none (`network`), the
-supervisor adopts and kills the orphans. Run by root, every command gets an unprivileged user of its own, because the
-kernel limits the processes of any other user only.
+The kernel kills a process namespace as a whole, so whatever the command leaves behind dies with it, and all of it dies
+with the caller. Where the machine allows no namespaces, a command with `network` still runs: what is left of it is then
+found by its environment. Run by root, every command gets an unprivileged user of its own, because the kernel limits the
+processes of any other user only.
 
 This stops accidents: endless loops, memory hogs, fork bombs, calls home. It is no jail. The command reads what the
 caller may read and, unless the caller is root, writes what the caller may write.
@@ -15,31 +16,29 @@ caller may read and, unless the caller is root, writes what the caller may write
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
-import json
 import math
 import os
 import resource
-import selectors
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-# From linux/sched.h, linux/prctl.h and linux/capability.h.
-CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 8, 36, 38, 47
-PR_CAP_AMBIENT_RAISE, CAP_DAC_READ_SEARCH, CAPABILITY_VERSION_3 = 2, 2, 0x20080522
-
-GRACE = 10.0  # seconds over the limit after which the supervisor itself is given up
+GRACE = 10.0  # seconds over the limit after which `timeout` itself is given up
 MEBIBYTE = 1024**2
 USERS = range(65_000, 65_500)  # user ids that nobody has; one after the other for the commands of root
 _user = itertools.cycle(USERS)
+DIE_WITH_CALLER = ("setpriv", "--pdeathsig=KILL")
+NAMESPACES = ("unshare", "--pid", "--ipc", "--fork", "--kill-child")
+READ_EVERYTHING = 2  # CAP_DAC_READ_SEARCH of linux/capability.h
 
 
 class Refused(RuntimeError):
@@ -60,7 +59,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: with an exit code, by a signal's name, or (neither) by its time limit."""
+    """How a command ended: with an exit code, by a signal's name, or (neither) by its time limit.
+
+    An exit code over 128 is read as a signal, as shells write it.
+    """
 
     code: int | None
     signal: str | None
@@ -84,45 +86,22 @@ def run(command: Sequence[str], *, files: Mapping[str, str], limits: Limits) -> 
     """
     if sys.platform != "linux":
         raise Refused(f"commands are run under limits on Linux only, not on {sys.platform}")
+    outer = _namespaces(limits.network)
+    isolated = "unshare" in outer
     user = next(_user) if os.geteuid() == 0 else None
     with tempfile.TemporaryDirectory(prefix="manyrank-", ignore_cleanup_errors=True) as folder:
         for name, content in files.items():
             Path(folder, name).write_text(content, encoding="utf-8", newline="")
         for path in (folder, *(Path(folder, name) for name in files)) if user else ():
             os.chown(path, user, user)
-        return _launch({"command": list(command), "folder": folder, "user": user}, limits)
-
-
-def _launch(request: dict, limits: Limits) -> Outcome:
-    report, told = os.pipe()
-    request |= {"told": told, "limits": asdict(limits), "caller": os.getpid()}
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, json.dumps(request)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            env=_environment(request["folder"]),
-            pass_fds=[told],
-            start_new_session=True,
-        )
-    except OSError:
-        os.close(report)
-        raise
-    finally:
-        os.close(told)
-    with process.stdout, os.fdopen(report, "rb", buffering=0) as reports:
-        try:
-            said, output = _collect(process.stdout.fileno(), reports.fileno(), limits)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    end = json.loads(said) if said else {"signal": "SIGKILL"}
-    if "refused" in end:
-        raise Refused(end["refused"])
-    return Outcome(end.get("code"), end.get("signal"), output.decode("utf-8", "replace"))
+        env = _environment(folder)
+        program = str(Path(folder, command[0])) if os.sep in command[0] else command[0]
+        if not shutil.which(program, path=env["PATH"]):
+            raise Refused(f"{command[0]!r} cannot be run: there is no such program")
+        timeout = ("timeout", "--signal=KILL", str(limits.seconds))
+        prlimit = _limits(limits, alone=isolated or bool(user))
+        argv = (*outer, *timeout, *_privileges(user), *prlimit, *command)
+        return _run(argv, folder, env, limits, isolated=isolated)
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -131,155 +110,63 @@ def _environment(folder: str) -> dict[str, str]:
     return {"PATH": path, "HOME": folder, "TMPDIR": folder, **fixed}
 
 
-def _collect(output: int, report: int, limits: Limits) -> tuple[bytes, bytes]:
-    """Read both pipes until the report ends; a process that holds the output open is not waited for.
+@lru_cache
+def _namespaces(network: bool) -> tuple[str, ...]:
+    """Find the start of a command line that opens the namespaces, by trying it.
 
-    Returns:
-        The report and the kept output.
+    Raises:
+        Refused: the machine forbids a network namespace, or to become another user.
     """
-    said, kept = bytearray(), bytearray()
-    deadline = time.monotonic() + limits.seconds + GRACE
-    os.set_blocking(output, False)
-    with selectors.DefaultSelector() as pipes:
-        pipes.register(output, selectors.EVENT_READ)
-        pipes.register(report, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            for key, _ in pipes.select(left):
-                part = os.read(key.fd, 65_536)
-                if key.fd == output:
-                    kept += part[: limits.output_bytes - len(kept)]
-                said += part if key.fd == report else b""
-                if not part:
-                    pipes.unregister(key.fd)
-            if report not in pipes.get_map():
-                break
-        else:
-            return b"{}", bytes(kept)
-    with contextlib.suppress(BlockingIOError):
-        while len(kept) < limits.output_bytes and (part := os.read(output, 65_536)):
-            kept += part[: limits.output_bytes - len(kept)]
-    return bytes(said), bytes(kept)
-
-
-# From here on: the program in between, in its own processes.
-
-
-def _supervise(request: dict) -> None:
-    """Open the namespaces, run the command, and write how it ended to the `told` pipe, as JSON."""
-    os.set_inheritable(request["told"], False)
-    isolated = not request["limits"]["network"]
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL if isolated else signal.SIGTERM)
-    if os.getppid() != request["caller"]:  # it died before that
-        return
-    if isolated:
+    root = os.geteuid() == 0
+    # A user who is not root opens them inside a namespace for users; what is allowed there the command does not get.
+    within = () if root else ("unshare", "--user", "--map-current-user", "--keep-caps")
+    isolated = (*within, *DIE_WITH_CALLER, *NAMESPACES, *(() if network else ("--net",)))
+    for outer in (isolated, DIE_WITH_CALLER) if network else (isolated,):
+        argv = [*outer, *_privileges(USERS[0] if root else None), "true"]
         try:
-            _unshare()
-        except OSError as error:
-            _tell(request, {"refused": f"this machine forbids a network namespace ({error.strerror})"})
-            return
-        first = os.fork()
-        if first:
-            os.waitpid(first, 0)
-            return
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    end = _run(request)
-    if not isolated:
-        _kill_children()
-    if end:
-        _tell(request, end)
+            trial = subprocess.run(argv, capture_output=True, text=True, timeout=GRACE)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Refused(f"commands need the programs of util-linux: {error}") from None
+        if trial.returncode == 0:
+            return outer
+    forbidden = "another user for a command" if network else "a network namespace"
+    reason = trial.stderr.partition("\n")[0].rpartition(": ")[2]
+    raise Refused(f"this machine forbids {forbidden} ({reason})")
 
 
-def _unshare() -> None:
-    """Namespaces for network, processes and IPC; with one for users where it takes that to be allowed."""
-    user, group = os.geteuid(), os.getegid()
-    flags = CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | (CLONE_NEWUSER if user else 0)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(flags):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    if user:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+def _privileges(user: int | None) -> tuple[str, ...]:
+    """Drop what root or a namespace allows; root turns into `user`."""
+    if user is None:
+        return ("setpriv", "--no-new-privs", "--inh-caps=-all", "--ambient-caps=-all")
+    # It may still read everything: root's Python is often in root's home. In some containers root has no such right.
+    status = Path("/proc/self/status").read_text()
+    permitted = int(status.partition("CapPrm:")[2].split()[0], 16)
+    kept = "-all,+dac_read_search" if permitted >> READ_EVERYTHING & 1 else "-all"
+    ids = (f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    return ("setpriv", *ids, "--no-new-privs", f"--inh-caps={kept}", f"--ambient-caps={kept}")
 
 
-def _run(request: dict) -> dict:
-    """Start the command and wait for it, no longer than its time; empty where it did not start and said so."""
-    ready, started = os.pipe()
-    for number in (signal.SIGALRM, signal.SIGTERM):
-        signal.signal(number, _stop)
-    try:
-        child = os.fork()
-        if child == 0:
-            _become(request, started)
-        os.close(started)
-        signal.setitimer(signal.ITIMER_REAL, request["limits"]["seconds"])
-        refused = os.read(ready, 1)  # ends when the command takes over
-        _, status = os.waitpid(child, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except TimeoutError:
-        return {"code": None}
-    if refused:
-        return {}
-    code = os.waitstatus_to_exitcode(status)
-    return {"code": code} if code >= 0 else {"signal": signal.Signals(-code).name}
+def _limits(limits: Limits, *, alone: bool) -> list[str]:
+    """Set the limits, none of them over what the caller has.
 
-
-def _stop(*_) -> None:
-    """The time is up, or the caller is gone."""
-    raise TimeoutError
-
-
-def _become(request: dict, started: int) -> None:
-    """Take on the limits and turn into the command; does not return."""
-    try:
-        _limit(request)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a command would inherit that
-            signal.signal(number, signal.SIG_DFL)
-        os.chdir(request["folder"])
-        os.execvp(request["command"][0], request["command"])
-    except (OSError, ValueError) as error:
-        _tell(request, {"refused": f"{request['command'][0]!r} cannot be run: {error}"})
-        os.write(started, b"!")
-    finally:
-        os._exit(127)
-
-
-def _limit(request: dict) -> None:
-    limits, user = request["limits"], request["user"]
-    if user:
-        _become_user(user)
-    # Only a user without a namespace or an id of his own shares the count with his other processes.
-    shared = 0 if user or not limits["network"] else _tasks_of_this_user()
-    seconds = math.ceil(limits["seconds"])
-    for kind, soft, hard in (
-        (resource.RLIMIT_CPU, seconds, seconds + 1),
-        (resource.RLIMIT_AS, *[limits["memory_mb"] * MEBIBYTE] * 2),
-        (resource.RLIMIT_FSIZE, *[limits["file_mb"] * MEBIBYTE] * 2),
-        (resource.RLIMIT_NPROC, *[limits["processes"] + shared] * 2),
-        (resource.RLIMIT_NOFILE, 256, 256),
-        (resource.RLIMIT_CORE, 0, 0),
-    ):
-        highest = resource.getrlimit(kind)[1]
-        within = [value if highest == resource.RLIM_INFINITY else min(value, highest) for value in (soft, hard)]
-        resource.setrlimit(kind, tuple(within))
-    _prctl(PR_SET_NO_NEW_PRIVS, 1)
-
-
-def _become_user(user: int) -> None:
-    """Turn from root into another user, who may still read everything: root's Python is often in root's home."""
-    _prctl(PR_SET_KEEPCAPS, 1)
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
-    keep = 1 << CAP_DAC_READ_SEARCH
-    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
-    sets = (ctypes.c_uint32 * 6)(keep, keep, keep, 0, 0, 0)  # effective, permitted, inheritable; then the high halves
-    if ctypes.CDLL(None).capset(header, sets) == 0:
-        _prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_READ_SEARCH)
-    else:  # root of a container that has no such right to keep: drop all
-        ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)())
+    Args:
+        alone: whether the command shares its user's number of processes with nobody.
+    """
+    seconds = math.ceil(limits.seconds)
+    values = {
+        "cpu": (seconds, seconds + 1),
+        "as": [limits.memory_mb * MEBIBYTE] * 2,
+        "fsize": [limits.file_mb * MEBIBYTE] * 2,
+        "nproc": [limits.processes + (0 if alone else _tasks_of_this_user())] * 2,
+        "nofile": (256, 256),
+        "core": (0, 0),
+    }
+    words = ["prlimit"]
+    for name, pair in values.items():
+        highest = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+        soft, hard = (value if highest == resource.RLIM_INFINITY else min(value, highest) for value in pair)
+        words.append(f"--{name}={soft}:{hard}")
+    return words
 
 
 def _tasks_of_this_user() -> int:
@@ -290,34 +177,63 @@ def _tasks_of_this_user() -> int:
     return count
 
 
-def _kill_children() -> None:
-    """Kill every child, and again those that it leaves to us, until there is none."""
-    while children := [int(entry.name) for entry in _processes() if _parent(entry) == os.getpid()]:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-
-def _parent(entry: Path) -> int:
+def _run(argv: Sequence[str], folder: str, env: dict[str, str], limits: Limits, *, isolated: bool) -> Outcome:
+    kept, started = bytearray(), time.monotonic()
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+        env=env,
+        start_new_session=True,
+    )
+    reader = threading.Thread(target=_keep, args=(process.stdout, kept, limits.output_bytes), daemon=True)
+    reader.start()
+    code = None
     try:
-        return int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-    except OSError:  # it has ended meanwhile
-        return 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(limits.seconds + GRACE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isolated:
+            _kill_leftovers(folder)
+        reader.join(GRACE)
+    output = kept.decode("utf-8", "replace")
+    number = None if code is None else -code if code < 0 else code - 128
+    if code is None or (number == signal.SIGKILL and time.monotonic() - started >= limits.seconds):
+        return Outcome(None, None, output)
+    try:
+        return Outcome(None, signal.Signals(number).name, output)
+    except ValueError:
+        return Outcome(code, None, output)
+
+
+def _keep(pipe, kept: bytearray, most: int) -> None:
+    """Read all of a pipe, and keep the beginning."""
+    with pipe:
+        while part := pipe.read1(65_536):
+            kept += part[: most - len(kept)]
+
+
+def _kill_leftovers(folder: str) -> None:
+    """Kill what was started in the folder's environment, and again what that starts meanwhile, until there is none."""
+    mark = f"HOME={folder}".encode()
+    while leftovers := [int(entry.name) for entry in _processes() if mark in _environment_of(entry)]:
+        for process in leftovers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _environment_of(entry: Path) -> list[bytes]:
+    try:
+        return (entry / "environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended meanwhile, or is another user's
+        return []
 
 
 def _processes() -> list[Path]:
     return [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-
-
-def _tell(request: dict, end: dict) -> None:
-    os.write(request["told"], json.dumps(end).encode())
-
-
-def _prctl(option: int, *values: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, *(ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4])):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-if __name__ == "__main__":
-    _supervise(json.loads(sys.argv[1]))

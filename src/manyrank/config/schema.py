@@ -197,7 +197,7 @@ class TrainConfig(BaseModel):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that cannot be used: stop, or put it aside"
     )
-    duplicates: Literal["keep", "drop", "drop_near"] = Field("keep", description="rows that are the same, or nearly")
+    duplicates: Literal["keep", "drop"] = Field("keep", description="rows that are the same as an earlier one")
     max_length: Int = Field(1024, gt=1, description="tokens of one example; longer ones are handled as `overlong` says")
     overlong: Literal["truncate", "drop", "split", "error"] = Field(
         "truncate", description="what to do with a longer example"

@@ -25,26 +25,26 @@ from ..errors import UserError
 from .formats import needs_template
 from .messages import bad_rows_error, usual_fix
 from .sources import Source, known_format, source_of
-from .tokenize import TABLE, USED, Choice, Fate, TokeniseOptions, count_rows, near_doubles, tokenise
+from .tokenize import TABLE, USED, RowStatus, Subsample, TokeniseOptions, count_rows, tokenise
 
-FATES = {
-    Fate.CUT: "cut at max_length",
-    Fate.PIECE: "pieces of longer rows",
-    Fate.EMPTY_PIECE: "pieces without an answer left out",
-    Fate.TOO_LONG: "too long, left out",
+DESCRIPTIONS = {
+    RowStatus.CUT: "cut at max_length",
+    RowStatus.PIECE: "pieces of longer rows",
+    RowStatus.EMPTY_PIECE: "pieces without an answer left out",
+    RowStatus.TOO_LONG: "too long, left out",
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """What happened to the rows.
+    """How the rows were used.
 
     Attributes:
         formats, rows: by source, the format its rows were read in, and how many were.
         out_of: by source, the rows that it has; more than were read with max_rows or a small max_steps.
         needed: the part of the rows that max_steps chose to read; 1 where it did not choose.
         counts: rows by what became of them, where it is not simply kept.
-        problems: the table whose column "problem" tells of the rows put aside, a line of JSON each.
+        problems: the table whose column "problem" tells of the quarantined rows, a line of JSON each.
     """
 
     formats: tuple[str, ...]
@@ -55,7 +55,7 @@ class Report:
     problems: Dataset
 
     def bad(self) -> Iterator[dict]:
-        """The rows put aside: reason, detail, place, row. Read from the cache, not held in memory."""
+        """Read the quarantined rows: reason, detail, place, row. From the cache, not held in memory."""
         return (json.loads(row["problem"]) for row in self.problems)
 
 
@@ -87,7 +87,7 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """What is learned in which order, to the token, wherever the files lie."""
+        """A hash of what is learned in which order, to the token, wherever the files lie."""
         digest = hashlib.sha256(repr(self.weights).encode())
         for column in (self.tokens, self.source):
             digest.update(np.ascontiguousarray(column).tobytes())
@@ -101,7 +101,7 @@ class Examples:
         return {**self.dataset[int(self.index[example])], "source": self.paths[self.source[example]]}
 
     def keys(self) -> list[tuple[str, int]]:
-        """Of each example, the path of its source and the number of its row there."""
+        """List the path of each example's source and the number of its row there."""
         rows = self.dataset.select_columns("row").with_format("numpy")[:]["row"][self.index]
         return [(self.paths[at], int(row)) for at, row in zip(self.source, rows)]
 
@@ -163,32 +163,32 @@ def prepare(
         )
     rows = [count_rows(source) if needed or source.max_rows else None for source in found]
     most = [count and min(count, source.max_rows or count) for source, count in zip(found, rows)]
-    share, choices, examples = 1.1, None, None  # some more than needed, for those that will be left out
+    share, subsamples, examples = 1.1, None, None  # some more than needed, for those that will be left out
     while examples is None or (needed and len(examples) < needed):
         wanted = min(1.0, share * needed / sum(most)) if needed else 1.0
-        before, choices = choices, [_choice(*pair, wanted, config.seed) for pair in zip(rows, most)]
-        if choices == before:
+        before, subsamples = subsamples, [_subsample(*pair, wanted, config.seed) for pair in zip(rows, most)]
+        if subsamples == before:
             break
-        examples, share = _examples(found, choices, tokenizer, config), 2 * share
+        examples, share = _examples(found, subsamples, tokenizer, config), 2 * share
     if not len(examples):
         raise _nothing_left(examples)
     read = sum(examples.report.rows)
     return replace(examples, report=replace(examples.report, needed=read / sum(most) if needed else 1.0))
 
 
-def _choice(rows: int | None, most: int | None, wanted: float, seed: int) -> Choice | None:
+def _subsample(rows: int | None, most: int | None, wanted: float, seed: int) -> Subsample | None:
     """The rows of a source to read, at most `most`; `wanted` is the part of all rows that the run needs."""
     if rows is None:
         return None
     count = min(most, int(wanted * most) + 16)
-    return Choice(rows, count, seed) if count < rows else None
+    return Subsample(rows, count, seed) if count < rows else None
 
 
-def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, config: TrainConfig) -> Examples:
+def _examples(sources: list[Source], subsamples: list[Subsample | None], tokenizer, config: TrainConfig) -> Examples:
     options = TokeniseOptions(config.max_length, config.overlong, render_options(config))
     tables = [
-        tokenise(source, tokenizer, options, choice=choice, processes=config.dataset_num_proc)
-        for source, choice in zip(sources, choices)
+        tokenise(source, tokenizer, options, subsample=subsample, processes=config.dataset_num_proc)
+        for source, subsample in zip(sources, subsamples)
     ]
     whole = concatenate_datasets(tables)
     columns = {name: whole.data[name].to_numpy() for name in TABLE}
@@ -200,16 +200,14 @@ def _examples(sources: list[Source], choices: list[Choice | None], tokenizer, co
     rows = tuple(len(np.unique(numbers[columns["source"] == source])) for source in range(len(sources)))
     used = np.isin(fate, USED)
     double = _is_double(columns["content"] ^ columns["tokens"], numbers, used)
-    if config.duplicates == "drop_near":
-        double |= used & _is_near(near_doubles(sources, choices, _unused(columns, used, len(sources))), columns)
     keep = np.flatnonzero(used & ~double if config.duplicates != "keep" else used)
     report = Report(
         formats=tuple(source.format_type for source in sources),
         rows=rows,
-        out_of=tuple(choice.rows if choice else read for choice, read in zip(choices, rows)),
+        out_of=tuple(subsample.rows if subsample else read for subsample, read in zip(subsamples, rows)),
         needed=1.0,
         counts=_counts(columns, double, config.duplicates),
-        problems=whole.select(order[fate == Fate.BAD]).select_columns("problem"),
+        problems=whole.select(order[fate == RowStatus.BAD]).select_columns("problem"),
     )
     if config.on_bad_row == "error" and len(report.problems):
         raise _bad_rows(report)
@@ -248,23 +246,10 @@ def _is_double(what: np.ndarray, rows: np.ndarray, used: np.ndarray) -> np.ndarr
     return double
 
 
-def _unused(columns: dict[str, np.ndarray], used: np.ndarray, sources: int) -> list[set[int]]:
-    """By source, the numbers of rows of which nothing is used."""
-    own = [columns["source"] == source for source in range(sources)]
-    return [set(columns["row"][here & ~used].tolist()) - set(columns["row"][here & used].tolist()) for here in own]
-
-
-def _is_near(found: Dataset, columns: dict[str, np.ndarray]) -> np.ndarray:
-    """(records,), whether the record's row is one of those found."""
-    near = found.filter(lambda near: near, input_columns="near", keep_in_memory=True)
-    pairs = set(zip(near["source"], near["row"]))
-    return np.array([pair in pairs for pair in zip(columns["source"].tolist(), columns["row"].tolist())], dtype=bool)
-
-
 def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str) -> dict[str, int]:
     fate = columns["fate"]
-    counts = {what: int((fate == name).sum()) for name, what in FATES.items()}
-    counts["bad, put aside"] = int((fate == Fate.BAD).sum())
+    counts = {what: int((fate == name).sum()) for name, what in DESCRIPTIONS.items()}
+    counts["bad, quarantined"] = int((fate == RowStatus.BAD).sum())
     counts["duplicates" + ("" if duplicates == "keep" else ", left out")] = int(double.sum())
     counts["whose end of turn is no token of the tokenizer (another chat_template?)"] = int(columns["loose_end"].sum())
     counts["with special-token text, read as plain text"] = int(columns["special_text"].sum())
@@ -275,7 +260,7 @@ def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str)
 def _bad_rows(report: Report, *, skippable: bool = True) -> UserError:
     reasons = bad_reasons(report)
     if sum(reasons[reason] for reason in TEMPLATE_REASONS) > reasons.total() / 2:
-        fix = "choose a chat template that knows such rows (--chat_template), or mend it"
+        fix = "choose a chat template that knows such rows (--chat_template), or fix it"
     else:
         fix = usual_fix(reasons)
     first = ((row["place"], row["detail"]) for row in report.bad())
@@ -283,12 +268,12 @@ def _bad_rows(report: Report, *, skippable: bool = True) -> UserError:
 
 
 def bad_reasons(report: Report) -> Counter[str]:
-    """The rows put aside by reason."""
+    """Count the quarantined rows by reason."""
     return Counter(row["reason"] for row in report.bad())
 
 
 def write_quarantine(examples: Examples, path: Path) -> None:
-    """The rows that were put aside, a line each: reason, detail, place, row."""
+    """Write the quarantined rows, a line each: reason, detail, place, row."""
     if len(examples.report.problems):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:

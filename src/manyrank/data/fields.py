@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from ..chat_template.types import BadRow
+from ..config.schema import Float, Int
 from ..errors import UserError
 from ..sandbox import Limits, Refused
 from ..sandbox import run as run_program
 
 
 def find(row: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path; a number is an item of a list, and a key may hold dots itself.
+    """Follow a dotted path to its value; a number is an item of a list, and a key may hold dots itself.
 
     Raises:
         BadRow: there is nothing, or null.
@@ -35,24 +38,31 @@ def find_text(row: dict[str, Any], path: str) -> str:
     return value
 
 
-def refusal(
-    row: dict[str, Any], content: Sequence[str], *, run: Sequence[str], file: str, limits: Limits
-) -> str | None:
-    """Why a program refuses the fields of a row, which stand in a file one after the other; None: it ends with 0.
+class Program(BaseModel):
+    """The options of a program that judges fields of a row. `run` has "{file}" for the name of the file with them."""
 
-    Args:
-        run: the command; {file} stands for the file's name.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    run: list[str] = Field(min_length=1)
+    file: str = Field(pattern=r"^[\w-][\w.-]*$")
+    timeout: Float = Field(10.0, gt=0)  # seconds
+    memory_mb: Int = Field(512, gt=0)  # of each process
+    network: bool = False
 
-    Raises:
-        BadRow: a field is missing, or is no text.
-        UserError: the command cannot be started under its limits.
-    """
-    text = "\n".join(find_text(row, path) for path in content)
-    try:
-        outcome = run_program([part.replace("{file}", file) for part in run], files={file: text}, limits=limits)
-    except UnicodeEncodeError:
-        raise BadRow("the content has half a surrogate pair, which is no text", "half a surrogate pair") from None
-    except Refused as error:
-        fix = "mend `run`" if limits.network else "mend `run`, or set network: true to run it with the network"
-        raise UserError(str(error), where=f"the filter command, run: {' '.join(run)}", fix=fix) from None
-    return None if outcome.code == 0 else outcome.reason
+    def refusal(self, row: dict[str, Any], content: Sequence[str]) -> str | None:
+        """Tell why the program refuses the fields of a row, one after the other in the file; None: it ends with 0.
+
+        Raises:
+            BadRow: a field is missing, or is no text.
+            UserError: the command cannot be started under its limits.
+        """
+        text = "\n".join(find_text(row, path) for path in content)
+        limits = Limits(seconds=self.timeout, memory_mb=self.memory_mb, network=self.network)
+        command = [part.replace("{file}", self.file) for part in self.run]
+        try:
+            outcome = run_program(command, files={self.file: text}, limits=limits)
+        except UnicodeEncodeError:
+            raise BadRow("the content has half a surrogate pair, which is no text", "half a surrogate pair") from None
+        except Refused as error:
+            fix = "fix `run`" if self.network else "fix `run`, or set network: true to run it with the network"
+            raise UserError(str(error), where=f"the filter command, run: {' '.join(self.run)}", fix=fix) from None
+        return None if outcome.code == 0 else outcome.reason

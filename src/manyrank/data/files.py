@@ -195,14 +195,14 @@ def _table(file: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
             # A quote that is not closed took other lines with it: which of them are rows nobody knows.
             if not header or reader.line_num > number or "unexpected end of data" in str(error):
                 raise UserError(f"broken CSV: {error}", where=place, fix="close the quote") from None
-            yield Row(number, place, BadRow(f"broken CSV: {error}", "not CSV"), _printable(lines.last.rstrip("\r\n")))
-            continue
-        if cells and header:
-            record = _record(header, cells)
-            yield Row(
-                number, place, record, _printable(lines.last.rstrip("\r\n")) if isinstance(record, BadRow) else ""
-            )
-        header = header or _header(cells, place)
+            value = BadRow(f"broken CSV: {error}", "not CSV")
+        else:
+            if not (cells and header):
+                header = header or _header(cells, place)
+                continue
+            value = _record(header, cells)
+        broken = _printable(lines.last.rstrip("\r\n")) if isinstance(value, BadRow) else ""
+        yield Row(number, place, value, broken)
 
 
 class _Remembered:

@@ -231,7 +231,7 @@ def _known() -> str:
 
 
 def needs_template(format_type: str) -> bool:
-    """Whether rows of a format are conversations; "auto" is that of a source without a row that can be read."""
+    """Tell whether rows of a format are conversations; "auto" is that of a source without a row that can be read."""
     return format_type not in ("text", "tokens", "auto")
 
 
@@ -316,7 +316,7 @@ def _by_function(row: Values, format_type: str, columns: Columns | None) -> Samp
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{format_type} fails with {type(error).__name__}: {error}"
-        fix = "mend the function; for a row to be left out it raises ValueError"
+        fix = "fix the function; for a row to be left out it raises ValueError"
         raise UserError(what, where=f"{last.filename}, line {last.lineno}", fix=fix) from error
     if not isinstance(made, dict):
         what = f"{format_type} returned {type(made).__name__}, not a dict"

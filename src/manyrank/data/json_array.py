@@ -53,7 +53,7 @@ class _Window:
     def error(self, problem: str, at: int | None = None) -> UserError:
         line, column = self._place(self.at if at is None else at)
         return UserError(
-            f"broken JSON: {problem}", where=f"{self.name}, line {line}, column {column}", fix="mend that line"
+            f"broken JSON: {problem}", where=f"{self.name}, line {line}, column {column}", fix="fix that line"
         )
 
     def next_character(self) -> str:

@@ -23,7 +23,7 @@ from .packing import Packs, dataset_layout, imbalance, padded_layout, step_layou
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process forwards at once.
+    """The examples that one process forwards at once.
 
     Attributes:
         inputs: the model's keyword arguments; input_ids is (1, tokens) when packed, (rows, longest) when padded.
@@ -161,7 +161,7 @@ class StepLoader:
         return _micro_batch({"input_ids": ids, "attention_mask": mask}, labels.flatten(), rows)
 
 
-class Ahead:
+class Prefetcher:
     """The steps of a loader in their order, each read by a thread while the one before it trains."""
 
     def __init__(self, loader: StepLoader) -> None:

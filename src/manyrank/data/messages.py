@@ -69,16 +69,16 @@ def bad_rows_error(
 
 FIXES = {
     "too long": "raise max_length, or set overlong: truncate, drop or split",
-    "nothing to learn": "raise max_length if the answers lie behind it, or mend these rows",
+    "nothing to learn": "raise max_length if the answers lie behind it, or fix these rows",
     "missing column": "name in `columns` the columns that the rows have",
-    "missing field": "mend these rows, or say how they are to be read with format_type and columns",
-    "not JSON": "give one whole JSON object a line, or an array of them; or mend these rows",
+    "missing field": "fix these rows, or say how they are to be read with format_type and columns",
+    "not JSON": "give one whole JSON object a line, or an array of them; or fix these rows",
 }
 
 
 def usual_fix(reasons: Counter[str]) -> str:
-    """What helps against the most frequent reason."""
-    return FIXES.get(reasons.most_common(1)[0][0], "mend these rows")
+    """Say what helps against the most frequent reason."""
+    return FIXES.get(reasons.most_common(1)[0][0], "fix these rows")
 
 
 # Values
@@ -186,7 +186,7 @@ def _tool(value: Any, name: str) -> dict[str, Any]:
 
 
 def _function(entry: dict[str, Any], name: str) -> dict[str, Any]:
-    """What {"type": "function", "function": {...}} holds, or {...} itself, with its name checked."""
+    """Take the inside of {"type": "function", "function": {...}}, or {...} itself, with its name checked."""
     if entry.get("type") not in (None, "function"):
         raise BadRow(f"{name} has the type {entry['type']!r}, not 'function'", "wrong type")
     if "function" in entry:

@@ -27,7 +27,7 @@ NOTHING = "."  # stands for the answer of a row that has none, so that its forma
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be answered.
+    """Messages to be answered.
 
     Attributes:
         number: its line, item or row in the source, from 1. place: the same for people.
@@ -104,7 +104,7 @@ def _is_answer(turn: dict[str, Any]) -> bool:
 
 
 def _is_json(path: Path) -> bool:
-    """Whether a text file has rows of JSON, as files of any name may."""
+    """Tell whether a text file has rows of JSON, as files of any name may."""
     try:
         with path.open("rb") as file:
             return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")

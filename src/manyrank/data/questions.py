@@ -70,7 +70,7 @@ def prompt_of(question: Question, tokenizer: PreTrainedTokenizerBase, options: R
             tokenizer, question.prompt, tools=question.tools, documents=question.documents, options=options
         )
     except BadRow as problem:
-        fix = "mend the row, or choose a chat template that knows such rows: --chat_template"
+        fix = "fix the row, or choose a chat template that knows such rows: --chat_template"
         raise UserError(str(problem), where=question.place, fix=fix) from None
 
 

@@ -23,10 +23,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..config.schema import Float, Int, Pattern, Strings
+from ..config.schema import Int, Pattern, Strings
 from ..errors import UserError
-from ..sandbox import Limits
-from .fields import refusal
+from .fields import Program
 from .numeric import NUMBER
 from .scores import SCORES, RowScore, row_scores, scored, spoken
 
@@ -96,29 +95,21 @@ class Repetition(BaseModel):
         return (len(groups) - groups.total()) / groups.total() if groups else 0.0
 
 
-class Program(BaseModel):
+class Command(Program):
     """1 where a program accepts the answer: exit code 0, under the limits of `data prepare`'s filter `command`.
 
     The file has the answer's code (its last fenced block, else all of it), then what the row has in `tests`.
     """
 
-    model_config = STRICT
-    run: list[str] = Field(min_length=1)
-    file: str = Field(pattern=r"^[\w-][\w.-]*$")
     tests: Strings = []
-    timeout: Float = Field(10.0, gt=0)
-    memory_mb: Int = Field(512, gt=0)
-    network: bool = False
 
     def scorer(self) -> RowScore:
-        limits = Limits(seconds=self.timeout, memory_mb=self.memory_mb, network=self.network)
         content = ["answer", *(f"row.{path}" for path in self.tests)]
 
         def score(answer: str, reference: str, row: Mapping[str, Any]) -> float:
             fenced = FENCED.findall(answer)
             code = fenced[-1] if fenced else answer
-            fields = {"answer": code, "row": dict(row)}
-            return float(refusal(fields, content, run=self.run, file=self.file, limits=limits) is None)
+            return float(self.refusal({"answer": code, "row": dict(row)}, content) is None)
 
         return score
 
@@ -135,7 +126,7 @@ OPTIONS: dict[str, type[BaseModel]] = {
     "format": Format,
     "length": Length,
     "repetition": Repetition,
-    "command": Program,
+    "command": Command,
     "model": Model,
 }
 
@@ -209,7 +200,7 @@ def scorers(rewards: Sequence[Reward], *, where: str = WHERE) -> dict[str, RowSc
 
 
 def _scorer(reward: Reward, where: str) -> RowScore:
-    if isinstance(reward.options, Program):
+    if isinstance(reward.options, Command):
         return _of_spoken(reward.options.scorer())
     if isinstance(reward.options, Metric):
         score = row_scores([reward.kind], where=f"{where}, {reward.name}")[reward.kind]
@@ -254,7 +245,7 @@ def rewarded(
 
 
 def _has_tags(answer: str, tags: Sequence[str]) -> bool:
-    """Whether each tag opens and closes once, with something between, one after the other."""
+    """Tell whether each tag opens and closes once, with something between, one after the other."""
     parts = [rf"<{re.escape(tag)}>(?=.*?\S.*?</{re.escape(tag)}>).*?</{re.escape(tag)}>" for tag in tags]
     once = all(answer.count(f"<{tag}>") == 1 == answer.count(f"</{tag}>") for tag in tags)
     return once and bool(re.fullmatch(r"\s*" + r"\s*".join(parts) + r"\s*", answer, re.DOTALL))

@@ -123,7 +123,7 @@ SCORES: dict[str, Score] = {
 
 
 def spoken(text: str) -> str:
-    """What comes after the thinking."""
+    """Cut off the thinking."""
     return text.rpartition(THINK_END)[2].strip()
 
 
@@ -164,7 +164,7 @@ def scored(name: str, score: RowScore, answer: str, reference: str, row: Mapping
         last = traceback.extract_tb(error.__traceback__)[-1]
         at = f"{place}; {last.filename}, line {last.lineno}" if ":" in name else place
         what = f"{name} fails with {type(error).__name__}: {error}" if ":" in name else f"{name}: {error}"
-        fix = "mend the function" if ":" in name else "choose another metric, or mend the row"
+        fix = "fix the function" if ":" in name else "choose another metric, or fix the row"
         raise UserError(what, where=at, fix=fix) from error
     if not isinstance(value, bool | int | float) or not math.isfinite(value):
         raise UserError(f"{name} returned {value!r}, not a number", where=place, fix="let it return a float")

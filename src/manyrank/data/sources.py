@@ -112,7 +112,7 @@ def known_format(source: Source) -> Source:
 
 
 def fingerprint(source: Source) -> str:
-    """What tells this source's content from another's, as 64 hex digits; for the key of a cache.
+    """Compute what tells this source's content from another's, as 64 hex digits; for the key of a cache.
 
     The bytes of a file or of all files in a folder with their names, the kind of file, and the split. For a name on the
     hub: the name, the split and the newest commit, or without the commit where the hub cannot be reached.

@@ -159,7 +159,7 @@ class Survey:
 
 
 def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: str, samples: int) -> Survey:
-    """Tokenise the recipe's data, or load what was tokenised before, and look at it. Bad rows are put aside.
+    """Tokenise the recipe's data, or load what was tokenised before, and look at it. Bad rows are quarantined.
 
     Args:
         recipe: its name.

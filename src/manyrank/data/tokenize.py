@@ -27,18 +27,17 @@ from ..chat_template.render import Note, Notice, RenderOptions, render
 from ..chat_template.types import IGNORE, BadRow
 from ..errors import UserError
 from ..signals import mortal_children
-from .dedup import MinHash, digest, texts
+from .dedup import digest
 from .files import Row
 from .formats import Conversation, PlainText, Sample, TokenIds, load_function, to_sample
 from .sources import Source, fingerprint, read_rows
 
 CACHE_VERSION = 10  # raise it when the same input gives other tokens
-NEAR = 0.85  # Jaccard similarity of word 5-shingles from which rows are nearly the same
 PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
 
 
-class Fate(IntEnum):
-    """What became of a row."""
+class RowStatus(IntEnum):
+    """How a row is used."""
 
     KEPT = 0
     CUT = 1
@@ -48,7 +47,7 @@ class Fate(IntEnum):
     BAD = 5
 
 
-USED = (Fate.KEPT, Fate.CUT, Fate.PIECE)
+USED = (RowStatus.KEPT, RowStatus.CUT, RowStatus.PIECE)
 FEATURES = Features(
     {
         "input_ids": Sequence(Value("int32")),
@@ -68,7 +67,7 @@ TABLE = [name for name in FEATURES if name not in ("input_ids", "labels", "probl
 
 @dataclass(frozen=True)
 class TokeniseOptions:
-    """What decides how a row becomes tokens, besides the tokenizer."""
+    """The options that decide how a row becomes tokens, besides the tokenizer."""
 
     max_length: int
     overlong: str
@@ -76,8 +75,8 @@ class TokeniseOptions:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The rows to read: the first `count` of a shuffle of all `rows`; None: all."""
+class Subsample:
+    """The rows to read: the first `count` of a shuffle of all `rows`."""
 
     rows: int
     count: int
@@ -93,7 +92,7 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     options: TokeniseOptions,
     *,
-    choice: Choice | None = None,
+    subsample: Subsample | None = None,
     processes: int | None = None,
 ) -> Dataset:
     """The table of a source (FEATURES), from the cache if it was made before.
@@ -109,8 +108,8 @@ def tokenise(
         UserError: the source cannot be read.
     """
     processes = processes or _processes(source)
-    what = {"source": source, "tokenizer": tokenizer, "options": options, "choice": choice}
-    key = _fingerprint(source, tokenizer, options, choice)
+    what = {"source": source, "tokenizer": tokenizer, "options": options, "subsample": subsample}
+    key = _fingerprint(source, tokenizer, options, subsample)
     try:
         shards = [(part, processes) for part in range(processes)]
         return _cached(_records, FEATURES, key, processes if processes > 1 else None, **what, shards=shards)
@@ -138,7 +137,7 @@ def _row_count(source: Source) -> Iterator[dict]:
 def _cached(
     make: Callable[..., Iterator[dict]], features: Features, key: str, processes: int | None = None, **what: object
 ) -> Dataset:
-    """What `make(**what)` yields, or what it yielded before under the same key."""
+    """Make a table of `make(**what)`, or load what it yielded before under the same key."""
     disable_progress_bars()
     try:
         with mortal_children():
@@ -155,7 +154,7 @@ def _processes(source: Source) -> int:
     return 1 if size < PARALLEL_BYTES else min(8, len(os.sched_getaffinity(0)))
 
 
-def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, choice: Choice | None) -> str:
+def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, subsample: Subsample | None) -> str:
     state = (
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     )
@@ -167,7 +166,7 @@ def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, choice: Ch
         source.columns,
         _code(source.format_type),
         asdict(options),
-        asdict(choice) if choice else None,
+        asdict(subsample) if subsample else None,
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         CACHE_VERSION,
@@ -185,16 +184,16 @@ def _code(format_type: str) -> str:
 
 
 def _records(
-    source: Source, tokenizer, options: TokeniseOptions, choice: Choice | None, shards: list
+    source: Source, tokenizer, options: TokeniseOptions, subsample: Subsample | None, shards: list
 ) -> Iterator[dict]:
     for part, parts in shards:
-        for order, row in enumerate(_chosen(source, choice)):
+        for order, row in enumerate(_chosen(source, subsample)):
             if order % parts == part:
                 yield from _row_records(row, source, tokenizer, options)
 
 
-def _chosen(source: Source, choice: Choice | None) -> Iterator[Row]:
-    return compress(read_rows(source), choice.mask()) if choice else read_rows(source)
+def _chosen(source: Source, subsample: Subsample | None) -> Iterator[Row]:
+    return compress(read_rows(source), subsample.mask()) if subsample else read_rows(source)
 
 
 def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) -> Iterator[dict]:
@@ -208,7 +207,7 @@ def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) 
         pieces = list(_fitted(ids, labels, options))
     except BadRow as problem:
         told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row)}
-        yield {**blank, "fate": Fate.BAD, "problem": json.dumps(told)}
+        yield {**blank, "fate": RowStatus.BAD, "problem": json.dumps(told)}
         return
     for ids, labels, fate in pieces:
         learned = sum(label != IGNORE for label in labels)
@@ -228,9 +227,10 @@ def _writable(row: Row) -> str:
 def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[list[int], list[int], tuple[Note, ...]]:
     if isinstance(sample, TokenIds):
         labels = (label for label in sample.labels if label != IGNORE)
-        strange = next((token for token in chain(sample.input_ids, labels) if not 0 <= token < len(tokenizer)), None)
+        size = len(tokenizer)  # which takes 5 microseconds
+        strange = next((token for token in chain(sample.input_ids, labels) if not 0 <= token < size), None)
         if strange is not None:
-            raise BadRow(f"{strange} is not in the vocabulary of {len(tokenizer)} tokens", reason="unknown token")
+            raise BadRow(f"{strange} is not in the vocabulary of {size} tokens", reason="unknown token")
         return list(sample.input_ids), list(sample.labels), ()
     if isinstance(sample, PlainText):
         ids = tokenizer(sample.text)["input_ids"]
@@ -241,31 +241,33 @@ def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[
     return rendered.input_ids, rendered.labels, rendered.notes
 
 
-def _fitted(ids: list[int], labels: list[int], options: TokeniseOptions) -> Iterator[tuple[list[int], list[int], Fate]]:
+def _fitted(
+    ids: list[int], labels: list[int], options: TokeniseOptions
+) -> Iterator[tuple[list[int], list[int], RowStatus]]:
     """The row in at most max_length tokens, as `overlong` says."""
     limit = options.max_length
     if len(ids) <= limit:
-        pieces, fate = [(ids, labels)], Fate.KEPT
+        pieces, fate = [(ids, labels)], RowStatus.KEPT
     elif options.overlong == "error":
         raise BadRow(f"{len(ids)} tokens, more than max_length {limit}", reason="too long")
     elif options.overlong == "drop":
-        yield [], [], Fate.TOO_LONG
+        yield [], [], RowStatus.TOO_LONG
         return
     else:
         pieces = [(ids[at : at + limit], labels[at : at + limit]) for at in range(0, len(ids), limit)]
-        pieces, fate = (pieces[:1], Fate.CUT) if options.overlong == "truncate" else (pieces, Fate.PIECE)
+        pieces, fate = (pieces[:1], RowStatus.CUT) if options.overlong == "truncate" else (pieces, RowStatus.PIECE)
     # The first token has nothing in front that could predict it.
     pieces = [(ids, [IGNORE, *labels[1:]]) for ids, labels in pieces]
     learned = [any(label != IGNORE for label in labels) for _, labels in pieces]
     if not any(learned):
         cut = (
             f"the first {limit} of {len(ids)} tokens are all prompt"
-            if fate is Fate.CUT
+            if fate is RowStatus.CUT
             else "no token is to be learned"
         )
         raise BadRow(cut, reason="nothing to learn")
     for (ids, labels), good in zip(pieces, learned):
-        yield (ids, labels, fate) if good else ([], [], Fate.EMPTY_PIECE)
+        yield (ids, labels, fate) if good else ([], [], RowStatus.EMPTY_PIECE)
 
 
 def content_hash(sample: Sample) -> int:
@@ -286,41 +288,3 @@ def said(sample: Sample) -> object:
         return asdict(sample)
     messages = [{key: value for key, value in message.items() if key != "weight"} for message in sample.messages]
     return [messages, sample.tools, sample.documents]
-
-
-def _words(sample: Sample) -> str:
-    """What tells a sample from others that share a system text and tools."""
-    if not isinstance(sample, Conversation):
-        return " ".join(texts(said(sample)))
-    return " ".join(message["content"] for message in sample.messages if message["role"] in ("user", "assistant"))
-
-
-def near_doubles(sources: list[Source], choices: list[Choice | None], unused: list[set[int]]) -> Dataset:
-    """For every row its source, its number, and whether it is nearly the same as an earlier one of any source.
-
-    One process reads all rows for this, and remembers a signature of each.
-
-    Args:
-        unused: by source, the numbers of rows that are left out anyway.
-    """
-    key = [[fingerprint(source), source.format_type, source.columns, _code(source.format_type)] for source in sources]
-    key += [[asdict(choice) if choice else None for choice in choices], [sorted(rows) for rows in unused]]
-    key += [NEAR, CACHE_VERSION]
-    return _cached(
-        _near_doubles,
-        Features({"source": Value("int64"), "row": Value("int64"), "near": Value("bool")}),
-        hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
-        sources=tuple(sources),
-        choices=tuple(choices),
-        unused=tuple(unused),
-    )
-
-
-def _near_doubles(
-    sources: tuple[Source, ...], choices: tuple[Choice | None, ...], unused: tuple[set[int], ...]
-) -> Iterator[dict]:
-    before = MinHash(NEAR)
-    for number, (source, choice, left_out) in enumerate(zip(sources, choices, unused)):
-        for row in _chosen(source, choice):
-            near = row.number not in left_out and before.seen(_words(_sample(row, source)))
-            yield {"source": number, "row": row.number, "near": near}

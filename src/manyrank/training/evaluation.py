@@ -29,7 +29,7 @@ from .packing_trial import prove as prove_packing
 
 @dataclass
 class Entry:
-    """What one model made of one row.
+    """The loss and the answer of one model for one row.
 
     Attributes:
         key: the row. loss: the sum over its supervised tokens, in nats. tokens: their number.
@@ -38,7 +38,6 @@ class Entry:
     """
 
     key: Key
-    place: str = ""
     loss: float | None = None
     tokens: int = 0
     answer: str | None = None
@@ -53,8 +52,8 @@ class Layout:
     batch_size: int
     place: Topology
 
-    def mine(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The batches of this process, of positions in `lengths`; longest first, shared out evenly where they are few."""
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Lay out the batches of this process, of positions in `lengths`; longest first, spread evenly where they are few."""
         ranks = self.place.world_size
         size = max(1, min(self.batch_size, -(-len(lengths) // ranks)))
         order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
@@ -73,7 +72,7 @@ def add_losses(model, examples: Examples, layout: Layout, entries: dict[Key, Ent
         token_loss = TokenLoss(model)
         micro = trial(packed=packed).to(device)
         token_loss.prove(micro.inputs, micro.positions, micro.targets)
-        for batch in layout.mine(examples.lengths.tolist()):
+        for batch in layout.batches(examples.lengths.tolist()):
             for members in [batch] if packed else [[one] for one in batch]:
                 _add_batch(token_loss, examples, members, entries, device, packed=packed)
         if token_loss.head:
@@ -113,8 +112,8 @@ def _packed(model) -> Iterator[bool]:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked of a model that answers."""
+class GenerationRequest:
+    """How a model answers, and how its answers are scored."""
 
     sampling: Sampling
     options: RenderOptions
@@ -125,7 +124,7 @@ def add_answers(
     model,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
-    asked: Asked,
+    request: GenerationRequest,
     layout: Layout,
     entries: dict[Key, Entry],
 ) -> None:
@@ -137,45 +136,47 @@ def add_answers(
     Raises:
         UserError: a row cannot be made a prompt, or a metric cannot score it.
     """
-    prompts = [prompt_of(question, tokenizer, asked.options) for question in questions]
-    mine = [row for batch in layout.mine(list(map(len, prompts))) for row in batch]
+    prompts = [prompt_of(question, tokenizer, request.options) for question in questions]
+    rows = [row for batch in layout.batches(list(map(len, prompts))) for row in batch]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    fitting = [row for row in mine if len(prompts[row]) < context]
-    for row in set(mine) - set(fitting):
-        _add_answer(entries, questions[row], "", "no room", asked)
+    fitting = [row for row in rows if len(prompts[row]) < context]
+    for row in set(rows) - set(fitting):
+        _add_answer(entries, questions[row], "", "no room", request)
     size = max(1, min(layout.batch_size, -(-len(questions) // layout.place.world_size)))
     batches = generate(
         model,
         [prompts[row] for row in fitting],
-        sampling=asked.sampling,
-        stops=stop_ids(tokenizer, asked.options),
+        sampling=request.sampling,
+        stops=stop_ids(tokenizer, request.options),
         pad_token=tokenizer.pad_token_id,
         batch_size=size,
         numbers=fitting,
     )
     for answer in (answer for batch in batches for answer in batch):
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
-        _add_answer(entries, questions[answer.number], text, answer.finish, asked)
+        _add_answer(entries, questions[answer.number], text, answer.finish, request)
 
 
-def check_references(questions: Sequence[Question], asked: Asked) -> None:
-    """See before anything is answered that each reference is one that the project's own metrics can score.
+def check_references(questions: Sequence[Question], request: GenerationRequest) -> None:
+    """Check before anything is answered that each reference is one that the project's own metrics can score.
 
     Raises:
         UserError: one is not, such as one without a number for `numeric`.
     """
     for question in questions:
         reference = spoken(question.reference)
-        for name, score in asked.scores.items():
+        for name, score in request.scores.items():
             if name in SCORES:
                 scored(name, score, reference, reference, question.row, place=question.place)
 
 
-def _add_answer(entries: dict[Key, Entry], question: Question, text: str, finish: str, asked: Asked) -> None:
+def _add_answer(
+    entries: dict[Key, Entry], question: Question, text: str, finish: str, request: GenerationRequest
+) -> None:
     entry = entries.setdefault(question.key, Entry(question.key))
-    entry.place, entry.answer, entry.finish = question.place, text, finish
+    entry.answer, entry.finish = text, finish
     answer, reference = spoken(text), spoken(question.reference)
     entry.scores = {
         name: scored(name, score, answer, reference, question.row, place=question.place)
-        for name, score in asked.scores.items()
+        for name, score in request.scores.items()
     }

@@ -22,7 +22,7 @@ from ..checkpoint import state as checkpoint
 from ..checkpoint.saver import Saver
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
-from ..data.loader import Ahead, Step, StepLoader
+from ..data.loader import Prefetcher, Step, StepLoader
 from ..errors import NonFiniteError, Preempted, UserError
 from ..models.load import evaluation_mode
 from ..parallel.engine import Runtime
@@ -122,7 +122,7 @@ class Trainer:
             self.heart.beat(self.state.global_step + 1, phase)
 
     def _loop(self) -> None:
-        steps = Ahead(self.loader)
+        steps = Prefetcher(self.loader)
         self._event("on_train_begin")
         self.control.should_training_stop |= self.stopped
         while not self._is_over():

@@ -1,4 +1,4 @@
-"""How sure a mean is, and whether two models differ on the same rows. Pure: numpy alone.
+"""How sure a mean is, and whether two models differ on the same rows. Pure: numpy, and scipy when it is called.
 
 A metric is a pair of columns: for each row a value and a weight, and its mean is sum(values) / sum(weights). Of a score
 the weights are 1; of the loss the value is the sum over a row's supervised tokens, and the weight their number.
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000  # of a bootstrap
-FLIPS = 10_000  # of signs; the smallest p-value that can be found is 1 / (FLIPS + 1)
+FLIPS = 10_000  # of signs; the smallest p-value that they find is 1 / (FLIPS + 1)
+MANY = 2000  # rows from which the sum of flipped differences is taken as normal
 AT_ONCE = 4_000_000  # numbers held at a time
 
 
@@ -48,60 +49,66 @@ class Comparison:
 
 
 def mean_interval(values: np.ndarray, weights: np.ndarray, *, seed: int) -> Interval:
-    """The mean and its percentile bootstrap interval (Efron 1979), by drawing rows.
+    """Compute the mean and its percentile bootstrap interval (Efron 1979), by drawing rows.
 
     Args:
         values, weights: (rows,), at least one row.
     """
-    means = _resampled(values, weights, seed)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(len(values), float(values.sum() / weights.sum()), float(low), float(high))
+    from scipy.stats import bootstrap
+
+    mean = float(values.sum() / weights.sum())
+    if len(values) == 1:  # which scipy refuses
+        return Interval(1, mean, mean, mean)
+    interval = bootstrap(
+        (values, weights),
+        lambda values, weights, axis: values.sum(axis) / weights.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        batch=max(1, AT_ONCE // len(values)),
+        rng=np.random.default_rng([seed, 0]),
+    ).confidence_interval
+    return Interval(len(values), mean, float(interval.low), float(interval.high))
 
 
-def compare(one: np.ndarray, other: np.ndarray, weights: np.ndarray, *, seed: int) -> Comparison:
-    """The values of one model against those of another, row by row.
+def compare(first: np.ndarray, second: np.ndarray, weights: np.ndarray, *, seed: int) -> Comparison:
+    """Compare the values of one model with those of another, row by row.
 
-    Scores that are all 0 or 1 are compared by McNemar's test in its exact form, a sign test of the rows on which the two
-    differ (McNemar 1947). Others by turning the signs of the rows' differences at random (Fisher 1935).
+    Scores that are all 0 or 1 are compared by McNemar's test in its exact form, a binomial test of the rows on which the
+    two differ (McNemar 1947). Others by turning the signs of the rows' differences at random (Fisher 1935).
 
     Args:
-        one, other, weights: (rows,), at least one row.
+        first, second, weights: (rows,), at least one row.
     """
-    change = one - other
+    from scipy.stats import binomtest
+
+    change = first - second
     wins, losses = int((change > 0).sum()), int((change < 0).sum())
-    binary = bool(np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all() and (weights == 1).all())
-    p = sign_test(wins, losses) if binary else _flipped(change, seed)
-    test = "exact McNemar" if binary else "sign flips"
-    return Comparison(mean_interval(change, weights, seed=seed), wins, losses, len(change) - wins - losses, p, test)
+    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all() and (weights == 1).all():
+        p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+        test = "exact McNemar"
+    else:
+        p, test = _sign_flips(change[change != 0], seed), "sign flips"
+    interval = mean_interval(change, weights, seed=seed)
+    return Comparison(interval, wins, losses, len(change) - wins - losses, p, test)
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """The two-sided p-value of so many wins and losses where both are as likely."""
-    count = wins + losses
-    term = tail = 1
-    for k in range(min(wins, losses)):
-        term = term * (count - k) // (k + 1)  # count over k + 1
-        tail += term
-    return min(1.0, 2 * tail / 2**count)  # of whole numbers, however large
+def _sign_flips(changes: np.ndarray, seed: int) -> float:
+    """Compute the p-value of the sum of changes, where each could as well have had the other sign."""
+    from scipy.stats import norm, permutation_test
 
-
-def _resampled(values: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
-    """(RESAMPLES,), the means of rows drawn with replacement."""
-    draws, rows = np.random.default_rng([seed, 0]), len(values)
-    means = []
-    for at in range(0, RESAMPLES, size := max(1, AT_ONCE // rows)):
-        chosen = draws.integers(rows, size=(min(size, RESAMPLES - at), rows))
-        means.append(values[chosen].sum(1) / weights[chosen].sum(1))
-    return np.concatenate(means)
-
-
-def _flipped(change: np.ndarray, seed: int) -> float:
-    """The p-value of the sum of changes, where each could as well have had the other sign."""
-    changed = change[change != 0]
-    if not len(changed):
+    if len(changes) < 2:
         return 1.0
-    draws, found, as_large = np.random.default_rng([seed, 1]), abs(changed.sum()), 0
-    for at in range(0, FLIPS, size := max(1, AT_ONCE // len(changed))):
-        signs = draws.integers(0, 2, size=(min(size, FLIPS - at), len(changed)), dtype=np.int8) * 2 - 1
-        as_large += int((np.abs(signs @ changed) >= found * (1 - 1e-9)).sum())
-    return (as_large + 1) / (FLIPS + 1)
+    if len(changes) > MANY:  # half a minute of flips would find the same
+        return float(2 * norm.sf(abs(changes.sum()) / np.sqrt((changes**2).sum())))
+    flips = permutation_test(
+        (changes,),
+        lambda values, axis: values.sum(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=FLIPS,
+        batch=max(1, AT_ONCE // len(changes)),
+        rng=np.random.default_rng([seed, 1]),
+    )
+    return float(flips.pvalue)

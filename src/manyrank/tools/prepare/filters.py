@@ -1,40 +1,44 @@
 """Filters of raw rows: a row goes in, the reason to drop it comes out. Pure but for `command`, which runs a program.
 
+    rows ──> [1 correct] ──> [2 dedup] ──> [3 length] ──> ...     each counts: in, out, dropped by reason, broken
+
     correct   a yes/no field, two equal fields or numbers, a function      length    characters or words
     dedup     equal rows, or nearly equal ones                             regex     a pattern is there, or is not
     command   a program's exit code                                        quality   of code: parses, tests, comments
     function  a function of the user's
 
-Each class holds a filter's options; its `check` makes the function from a row to the reason. Fields are paths into the
-raw row, with dots: "175b_verification.solution", "messages.0.content". A row without the field that a filter reads is
-broken (BadRow), not dropped.
+A filter is written as its name, or as one key with its options: `dedup`, `length: {field: answer, max: 2000}`,
+`function: module:function`, `module:function: {option: value}`. Each class holds a filter's options; its `check` makes
+the function from a row to the reason. Fields are paths into the raw row, with dots: "175b_verification.solution",
+"messages.0.content". A row without the field that a filter reads is broken (BadRow), not dropped. No stage holds rows,
+but for the few that `command` has in work at a time.
 """
 
 from __future__ import annotations
 
-import ast
-import io
+import difflib
 import re
-import tokenize
 import traceback
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...chat_template.types import BadRow
 from ...config.schema import Float, Int, Pattern, Strings
-from ...data.dedup import MinHash, digest, texts
-from ...data.fields import find, find_text, refusal
+from ...data.dedup import digest, same_text
+from ...data.fields import Program, find, find_text
 from ...data.formats import load_function
 from ...data.numeric import number
 from ...errors import UserError
-from ...sandbox import Limits
+from .python_code import comment_lines, has_tests, parse
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
+PERMUTATIONS, SHINGLE = 128, 5  # hashes of a MinHash, and words of a shingle
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Item:
 
 
 Check = Callable[[Item], "str | None"]  # the reason to drop the row; None keeps it
+Refuse = Callable[[Item, str, BadRow], None]  # takes a broken row, with the stage's name; may raise
+Model = TypeVar("Model", bound=BaseModel)
 
 
 # The filters: options, and the check that they make.
@@ -112,19 +118,58 @@ class Dedup(BaseModel):
 
     def check(self) -> Check:
         seen: set[bytes] = set()
-        similar = MinHash(self.near) if self.near else None
+        is_near = NearDuplicates(self.near).seen if self.near else lambda text: False
 
         def first(item: Item) -> str | None:
             value = [find(item.row, path) for path in self.fields] if self.fields else item.training
             key = digest(value)
             if key in seen:
                 return "duplicate"
-            if similar and similar.seen(" ".join(texts(value))):
+            if is_near(" ".join(_texts(value))):
                 return "near duplicate"
             seen.add(key)
             return None
 
         return first
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+    else:
+        yield str(value)
+
+
+class NearDuplicates:
+    """Finds texts with nearly the same word 5-shingles, by datasketch's MinHash (Broder 1997) and its index of bands.
+
+    The bands are as long as they can be for a pair at the threshold to share one in 99 of 100 cases; texts that share
+    one are compared.
+
+    Args:
+        threshold: Jaccard similarity from which two texts are near, estimated with an error of about 0.03.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        from datasketch import MinHash, MinHashLSH
+
+        lengths = range(PERMUTATIONS, 0, -1)
+        rows = next((r for r in lengths if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= 0.99), 1)
+        self.threshold, self.empty, self.kept = threshold, MinHash(PERMUTATIONS), []
+        self.index = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
+
+    def seen(self, text: str) -> bool:
+        """Tell whether an earlier text is near this one; if none is, this one is remembered."""
+        words = same_text(text).split()
+        ends = range(SHINGLE, max(SHINGLE, len(words)) + 1)
+        signature = self.empty.copy()
+        signature.update_batch([" ".join(words[end - SHINGLE : end]).encode("utf-8", "surrogatepass") for end in ends])
+        if any(self.kept[number].jaccard(signature) >= self.threshold for number in self.index.query(signature)):
+            return True
+        self.index.insert(len(self.kept), signature)
+        self.kept.append(signature)
+        return False
 
 
 class Length(BaseModel):
@@ -180,20 +225,13 @@ class Regex(BaseModel):
         return lambda item: None if bool(pattern.search(find_text(item.row, self.field))) == wanted else reason
 
 
-class Command(BaseModel):
+class Command(Program):
     """Keep rows whose content a program accepts: exit code 0, under limits, in a new folder. See `sandbox`."""
 
-    model_config = STRICT
-    run: list[str] = Field(min_length=1)  # "{file}" stands for the file's name
-    file: str = Field(pattern=r"^[\w-][\w.-]*$")
     content: Strings = Field(min_length=1)  # one field, or several that follow each other on new lines
-    timeout: Float = Field(10.0, gt=0)  # seconds
-    memory_mb: Int = Field(512, gt=0)  # of each process
-    network: bool = False
 
     def check(self) -> Check:
-        limits = Limits(seconds=self.timeout, memory_mb=self.memory_mb, network=self.network)
-        return lambda item: refusal(item.row, self.content, run=self.run, file=self.file, limits=limits)
+        return lambda item: self.refusal(item.row, self.content)
 
 
 class Quality(BaseModel):
@@ -218,7 +256,7 @@ class Quality(BaseModel):
         longest = max((len(line) for line in lines), default=0)
         reason = outside(len(lines), self.min_lines, self.max_lines, "too few lines", "too many lines")
         reason = reason or outside(longest, None, self.max_line_length, "", "line too long")
-        tree = parsed(code) if not reason and (self.parses or self.has_tests) else None
+        tree = parse(code) if not reason and (self.parses or self.has_tests) else None
         if reason or (tree is None and (self.parses or self.has_tests)):
             return reason or "does not parse"
         if self.has_tests and not has_tests(tree):
@@ -230,39 +268,6 @@ class Quality(BaseModel):
             return "does not tokenize"
         ratio = comments / max(1, len(lines))
         return outside(ratio, self.min_comment_ratio, self.max_comment_ratio, "too few comments", "too many comments")
-
-
-def parsed(code: str) -> ast.Module | None:
-    """The code's tree; None where it is no Python of this version."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as invalid escapes, which are the row's own business
-        try:
-            return ast.parse(code)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
-
-
-def has_tests(tree: ast.Module) -> bool:
-    """Whether there is an assert, a function test..., or an import of unittest or pytest."""
-    return any(map(_is_test, ast.walk(tree)))
-
-
-def _is_test(node: ast.AST) -> bool:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return node.name.startswith("test_")
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-        return any(module.split(".")[0] in ("unittest", "pytest") for module in modules)
-    return isinstance(node, ast.Assert)
-
-
-def comment_lines(code: str) -> int | None:
-    """Lines with a comment; None where Python cannot tell."""
-    try:
-        found = list(tokenize.generate_tokens(io.StringIO(code).readline))
-    except (tokenize.TokenError, SyntaxError):
-        return None
-    return sum(token.type == tokenize.COMMENT for token in found)
 
 
 class Function(BaseModel):
@@ -289,7 +294,7 @@ class Function(BaseModel):
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 what = f"{self.function} fails with {type(error).__name__}: {error}"
                 raise UserError(
-                    what, where=f"{item.place}; {last.filename}, line {last.lineno}", fix="mend it"
+                    what, where=f"{item.place}; {last.filename}, line {last.lineno}", fix="fix the function"
                 ) from error
             if not isinstance(answer, bool):
                 what = f"{self.function} returned {answer!r}, not True or False"
@@ -308,3 +313,147 @@ FILTERS: dict[str, type[BaseModel]] = {
     "quality": Quality,
     "function": Function,
 }
+
+
+# The filters at work, one after the other.
+
+
+def validated(model: type[Model], values: Any, *, where: str) -> Model:
+    """Make a model of the values.
+
+    Raises:
+        UserError: an unknown key, with the nearest that there is, or a wrong value.
+    """
+    if not isinstance(values, dict):
+        known = ", ".join(model.model_fields)
+        raise UserError(f"{values!r} is no mapping of options", where=where, fix=f"give some of {known}")
+    try:
+        return model(**{str(key): value for key, value in values.items()})
+    except ValidationError as invalid:
+        problems = invalid.errors()
+        problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])  # a typo first
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+    if problem["type"] == "extra_forbidden":
+        raise unknown(key, model.model_fields, where=where)
+    if problem["type"] == "missing":
+        raise UserError(f"{key} must be given", where=where, fix=f"add {key}:")
+    said = problem["msg"].removeprefix("Value error, ")
+    given = f"{key}: {problem['input']!r} is not right: " if key else ""
+    raise UserError(f"{given}{said[0].lower()}{said[1:]}", where=where, fix="see data/prepare/README.md")
+
+
+def unknown(name: str, known: Iterable[str], *, where: str, what: str = "option") -> UserError:
+    """Make the error for a name that does not exist, with the nearest that does."""
+    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), list(known), 1, cutoff=0.5)
+    fix = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return UserError(f"there is no {what} {name!r}", where=where, fix=fix)
+
+
+@dataclass
+class FilterStage:
+    """One filter at work.
+
+    Attributes:
+        name: its number and what it is called, for people.
+        filter: what it is called in the config.
+        options: what the config says of it.
+        workers: rows in work at a time.
+        seen, kept, broken: rows that came in, went on, and could not be judged.
+        dropped: rows by the reason they were dropped for.
+    """
+
+    name: str
+    filter: str
+    options: dict[str, Any]
+    check: Check
+    workers: int = 1
+    seen: int = 0
+    kept: int = 0
+    broken: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def run(self, items: Iterable[Item], refuse: Refuse) -> Generator[Item, None, None]:
+        """Yield the items that pass, in order; broken ones go to `refuse`."""
+        for item, verdict in self._judged(items):
+            self.seen += 1
+            if isinstance(verdict, BadRow):
+                self.broken += 1
+                refuse(item, f"filter {self.name}", verdict)
+            elif verdict is None:
+                self.kept += 1
+                yield item
+            else:
+                self.dropped[verdict] += 1
+
+    def _judged(self, items: Iterable[Item]) -> Generator[tuple[Item, str | BadRow | None], None, None]:
+        if self.workers == 1:
+            yield from ((item, self._verdict(item)) for item in items)
+            return
+        waiting: deque = deque()
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                for item in items:
+                    waiting.append((item, pool.submit(self._verdict, item)))
+                    if len(waiting) > 2 * self.workers:
+                        yield waiting[0][0], waiting[0][1].result()
+                        waiting.popleft()
+                while waiting:
+                    yield waiting[0][0], waiting[0][1].result()
+                    waiting.popleft()
+            finally:
+                for _, future in waiting:
+                    future.cancel()
+
+    def _verdict(self, item: Item) -> str | BadRow | None:
+        try:
+            return self.check(item)
+        except BadRow as error:
+            return error
+
+    def summary(self) -> dict[str, Any]:
+        """Report its counts and options, as JSON values."""
+        counts = {"in": self.seen, "out": self.kept, "dropped": dict(self.dropped.most_common()), "broken": self.broken}
+        accuracy = {"accuracy": self.kept / self.seen if self.seen else None} if self.filter == "correct" else {}
+        return {"filter": self.filter, "options": self.options, **counts, **accuracy}
+
+
+def build_stages(filters: list[Any], *, workers: int, where: str) -> list[FilterStage]:
+    """Build the stages of a config's `filters`.
+
+    Args:
+        workers: programs that `command` runs at a time.
+        where: the config, for errors.
+
+    Raises:
+        UserError: an unknown filter or option, a wrong value, or a function that cannot be imported.
+    """
+    stages = []
+    for place, given in enumerate(filters, 1):
+        name, options = _named(given, f"{where}, filter {place}")
+        chosen = _filter(name, options, f"{where}, filter {place} ({name})")
+        parallel = workers if isinstance(chosen, Command) else 1
+        shown = chosen.model_dump(mode="json", exclude_unset=True)
+        stages.append(FilterStage(f"{place} ({name})", name, shown, chosen.check(), parallel))
+    return stages
+
+
+def _named(given: Any, where: str) -> tuple[str, Any]:
+    if isinstance(given, str):
+        return given, {}
+    if not isinstance(given, dict) or len(given) != 1:
+        raise UserError(f"{given!r} is no filter", where=where, fix="write a name, or one key with its options")
+    name, options = next(iter(given.items()))
+    return str(name), {} if options is None else options
+
+
+def _filter(name: str, options: Any, where: str) -> BaseModel:
+    if ":" in name:
+        return validated(Function, {"function": name, "options": options}, where=where)
+    if name == "function":
+        if not isinstance(options, str):
+            fix = "write function: module:function, or module:function: {option: value}"
+            raise UserError(f"{options!r} is no function", where=where, fix=fix)
+        return validated(Function, {"function": options}, where=where)
+    if name not in FILTERS:
+        raise unknown(name, FILTERS, where=where, what="filter")
+    return validated(FILTERS[name], options, where=where)

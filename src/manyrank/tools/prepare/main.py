@@ -2,7 +2,7 @@
 
     sources ──> rows ──> filters ──> training rows ──> splits ──> OUTPUT/, see `export`
 
-Rows stream; what stays in memory is hashes (of `dedup`), lengths and counts. The split of a row follows from the hash of
+Rows stream; what stays in memory is hashes (of `dedup`) and counts, and in the end a split, see `export`. The split of a row follows from the hash of
 its question alone: rows with the same question are never on both sides, and no row moves when others are added.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from array import array
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -18,11 +17,10 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from ... import __version__
-from ...chat_template.types import IGNORE, BadRow, Message
+from ...chat_template.types import IGNORE, BadRow
 from ...config.args import Parser
 from ...config.resolve import normal
 from ...config.schema import Columns, Float, Format, Int
@@ -35,8 +33,7 @@ from ...project_files import asset
 from ...runs.folder import written_beside
 from ...runs.yaml_file import read_yaml
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
-from .filters import Item
-from .stages import Stage, build, unknown, validated
+from .filters import FilterStage, Item, build_stages, unknown, validated
 
 
 class RawSource(BaseModel):
@@ -75,7 +72,7 @@ class PrepareConfig(BaseModel):
     splits: dict[str, Float] = Field(
         {"train": 0.85, "validation": 0.15}, min_length=1, description="{name: part}; the parts sum to 1"
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a broken row: stop, or put it aside")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a broken row: stop, or quarantine it")
     max_rows: Int | None = Field(None, gt=0, description="read only the first rows (also --limit)")
     overwrite: bool = Field(False, description="replace an output_dir that this command has written")
     workers: Int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0, description="commands at a time")
@@ -112,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_config(argv: Sequence[str]) -> tuple[PrepareConfig, str]:
-    """The config of a command line, and where it came from.
+    """Read the config of a command line, and say where it came from.
 
     Raises:
         UserError: no such file, no valid YAML, an unknown key or option, or a wrong value.
@@ -158,7 +155,7 @@ def _find(name: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError("it is no list of `key: value` lines", where=str(path), fix="see data/prepare/README.md")
+        raise UserError("expected a YAML mapping", where=str(path), fix="see data/prepare/README.md")
     return content
 
 
@@ -185,7 +182,7 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
         if Path(source.path).is_dir() and output.is_relative_to(Path(source.path).resolve()):
             what = f"it lies in the source folder {source.path}, which would have its rows too the next time"
             raise UserError(what, where="output_dir", fix="choose another --output_dir")
-    stages = build(config.filters, workers=config.workers, where=where)
+    stages = build_stages(config.filters, workers=config.workers, where=where)
     with written_beside(output, overwrite=config.overwrite, mark=SUMMARY) as folder:
         with closing(Writer(folder)) as writer:
             run = Preparation(config, writer)
@@ -199,7 +196,7 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
             most = max(stages, key=lambda stage: stage.seen - stage.kept, default=None)
             fix = f"look at the filter {most.name}, which dropped most" if most else "look at the rows"
             raise UserError(f"no row is left of {run.read}", where=where, fix=fix)
-        save_dataset(folder, [name for name in config.splits if writer.rows[name]], writer.kinds)
+        save_dataset(folder, [name for name in config.splits if writer.rows[name]])
         summary = run.summary(stages)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
@@ -213,11 +210,10 @@ class Preparation:
         self.read = 0
         self.sources: list[dict[str, Any]] = []
         self.formats: dict[int, str] = {}  # by source
-        self.aside: Counter[str] = Counter()
-        self.lengths: dict[tuple[str, str], array] = {}
+        self.quarantined: Counter[str] = Counter()
 
     def items(self) -> Generator[Item, None, None]:
-        """The raw rows of all sources, up to max_rows."""
+        """Read the raw rows of all sources, up to max_rows."""
         for number, given in enumerate(self.config.data_path):
             path, own = Path(given.path), asset(given.path)
             path = own if not path.exists() and own.is_file() else path
@@ -237,13 +233,13 @@ class Preparation:
                     yield Item(row.place, row.value, self.config.fields, number)
 
     def refuse(self, item: Item, stage: str, error: BadRow, *, text: str = "") -> None:
-        """Put a broken row aside, or stop.
+        """Quarantine a broken row, or stop.
 
         Raises:
             UserError: on_bad_row is "error".
         """
         if self.config.on_bad_row == "error":
-            fix = "mend the row, or put such rows aside with on_bad_row: skip"
+            fix = "fix the row, or quarantine such rows with on_bad_row: skip"
             raise UserError(str(error), where=f"{item.place}, {stage}", fix=fix)
         entry = {
             "place": item.place,
@@ -252,23 +248,20 @@ class Preparation:
             "detail": str(error),
             "row": text or item.row,
         }
-        self.writer.put_aside(entry)
-        self.aside[error.reason] += 1
+        self.writer.quarantine(entry)
+        self.quarantined[error.reason] += 1
 
     def take(self, item: Item) -> None:
         """Write a row that passed the filters."""
         try:
             row = item.training
             sample = to_sample(row, self._format(item), self.config.data_path[item.source].columns)
-            self.writer.write(split_of(question(sample), self.config.splits), row, json_line(row))
+            self.writer.write(split_of(question(sample), self.config.splits), json_line(row))
         except BadRow as error:
             self.refuse(item, "training row", error)
-            return
-        for key, length in lengths(sample).items():
-            self.lengths.setdefault(key, array("q")).append(length)
 
     def _format(self, item: Item) -> str:
-        """The format of a source: the one given, or the one that its first good row fits."""
+        """Find the format of a source: the one given, or the one that its first good row fits."""
         if item.source in self.formats:
             return self.formats[item.source]
         source = self.config.data_path[item.source]
@@ -285,7 +278,7 @@ class Preparation:
         self.formats[item.source] = found
         return found
 
-    def summary(self, stages: list[Stage]) -> dict[str, Any]:
+    def summary(self, stages: list[FilterStage]) -> dict[str, Any]:
         filters = [stage.summary() for stage in stages]
         return {
             "version": __version__,
@@ -295,15 +288,14 @@ class Preparation:
             "rows_read": self.read,
             "filters": filters,
             "accuracy": next((one["accuracy"] for one in filters if "accuracy" in one), None),
-            "quarantined": dict(self.aside.most_common()),
+            "quarantined": dict(self.quarantined.most_common()),
             "rows_written": self.writer.rows.total(),
             "splits": {name: self.writer.rows[name] for name in self.config.splits},
-            "lengths": {f"{side}_{unit}": statistics(values) for (side, unit), values in self.lengths.items()},
         }
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file or folder; nothing for a name on the hub."""
+    """Compute size and SHA-256 of a file or folder; nothing for a name on the hub."""
     if not path.exists():
         return {"bytes": None, "sha256": None}
     inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -314,7 +306,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def question(sample: Sample) -> Any:
-    """What decides the split: the user's turns before the first answer; where there is none, the most that there is."""
+    """Take what decides the split: the user's turns before the first answer; where there is none, the most that there is."""
     if isinstance(sample, PlainText):
         return sample.text
     if isinstance(sample, Conversation):
@@ -326,7 +318,7 @@ def question(sample: Sample) -> Any:
 
 
 def split_of(value: Any, splits: dict[str, float]) -> str:
-    """The split of a value, by its hash as a number from 0 to 1."""
+    """Choose the split of a value, by its hash as a number from 0 to 1."""
     point, end = int.from_bytes(digest(value)[:8]) / 2**64, 0.0
     for name, part in splits.items():
         end += part
@@ -335,35 +327,8 @@ def split_of(value: Any, splits: dict[str, float]) -> str:
     return name
 
 
-def lengths(sample: Sample) -> dict[tuple[str, str], int]:
-    """(prompt or answer, unit) to length; several turns are summed."""
-    if isinstance(sample, Conversation):
-        sides = {
-            "prompt": _said(sample.messages, by_assistant=False),
-            "answer": _said(sample.messages, by_assistant=True),
-        }
-    elif isinstance(sample, PlainText):
-        sides = {"answer": [sample.text]}
-    else:
-        prompt = sample.labels.count(IGNORE)
-        return {("prompt", "tokens"): prompt, ("answer", "tokens"): len(sample.labels) - prompt}
-    units = {"characters": len, "words": lambda text: len(text.split())}
-    return {(side, unit): sum(map(count, said)) for side, said in sides.items() for unit, count in units.items()}
-
-
-def _said(messages: list[Message], *, by_assistant: bool) -> list[str]:
-    return [message["content"] for message in messages if (message["role"] == "assistant") == by_assistant]
-
-
-def statistics(values: array) -> dict[str, float]:
-    numbers = np.array(values)
-    five = {"min": numbers.min(), "median": np.median(numbers), "mean": numbers.mean()}
-    five |= {"p95": np.percentile(numbers, 95), "max": numbers.max()}
-    return {name: round(float(value), 1) for name, value in five.items()}
-
-
 def table(summary: dict[str, Any]) -> str:
-    """Filters with their counts, then the splits, for people."""
+    """Lay out the filters with their counts, then the splits, for people."""
     lines = [f"{'filter':<22} {'in':>9} {'out':>9} {'dropped':>9}  reasons"]
     for number, one in enumerate(summary["filters"], 1):
         reasons = chain(one["dropped"].items(), [("broken", one["broken"])] if one["broken"] else [])
@@ -373,7 +338,7 @@ def table(summary: dict[str, Any]) -> str:
     lines += [f"{summary['rows_read']} rows read, {summary['rows_written']} written"]
     if summary["quarantined"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in summary["quarantined"].items())
-        lines.append(f"{sum(summary['quarantined'].values())} put aside in {QUARANTINE}.jsonl: {reasons}")
+        lines.append(f"{sum(summary['quarantined'].values())} quarantined in {QUARANTINE}.jsonl: {reasons}")
     for name, rows in summary["splits"].items():
         lines.append(f"  {name:<20} {rows:>9}" + ("" if rows else "  (no file)"))
     return "\n".join(lines)

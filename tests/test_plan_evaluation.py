@@ -6,7 +6,7 @@ import pytest
 
 from manyrank.errors import UserError
 from manyrank.models.tiny import default_folder
-from manyrank.tools.evaluate.contestants import line_up, reading
+from manyrank.tools.evaluate.plan import plan_evaluation, resolve_data
 
 RECIPE = "model_name_or_path: {base}\ndata_path: train.jsonl\nmax_length: {length}\nformat_type: text\n"
 
@@ -33,43 +33,45 @@ def folders(tmp_path):
     return found
 
 
-def table(loads) -> list[tuple]:
-    return [(len(load.models), model.label, model.against, model.adapter) for load in loads for model in load.models]
+def table(plan) -> list[tuple]:
+    return [
+        (len(weights.models), model.label, model.against, model.adapter) for weights in plan for model in weights.models
+    ]
 
 
 def test_an_adapter_brings_its_base_which_is_loaded_with_it(folders):
     a, run = folders["A"], folders["on-a"]
-    assert table(line_up([run], bases=True)) == [(2, a, None, False), (2, run, a, True)]
-    assert table(line_up([run], bases=False)) == [(1, run, None, True)]
+    assert table(plan_evaluation([run], bases=True)) == [(2, a, None, False), (2, run, a, True)]
+    assert table(plan_evaluation([run], bases=False)) == [(1, run, None, True)]
 
 
 def test_two_of_one_base_bring_it_once(folders):
     a, run, adapter = folders["A"], folders["on-a"], folders["adapter"]
     wanted = [(2, a, None, False), (2, run, a, True), (1, adapter, a, True)]
-    assert table(line_up([run, adapter], bases=True)) == wanted
+    assert table(plan_evaluation([run, adapter], bases=True)) == wanted
 
 
 def test_a_base_that_is_named_is_not_loaded_again(folders):
     a, run = folders["A"], folders["on-a"]
-    assert table(line_up([run, a], bases=True)) == [(1, run, a, True), (1, a, None, False)]
+    assert table(plan_evaluation([run, a], bases=True)) == [(1, run, a, True), (1, a, None, False)]
 
 
 def test_a_run_that_trained_everything_is_compared_with_what_it_began_with(folders):
     a, whole = folders["A"], folders["whole"]
-    loads = line_up([whole], bases=True)
-    assert table(loads) == [(1, a, None, False), (1, whole, a, False)]
-    assert [load.artifact.base for load in loads] == [a, f"{whole}/final_model"]
+    plan = plan_evaluation([whole], bases=True)
+    assert table(plan) == [(1, a, None, False), (1, whole, a, False)]
+    assert [weights.artifact.base for weights in plan] == [a, f"{whole}/final_model"]
 
 
 def test_each_is_compared_with_its_own_base_and_bases_with_the_first(folders):
     a, b = folders["A"], folders["B"]
-    assert [model[1:3] for model in table(line_up([folders["on-a"], folders["on-b"]], bases=True))] == [
+    assert [model[1:3] for model in table(plan_evaluation([folders["on-a"], folders["on-b"]], bases=True))] == [
         (a, None),
         (folders["on-a"], a),
         (b, a),
         (folders["on-b"], b),
     ]
-    assert [model[1:3] for model in table(line_up([b, a], bases=True))] == [(b, None), (a, b)]
+    assert [model[1:3] for model in table(plan_evaluation([b, a], bases=True))] == [(b, None), (a, b)]
 
 
 def test_the_embedded_model_has_one_name(folders, tmp_path, monkeypatch):
@@ -77,23 +79,23 @@ def test_the_embedded_model_has_one_name(folders, tmp_path, monkeypatch):
     default_folder().mkdir(parents=True)
     config = {"base_model_name_or_path": str(default_folder())}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    found = table(line_up([folders["adapter"]], bases=True))
+    found = table(plan_evaluation([folders["adapter"]], bases=True))
     assert found == [(2, "embedded", None, False), (2, folders["adapter"], "embedded", True)]
 
 
 def test_rows_are_read_as_the_run_was_trained_but_new_data_has_its_own_format(folders):
-    loads = line_up([folders["on-a"]], bases=True)
-    found = reading(loads, "new.jsonl", {}, max_rows=7).config
+    plan = plan_evaluation([folders["on-a"]], bases=True)
+    found = resolve_data(plan, "new.jsonl", {}, max_rows=7).config
     assert (found.max_length, found.format_type, found.columns) == (64, "auto", None)
     assert [(source.path, source.max_rows) for source in found.data_path] == [("new.jsonl", 7)]
-    given = reading(loads, "new.jsonl", {"max_length": "32", "format_type": "alpaca"}, max_rows=None).config
+    given = resolve_data(plan, "new.jsonl", {"max_length": "32", "format_type": "alpaca"}, max_rows=None).config
     assert (given.max_length, given.format_type) == (32, "alpaca")
     with pytest.raises(UserError, match="no data"):
-        reading(loads, None, {}, max_rows=None)
+        resolve_data(plan, None, {}, max_rows=None)
 
 
 def test_the_runs_own_validation_data_is_read_as_it_was(folders, tmp_path):
     file = tmp_path / "on-a" / "config.yaml"
     file.write_text(file.read_text() + "eval_data_path: {path: own.jsonl, split: x}\n")
-    found = reading(line_up([folders["on-a"]], bases=True), None, {}, max_rows=None).config
+    found = resolve_data(plan_evaluation([folders["on-a"]], bases=True), None, {}, max_rows=None).config
     assert (found.format_type, found.data_path[0].path, found.data_path[0].split) == ("text", "own.jsonl", "x")

@@ -12,15 +12,12 @@ from datasets import load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyrank.data.formats import Conversation, PlainText, TokenIds, detect, to_sample
+from manyrank.data.formats import detect, to_sample
 from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
 from manyrank.project_files import asset
-from manyrank.tools.prepare import main as curate
-from manyrank.tools.prepare.export import kind, merged
-from manyrank.tools.prepare.filters import Item
-from manyrank.tools.prepare.main import lengths, main, question, split_of, statistics
-from manyrank.tools.prepare.stages import build
+from manyrank.tools.prepare.filters import Item, build_stages
+from manyrank.tools.prepare.main import examples, main, question, read_config, split_of
 
 SOLUTIONS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_model_solutions.jsonl"
 PARTS = {"train": 0.85, "validation": 0.15}
@@ -121,10 +118,6 @@ def test_everything_is_written(prepare, tmp_path, capsys):
             "sha256": hashlib.sha256(content).hexdigest(),
         }
     ]
-    answers = [len(row["answer"]) for row in expected]
-    assert found["lengths"]["answer_characters"]["max"] == max(answers)
-    assert found["lengths"]["answer_characters"]["mean"] == round(sum(answers) / len(answers), 1)
-    assert found["lengths"]["prompt_words"] == dict.fromkeys(("min", "median", "mean", "p95", "max"), 3)
 
     said = capsys.readouterr().out.splitlines()
     assert said[0].split() == ["filter", "in", "out", "dropped", "reasons"]
@@ -192,27 +185,19 @@ def test_rows_of_any_shape_survive_the_table(prepare):
     assert load_from_disk(folder / "dataset")["train"].to_list() == MIXED
 
 
-@pytest.mark.parametrize(
-    "one, other, expected",
-    [
-        (None, 1, "int64"),
-        (1, 2.5, "json"),
-        (1.5, None, "float64"),
-        ("a", "b", "string"),
-        ("a", 1, "json"),
-        (True, 1, "json"),
-        ([1], [], ["int64"]),
-        ([], None, [None]),
-        ([1], ["a"], ["json"]),
-        ([1], "a", "json"),
-        ({"a": 1}, {"a": None}, {"a": "int64"}),
-        ({"a": 1}, {"b": 1}, "json"),
-        ({"a": 1}, {"a": "x"}, {"a": "json"}),
-        ({}, {}, "json"),
-    ],
-)
-def test_the_narrowest_type(one, other, expected):
-    assert merged(kind(one), kind(other)) == merged(kind(other), kind(one)) == expected
+def test_a_column_of_any_two_values_survives_the_table(prepare):
+    values = [None, 1, 2.5, "a", True, "2024-01-01", [], [1], ["a"], {}, {"a": 1}, {"a": None}, {"b": 1}, {"a": "x"}]
+    talk = {"question": "q", "answer": "a"}
+    pairs = [(one, other) for one in values for other in values]
+    rows = [talk | {f"column{at}": pair[side] for at, pair in enumerate(pairs)} for side in (0, 1)]
+    folder = prepare(rows, splits={"train": 1})
+    assert load_from_disk(folder / "dataset")["train"].to_list() == rows == read_lines(folder / "train.jsonl")
+
+
+def test_a_column_that_no_table_can_hold(refused):
+    talk = {"question": "q", "answer": "a"}
+    error = refused([talk | {"x": 2.5}, talk | {"x": 2**62}], splits={"train": 1})
+    assert error.what.startswith("no table can hold the rows") and error.where == "train.jsonl"
 
 
 def test_an_empty_split_has_no_file(prepare, capsys):
@@ -285,24 +270,6 @@ def test_the_question_of_a_row(row, expected):
     assert question(to_sample(row, detect(row, where=""))) == expected
 
 
-def test_lengths():
-    talk = Conversation(
-        [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "日本"}, {"role": "user", "content": "c"}]
-    )
-    assert lengths(talk) == {
-        ("prompt", "characters"): 4,
-        ("prompt", "words"): 3,
-        ("answer", "characters"): 2,
-        ("answer", "words"): 1,
-    }
-    assert lengths(PlainText("a b")) == {("answer", "characters"): 3, ("answer", "words"): 2}
-    assert lengths(TokenIds([1, 2, 3], [-100, 2, 3])) == {("prompt", "tokens"): 1, ("answer", "tokens"): 2}
-
-
-def test_statistics():
-    assert statistics(list(range(101))) == {"min": 0, "median": 50, "mean": 50, "p95": 95, "max": 100}
-
-
 # Sources
 
 
@@ -344,7 +311,7 @@ def test_columns_and_format_of_a_source(prepare, tmp_path):
     }
     folder = prepare([{"q": "1", "a": "one"}], data_path=[source], splits={"train": 1})
     assert read_lines(folder / "train.jsonl") == [{"q": "1", "a": "one"}]
-    assert summary(folder)["lengths"]["answer_characters"]["max"] == 3
+    assert summary(folder)["format"] == "question_answer"
 
 
 def test_sources_of_two_formats(refused, tmp_path):
@@ -398,7 +365,7 @@ def test_broken_rows_are_put_aside(prepare, tmp_path, capsys):
     found = summary(folder)
     assert found["quarantined"] == Counter(entry["reason"] for entry in aside)
     assert (found["rows_read"], found["rows_written"], found["filters"][0]["broken"]) == (8, 2, 1)
-    assert "6 put aside in quarantine.jsonl: missing field 2, " in capsys.readouterr().out
+    assert "6 quarantined in quarantine.jsonl: missing field 2, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more, reason", [("NaN", "NaN"), ("-Infinity", "NaN"), (f"[{2**63}]", "number too large")])
@@ -541,7 +508,7 @@ def test_wrong_command_lines(refused, argv, what, fix):
     [
         ("data_path: a\ndata_path: b\n", "the key 'data_path' is given twice"),
         ("a: [", "not valid YAML"),
-        ("- a\n", "it is no list of `key: value` lines"),
+        ("- a\n", "expected a YAML mapping"),
         ("output_dir: x\n", "data_path must be given"),
     ],
 )
@@ -555,17 +522,17 @@ def test_a_config_that_is_not_there():
     with pytest.raises(UserError) as caught:
         main(["nowhere.yaml"])
     assert caught.value.what == "there is no config nowhere.yaml"
-    assert all(name in caught.value.fix for name in curate.examples())
+    assert all(name in caught.value.fix for name in examples())
 
 
 def test_there_are_examples():
-    assert curate.examples() == ["code", "gsm8k_verified"]
+    assert examples() == ["code", "gsm8k_verified"]
 
 
-@pytest.mark.parametrize("name", curate.examples())
+@pytest.mark.parametrize("name", examples())
 def test_the_examples_are_right(name):
-    config, _ = curate.read_config([name])
-    assert build(config.filters, workers=1, where=name)
+    config, _ = read_config([name])
+    assert build_stages(config.filters, workers=1, where=name)
 
 
 # The examples at work
@@ -626,6 +593,6 @@ class TestRealSolutions:
     @pytest.mark.parametrize("model", ["6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"])
     def test_numbers_agree_with_the_given_verdicts(self, model):
         check = {"prediction": f"{model}.solution", "reference": "ground_truth", "numeric": True}
-        judge = build([{"correct": check}], workers=1, where="")[0].check
+        judge = build_stages([{"correct": check}], workers=1, where="")[0].check
         rows = read_lines(SOLUTIONS)
         assert [judge(Item("", row)) is None for row in rows] == [row[model]["is_correct"] for row in rows]
