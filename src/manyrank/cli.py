@@ -136,9 +136,9 @@ def _data(argv: Sequence[str]) -> int:
     from .errors import UserError
 
     if argv and argv[0] == "inspect":
-        from .tools.inspect_data import main as inspection
+        from .tools import inspect_data
 
-        return inspection.main(argv[1:])
+        return inspect_data.main(argv[1:])
     if argv and argv[0] == "prepare":
         from .tools.prepare import main as curate
 
