@@ -66,3 +66,16 @@ def browse(path: Path, folder: Path, *more: str) -> str:
     done = subprocess.run([CHROMIUM, *flags, *more, path.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def look_at(path: Path, folder: Path, *, width: int, scheme: int, height: int = 1400):
+    """The page's pixels, height x width x RGB; `scheme` is 0 where the user prefers dark pages, else 1."""
+    import numpy as np
+    from PIL import Image
+
+    file = folder / "page.png"
+    size = (f"--screenshot={file}", f"--window-size={width},{height}")
+    browse(path, folder / "profile", *size, f"--blink-settings=preferredColorScheme={scheme}")
+    picture = np.asarray(Image.open(file).convert("RGB"), dtype=int)
+    assert picture.shape == (height, width, 3)
+    return picture

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm
-from browser import Page, browse, needs_chromium
+from browser import Page, browse, look_at, needs_chromium
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyrank import cli
 from manyrank.chat_template.render import render
 from manyrank.config.args import Entry
 from manyrank.config.resolve import resolve
@@ -27,10 +28,10 @@ from manyrank.data.loader import StepLoader
 from manyrank.data.sources import Source, read_rows
 from manyrank.data.stats import Piece, gather, padding, pieces, spread
 from manyrank.errors import UserError
-from manyrank.project_files import asset
-from manyrank.tools.inspect_data import main as inspection
-from manyrank.tools.inspect_data.inspection_html import page
-from manyrank.tools.report.tables import visible
+from manyrank.tools import inspect_data
+from manyrank.tools.report import terminal
+from manyrank.tools.report.blocks import visible
+from manyrank.tools.report.pages import page, write_page
 
 SAMPLE, VALIDATION = (str(asset("data", name)) for name in ("sample.jsonl", "validation.jsonl"))
 
@@ -57,6 +58,14 @@ def survey(tokenizer, samples: int = 3, **values):
     values = {"data_path": SAMPLE, "max_length": 256, **values}
     config = resolve("verify", [Entry(key, value, "the test") for key, value in values.items()]).config
     return gather(config, tokenizer, recipe="verify", samples=samples)
+
+
+def html(found) -> str:
+    return page(inspect_data.title(found), inspect_data.blocks(found))
+
+
+def text_of(found, *, colour: bool = False, width: int = terminal.UNLIMITED) -> str:
+    return terminal.text(inspect_data.title(found), inspect_data.blocks(found), colour=colour, width=width)
 
 
 def rendered(path: str, tokenizer, format_type: str = "question_answer") -> list:
@@ -106,10 +115,10 @@ def test_bad_rows_are_named_and_do_not_stop_it(tokenizer, tmp_path):
     assert len(reading.bad) == 10
     assert [row.place for row in reading.bad[:3]] == [f"{path}, line {line}" for line in (2, 3, 5)]
     assert [row.reason for row in reading.bad[:2]] == ["no assistant turn", "not JSON"]
-    shown = "\n".join(inspection.text(found, colour=False))
+    shown = text_of(found)
     assert "the training will stop at them (on_bad_row: error)" in shown
     assert f"{path}, line 2" in shown
-    skipping = "\n".join(inspection.text(survey(tokenizer, data_path=path, on_bad_row="skip"), colour=False))
+    skipping = text_of(survey(tokenizer, data_path=path, on_bad_row="skip"))
     assert "the training will stop" not in skipping
 
 
@@ -290,7 +299,7 @@ def test_when_there_is_colour(embedded_model, monkeypatch, capsys, env, terminal
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    assert inspection.main(["verify", "--samples=1"]) == 0
+    assert inspect_data.main(["verify", "--samples=1"]) == 0
     out = capsys.readouterr().out
     assert ("\x1b[32m" in out) == colour
     assert ("⟦" in out) != colour
@@ -298,21 +307,31 @@ def test_when_there_is_colour(embedded_model, monkeypatch, capsys, env, terminal
 
 def test_colours_are_those_of_the_tokens(tokenizer, tmp_path):
     path = write(tmp_path / "rows.jsonl", HOSTILE)
-    shown = "\n".join(inspection.text(survey(tokenizer, data_path=path), colour=True))
-    green = re.findall(r"\x1b\[32m((?:\x1b\[2m)?)(.*?)\x1b\[0m", shown, re.DOTALL)
+    shown = text_of(survey(tokenizer, data_path=path), colour=True)
+    green = re.findall(r"\x1b\[(2;)?32m(.*?)\x1b\[0m", shown)
     answer = visible(HOSTILE["messages"][1]["content"])
-    assert green == [("", answer), ("\x1b[2m", "<|im_end|>")]
+    assert green == [*(("", line) for line in answer.splitlines() if line), ("2;", "<|im_end|>")]
     # What the row itself would have the terminal do is written out.
     assert r"\x1b[31m\u202eabove." in answer
     assert "\x1b[31m" not in shown
     assert "\x1b[2m<|im_start|>\x1b[0muser" in shown
 
 
-def test_a_reader_that_leaves_early(embedded_model):
-    command = f"{sys.executable} -m manyrank.cli data inspect verify | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=200)
-    assert done.stdout.splitlines() == ["Data of verify", "0"]
-    assert "Traceback" not in done.stderr
+def test_a_reader_that_leaves_early(embedded_model, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["data", "inspect", "verify"]) == 0
+
+
+def test_a_terminal_wraps_tables_and_a_pipe_cuts_nothing(tokenizer, tmp_path):
+    path = write(tmp_path / f"{'long' * 30}.jsonl", GOOD, "not json")
+    found = survey(tokenizer, data_path=path)
+    assert f"  {path}  messages" in text_of(found)
+    narrow = text_of(found, colour=True, width=60)
+    tables = re.sub(r"\x1b\[\d+m", "", narrow).split("== training samples")[0].splitlines()
+    assert max(map(len, tables)) <= 60 and path in re.sub(r"\s", "", narrow.replace("  messages", ""))
 
 
 @pytest.mark.parametrize(
@@ -334,13 +353,13 @@ def test_a_reader_that_leaves_early(embedded_model):
 def test_wrong_use_is_the_users_error(embedded_model, monkeypatch, tmp_path, args, what):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        inspection.main(args)
+        inspect_data.main(args)
     assert what in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_help_has_its_own_options_and_the_recipes(capsys):
-    assert inspection.main(["--help"]) == 0
+    assert inspect_data.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: manyrank data inspect RECIPE [--key value ...] [--samples N] [--html FILE]")
     assert all(option in out for option in ("--samples", "--html", "--max_length", "--packing"))
@@ -357,7 +376,7 @@ def shown(tokenizer, tmp_path_factory):
     text = write(folder / "text.jsonl", {"text": "\n\nPlain"})  # shorter than the others, so it is a sample
     sources = [rows, text, {"path": SAMPLE, "max_rows": 20}]
     found = survey(tokenizer, 9, data_path=sources, eval_data_path=VALIDATION)
-    inspection.write_page(page(found), folder / "page.html")
+    write_page(html(found), folder / "page.html")
     assert sorted(file.name for file in folder.iterdir()) == ["<i>rows.jsonl", "page.html", "text.jsonl"]
     return found, folder / "page.html"
 
@@ -435,7 +454,7 @@ def test_rows_are_text_and_nothing_is_fetched(tokenizer, tmp_path):
         assert {"/img", "/js"} <= set(asked)  # unescaped it would be fetched and run
         asked.clear()
         made = survey(tokenizer, data_path=write(tmp_path / "rows.jsonl", chat(attack, attack)), max_length=1024)
-        inspection.write_page(page(made), tmp_path / "page.html")
+        write_page(html(made), tmp_path / "page.html")
         dom = Page(browse(tmp_path / "page.html", tmp_path / "b", "--dump-dom"))
     finally:
         server.shutdown()
@@ -447,32 +466,18 @@ def test_rows_are_text_and_nothing_is_fetched(tokenizer, tmp_path):
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [500, 1100])
-def test_page_looks_like_something(shown, tmp_path, width):
-    from PIL import Image
-
-    pictures = []
-    for name, scheme in (("light", 1), ("dark", 0)):
-        file = tmp_path / f"{name}.png"
-        size = (
-            f"--screenshot={file}",
-            f"--window-size={width},1400",
-            f"--blink-settings=preferredColorScheme={scheme}",
-        )
-        browse(shown[1], tmp_path / name, *size)
-        pictures.append(np.asarray(Image.open(file).convert("L"), dtype=float))
-    light, dark = pictures
-    assert light.shape == dark.shape == (1400, width)
-    assert light.mean() > 200 > 60 > dark.mean()
-    for picture in pictures:  # text and cards from top to bottom, nothing over the right edge
-        assert all(np.ptp(band) > 100 for band in np.array_split(picture, 7))
-        assert np.ptp(picture[:, -4:]) == 0
+@pytest.mark.parametrize(("width", "scheme"), [(500, 0), (1100, 1)])
+def test_page_looks_like_something(shown, tmp_path, width, scheme):
+    picture = look_at(shown[1], tmp_path, width=width, scheme=scheme).mean(axis=2)
+    assert picture.mean() > 200 if scheme else picture.mean() < 60
+    # Text and cards from top to bottom, nothing over the right edge.
+    assert all(np.ptp(band) > 100 for band in np.array_split(picture, 7)) and np.ptp(picture[:, -4:]) == 0
 
 
 def test_page_needs_nothing_else(shown):
     found, path = shown
     text = path.read_text(encoding="utf-8")
-    assert text == page(found)
+    assert text == html(found)
     assert not re.search(r"<(script|link|img|iframe)|https?:|url\(|@import", text)
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
@@ -482,7 +487,7 @@ def test_an_old_page_is_replaced_and_an_interrupted_one_is_not(embedded_model, t
     target = tmp_path / "page.html"
     target.write_text("old")
     with pytest.raises(UserError):
-        inspection.main(["verify", "--data_path=no.jsonl", f"--html={target}"])
+        inspect_data.main(["verify", "--data_path=no.jsonl", f"--html={target}"])
     assert target.read_text() == "old"
     done = inspect("verify", "--html", str(target), "--samples=1")
     assert done.returncode == 0, done.stderr

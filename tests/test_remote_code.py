@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from manyrank.config.resolve import Entry, recipe_of, resolve
 from manyrank.errors import UserError
 from manyrank.runs.artifact import find
+from manyrank.tools import inspect_data
 from manyrank.tools.chat import main as chat
 from manyrank.tools.evaluate import main as evaluate
 from manyrank.tools.generate import main as answering
-from manyrank.tools.inspect_data import main as inspection
 from manyrank.tools.merge import main as merge
 
 CODE = """
@@ -120,5 +120,5 @@ def test_only_the_recipe_of_this_command_counts(given, tmp_path):
 def test_inspecting_the_data_of_a_run_runs_no_code(given):
     run, _, marker = given
     forget(marker)
-    assert inspection.main([str(run / "config.yaml")]) == 0
+    assert inspect_data.main([str(run / "config.yaml")]) == 0
     assert not marker.exists()

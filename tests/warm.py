@@ -66,6 +66,10 @@ LIBRARIES = (
     "pydantic",
     "psutil",
     "numpy.ctypeslib",
+    "jinja2",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "matplotlib.style",
 )
 ENVIRONMENT = dict(os.environ)  # of the session, before a test changes it for itself
 _fork_exec = subprocess._fork_exec

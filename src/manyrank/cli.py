@@ -138,9 +138,9 @@ def _data(argv: Sequence[str]) -> int:
     from .errors import UserError
 
     if argv and argv[0] == "inspect":
-        from .tools.inspect_data import main as inspection
+        from .tools import inspect_data
 
-        return inspection.main(argv[1:])
+        return inspect_data.main(argv[1:])
     if argv and argv[0] == "prepare":
         from .tools.prepare import main as prepare
 
@@ -213,17 +213,17 @@ def _quiet() -> None:
 
 
 def _chat(argv: Sequence[str]) -> int:
-    from .tools.chat import main as chat
+    from .tools import chat
 
     _quiet()
     return chat.main(argv)
 
 
 def _generate(argv: Sequence[str]) -> int:
-    from .tools.generate import main as answering
+    from .tools import generate
 
     _quiet()
-    return answering.main(argv)
+    return generate.main(argv)
 
 
 def _merge(argv: Sequence[str]) -> int:

@@ -12,15 +12,16 @@ from pathlib import Path
 
 from ...config.args import Parser
 from ...errors import UserError, in_one_line
-from .pages import check_page, write_page
-from .report_html import comparison_page, run_page
+from .blocks import one_line
+from .pages import check_page, page, write_page
+from .run_blocks import comparison_blocks, run_blocks
 from .run_record import read_run
 
 NAME, COMPARISON = "report.html", "comparison.html"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the page and say where it is.
+    """Write the page and print where it is.
 
     Raises:
         UserError: a folder is none of a run, a run is named twice, or the page cannot be written.
@@ -30,25 +31,27 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"the page (default: RUN/{NAME}; of several runs {COMPARISON})"
     )
-    given = parser.parse_args(argv)
-    page = make(given.runs[0], given.output) if len(given.runs) == 1 else compare(given.runs, given.output)
-    print(f"written to {page}")
+    options = parser.parse_args(argv)
+    write = write_report if len(options.runs) == 1 else write_comparison
+    print(f"written to {write(options.runs, options.output)}")
     return 0
 
 
-def make(folder: Path, output: Path | None = None) -> Path:
+def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Write the page of one run, in its folder unless said otherwise.
 
     Raises:
         UserError: the folder is none of a run, or the page cannot be written.
     """
-    return _write(run_page(read_run(folder)), output or folder / NAME)
+    (folder,) = folders
+    run = read_run(folder)
+    return _write(page(f"Run {one_line(run.name)}", run_blocks(run)), output or folder / NAME)
 
 
 def make_report(output_dir: Path) -> Path | None:
-    """report.html. The training is over and saved: whatever is wrong with its page is told, and changes nothing of that."""
+    """Write report.html. The training has ended and is saved: an error of its page is a warning, and costs nothing else."""
     try:
-        return make(output_dir)
+        return write_report([output_dir])
     except Exception as error:
         print(
             f"WARNING: the report could not be made: {in_one_line(error)}. `manyrank report {output_dir}` tries again",
@@ -58,21 +61,20 @@ def make_report(output_dir: Path) -> Path | None:
         return None
 
 
-def compare(folders: Sequence[Path], output: Path | None = None) -> Path:
+def write_comparison(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Write the page of several runs, as comparison.html in the working folder unless said otherwise.
 
     Raises:
         UserError: a folder is none of a run or named twice, or the page cannot be written.
     """
-    same = [
-        folder for number, folder in enumerate(folders) if folder.resolve() in {f.resolve() for f in folders[:number]}
-    ]
-    if same:
-        raise UserError("a run is named twice", where=str(same[0]), fix="name each run once")
-    return _write(comparison_page([read_run(folder) for folder in folders]), output or Path(COMPARISON))
+    resolved = [folder.resolve() for folder in folders]
+    if twice := [folder for number, folder in enumerate(folders) if resolved[number] in resolved[:number]]:
+        raise UserError("a run is named twice", where=str(twice[0]), fix="name each run once")
+    runs = [read_run(folder) for folder in folders]
+    return _write(page(f"{len(runs)} runs", comparison_blocks(runs)), output or Path(COMPARISON))
 
 
-def _write(text: str, page: Path) -> Path:
-    check_page(page, option="--output")
-    write_page(text, page)
-    return page
+def _write(text: str, file: Path) -> Path:
+    check_page(file, option="--output")
+    write_page(text, file)
+    return file

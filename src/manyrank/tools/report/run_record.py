@@ -7,16 +7,17 @@ import json
 import math
 import re
 import shlex
+import statistics
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
 
 from ...errors import UserError
 from ...runs import logs as metrics
-from .svg import Point
+from .curves import Point
 
 SIGNS = ("config.yaml", "launch.json", "logs/metrics.jsonl")  # one of these is in every run's folder
 LINE = re.compile(r"(\w+): (.*)  # (.*)")
@@ -56,17 +57,26 @@ class RunRecord:
             given = yaml.safe_load(self.config.get("run_name", ("null",))[0])
         return str(given or self.folder.resolve().name)
 
+    @cached_property
+    def curves(self) -> dict[str, list[Point]]:
+        """(step, value) of every line that has a key, by key."""
+        curves: dict[str, list[Point]] = {}
+        for line in self.lines:
+            for key, value in line.items():
+                if _is_number(value):
+                    curves.setdefault(key, []).append((line["step"], float(value)))
+        return curves
+
     def curve(self, key: str) -> list[Point]:
-        """(step, value) of every line that has the key."""
-        return [(line["step"], float(line[key])) for line in self.lines if _is_number(line.get(key))]
+        return self.curves.get(key, [])
 
     def last(self, key: str) -> float | None:
-        return next((y for _, y in reversed(self.curve(key))), None)
+        return self.curve(key)[-1][1] if self.curve(key) else None
 
-    def usual(self, key: str) -> float | None:
-        """The median: the first steps, which warm up, do not count much."""
-        found = [y for _, y in self.curve(key) if math.isfinite(y)]
-        return median(found) if found else None
+    def median(self, key: str) -> float | None:
+        """The median, in which the first steps, which warm up, do not count much."""
+        values = [y for _, y in self.curve(key) if math.isfinite(y)]
+        return statistics.median(values) if values else None
 
     def extreme(self, key: str, which: Any) -> float | None:
         """`which` is min or max."""

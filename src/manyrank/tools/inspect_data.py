@@ -1,0 +1,136 @@
+"""`manyrank data inspect`: what a recipe's data is, before anything is trained; in the terminal, and as a page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from ..config.args import Parser, parse, parser
+from ..config.resolve import resolve
+from ..data.stats import STEPS, Part, SampleFacts, Survey, gather
+from ..models.load import load_tokenizer
+from ..rules.check import check_sources
+from .report.blocks import Block, Heading, Note, Run, Table, Texts, count, one_line, share, visible, word
+from .report.data_tables import reading_tables, split_tables
+from .report.pages import check_page, page, write_page
+from .report.terminal import show
+
+PROG = "manyrank data inspect"
+PACKING = {
+    "step": "each step's examples side by side, no padding",
+    "dataset": "examples put together into packs before steps are made of them",
+    "none": "padded rows",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Look at a recipe's data: print it, and write it as a page too where --html says so.
+
+    Raises:
+        UserError: a wrong option, recipe or source, or a page that cannot be written there.
+    """
+    own, rest = _options(Parser(prog=PROG, add_help=False, allow_abbrev=False)).parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        print(_help())
+        return 0
+    if own.html:
+        check_page(own.html)
+    line = parse(rest, prog=PROG, launch=False, more=("samples", "html"))
+    resolved = resolve(line.recipe, line.overrides)
+    check_sources(resolved)
+    config = resolved.config
+    recipe = Path(line.recipe).stem if line.recipe else "command line"
+    survey = gather(config, load_tokenizer(config), recipe=recipe, samples=own.samples)
+    show(title(survey), blocks(survey))
+    if own.html:
+        write_page(page(title(survey), blocks(survey)), own.html)
+        print(f"\nwritten to {own.html}")
+    return 0
+
+
+def _options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    shown = made.add_argument_group("what to show")
+    shown.add_argument(
+        "--samples", type=_whole, default=3, metavar="N", help="examples to show of each side (default: 3)"
+    )
+    shown.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page too")
+    return made
+
+
+def _help() -> str:
+    made = _options(parser(PROG, launch=False))
+    made.usage = f"{PROG} RECIPE [--key value ...] [--samples N] [--html FILE]"
+    made.description = "Show what a recipe trains on: sources, lengths, bad rows, packing, and what is learned."
+    return made.format_help()
+
+
+def _whole(given: str) -> int:
+    if not (given.isascii() and given.isdigit()):
+        raise argparse.ArgumentTypeError(f"{given!r} is not a count")
+    return int(given)
+
+
+# The blocks of both views
+
+
+def title(survey: Survey) -> str:
+    return f"Data of {one_line(survey.recipe)}"
+
+
+def blocks(survey: Survey) -> Iterator[Block]:
+    """Everything that is shown of a survey."""
+    settings = tuple((word(key), word(value)) for key, value in survey.settings.items())
+    yield Table("settings", "Recipe", (), settings)
+    yield Heading("What was read")
+    for reading in survey.readings:
+        yield from reading_tables(asdict(reading))
+    if any(reading.reasons for reading in survey.readings):
+        skipped = survey.settings["on_bad_row"] == "skip"
+        stop = "Bad rows are put aside here, but the training will stop at them (on_bad_row: error)."
+        yield Note("Bad rows are put aside (on_bad_row: skip)." if skipped else stop, warning=True)
+    for part in survey.parts:
+        yield Heading(f"{part.name} data")
+        yield from split_tables(asdict(part))
+        yield from _packing(part)
+    if survey.overlap is not None:
+        yield _overlap(survey.overlap, of=survey.parts[-1].examples)
+    for part in survey.parts:
+        if part.samples:
+            yield Heading(f"{part.name} samples", legend=True)
+            yield from map(_sample, part.samples)
+
+
+def _packing(part: Part) -> Iterator[Table]:
+    """How examples fill batches."""
+    packing = part.packing
+    unit = "packs" if packing.method == "dataset" else "examples"
+    yield Table(
+        f"{part.name}-balance",
+        f"Packing: {packing.method}",
+        ("ranks", f"{unit} in a step", "longest rank over the mean"),
+        tuple((count(row.ranks), count(row.batch), share(row.over)) for row in packing.balances),
+        f"{PACKING[packing.method].capitalize()}. In tokens, over the first {STEPS} steps at most.",
+    )
+    rows = [(word("padding with none"), share(packing.padding))]
+    if packing.packs is not None and packing.filled is not None:
+        rows += [(word("packs with dataset"), count(packing.packs)), (word("filled"), share(packing.filled))]
+    yield Table(f"{part.name}-fill", "How full batches are", (), tuple(rows))
+
+
+def _overlap(overlap: int, *, of: int) -> Table:
+    """How much of the validation data is also trained on."""
+    what = word("validation examples that are in the training data")
+    rows = ((what, count(overlap)), (word("share of the validation data"), share(overlap / of)))
+    return Table("overlap", "Overlap", (), rows)
+
+
+def _sample(sample: SampleFacts) -> Texts:
+    runs = tuple(
+        Run(tuple((visible(piece.text), piece.special) for piece in pieces), supervised)
+        for supervised, pieces in groupby(sample.pieces, key=lambda piece: piece.supervised)
+    )
+    label = f"{sample.tokens:,} tokens, {sample.supervised:,} supervised, the last of them {one_line(sample.stop)}"
+    return Texts(f"{one_line(sample.source)}, row {sample.row:,}", ((label, runs),), sample=True)

@@ -1,1 +1,0 @@
-"""Look at a recipe's data."""
