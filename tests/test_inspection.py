@@ -28,6 +28,7 @@ from manyrank.data.loader import StepLoader
 from manyrank.data.sources import Source, read_rows
 from manyrank.data.stats import Piece, gather, padding, pieces, spread
 from manyrank.errors import UserError
+from manyrank.project_files import asset
 from manyrank.tools import inspect_data
 from manyrank.tools.report import terminal
 from manyrank.tools.report.blocks import visible
