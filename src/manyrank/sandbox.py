@@ -92,8 +92,9 @@ def run(command: Sequence[str], *, files: Mapping[str, str], limits: Limits) -> 
     with tempfile.TemporaryDirectory(prefix="manyrank-", ignore_cleanup_errors=True) as folder:
         for name, content in files.items():
             Path(folder, name).write_text(content, encoding="utf-8", newline="")
-        for path in (folder, *(Path(folder, name) for name in files)) if user else ():
-            os.chown(path, user, user)
+        if user is not None:
+            for path in (folder, *(Path(folder, name) for name in files)):
+                os.chown(path, user, user)
         env = _environment(folder)
         program = str(Path(folder, command[0])) if os.sep in command[0] else command[0]
         if not shutil.which(program, path=env["PATH"]):
@@ -120,6 +121,7 @@ def _namespaces(network: bool) -> tuple[str, ...]:
     root = os.geteuid() == 0
     # A user who is not root opens them inside a namespace for users; what is allowed there the command does not get.
     within = () if root else ("unshare", "--user", "--map-current-user", "--keep-caps")
+    reason = ""
     isolated = (*within, *DIE_WITH_CALLER, *NAMESPACES, *(() if network else ("--net",)))
     for outer in (isolated, DIE_WITH_CALLER) if network else (isolated,):
         argv = [*outer, *_privileges(USERS[0] if root else None), "true"]
@@ -129,8 +131,8 @@ def _namespaces(network: bool) -> tuple[str, ...]:
             raise Refused(f"commands need the programs of util-linux: {error}") from None
         if trial.returncode == 0:
             return outer
+        reason = trial.stderr.partition("\n")[0].rpartition(": ")[2]
     forbidden = "another user for a command" if network else "a network namespace"
-    reason = trial.stderr.partition("\n")[0].rpartition(": ")[2]
     raise Refused(f"this machine forbids {forbidden} ({reason})")
 
 

@@ -49,6 +49,17 @@ __all__ = [
 
 LOOKED_AT = 100  # rows of a source before the launch
 NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
+# Warnings of earlier versions, which recipes may still ignore.
+RETIRED = frozenset(
+    {
+        "compile-on-cpu",
+        "fp16-model-in-bf16",
+        "paged-optimizer-on-cpu",
+        "rank-beyond-layers",
+        "unusual-adapter-scale",
+        "warmup-of-constant",
+    }
+)
 RULES: tuple[Rule, ...] = (*RECIPE_RULES, *STRATEGY_RULES, *MODEL_RULES, *GRPO_RULES)
 
 
@@ -121,8 +132,8 @@ def _unknown_warnings(resolved: Resolved) -> Iterator[UserError]:
     severities, where = {rule.name: rule.severity for rule in RULES}, resolved.where("ignore_warnings")
     for name in resolved.config.ignore_warnings:
         if severities.get(name) == "error":
-            yield UserError(f"{name} is an error and cannot be ignored", where=where, fix="mend what it tells of")
-        elif name not in severities:
+            yield UserError(f"{name} is an error and cannot be ignored", where=where, fix="fix what it names")
+        elif name not in severities and name not in RETIRED:
             known = [warning for warning, severity in severities.items() if severity == "warning"]
             close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
             fix = f"did you mean {close[0]}?" if close else "`manyrank rules` lists all"

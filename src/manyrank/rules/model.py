@@ -130,17 +130,6 @@ def _missing_targets(s: RunContext, model: ModelFacts) -> str | None:
     return f"no module of {model.name} is called {' or '.join(missing)}" if missing else None
 
 
-def _rank(s: RunContext, model: ModelFacts) -> str | None:
-    c = model.config
-    hidden, heads = c.get("hidden_size"), c.get("num_attention_heads")
-    if not s.config.uses_lora or not hidden or not heads:
-        return None
-    smallest = min(hidden, (c.get("num_key_value_heads") or heads) * (c.get("head_dim") or hidden // heads))
-    if s.config.lora_r <= smallest:
-        return None
-    return f"lora_r {s.config.lora_r}, and the smallest layers of {model.name} have {smallest} features"
-
-
 def _layers(s: RunContext, model: ModelFacts) -> str | None:
     wanted = s.config.gradient_checkpointing
     if not isinstance(wanted, int) or not model.layers or wanted <= model.layers:
@@ -168,10 +157,6 @@ def _stop(s: RunContext, model: ModelFacts) -> str | None:
     if written & stops or (not s.config.stop_tokens and "eos_token" in template):
         return None
     return f"the chat template writes none of the tokens that end an answer: {', '.join(sorted(stops))}"
-
-
-def _half_model(s: RunContext, model: ModelFacts) -> str | None:
-    return f"{model.name} is in float16, and the run computes in bf16" if s.bf16 and model.dtype == "float16" else None
 
 
 def _remote_code(s: RunContext) -> str | None:
@@ -252,14 +237,6 @@ BASE_RULES = (
         reason="The kernel for packed rows knows neither dropout nor soft-caps, and takes heads of up to 256 in multiples of "
         "8 with values as wide as queries: attention takes one document at a time, slower and with more memory.",
         fix="set dropout to 0 in config.json; soft-caps and heads belong to the model and stay",
-    ),
-    Rule(
-        "fp16-model-in-bf16",
-        "warning",
-        ("bf16", "model:config.json"),
-        _of_model(_half_model),
-        reason="bf16 keeps 8 bits of precision where float16 has 11: the weights are rounded when they are loaded.",
-        fix="set bf16: false to keep them, for twice the memory",
     ),
     Rule(
         "length-beyond-positions",
@@ -349,14 +326,6 @@ ADAPTER_RULES = (
         _of_model(_missing_targets),
         reason="peft puts adapters on the names that it finds, and passes over the others without a word.",
         fix="look for a slip in the names",
-    ),
-    Rule(
-        "rank-beyond-layers",
-        "warning",
-        ("lora_r", "model:config.json"),
-        _of_model(_rank),
-        reason="Above that rank an adapter has more parameters than the layer that it adapts, and can do no more.",
-        fix="lower lora_r, or use method full",
     ),
     Rule(
         "dropout-on-experts",

@@ -104,13 +104,6 @@ def _far_rate(s: RunContext) -> str | None:
     return f"learning_rate {rate:g}, where method {s.config.method} usually takes {low:g} to {high:g}"
 
 
-def _far_scale(s: RunContext) -> str | None:
-    scale, (low, high) = s.config.lora_alpha / s.config.lora_r, USUAL_SCALES
-    if not s.config.uses_lora or low / FAR <= scale <= high * FAR:
-        return None
-    return f"adapters are scaled by {scale:g} (lora_alpha {s.config.lora_alpha:g} / lora_r {s.config.lora_r})"
-
-
 def _unused(s: RunContext) -> str | None:
     found, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
     for keys, counts, because in DEPENDENT:
@@ -383,17 +376,6 @@ OPTIMISATION_RULES = (
         fix="lower warmup_steps to a few per cent of the run",
     ),
     Rule(
-        "warmup-of-constant",
-        "warning",
-        ("warmup_steps", "lr_scheduler_type"),
-        unless(
-            lambda s: bool(s.config.warmup_steps) and s.config.lr_scheduler_type == "constant",
-            "warmup_steps {c.warmup_steps} with lr_scheduler_type constant",
-        ),
-        reason="transformers' constant schedule has no warmup: the first step has the whole rate.",
-        fix="use lr_scheduler_type: constant_with_warmup",
-    ),
-    Rule(
         "unusual-learning-rate",
         "warning",
         ("learning_rate", "method"),
@@ -401,14 +383,6 @@ OPTIMISATION_RULES = (
         reason="It is more than ten times outside of what the method usually takes; full fine-tuning takes about a tenth "
         "of what adapters take.",
         fix="look for a slip in the exponent",
-    ),
-    Rule(
-        "unusual-adapter-scale",
-        "warning",
-        ("lora_alpha", "lora_r"),
-        _far_scale,
-        reason="Usual is 0.5 to 4; the scale multiplies what the adapters add, much as the learning rate does.",
-        fix="set lora_alpha to once or twice lora_r",
     ),
     Rule(
         "unused-options",

@@ -145,22 +145,6 @@ MACHINE_RULES = (
         fix="set bf16: auto; GPUs before Ampere have no better way here",
     ),
     Rule(
-        "compile-on-cpu",
-        "warning",
-        ("torch_compile",),
-        unless(lambda s: s.config.torch_compile and not s.gpus, "torch_compile without GPUs"),
-        reason="It was measured not to pay on CPUs, see docs/performance.md.",
-        fix="leave torch_compile out",
-    ),
-    Rule(
-        "paged-optimizer-on-cpu",
-        "warning",
-        ("optim",),
-        unless(lambda s: s.config.optim.startswith("paged_") and not s.gpus, "{c.optim} without GPUs"),
-        reason="There is no GPU memory to page out of; bitsandbytes takes the optimizer without pages.",
-        fix="use optim adamw_torch, or adamw_8bit",
-    ),
-    Rule(
         "accumulation-in-environment",
         "error",
         (f"environment:{ACCUMULATION}",),
