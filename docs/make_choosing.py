@@ -42,7 +42,7 @@ What it comes to:
 - **qlora** before offloading: it makes the frozen weights a quarter of their size, for about a tenth more time.
 """
 CELLS = """
-A cell: strategy, GiB of one GPU, layers computed again (of all, or none), tokens a second of all GPUs. "-": nothing fits.
+A cell: strategy, GiB of one GPU, recomputed layers (of all, or none), tokens a second of all GPUs. "-": nothing fits.
 """
 
 
@@ -80,8 +80,8 @@ def _cell(model: str, method: str, gpu: str, nproc: int, nnodes: int) -> str:
     found = make_plan(context, read(model)).chosen
     if found.verdict == Verdict.TOO_BIG:
         return "-"
-    again = {"off": "", "full": ", all again"}.get(
-        found.run.config.gradient_checkpointing, f", {found.run.checkpointed} again"
+    again = {"off": "", "full": ", all recomputed"}.get(
+        found.run.config.gradient_checkpointing, f", {found.run.checkpointed} recomputed"
     )
     return f"{found.strategy} {found.memory.peak / GiB:.0f} GiB{again}, {count(found.speed.tokens_per_second)}/s"
 

@@ -21,7 +21,7 @@ INTRO = """# The plan beside published figures
 
 GB (10^9 bytes) of one GPU at its peak, as others have published them for their own software (`docs/published_memory.csv`),
 and what `manyrank plan` says of the same model, method, strategy, lengths and adapters; `python docs/make_memory.py` writes
-this page anew. Nothing was fitted to these figures, and none was measured with this project: no GPU was at hand.
+this page. Nothing was fitted to these figures, and none was measured with this project: no GPU was at hand.
 
 Most of that software computes whole logits and uses peft's own adapters. Against it stands the plan with
 `--plain_parts head,lora`, which `manyrank plan` also prints beside its own figure; against losses in chunks stands the
@@ -113,7 +113,7 @@ def _all(found: list[Figure]) -> str:
 
 def _line(figure: Figure) -> str:
     row = figure.row
-    again = "" if row["checkpointing"] == "full" else ", nothing computed again"
+    again = "" if row["checkpointing"] == "full" else ", nothing recomputed"
     targets = row["lora_targets"].replace("_proj", "").replace(",", " ")
     lora = f"r {row['lora_r']}, {targets}" if row["lora_r"] else ""
     lora += f", dropout {row['lora_dropout']}" if row["lora_r"] and float(row["lora_dropout"]) else ""

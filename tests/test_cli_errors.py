@@ -84,7 +84,7 @@ def test_options(refused, argv, error, fix):
 )
 def test_values(refused, key, value):
     error, where, fix = refused("quickstart", f"--{key}={value}")
-    assert error.startswith(f"{key}: {value!r} is not right: ")
+    assert error.startswith(f"{key}: {value!r} is invalid: ")
     assert where == f"command line, --{key}"
     assert fix.startswith(f"{key} is: ")
 
@@ -122,9 +122,9 @@ def test_a_recipe_file_that_is_not_there(refused):
     "text, error, where",
     [
         ("a: [1", "not valid YAML: ", "mine.yaml"),
-        ("", "a recipe is a list of `key: value` lines", "mine.yaml"),
+        ("", "expected a YAML mapping of `key: value` lines", "mine.yaml"),
         ("lora_rnk: 4", "there is no option 'lora_rnk'", "mine.yaml, lora_rnk"),
-        ("lora_r: four\nmodel: embedded\ndata_path: x", "lora_r: 'four' is not right: ", "mine.yaml, lora_r"),
+        ("lora_r: four\nmodel: embedded\ndata_path: x", "lora_r: 'four' is invalid: ", "mine.yaml, lora_r"),
     ],
 )
 def test_recipes(refused, text, error, where):

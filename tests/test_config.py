@@ -350,7 +350,7 @@ def test_an_unknown_key_that_is_like_no_other():
 )
 def test_wrong_values(key, value):
     caught = error(**{key: value})
-    assert caught.what.startswith(f"{key}: {value!r} is not right: ")
+    assert caught.what.startswith(f"{key}: {value!r} is invalid: ")
     assert caught.where == f"command line, --{key}"
     assert caught.fix.startswith(f"{key} is: ")
 
@@ -373,7 +373,7 @@ def test_broken_yaml(recipe, text):
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text"])
 def test_yaml_that_is_no_list_of_keys(recipe, text):
-    assert recipe_error(recipe(text)).what == "a recipe is a list of `key: value` lines"
+    assert recipe_error(recipe(text)).what == "expected a YAML mapping of `key: value` lines"
 
 
 def test_a_recipe_that_is_not_utf8(tmp_path):

@@ -1,4 +1,4 @@
-"""Each rule is broken by a command line and mended by its fix; all that is wrong is told at once; good recipes are quiet."""
+"""Each rule is broken by a command line and repaired by its fix; all that is wrong is reported together; good recipes are quiet."""
 
 import importlib.util
 import json
@@ -83,7 +83,7 @@ def quantised(**values) -> dict:
 
 GRPO = {"task": "grpo", "rewards": "{f1: 1}", "global_batch_size": 8, "per_device_train_batch_size": 4}
 
-# name of the rule, a situation that breaks it, what mends it. Besides options of the recipe: where it runs, and
+# name of the rule, a situation that breaks it, what repairs it. Besides options of the recipe: where it runs, and
 # `model`: files of a base model, `yaml` and `json`: keys of the strategy's files, `env`: variables, `run`: a checkpoint.
 CASES = [
     ("shard-size-without-hsdp", {"strategy": "fsdp", "hsdp_shard_size": 2}, {"hsdp_shard_size": "none"}),
@@ -513,8 +513,8 @@ def test_every_rule_is_covered():
     assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in BY_NAME)
 
 
-@pytest.mark.parametrize("name, broken, mend", CASES, ids=IDS)
-def test_a_rule_broken_on_the_command_line(name, broken, mend, made, monkeypatch, capsys):
+@pytest.mark.parametrize("name, broken, repair", CASES, ids=IDS)
+def test_a_rule_broken_on_the_command_line(name, broken, repair, made, monkeypatch, capsys):
     places, values = made(broken)
     monkeypatch.setattr(hardware, "probe", lambda: places["hardware"])
     code = cli.main(arguments(places, values))
@@ -531,11 +531,11 @@ def told(printed: str) -> list[str]:
     return [block for block in printed.strip().split("\n\n") if not block.endswith("things are wrong")]
 
 
-@pytest.mark.parametrize("name, broken, mend", CASES, ids=IDS)
-def test_a_rule_mended(name, broken, mend, made):
+@pytest.mark.parametrize("name, broken, repair", CASES, ids=IDS)
+def test_a_rule_repaired(name, broken, repair, made):
     places, values = made(broken)
     assert name in names(violations(RunContext(resolved(**values), **placed(places))))
-    places, values = made(broken | mend, 1)
+    places, values = made(broken | repair, 1)
     found = violations(RunContext(resolved(**values), **placed(places)))
     assert name not in names(found)
     assert not [violation.what for violation in found if violation.rule.severity == "error"]

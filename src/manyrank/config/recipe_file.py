@@ -71,7 +71,7 @@ def read_entries(path: Path, known: Known) -> list[Entry]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         fix = "see launch/recipes/default.yaml"
-        raise UserError("a recipe is a list of `key: value` lines", where=str(path), fix=fix)
+        raise UserError("expected a YAML mapping of `key: value` lines", where=str(path), fix=fix)
     found = []
     for key, value in content.items():
         entry = Entry(str(key), value, f"{path}, {key}")

@@ -368,7 +368,7 @@ def _wrong(key: str, value: Any, problems: list[dict], where: str) -> UserError:
         if isinstance(part, str) and not part.startswith(("function-", "constrained-", "literal["))
     )
     return UserError(
-        f"{key}: {value!r} is not right: {inner}{expected[0].lower()}{expected[1:]}",
+        f"{key}: {value!r} is invalid: {inner}{expected[0].lower()}{expected[1:]}",
         where=where,
         fix=f"{key} is: {FIELDS[key].description}",
     )

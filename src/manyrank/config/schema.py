@@ -284,7 +284,7 @@ class TrainConfig(BaseModel):
     )
     gradient_checkpointing: Layers = Field(
         "auto",
-        description="compute activations again instead of keeping them: off, full (every layer), the first N layers, "
+        description="recompute activations instead of keeping them: off, full (every layer), the first N layers, "
         "or auto: as few as the GPU's memory asks for",
     )
 

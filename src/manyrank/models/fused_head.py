@@ -4,7 +4,7 @@
                                                                       '--> gradient of hidden (and of the weight)
 
 The gradient of the hidden states is computed in the forward pass, while a chunk's logits are there: nothing of size
-n x vocabulary is kept or computed again, and a frozen head costs two matrix products instead of three. Backward only
+n x vocabulary is kept or recomputed, and a frozen head costs two matrix products instead of three. Backward only
 scales. `fuse` does this to a model's own head, so that whatever shards or gathers its weight works as before.
 
 The idea of taking the gradient in the forward pass is Liger's (Hsu et al. 2024, arXiv 2410.10989).

@@ -26,7 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def quiet() -> None:
-    """No progress bars, and no notes of transformers and peft on what is not the user's to mend."""
+    """No progress bars, and no notes of transformers and peft on what is not the user's to fix."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")

@@ -154,7 +154,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         except TemplateSyntaxError as error:
             place = f"{where}, line {error.lineno}"
-            raise UserError(f"the chat template is no Jinja: {error}", where=place, fix="mend the template") from None
+            raise UserError(f"the chat template is no Jinja: {error}", where=place, fix="fix the template") from None
 
 
 def _check_variables(variables: dict, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -273,7 +273,7 @@ def _checkpoint_layers(model: torch.nn.Module, wanted: int | str) -> None:
     if isinstance(wanted, int):
         if wanted > len(layers):
             fix = f"the model has {len(layers)} layers"
-            raise UserError(f"{wanted} layers to compute again", where="gradient_checkpointing", fix=fix)
+            raise UserError(f"{wanted} layers to recompute", where="gradient_checkpointing", fix=fix)
         for layer in layers[wanted:]:
             layer.gradient_checkpointing = False
 

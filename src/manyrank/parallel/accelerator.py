@@ -1,4 +1,4 @@
-"""Bring up the strategy that was asked for, and prove that it came up.
+"""Start the strategy that the recipe asks for, and check that it is what accelerate started.
 
 `accelerate_configs/NAME.yaml` is the one truth. `accelerate launch` applies it to the environment; under torchrun and
 srun `start` applies the same file, with accelerate's own code. What differs on CPUs (gloo, FSDP2, DeepSpeed's
@@ -64,7 +64,7 @@ def config_environment(strategy: Strategy, world_size: int) -> dict[str, str]:
 
 
 def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
-    """Start the process group and the Accelerator, and check that they are what was asked for.
+    """Start the process group and the Accelerator, and check that they are what the recipe asks for.
 
     Raises:
         UserError: the strategy needs a launcher or a GPU, or another one was started than asked for.
@@ -172,7 +172,7 @@ def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin:
 def _check(
     accelerator: Accelerator, config: TrainConfig, strategy: Strategy | None, topology: Topology, *, bf16: bool
 ) -> None:
-    """Compare what came up with what was asked for; several of the libraries fall back without a word."""
+    """Compare what accelerate started with what the recipe asks for; several of the libraries fall back without a word."""
     found = {"processes": accelerator.num_processes, "precision": _precision(accelerator)}
     asked = {"processes": topology.world_size, "precision": "bf16" if bf16 else "no"}
     if strategy:
@@ -181,10 +181,10 @@ def _check(
         found |= {"mesh of processes": _mesh(accelerator)}
         asked |= {"mesh of processes": copies(config, topology) if strategy.replicas else ()}
         asked["type"] = found["type"] if found["type"] in asked["type"] else asked["type"][0]
-    differ = [f"{key} is {found[key]}, not {asked[key]}" for key in asked if found[key] != asked[key]]
+    differ = [f"{key} {found[key]}, but the recipe asks for {asked[key]}" for key in asked if found[key] != asked[key]]
     if differ:
         raise UserError(
-            f"what came up is not what was asked for: {'; '.join(differ)}",
+            f"accelerate started {'; '.join(differ)}",
             where=f"strategy {strategy}" if strategy else "the accelerate config",
             fix="give accelerate launch the --config_file of the same strategy, or leave --strategy away",
         )

@@ -37,7 +37,7 @@ def saved(run: PlannedRun) -> int:
 
 
 def again(run: PlannedRun, layer: Layer) -> int:
-    """Bytes of a checkpointed layer while it is computed again, its cast weights included."""
+    """Bytes of a checkpointed layer while it is recomputed, its cast weights included."""
     casts = sum(linear.weights for linear in layer.linears.values()) * run.compute if run.autocast else 0
     return of_layer(run, layer) + casts
 

@@ -2,7 +2,7 @@
 
     always there    CUDA context, weights, adapters, optimizer states
     loss            + all activations, the head's chunk, gathered embedding and head
-    backward        + all activations, one layer computed again and its gradients, gathered layers, a dequantised matrix
+    backward        + all activations, one recomputed layer and its gradients, gathered layers, a dequantised matrix
     end of backward + all gradients, one layer and its gradients, gathered layers
     step            + all gradients, what the optimizer needs for a moment
     answers         of grpo: + the key-value cache of a process's answers, and the weights that it does not hold itself

@@ -82,7 +82,7 @@ class PlannedRun:
 
     @property
     def checkpointed(self) -> int:
-        """Layers whose activations are computed again."""
+        """Layers whose activations are recomputed."""
         wanted = self.config.gradient_checkpointing
         return wanted if isinstance(wanted, int) else self.shape.depth if wanted == "full" else 0
 

@@ -5,7 +5,7 @@
     step           micro-batches x the longer of the two, then reduction and optimizer
 
 LoRA needs 4 operations a weight and token (forward, and the gradient of the input), full fine-tuning 6, and 2 more where
-activations are computed again. These are estimates for comparing strategies: no constant is fitted to a measurement of
+activations are recomputed. These are estimates for comparing strategies: no constant is fitted to a measurement of
 this project.
 """
 
@@ -60,7 +60,7 @@ class Speed:
 
     @property
     def mfu(self) -> float:
-        """Share of the GPU's rate that goes into needed operations; what is computed again does not count."""
+        """Share of the GPU's rate that goes into needed operations; what is recomputed does not count."""
         return self.flops / self.step / self.peak_flops
 
 
@@ -96,7 +96,7 @@ def estimate(run: PlannedRun, kind: GpuKind) -> Speed:
 
 
 def needed(run: PlannedRun, *, supervised: float = SUPERVISED, length: float | None = None) -> float:
-    """Floating-point operations of a token, forward and backward, without what is computed again.
+    """Floating-point operations of a token, forward and backward, without what is recomputed.
 
     Args:
         supervised: share of the tokens that the head runs on.

@@ -23,7 +23,7 @@ FILLS = (  # what a bar is made of, in this order
     ("context", "·"),
     ("slack", "·"),
 )
-LEGEND = "again: layers whose activations are computed again; micro, length: the largest that fit, under auto with all of them\n█ weights  ▓ adapters, gradients, optimizer  ▒ activations, head, working  ░ gathered  · CUDA, slack  │ the GPU's memory"
+LEGEND = "recompute: layers whose activations are recomputed; micro, length: the largest that fit, under auto with all of them\n█ weights  ▓ adapters, gradients, optimizer  ▒ activations, head, working  ░ gathered  · CUDA, slack  │ the GPU's memory"
 
 
 def as_text(plan: Plan, *, tokens: int | None, price: float | None, scales: list[Scale], against: list[str]) -> str:
@@ -76,7 +76,7 @@ def count(number: float) -> str:
 
 def _table(plan: Plan) -> str:
     most = max([option.memory.peak for option in plan.options] + [plan.context.memory or 0])
-    head = f"{'strategy':<15}{'':<14}{'GiB':>6}  {'':<{WIDTH}}  {'tokens/s':>10} {'MFU':>5} {'again':>6} {'micro':>6} {'length':>9}"
+    head = f"{'strategy':<15}{'':<14}{'GiB':>6}  {'':<{WIDTH}}  {'tokens/s':>10} {'MFU':>5} {'recompute':>9} {'micro':>6} {'length':>9}"
     return "\n".join([head, *(_line(option, plan, most) for option in plan.options)])
 
 
@@ -85,13 +85,13 @@ def _line(option: Option, plan: Plan, most: int) -> str:
     short = short_of(option, plan.context)
     state = "refused" if option.refused else f"no: {short}" if short else str(option.verdict)
     rate = f"{option.speed.tokens_per_second:>10,.0f} {option.speed.mfu:>5.0%}" if option.speed else f"{'':>10} {'':>5}"
-    again = f"{option.run.checkpointed}/{option.run.shape.depth}"
+    recomputed = f"{option.run.checkpointed}/{option.run.shape.depth}"
     largest = [
         "" if n is None else f"{n:,}" if n else "-" for n in (option.largest_micro_batch, option.largest_max_length)
     ]
     return (
         f"{mark}{option.strategy.name:<14}{state:<14}{option.memory.peak / GiB:>6.1f}  "
-        f"{_bar(option, plan.context.memory, most):<{WIDTH}}  {rate} {again:>6} {largest[0]:>6} {largest[1]:>9}"
+        f"{_bar(option, plan.context.memory, most):<{WIDTH}}  {rate} {recomputed:>9} {largest[0]:>6} {largest[1]:>9}"
     ).rstrip()
 
 

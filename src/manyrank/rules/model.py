@@ -251,7 +251,7 @@ BASE_RULES = (
         "error",
         ("gradient_checkpointing", "model:config.json"),
         _of_model(_layers),
-        reason="The number says how many layers are computed again.",
+        reason="The number says how many layers are recomputed.",
         fix="give a smaller number, or full",
     ),
     Rule(

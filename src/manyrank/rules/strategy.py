@@ -420,7 +420,7 @@ FILE_RULES = (
         ("strategy", "yaml:distributed_type"),
         _stage,
         reason="What a strategy is called decides what is planned, checked and told of it.",
-        fix="choose the strategy of those files, or mend them",
+        fix="choose the strategy of those files, or fix them",
     ),
 )
 STRATEGY_RULES = (*MACHINE_RULES, *SHARDING_RULES, *HSDP_RULES, *FILE_RULES)

@@ -160,7 +160,7 @@ def _rename_to_final(partial: Path) -> Path:
 
 @contextlib.contextmanager
 def writable(output_dir: Path) -> Iterator[None]:
-    """What a run writes before its first step: a full disk, or one that can only be read, is the user's to mend.
+    """What a run writes before its first step: a full disk, or one that can only be read, is the user's to fix.
 
     Raises:
         UserError: something could not be written.

@@ -97,7 +97,7 @@ def read(strategy: str) -> StrategyFiles:
         raise UserError(f"there is no file {_shown(file)}", where=f"strategy {strategy}", fix="put it back")
     accelerate = read_yaml(file)
     if not isinstance(accelerate, dict):
-        raise UserError("an accelerate config is a list of `key: value` lines", where=str(file), fix="mend the file")
+        raise UserError("expected a YAML mapping", where=str(file), fix="fix the file")
     named = _mapping(accelerate.get("deepspeed_config")).get("deepspeed_config_file")
     if not named:
         return StrategyFiles(accelerate, _shown(file))
@@ -136,9 +136,9 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"not a DeepSpeed config: {error}", where=_shown(file), fix="mend the file") from None
+        raise UserError(f"not a DeepSpeed config: {error}", where=_shown(file), fix="fix the file") from None
     if not isinstance(content, dict):
-        raise UserError("not a DeepSpeed config: no JSON object", where=_shown(file), fix="mend the file")
+        raise UserError("not a DeepSpeed config: no JSON object", where=_shown(file), fix="fix the file")
     return content
 
 

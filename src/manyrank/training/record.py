@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def write_facts(
     config: TrainConfig, output_dir: Path, facts: Facts, train: Examples, evaluation: Examples | None
 ) -> None:
-    """logs/strategy.json, data.json, versions.json, and the rows that were put aside."""
+    """logs/strategy.json, data.json, versions.json, and the rows that are quarantined."""
     logs = output_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     (logs / "strategy.json").write_text(json.dumps(facts.as_dict(), indent=1))

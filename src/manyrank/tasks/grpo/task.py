@@ -211,7 +211,7 @@ def trainer_of(
             bf16=bf16,
         )
     except ConnectionError as error:
-        fix = "start it (trl vllm-serve), or mend vllm_server_base_url"
+        fix = "start it (trl vllm-serve), or fix vllm_server_base_url"
         raise UserError(f"the vLLM server: {error}", where="vllm_server_base_url", fix=fix) from None
     return partial(PolicyTrainer, policy=policy), fingerprint(questions)
 

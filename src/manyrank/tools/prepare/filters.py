@@ -338,7 +338,7 @@ def validated(model: type[Model], values: Any, *, where: str) -> Model:
     if problem["type"] == "missing":
         raise UserError(f"{key} must be given", where=where, fix=f"add {key}:")
     said = problem["msg"].removeprefix("Value error, ")
-    given = f"{key}: {problem['input']!r} is not right: " if key else ""
+    given = f"{key}: {problem['input']!r} is invalid: " if key else ""
     raise UserError(f"{given}{said[0].lower()}{said[1:]}", where=where, fix="see data/prepare/README.md")
 
 
