@@ -1,29 +1,29 @@
 """Files of prompts to files of answers: the right ones, each once, whatever kills the run."""
 
 import json
+import os
+import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
+from manyrank import cli
 from manyrank.chat_template.render import RenderOptions, prompt_ids, stop_ids
 from manyrank.data.prompts import read_prompts
 from manyrank.data.sources import Source
 from manyrank.errors import UserError
-from manyrank.tools.generate import main as answering
-from manyrank.tools.generate.answer_file import AnswerFile
+from manyrank.tools import generate as generation
+from manyrank.tools.generate import CompletionFile
 
 DATA = ROOT / "data" / "validation.jsonl"
 SHORT = ["--dtype=float32", "--max-new-tokens=16"]
 
 
 def generate(*argv) -> int:
-    return answering.main([str(word) for word in argv])
+    return generation.main([str(word) for word in argv])
 
 
 def rows(file) -> list[dict]:
@@ -56,61 +56,77 @@ def test_greedy_answers_are_those_of_single_prompts(embedded_model, tokenizer, t
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+class Killed(BaseException):
+    """Ends a command between two batches, as SIGKILL does: nothing that catches an Exception sees it."""
+
+
 @pytest.mark.parametrize(
     "sampling", [[], ["--temperature=1.5", "--num-samples=2", "--seed=3"]], ids=["greedy", "drawn"]
 )
-def test_a_killed_run_goes_on_and_ends_as_one_that_was_left_alone(sampling, embedded_model, tmp_path, capsys):
-    options = ["--dtype=float32", "--max-new-tokens=60", "--batch-size=2", "--limit=16", *sampling]
+def test_a_killed_command_resumes_and_ends_as_one_that_was_left_alone(
+    sampling, embedded_model, tmp_path, capsys, monkeypatch
+):
+    options = ["--dtype=float32", "--max-new-tokens=24", "--batch-size=2", "--limit=10", *sampling]
     assert generate(embedded_model, DATA, tmp_path / "whole.jsonl", *options) == 0
-    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    command = [sys.executable, "-m", "manyrank.cli", "generate", str(embedded_model), str(DATA), str(out), *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 90
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None and time.monotonic() < limit
-        time.sleep(0.01)
-    with pytest.raises(UserError, match="another process is writing"):
+    out, partial, add = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", CompletionFile.add
+
+    def killed(file, records):
+        if len(file.rows) >= 4:
+            raise Killed
+        add(file, records)
+
+    monkeypatch.setattr(CompletionFile, "add", killed)
+    with pytest.raises(Killed):
         generate(embedded_model, DATA, out, *options)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
+    monkeypatch.setattr(CompletionFile, "add", add)
     kept = partial.read_bytes()
-    written = kept[: kept.rindex(b"\n") + 1]
-    for end in (len(kept), len(written) - 20):  # as it was killed, and with half a line
+    assert not out.exists() and kept.count(b"\n") == 5
+    for end in (len(kept), len(kept) - 20):  # as it was killed, and with half a line
         partial.write_bytes(kept[:end])
         capsys.readouterr()
         assert generate(embedded_model, DATA, out, *options) == 0
-        assert "rows are there already" in capsys.readouterr().err
+        assert f"{4 if end == len(kept) else 3} of 10 rows are there already" in capsys.readouterr().err
         assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not partial.exists()
         out.unlink()
     partial.write_bytes(kept)
-    with pytest.raises(UserError, match="max_new_tokens: 60 -> 61"):
+    with pytest.raises(UserError, match="max_new_tokens: 24 -> 61"):
         generate(embedded_model, DATA, out, *options, "--max-new-tokens=61")
     assert partial.read_bytes() == kept
 
 
-def test_sigterm_ends_after_the_batch_with_75(embedded_model, tmp_path):
-    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    command = [
-        sys.executable,
-        "-m",
-        "manyrank.cli",
-        "generate",
-        str(embedded_model),
-        str(DATA),
-        str(out),
-        "--max-new-tokens=200",
-        "--batch-size=1",
-        "--temperature=2",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 75 and "the same command goes on" in told
-    assert partial.read_bytes().endswith(b"\n") and 2 <= len(partial.read_bytes().splitlines()) < 20
+def test_completions_of_another_model_or_input_are_never_mixed(embedded_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(embedded_model, model)
+    given, out = write(tmp_path / "in.jsonl", {"question": "How?"}), tmp_path / "out.jsonl"
+    options = generation._parser().parse_args([str(model), str(given), str(out)])
+    found = generation.find(str(model))
+    before = generation._settings(options, found)
+    assert generation._settings(options, found) == before
+    with given.open("a") as file:
+        file.write('{"question": "Why?"}\n')
+    changed = generation._settings(options, found)
+    (model / "model.safetensors").touch()
+    again = generation._settings(options, found)
+    assert before != changed != again != before
+    CompletionFile(out, before).add([{"row": 1}])
+    for settings in (changed, again):
+        with pytest.raises(UserError, match="begun with other settings: changed: "):
+            CompletionFile(out, settings)
+
+
+def test_sigterm_ends_after_the_batch_with_75(embedded_model, tmp_path, monkeypatch, capsys):
+    out, add = tmp_path / "out.jsonl", CompletionFile.add
+
+    def terminated(file, records):
+        add(file, records)
+        if len(file.rows) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CompletionFile, "add", terminated)
+    argv = ["generate", str(embedded_model), str(DATA), str(out), "--batch-size=1", *SHORT]
+    assert cli.main(argv) == 75
+    assert "2 of 16 rows are written: run the same command again to resume" in capsys.readouterr().err
+    assert len(rows(tmp_path / "out.jsonl.partial")) == 3 and not out.exists()
 
 
 def test_samples_differ_and_follow_the_seed(embedded_model, tmp_path):
@@ -171,44 +187,31 @@ def test_an_output_is_never_replaced_by_mistake(embedded_model, tmp_path):
 
 def test_half_a_line_is_dropped_and_the_rows_end_in_order(tmp_path):
     out = tmp_path / "out.jsonl"
-    file = AnswerFile(out, {"seed": 1})
-    file.add([{"row": 3}, {"row": 1}])
-    file.close()
+    CompletionFile(out, {"seed": 1}).add([{"row": 3}, {"row": 1}])
     with (tmp_path / "out.jsonl.partial").open("ab") as stream:
         stream.write(b'{"row": 2, "answers": [')
-    file = AnswerFile(out, {"seed": 1})
-    assert file.done == {1, 3}
+    file = CompletionFile(out, {"seed": 1})
+    assert file.rows.keys() == {1, 3}
     file.add([{"row": 3, "again": True}, {"row": 2}])
     file.finish()
     assert rows(out) == [{"row": 1}, {"row": 2}, {"row": 3}]
+    assert list(tmp_path.iterdir()) == [out]
 
 
-def test_what_was_begun_otherwise_is_not_continued(tmp_path):
-    out = tmp_path / "out.jsonl"
-    AnswerFile(out, {"seed": 1, "top_p": 1.0}).close()
+def test_a_file_with_other_settings_is_not_resumed(tmp_path):
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    CompletionFile(out, {"seed": 1, "top_p": 1.0}).add([{"row": 1}])
     with pytest.raises(UserError, match="seed: 1 -> 2"):
-        AnswerFile(out, {"seed": 2, "top_p": 1.0})
-    AnswerFile(out, {"seed": 2, "top_p": 1.0}, overwrite=True).close()
-    (tmp_path / "out.jsonl.partial").write_text('{"row": 1}\n')
-    with pytest.raises(UserError, match="not a file that this command began"):
-        AnswerFile(out, {"seed": 1})
-
-
-def test_one_writes_at_a_time(tmp_path):
-    out = tmp_path / "out.jsonl"
-    one = AnswerFile(out, {"seed": 1})
-    one.add([{"row": 1}])
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match="another process is writing"):
-            AnswerFile(out, {"seed": 2}, overwrite=overwrite)
-    one.add([{"row": 2}])
-    one.finish()
-    assert rows(out) == [{"row": 1}, {"row": 2}]
-    with pytest.raises(UserError, match="is there already"):
-        AnswerFile(out, {"seed": 1})
-    AnswerFile(out, {"seed": 1}, overwrite=True).close()
-    again = AnswerFile(out, {"seed": 1}, overwrite=True)  # the lock ended with the one that held it
-    assert again.done == set()
+        CompletionFile(out, {"seed": 2, "top_p": 1.0})
+    assert CompletionFile(out, {"seed": 2, "top_p": 1.0}, overwrite=True).rows == {}
+    assert rows(partial) == [{"settings": {"seed": 2, "top_p": 1.0}}]
+    for foreign in ('{"row": 1}\n', "mine\n"):
+        partial.write_text(foreign)
+        with pytest.raises(UserError, match="not a file that this command began"):
+            CompletionFile(out, {"seed": 1})
+        assert partial.read_text() == foreign
+    partial.write_text('{"settings": {"se')  # killed while it was begun
+    assert CompletionFile(out, {"seed": 1}).rows == {} and rows(partial) == [{"settings": {"seed": 1}}]
 
 
 # Prompts

@@ -43,7 +43,7 @@ LIGHT += [
     "tools.doctor.ranks",
     "tools.evaluate.main",
 ]
-LIGHT += ["tools.chat.main", "tools.generate.main", "tools.merge.main", "training.trackers", "training.watchdog"]
+LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers", "training.watchdog"]
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 900,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.cells import cell_len
 from transformers import AutoModelForCausalLM
 
 from manyrank.chat_template.render import RenderOptions, stop_ids
@@ -21,9 +22,8 @@ from manyrank.data.formats import to_sample
 from manyrank.data.sources import Source, known_format, read_rows
 from manyrank.errors import UserError
 from manyrank.models.generation import Sampling
-from manyrank.tools.chat import main as chat
-from manyrank.tools.chat.conversation import Conversation, Speaker, save
-from manyrank.tools.chat.main import HELP, interruptible, side_by_side
+from manyrank.tools import chat
+from manyrank.tools.chat import HELP, ChatModel, interruptible, save, side_by_side
 
 QUESTION = "What is the variance of a Bernoulli variable with p = 0.3?"
 never = bool  # bool() is False
@@ -43,12 +43,16 @@ def adapter(embedded_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def speaker(embedded_model, tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32).eval()
-    return Speaker(model, tokenizer, RenderOptions(), Sampling(max_new_tokens=12))
+def base(embedded_model):
+    return AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32).eval()
 
 
-def talk(monkeypatch, capsys, *argv, lines) -> str:
+@pytest.fixture
+def talk(base, tokenizer):
+    return ChatModel(base, tokenizer, RenderOptions(), Sampling(max_new_tokens=12))
+
+
+def said(monkeypatch, capsys, *argv, lines) -> str:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     assert chat.main([str(word) for word in (*argv, "--dtype=float32", "--max-new-tokens=12")]) == 0
     return capsys.readouterr().out
@@ -78,23 +82,13 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def test_a_conversation_through_a_pipe_is_saved_as_training_data(adapter, embedded_model, tokenizer, tmp_path):
-    """The real command: the answers are those of base and adapter, each with all that was said before it."""
+def test_a_conversation_through_a_pipe_is_saved_as_training_data(
+    adapter, embedded_model, tokenizer, tmp_path, monkeypatch, capsys
+):
+    """The completions are those of base and adapter, each with all that was said before it."""
     file = tmp_path / "said.json"
     lines = ["/system Be brief.", QUESTION, "Why?", f"/save {file}", "/reset", "Why?"]
-    command = [
-        sys.executable,
-        "-m",
-        "manyrank.cli",
-        "chat",
-        str(adapter),
-        "--dtype",
-        "float32",
-        "--max-new-tokens",
-        "12",
-    ]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
+    shown = said(monkeypatch, capsys, adapter, lines=lines)
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32), adapter
     )
@@ -102,13 +96,12 @@ def test_a_conversation_through_a_pipe_is_saved_as_training_data(adapter, embedd
     first = by_hand(model, tokenizer, system, user(QUESTION))
     second = by_hand(model, tokenizer, system, user(QUESTION), assistant(first), user("Why?"))
     alone = by_hand(model, tokenizer, system, user("Why?"))
-    said = [system, user(QUESTION), assistant(first), user("Why?"), assistant(second)]
+    messages = [system, user(QUESTION), assistant(first), user("Why?"), assistant(second)]
     source = known_format(Source(str(file)))
     (row,) = read_rows(source)
-    assert source.format_type == "messages" and to_sample(row.readable(), "messages").messages == said
+    assert source.format_type == "messages" and to_sample(row.readable(), "messages").messages == messages
     printed = [
-        line.removesuffix(" [cut: --max-new-tokens, or the model's context]").strip()
-        for line in done.stdout.splitlines()
+        line.removesuffix(" [cut: --max-new-tokens, or the model's context]").strip() for line in shown.splitlines()
     ]
     assert printed == ["system: Be brief.", first, second, f"saved to {file}", "a new conversation", alone]
 
@@ -118,7 +111,7 @@ def test_base_and_tuned_answer_side_by_side_each_with_its_own_history(
 ):
     monkeypatch.setenv("COLUMNS", "300")
     lines = [QUESTION, "Why?", f"/save {tmp_path / 'tuned.jsonl'}"]
-    shown = talk(monkeypatch, capsys, adapter, "--compare", lines=lines)
+    shown = said(monkeypatch, capsys, adapter, "--compare", lines=lines)
     base = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32)
     answers = {}
     for title in ("base", "tuned"):
@@ -127,7 +120,7 @@ def test_base_and_tuned_answer_side_by_side_each_with_its_own_history(
         answers[title] = [first, by_hand(model, tokenizer, user(QUESTION), assistant(first), user("Why?"))]
     assert answers["base"] != answers["tuned"]
     rows = [
-        [cell.strip().partition(" [cut")[0] for cell in line.split(" | ")]
+        [cell.strip().partition(" [cut")[0] for cell in line.strip("|").split(" | ")]
         for line in shown.splitlines()
         if " | " in line
     ]
@@ -154,7 +147,7 @@ def test_commands_that_fail_or_are_unknown_end_nothing(embedded_model, tmp_path,
         "/exit",
         QUESTION,
     ]
-    shown = talk(monkeypatch, capsys, embedded_model, lines=lines)
+    shown = said(monkeypatch, capsys, embedded_model, lines=lines)
     for text in (
         "nothing to save yet",
         "/frobnicate is not known so",
@@ -170,7 +163,7 @@ def test_commands_that_fail_or_are_unknown_end_nothing(embedded_model, tmp_path,
 
 
 def test_a_conversation_over_the_context_is_told_and_goes_on(embedded_model, monkeypatch, capsys):
-    shown = talk(monkeypatch, capsys, embedded_model, lines=["mean " * 3000, "/reset", QUESTION])
+    shown = said(monkeypatch, capsys, embedded_model, lines=["mean " * 3000, "/reset", QUESTION])
     assert "the model's context is 2,048" in shown and "/reset begins a new one" in shown
     assert shown.rstrip().splitlines()[-1] != "a new conversation"
 
@@ -241,41 +234,36 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talker):
 # Parts
 
 
-def test_what_is_shown_as_it_comes_is_the_answer(speaker):
+def test_what_is_shown_as_it_comes_is_the_completion(talk):
     pieces = []
-    talk = Conversation(speaker)
     talk.ask(QUESTION, show=pieces.append, stopped=never)
     assert "".join(pieces).strip() == talk.messages[-1]["content"]
     assert len(pieces) > 3 and "<|im_end|>" not in "".join(pieces)
 
 
-def test_a_wish_to_stop_ends_the_answer_and_what_was_said_stays(speaker):
+def test_a_wish_to_stop_ends_the_completion_and_its_text_stays(talk):
     pieces = []
-    talk = Conversation(speaker)
     answer = talk.ask(QUESTION, show=pieces.append, stopped=lambda: len(pieces) >= 4)
     assert 3 <= len(answer.tokens) <= 6 and talk.messages[-1]["content"] == "".join(pieces).strip()
 
 
-def test_a_seed_gives_the_same_conversation_and_another_turn_other_draws(speaker):
-    def said(seed):
-        own = Speaker(
-            speaker.model, speaker.tokenizer, RenderOptions(), Sampling(max_new_tokens=12, temperature=2.0, seed=seed)
-        )
-        talk = Conversation(own)
+def test_a_seed_gives_the_same_conversation_and_another_turn_other_draws(base, tokenizer):
+    def completions(seed):
+        talk = ChatModel(base, tokenizer, RenderOptions(), Sampling(max_new_tokens=12, temperature=2.0, seed=seed))
         for _ in range(2):
             talk.ask(QUESTION, show=lambda text: None, stopped=never)
         return [message["content"] for message in talk.messages[1::2]]
 
-    assert said(1) == said(1) != said(2) and len(set(said(1))) == 2
+    assert completions(1) == completions(1) != completions(2) and len(set(completions(1))) == 2
 
 
-def test_a_tokenizer_without_a_template_is_refused(speaker, tokenizer, embedded_model):
+def test_a_tokenizer_without_a_template_is_refused(base, embedded_model):
     from transformers import AutoTokenizer
 
     bare = AutoTokenizer.from_pretrained(embedded_model)
     bare.chat_template = None
     with pytest.raises(UserError, match="chat template"):
-        Speaker(speaker.model, bare, RenderOptions(), Sampling())
+        ChatModel(base, bare, RenderOptions(), Sampling())
 
 
 def test_options_that_cannot_be_are_refused(embedded_model, monkeypatch):
@@ -298,15 +286,11 @@ def test_a_save_that_cannot_be_written_leaves_nothing(tmp_path):
 
 
 def test_columns_have_the_width_of_the_terminal():
-    shown = side_by_side({"base": "one two three four five\n\nsix", "tuned": "seven"}, width=43).splitlines()
-    assert shown == [
-        "base                 | tuned",
-        "-" * 20 + " | " + "-" * 20,
-        "one two three four   | seven",
-        "five                 |",
-        "                     |",
-        "six                  |",
-    ]
+    shown = side_by_side({"base": "one two three [b]four[/b]\n\nsix", "tuned": "漢字" * 12}, width=43).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in shown]
+    assert rows[0] == ["base", "tuned"] and max(map(cell_len, shown)) == 43
+    first, second = ([row[column] for row in rows[2:]] for column in (0, 1))
+    assert first == ["one two three", "[b]four[/b]", "", "six"] and "".join(second) == "漢字" * 12
 
 
 def test_the_first_interrupt_is_a_wish_and_the_handler_is_put_back():

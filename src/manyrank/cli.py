@@ -200,17 +200,17 @@ def _quiet() -> None:
 
 
 def _chat(argv: Sequence[str]) -> int:
-    from .tools.chat import main as chat
+    from .tools import chat
 
     _quiet()
     return chat.main(argv)
 
 
 def _generate(argv: Sequence[str]) -> int:
-    from .tools.generate import main as answering
+    from .tools import generate
 
     _quiet()
-    return answering.main(argv)
+    return generate.main(argv)
 
 
 def _merge(argv: Sequence[str]) -> int:

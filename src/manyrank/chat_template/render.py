@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from ..config.resolve import TrainConfig
+from ..errors import UserError
 from .placeholders import CHANGED, DROPPED, NO_STOP, REFUSED, THINK_END, THINK_TAGS, Layout
 from .template import Template
 from .types import IGNORE, BadRow, Message
@@ -178,6 +179,19 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> set[
     stops = _template(tokenizer, options, None).stops
     encoded = [tokenizer.encode(stop, add_special_tokens=False) for stop in stops]
     return {ids[0] for ids in encoded if len(ids) == 1} | {tokenizer.eos_token_id}
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, options: RenderOptions, *, where: str) -> set[int]:
+    """Tokens that end a completion of a model that somebody has named.
+
+    Raises:
+        UserError: the tokenizer has no chat template that can be used.
+    """
+    try:
+        return stop_ids(tokenizer, options) - {None}  # some tokenizers have no end of text
+    except BadRow as error:
+        fix = "give one: --chat-template chatml, or a Jinja file"
+        raise UserError(str(error), where=where, fix=fix) from None
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, options: RenderOptions, tools: list | None) -> Template:

@@ -190,6 +190,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_atomically(file: Path, content: str) -> None:
+    """Write a text file, complete or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    partial = file.with_name(file.name + ".whole")
+    try:
+        partial.write_bytes(content.encode())
+        sync(partial)
+        partial.replace(file)
+    finally:
+        with contextlib.suppress(OSError):  # a name that is too long
+            partial.unlink(missing_ok=True)
+
+
 # Removing
 
 

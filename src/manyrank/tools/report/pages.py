@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import UserError
+from ...runs.folder import write_atomically
 from .blocks import Block
 
 
@@ -43,9 +44,7 @@ def check_page(path: Path, *, option: str = "--html") -> None:
 
 def write_page(text: str, path: Path) -> None:
     """Write the page, complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, text)
     except OSError as error:
         raise UserError(f"cannot write it: {error.strerror}", where=str(path), fix="name another file") from None

@@ -1,0 +1,314 @@
+"""`manyrank generate`: completions of all prompts of a file, in batches; a stopped command resumes where it was.
+
+    OUTPUT.partial    {"settings": {...}}     first line: what must be the same to resume
+                      {"row": 7, ...}         rows in the order in which they were completed
+                      {"row": 3, ...          half a line of a killed command: dropped
+         └── all rows are there ──> OUTPUT    the rows in the order of the input, without the first line
+
+Batches follow from the prompts and the batch size alone, and draws from the seed and the row: a command that was stopped
+and resumed ends with the completions of one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..chat_template.types import BadRow
+from ..config.args import Parser
+from ..data.prompts import Prompt, read_prompts
+from ..data.sources import Source
+from ..errors import EXIT_FAILED, EXIT_PREEMPTED, UserError
+from ..runs.artifact import Artifact, find
+from ..runs.folder import sync, write_atomically
+from ..runs.logs import read_lines
+from ..signals import StopRequest
+
+if TYPE_CHECKING:
+    from ..models.generation import Sampling
+
+SHOWN = 10  # problems in an error
+NOT_SETTINGS = ("output", "overwrite", "trust_remote_code")  # options that change no completion
+
+
+def main(argv: Sequence[str]) -> int:
+    """Complete all prompts, and print what was written.
+
+    Raises:
+        UserError: an option, a name or a row that cannot be.
+    """
+    options = _parser().parse_args(argv)
+    _check(options)
+    model = find(options.name)
+    source = Source(options.input, split=options.split, format_type=options.format_type)
+    prompts = read_prompts(source, system=options.system, limit=options.limit)
+    from ..models.generation import Sampling
+
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    try:
+        return _run(options, model, prompts, sampling)
+    except OSError as error:
+        what, fix = f"cannot write: {error}", "make room, and run the same command again to resume"
+        print(UserError(what, where=str(options.output), fix=fix), file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="manyrank generate", allow_abbrev=False, description="Answer all prompts of a file.")
+    add = parser.add_argument
+    add("name", metavar="NAME", help="a run's folder, a checkpoint, an adapter, a model's folder or a hub name")
+    add(
+        "input",
+        metavar="INPUT",
+        help="a data file in any format, a folder or hub name, or a .txt of one question a line",
+    )
+    add("output", metavar="OUTPUT", type=Path, help="a .jsonl file")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a completion (default: 256)")
+    add("--batch-size", type=int, default=8, metavar="B", help="completions at a time (default: 8)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the most likely token")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the tokens that have this much probability")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens")
+    add("--seed", type=int, default=0, help="of the draws, with the number of the row")
+    add("--num-samples", type=int, default=1, metavar="K", help="completions of each prompt")
+    add("--system", default="", metavar="TEXT", help="system message of rows that have none")
+    add("--limit", type=int, metavar="N", help="only the first rows")
+    add("--split", help="of a folder or hub name")
+    add("--format-type", default="auto", metavar="X", help="how rows are read (default: by the first that fits)")
+    add(
+        "--on-bad-row",
+        choices=("error", "skip"),
+        default="error",
+        help="what cannot be answered: stop, or say so in OUTPUT",
+    )
+    add("--quantization", choices=("4bit", "8bit"), help="of the base")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the computation")
+    add("--chat-template", metavar="X", help="a Jinja file, or a name such as chatml (default: the model's own)")
+    add("--overwrite", action="store_true", help="start over, and replace OUTPUT")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("batch_size", "num_samples", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} {value}", where="command line", fix="give a whole number from 1")
+    if options.num_samples > 1 and not options.temperature:
+        what = f"{options.num_samples} samples at temperature 0 would be the same"
+        raise UserError(what, where="--num-samples", fix="give a --temperature, such as 0.8")
+    output = options.output
+    if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"{output} cannot be written", where="OUTPUT", fix="name a file in a folder that is there")
+    if output.suffix != ".jsonl":
+        raise UserError(f"{output} is not named as JSONL", where="OUTPUT", fix="end it with .jsonl")
+    if output.exists() and not options.overwrite:
+        raise UserError(f"{output} is there already", where="OUTPUT", fix="choose another name, or add --overwrite")
+
+
+def _run(options: argparse.Namespace, found: Artifact, prompts: list[Prompt], sampling: Sampling) -> int:
+    """Complete what is not completed yet, until all is done or a signal comes.
+
+    Returns:
+        The exit code.
+    """
+    from tqdm import tqdm
+
+    from ..chat_template.render import stop_tokens
+    from ..models.inference import context_of, load_model, quiet, rendering_of, tokenizer_of
+
+    quiet()
+    loading = {"chat_template": options.chat_template, "trust_remote_code": options.trust_remote_code}
+    tokenizer, rendering = tokenizer_of(found, **loading), rendering_of(found)
+    stops = stop_tokens(tokenizer, rendering, where=found.name)
+    context = context_of(found, trust_remote_code=options.trust_remote_code)
+    requests = [GenerationRequest.of(prompt, tokenizer, rendering, context) for prompt in prompts]
+    if options.on_bad_row == "error":
+        _refuse_problems(requests)
+    file = CompletionFile(options.output, _settings(options, found), overwrite=options.overwrite)
+    file.add(request.record([]) for request in requests if request.problem)
+    if len(file.rows) < len(requests):
+        if file.rows:
+            print(f"{len(file.rows):,} of {len(requests):,} rows are there already", file=sys.stderr)
+        model, _ = load_model(found, quantization=options.quantization, dtype=options.dtype, **loading)
+        batches = _completed(model, tokenizer, requests, options, sampling, stops, skip=file.rows)
+        stop = StopRequest()
+        progress = tqdm(total=len(requests), initial=len(file.rows), unit="row")
+        with stop.listening(remember=True), progress:
+            while not stop.requested and (records := next(batches, None)):
+                file.add(records)
+                progress.update(len(file.rows) - progress.n)
+    if len(file.rows) < len(requests):
+        state = f"{len(file.rows):,} of {len(requests):,} rows are written"
+        print(f"stopped; {state}: run the same command again to resume", file=sys.stderr)
+        return EXIT_PREEMPTED
+    file.finish()
+    print(f"{len(requests):,} rows written to {options.output}")
+    return 0
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt and its tokens; or why it cannot be completed, without tokens."""
+
+    prompt: Prompt
+    ids: list[int]
+    problem: str
+
+    @classmethod
+    def of(cls, prompt: Prompt, tokenizer, rendering, context: int | None) -> GenerationRequest:
+        """Render a prompt for a model whose context has so many tokens."""
+        from ..chat_template.render import prompt_ids
+
+        ids, problem = [], prompt.problem
+        if not problem:
+            try:
+                more = {"tools": prompt.tools, "documents": prompt.documents, "options": rendering}
+                ids = prompt_ids(tokenizer, prompt.messages, **more)
+            except BadRow as error:
+                problem = str(error)
+        if context and len(ids) >= context:
+            problem = f"a prompt of {len(ids):,} tokens leaves no room in the model's context of {context:,}"
+        return cls(prompt, ids, problem)
+
+    def record(self, completions: list[dict[str, Any]]) -> dict[str, Any]:
+        """The row of OUTPUT."""
+        row = {"row": self.prompt.number}
+        if self.problem:
+            return row | {"error": self.problem}
+        tools = {"tools": self.prompt.tools} if self.prompt.tools else {}
+        numbers = {"prompt_tokens": len(self.ids), "answers": completions}
+        return row | {"messages": self.prompt.messages} | tools | numbers
+
+
+def _refuse_problems(requests: Sequence[GenerationRequest]) -> None:
+    problems = [f"{request.prompt.place}: {request.problem}" for request in requests if request.problem]
+    if problems:
+        more = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
+        what = f"{len(problems):,} of {len(requests):,} rows cannot be answered"
+        where = "\n       ".join([*problems[:SHOWN], *more])
+        raise UserError(what, where=where, fix="fix them, or add --on-bad-row skip")
+
+
+def _settings(options: argparse.Namespace, found: Artifact) -> dict[str, Any]:
+    """Everything that decides the completions: the options, and when the files that they name were changed."""
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+    files = {"base": found.base, "adapter": found.adapter, "input": options.input, "template": options.chat_template}
+    versions = {name: _version(Path(file)) for name, file in files.items() if file and Path(file).exists()}
+    return settings | {"base": found.base, "adapter": str(found.adapter), "changed": versions}
+
+
+def _version(path: Path) -> list[Any]:
+    """A value that changes with the files of a folder: how many, how large, the newest time of change."""
+    states = [file.stat() for file in (path, *path.rglob("*")) if file.is_file()]
+    return [len(states), sum(state.st_size for state in states), max((s.st_mtime_ns for s in states), default=0)]
+
+
+def _completed(model, tokenizer, requests, options, sampling, stops, *, skip: dict) -> Iterator[list[dict]]:
+    """The records of batch after batch, longest prompts first, in the same batches whenever it is called.
+
+    Args:
+        skip: the rows that are there; a batch of these alone is not computed again.
+    """
+    from ..models.generation import generate
+
+    possible = (index for index, request in enumerate(requests) if not request.problem)
+    order = sorted(possible, key=lambda index: (-len(requests[index].ids), index))
+    samples = options.num_samples
+    size = max(1, options.batch_size // samples)
+    for batch in (order[at : at + size] for at in range(0, len(order), size)):
+        if {requests[index].prompt.number for index in batch} <= skip.keys():
+            continue
+        units = [index * samples + sample for index in batch for sample in range(samples)]
+        parts = generate(
+            model,
+            [requests[unit // samples].ids for unit in units],
+            sampling=sampling,
+            stops=stops,
+            pad_token=tokenizer.pad_token_id,
+            batch_size=options.batch_size,
+            numbers=units,
+        )
+        completions = {answer.number: _completion(tokenizer, answer) for part in parts for answer in part}
+        yield [
+            requests[index].record([completions[index * samples + sample] for sample in range(samples)])
+            for index in batch
+        ]
+
+
+def _completion(tokenizer, answer) -> dict[str, Any]:
+    text = tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+    return {"text": text, "finish": answer.finish, "tokens": len(answer.tokens)}
+
+
+class CompletionFile:
+    """Completions that grow batch by batch and survive a kill.
+
+    Args:
+        settings: JSON values that decide the completions.
+        overwrite: start over where the settings have changed.
+
+    Attributes:
+        rows: what is written, by row.
+
+    Raises:
+        UserError: OUTPUT.partial has other settings.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.output, self.partial = output, output.with_name(output.name + ".partial")
+        settings = json.loads(json.dumps(settings))
+        content = self.partial.read_bytes() if self.partial.exists() else b""
+        begun = b"\n" in content  # else it is new, or was killed with the first line
+        header, *records = (read_lines(self.partial) or [{}]) if begun else [{"settings": settings}]
+        resumed = header.get("settings") == settings
+        if not resumed and not overwrite:
+            self._refuse(header.get("settings"), settings)
+        self.rows = {record["row"]: record for record in records} if resumed else {}
+        whole = content.rfind(b"\n") + 1 if resumed else 0
+        with self.partial.open("ab") as file:
+            file.truncate(whole)  # half a line of a killed command goes
+        if not whole:
+            self._append([{"settings": settings}])
+
+    def _refuse(self, before: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+        if before is None:
+            what = f"{self.partial} is not a file that this command began"
+            raise UserError(what, where="OUTPUT", fix="choose another name")
+        keys = [key for key in before | settings if before.get(key) != settings.get(key)]
+        changed = "; ".join(f"{key}: {before.get(key)} -> {settings.get(key)}" for key in keys)
+        what = f"{self.partial} was begun with other settings: {changed}"
+        raise UserError(what, where="OUTPUT", fix="give the same settings, another name, or --overwrite")
+
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write rows that are not there yet, to the disk."""
+        records = [record for record in records if record["row"] not in self.rows]
+        self._append(records)
+        self.rows |= {record["row"]: record for record in records}
+
+    def _append(self, records: Sequence[dict[str, Any]]) -> None:
+        with self.partial.open("ab") as file:
+            file.write(_lines(records).encode())
+        sync(self.partial)
+
+    def finish(self) -> None:
+        """Write the rows in order under the file's name."""
+        write_atomically(self.output, _lines(self.rows[row] for row in sorted(self.rows)))
+        self.partial.unlink()
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -1,1 +1,0 @@
-"""Answer all prompts of a file."""
