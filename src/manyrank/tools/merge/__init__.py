@@ -1,1 +1,1 @@
-"""Put an adapter into its base, and prove the result."""
+"""Merge an adapter into its base, and check the result."""

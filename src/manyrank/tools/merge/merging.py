@@ -8,7 +8,6 @@ is one module in float32.
 from __future__ import annotations
 
 import warnings
-import zlib
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...chat_template.render import RenderOptions, stop_ids
 from ...chat_template.types import BadRow
 from ...errors import UserError
-from .host_memory import page_out, trim
 
 
 def merged(model: PeftModel, own: torch.dtype, dtype: torch.dtype) -> PreTrainedModel:
@@ -65,7 +63,7 @@ def in_dtype(model: PreTrainedModel, own: torch.dtype, dtype: torch.dtype) -> Pr
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.dtype == own and own != dtype:
-            _replace(tensor, tensor.data.to(dtype))
+            tensor.data = tensor.data.to(dtype)
         finite = not isinstance(tensor, torch.nn.Parameter) or torch.isfinite(tensor).all()
         if not finite:
             _not_finite(name, dtype)
@@ -73,27 +71,14 @@ def in_dtype(model: PreTrainedModel, own: torch.dtype, dtype: torch.dtype) -> Pr
     return model
 
 
-def checksums(model: torch.nn.Module) -> dict[str, int]:
-    """The CRC-32 of every tensor's bytes, by name."""
-    state = model.state_dict().items()
-    return {name: zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy()) for name, tensor in state}
-
-
 def _merge_one(module: BaseTunerLayer, own: torch.dtype, dtype: torch.dtype) -> None:
     base = module.get_base_layer()
     tensors = [(tensor, tensor.dtype) for tensor in base.parameters() if tensor.is_floating_point()]
     for tensor, _ in tensors:
-        _replace(tensor, tensor.data.float())
+        tensor.data = tensor.data.float()
     module.merge(safe_merge=True)
     for tensor, before in tensors:
-        _replace(tensor, tensor.data.to(dtype if before == own else before))
-    trim()  # measured: else the float32 copies leave holes of half the model
-
-
-def _replace(tensor: torch.Tensor, by: torch.Tensor) -> None:
-    before, tensor.data = tensor.data, by
-    if before.data_ptr() != by.data_ptr():
-        page_out(before)
+        tensor.data = tensor.data.to(dtype if before == own else before)
 
 
 def _untie(model: PeftModel) -> None:
