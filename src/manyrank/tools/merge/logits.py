@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch.utils._pytree import tree_map
@@ -22,27 +21,10 @@ from ...project_files import asset
 SEQUENCES, LENGTH = 3, 32  # tokens that are compared: enough for every layer to matter, little beside the weights
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far two models are from each other on the same tokens.
-
-    Attributes:
-        largest: the largest absolute difference of a logit.
-        scale: the largest absolute logit of the first.
-    """
-
-    largest: float
-    scale: float
-
-    @property
-    def relative(self) -> float:
-        return self.largest / self.scale if self.scale else self.largest
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> Difference:
-    """Of two tensors of logits; infinite where one of them has a value that is no number."""
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest absolute difference of two tensors; infinite where one has a value that is no number."""
     largest = (one - other).abs().max().item()
-    return Difference(largest if largest == largest else float("inf"), one.abs().max().item())
+    return largest if largest == largest else float("inf")
 
 
 def sample_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

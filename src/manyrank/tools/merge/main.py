@@ -68,6 +68,10 @@ class Report:
     adapter_effect: float | None
     peak_memory: int
 
+    @property
+    def relative_difference(self) -> float:
+        return self.largest_difference / (self.largest_logit or 1.0)
+
 
 def main(argv: Sequence[str]) -> int:
     """Merge, and print the report.
@@ -106,15 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="of the weights (default: what the base is stored in)")
     add("--base", metavar="NAME", help="another base than the one that the adapter names")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights (default: 5GB)")
-    add("--tolerance", type=float, metavar="X", help=f"largest difference, as a part of the largest logit ({_known()})")
+    known = ", ".join(f"{dtype} {tolerance:g}" for dtype, tolerance in TOLERANCES.items())
+    add("--tolerance", type=float, metavar="X", help=f"largest difference, as a part of the largest logit ({known})")
     add("--overwrite", action="store_true", help="replace an output of this command")
     add("--trust-remote-code", action="store_true", help="run code that comes with the base")
     add("--json", action="store_true", help="print the report as JSON")
     return parser
-
-
-def _known() -> str:
-    return ", ".join(f"{dtype} {tolerance:g}" for dtype, tolerance in TOLERANCES.items())
 
 
 def _checked(options: argparse.Namespace) -> tuple[Artifact, Path]:
@@ -178,7 +179,6 @@ def merge(
         del model  # so that the weights are never in memory twice
         gc.collect()
         model = _load_result(partial, trust_remote_code)
-        off = logits.difference(before, logits.logits(model, ids))
         report = Report(
             output=str(output),
             base=found.base,
@@ -186,14 +186,14 @@ def merge(
             dtype=name,
             bytes=size,
             files=len(list(partial.glob("*.safetensors"))),
-            largest_difference=off.largest,
-            largest_logit=off.scale,
+            largest_difference=logits.difference(before, logits.logits(model, ids)),
+            largest_logit=before.abs().max().item(),
             tolerance=TOLERANCES[name] if tolerance is None else tolerance,
             adapter_effect=effect,
             peak_memory=metrics.peak_memory("cpu"),
         )
         (partial / MARK).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
-        if not off.relative <= report.tolerance:
+        if not report.relative_difference <= report.tolerance:
             raise MergeFailed(f"the result is not the model with its adapter: {_difference(report)}")
     return report
 
@@ -203,7 +203,7 @@ def _effect(model: PeftModel, before: torch.Tensor, ids: torch.Tensor) -> float:
     from . import logits
 
     with model.disable_adapter():
-        return logits.difference(before, logits.logits(model, ids)).largest
+        return logits.difference(before, logits.logits(model, ids))
 
 
 def _load_result(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
@@ -225,10 +225,9 @@ def _check_room(output: Path, size: int) -> None:
 
 
 def _difference(report: Report) -> str:
-    part = report.largest_difference / report.largest_logit
     return (
         f"largest difference of a logit {report.largest_difference:.3g}, "
-        f"{part:.2g} of the largest logit (tolerance {report.tolerance:g})"
+        f"{report.relative_difference:.2g} of the largest logit (tolerance {report.tolerance:g})"
     )
 
 

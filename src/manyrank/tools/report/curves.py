@@ -13,8 +13,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,29 +159,17 @@ def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
     """At most about `most` points: of each stretch the lowest and the highest, so that no spike gets lost."""
     if len(points) <= most:
         return list(points)
-    chosen = [points[0]]
-    for stretch in _stretches(points[1:-1], (most - 2) // 2):
-        finite = [point for point in stretch if math.isfinite(point[1])]
-        gap = [point for point in stretch if not math.isfinite(point[1])][:1]
-        ends = [min(finite, key=_height), max(finite, key=_height)] if finite else []
-        chosen += sorted({*ends, *gap}, key=lambda point: point[0])
-    return [*chosen, points[-1]]
+    heights = np.array([y for _, y in points])
+    finite = np.isfinite(heights)
+    chosen = {0, len(points) - 1}
+    for stretch in np.array_split(np.arange(1, len(points) - 1), (most - 2) // 2):
+        drawn, gaps = stretch[finite[stretch]], stretch[~finite[stretch]]
+        chosen |= {drawn[heights[drawn].argmin()], drawn[heights[drawn].argmax()]} if len(drawn) else set()
+        chosen |= set(gaps[:1])
+    return [points[number] for number in sorted(chosen)]
 
 
 def smoothed(points: Sequence[Point], count: int = SMOOTH) -> list[Point]:
     """The means of `count` stretches, each in the middle of its own; what is not finite does not count."""
-    finite = [point for point in points if math.isfinite(point[1])]
-    return [
-        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
-        for part in _stretches(finite, count)
-        if part
-    ]
-
-
-def _height(point: Point) -> float:
-    return point[1]
-
-
-def _stretches(points: Sequence[Point], count: int) -> Iterator[Sequence[Point]]:
-    edges = [len(points) * turn // count for turn in range(count + 1)]
-    return (points[start:end] for start, end in pairwise(edges))
+    finite = np.array([point for point in points if math.isfinite(point[1])]).reshape(-1, 2)
+    return [tuple(stretch.mean(axis=0)) for stretch in np.array_split(finite, count) if len(stretch)]

@@ -25,7 +25,7 @@ LINE = re.compile(r"(\w+): (.*)  # (.*)")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has left.
+    """A run's folder, read.
 
     Attributes:
         config: by key, the value as YAML and where it came from.
@@ -52,10 +52,10 @@ class RunRecord:
     @property
     def name(self) -> str:
         """Its run_name, or that of its folder."""
-        given = None
+        name = None
         with contextlib.suppress(yaml.YAMLError):  # of a file that somebody has changed
-            given = yaml.safe_load(self.config.get("run_name", ("null",))[0])
-        return str(given or self.folder.resolve().name)
+            name = yaml.safe_load(self.config.get("run_name", ("null",))[0])
+        return str(name or self.folder.resolve().name)
 
     @cached_property
     def curves(self) -> dict[str, list[Point]]:
@@ -123,55 +123,48 @@ def read_run(folder: Path) -> RunRecord:
         what = "not the folder of a run" if folder.is_dir() else "there is no such folder"
         fix = "give the output_dir of a training: it has config.yaml and logs/metrics.jsonl"
         raise UserError(what, where=str(folder), fix=fix)
-    files = _Files(folder)
-    launch = files.json("launch.json", {})
-    metrics_file = folder / "logs" / "metrics.jsonl"
+    metrics_file, unread = folder / "logs" / "metrics.jsonl", []
     lines = metrics.read_metrics(folder) if metrics_file.is_file() else []
+    launch = _json(folder, "launch.json", {}, unread)
     return RunRecord(
         folder,
-        config=_config(files.text("config.yaml")),
+        config=_config(_text(folder / "config.yaml")),
         lines=[line for line in lines if _is_number(line.get("step"))],
         history=[entry for entry in metrics.read_history(folder) if _is_entry(entry)],
-        **{name: files.json(f"logs/{name}.json", {}) for name in ("data", "memory", "versions")},
-        samples=files.json("logs/samples.json", []),
+        **{name: _json(folder, f"logs/{name}.json", {}, unread) for name in ("data", "memory", "versions")},
+        samples=_json(folder, "logs/samples.json", [], unread),
         completions=metrics.read_completions(folder),
         command=_command(launch),
-        plan=files.text("launch/plan.txt"),
-        unread=tuple(files.unread),
+        plan=_text(folder / "launch" / "plan.txt"),
+        unread=tuple(unread),
     )
 
 
-class _Files:
-    """Reads what is there; keeps the names of what is there and damaged."""
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.unread: list[str] = []
 
-    def text(self, name: str) -> str:
-        file = self.folder / name
-        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-
-    def json(self, name: str, empty: Any) -> Any:
-        """The content, or `empty` where there is none of its kind."""
-        text = self.text(name)
-        try:
-            found = json.loads(text) if text or (self.folder / name).is_file() else empty
-        except ValueError:
-            found = None
-        if isinstance(found, type(empty)):
-            return found
-        self.unread.append(name)
+def _json(folder: Path, name: str, empty: Any, unread: list[str]) -> Any:
+    """The content of a file, or `empty` where it is not there; a damaged one is added to `unread`."""
+    if not (folder / name).is_file():
         return empty
+    try:
+        content = json.loads(_text(folder / name))
+    except ValueError:
+        content = None
+    if isinstance(content, type(empty)):
+        return content
+    unread.append(name)
+    return empty
 
 
 def _config(text: str) -> dict[str, tuple[str, str]]:
-    found = map(LINE.fullmatch, text.splitlines())
-    return {match[1]: (match[2], match[3]) for match in found if match}
+    matches = map(LINE.fullmatch, text.splitlines())
+    return {match[1]: (match[2], match[3]) for match in matches if match}
 
 
 def _command(launch: dict) -> str:
-    """Of machine 0, as a shell takes it."""
+    """The command of machine 0, as a shell takes it."""
     nodes, env = launch.get("nodes"), launch.get("env")
     argv = nodes[0] if isinstance(nodes, list) and nodes else launch.get("argv")
     if not isinstance(argv, list):
@@ -182,7 +175,7 @@ def _command(launch: dict) -> str:
 
 
 def _is_entry(entry: dict) -> bool:
-    """A line of the history as a training writes it."""
+    """Whether a line of the history is as a training writes it."""
     return _is_number(entry.get("step")) and all(_is_number(entry.get(key, 0)) for key in ("total_steps", "processes"))
 
 
