@@ -21,7 +21,6 @@ COMMANDS = {
     "report": "a page about a run, or about several runs side by side",
     "verify": "check that every strategy gives the same losses on this machine",
     "evaluate": "loss, answers and benchmarks of a base, a run, an adapter or a merged model",
-    "bench": "speed, memory and losses against trl and bare loops on this machine",
     "chat": "talk to a model, or to a base and its tuned model side by side",
     "generate": "answer all prompts of a file; goes on where it was stopped",
     "merge": "put an adapter into its base, and prove the result",
@@ -82,7 +81,6 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         "report": _report,
         "verify": _verify,
         "evaluate": _evaluate,
-        "bench": _bench,
         "chat": _chat,
         "generate": _generate,
         "merge": _merge,
@@ -183,12 +181,6 @@ def _evaluate(argv: Sequence[str]) -> int:
     from .tools.evaluate import main as evaluate
 
     return evaluate.main(argv)
-
-
-def _bench(argv: Sequence[str]) -> int:
-    from .tools.bench import main as bench
-
-    return bench.main(argv)
 
 
 def _quiet() -> None:

@@ -1,6 +1,6 @@
 """How fast conversations become masked tokens, and lengths packs: tables of medians.
 
-    python tests/bench_data.py [ROWS.jsonl]        rows with "question" and "answer"; the sample, repeated, without
+    python benchmarks/prepare_data.py [ROWS.jsonl]        rows with "question" and "answer"; the sample, repeated, without
 
 What transformers needs for the same text and tokens, without any mask, is the measure. Both take turns in one process.
 """
