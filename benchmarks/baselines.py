@@ -59,7 +59,7 @@ class Round:
 def config(folder: Path, **more):
     from manyrank.config.resolve import Entry, resolve
 
-    given = {
+    values = {
         "model_name_or_path": str(folder / "model"),
         "data_path": str(folder / "rows.jsonl"),
         "max_length": LENGTH,
@@ -69,7 +69,7 @@ def config(folder: Path, **more):
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
     }
-    return resolve(None, [Entry(key, value, "bench") for key, value in (given | more).items()]).config
+    return resolve(None, [Entry(key, value, "bench") for key, value in (values | more).items()]).config
 
 
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:
@@ -82,8 +82,8 @@ def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], lis
         session = open_session(chosen, topology.from_environment(), output_dir=Path(output), bf16=bf16)
         session.trainer.handler.add_callback(_timer(clock))
         session.trainer.train()
-        mine = session.accelerator.is_main_process  # these are the tokens of all processes
-        tokens = [session.trainer.loader.step(number).tokens if mine else 0 for number in range(steps)]
+        main = session.accelerator.is_main_process  # these are the tokens of all processes
+        tokens = [session.trainer.loader.step(number).tokens if main else 0 for number in range(steps)]
         return tokens, [line["loss"] for line in session.trainer.state.log_history]
 
 
@@ -273,14 +273,14 @@ def main(argv: list[str] | None = None) -> None:
     more = dict(setting.split("=", 1) for setting in options.set)
     tokens, losses = BASELINES[options.name](options.folder, options.steps, clock, **more)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = asdict(Round(clock, tokens, losses, peak))
-    (options.out / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+    measured = asdict(Round(clock, tokens, losses, peak))
+    (options.out / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(measured))
 
 
 def read(out: Path) -> list[Round]:
     """What the processes of a round have written, by rank."""
-    found = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
-    return [Round(Clock(**values.pop("clock")), **values) for values in found]
+    rounds = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+    return [Round(Clock(**values.pop("clock")), **values) for values in rounds]
 
 
 if __name__ == "__main__":

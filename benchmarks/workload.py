@@ -69,9 +69,9 @@ def _rows(file: Path) -> list[dict]:
 
 
 def _chat(row: dict) -> list[dict]:
-    asked = row.get("question") or "\n".join(filter(None, (row.get("instruction"), row.get("input"))))
-    told = row["answer"] if "answer" in row else row["output"]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    question = row.get("question") or "\n".join(filter(None, (row.get("instruction"), row.get("input"))))
+    answer = row["answer"] if "answer" in row else row["output"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _tokenizer(texts: Iterable[str]):

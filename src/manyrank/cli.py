@@ -16,7 +16,7 @@ COMMANDS = {
     "grpo": "align a model with rewards, from a base or from what SFT has made",
     "plan": "memory and speed of a recipe on every strategy, before anything is started",
     "data": "inspect a recipe's data, or prepare a training set from raw rows",
-    "doctor": "examine machines, GPUs, links and files before a training",
+    "doctor": "examine this machine, its GPUs and a recipe before a training",
     "rules": "print what is checked before a run starts",
     "report": "a page about a run, or about several runs side by side",
     "verify": "check that every strategy gives the same losses on this machine",

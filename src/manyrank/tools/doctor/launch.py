@@ -103,8 +103,8 @@ def _tree(pid: int) -> list[psutil.Process]:
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
-        found = psutil.Process(pid)
-        return [found, *found.children(recursive=True)]
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
     return []
 
 

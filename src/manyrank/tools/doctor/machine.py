@@ -48,23 +48,23 @@ def tested_versions(constraints: Path) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
-def libraries(found: Software, *, tested: dict[str, str]) -> Check:
+def libraries(installed: Software, *, tested: dict[str, str]) -> Check:
     """Compare versions with those that the tests ran with."""
     from packaging.version import Version
 
-    name, versions = "libraries", {"python": found.python, **found.libraries}
+    name, versions = "libraries", {"python": installed.python, **installed.libraries}
     seen = ", ".join(f"{library} {version or 'missing'}" for library, version in versions.items())
-    if missing := [library for library, version in found.libraries.items() if version is None]:
+    if missing := [library for library, version in installed.libraries.items() if version is None]:
         return failed(name, seen, f"pip install {' '.join(missing)}", **versions)
     other = [
         f"{library}=={tested[library]}"
-        for library, version in found.libraries.items()
+        for library, version in installed.libraries.items()
         if library in tested and Version(version).base_version != Version(tested[library]).base_version
     ]
     if other:
         fix = f"if something is odd, install what was tested: pip install {' '.join(other)}"
         return warning(name, f"{seen}; not as tested", fix, **versions)
-    if not found.python.startswith(f"{TESTED_PYTHON}."):
+    if not installed.python.startswith(f"{TESTED_PYTHON}."):
         return warning(name, f"{seen}; tested with Python {TESTED_PYTHON}", "if something is odd, use it", **versions)
     return ok(name, f"{seen}: as tested", **versions)
 
@@ -81,11 +81,11 @@ def extras() -> Check:
 # GPUs
 
 
-def gpus(found: Sequence[Gpu], cuda: str | None) -> list[Check]:
+def gpus(visible: Sequence[Gpu], cuda: str | None) -> list[Check]:
     """Check the driver and the kinds of GPUs; the ranks look at the memory of theirs.
 
     Args:
-        found: the visible GPUs.
+        visible: the GPUs that CUDA_VISIBLE_DEVICES leaves.
         cuda: the CUDA version that torch was built for; None: for the CPU.
     """
     import pynvml
@@ -96,9 +96,9 @@ def gpus(found: Sequence[Gpu], cuda: str | None) -> list[Check]:
         pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         return [_without_driver(str(error))]
-    if not found:
+    if not visible:
         return [ok("driver", f"{version}; CUDA_VISIBLE_DEVICES hides every GPU: the CPU trains", driver=version)]
-    return [_driver(version, cuda, found), _kinds(found)]
+    return [_driver(version, cuda, visible), _kinds(visible)]
 
 
 def _without_driver(problem: str) -> Check:
@@ -111,7 +111,7 @@ def _without_driver(problem: str) -> Check:
     return warning("driver", what, fix, devices=devices)
 
 
-def _driver(version: str, cuda: str | None, found: Sequence[Gpu]) -> Check:
+def _driver(version: str, cuda: str | None, visible: Sequence[Gpu]) -> Check:
     """Compare the driver and the GPUs with what torch was built for."""
     name, figures = "driver", {"driver": version, "cuda_of_torch": cuda}
     if cuda is None:
@@ -125,15 +125,15 @@ def _driver(version: str, cuda: str | None, found: Sequence[Gpu]) -> Check:
     if int(version.split(".")[0]) < oldest:
         what = f"{version} is too old for CUDA {cuda}, which torch is built for"
         return failed(name, what, f"a driver of {oldest} or newer, or a torch for an older CUDA", **figures)
-    if old := [gpu.name for gpu in found if gpu.compute_capability < OLDEST_GPU.get(major, (0, 0))]:
+    if old := [gpu.name for gpu in visible if gpu.compute_capability < OLDEST_GPU.get(major, (0, 0))]:
         what = f"{old[0]} is too old for a torch that is built for CUDA {cuda}"
         return failed(name, what, "install a torch that is built for an older CUDA", **figures)
     return ok(name, f"{version}, for torch's CUDA {cuda} ({oldest} or newer)", **figures)
 
 
-def _kinds(found: Sequence[Gpu]) -> Check:
+def _kinds(visible: Sequence[Gpu]) -> Check:
     kinds = Counter(
-        f"{gpu.name}, {gib(gpu.memory)}, compute {'.'.join(map(str, gpu.compute_capability))}" for gpu in found
+        f"{gpu.name}, {gib(gpu.memory)}, compute {'.'.join(map(str, gpu.compute_capability))}" for gpu in visible
     )
     seen = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if len(kinds) > 1:
@@ -165,48 +165,48 @@ def host_memory() -> Space:
     return Space(size, free)
 
 
-def memory(found: Space, *, processes: int, weights: int, gpus: int) -> Check:
+def memory(space: Space, *, processes: int, weights: int, gpus: int) -> Check:
     """Compare free host memory with a rough need: the libraries, and the weights of each process that trains on the CPU."""
     need = processes * PROCESS_BYTES + weights * (1 if gpus else processes)
-    seen = f"{gib(found.free)} of {gib(found.size)} free; about {gib(need)} needed for {counted(processes, 'process')}"
-    figures = {"size": found.size, "free": found.free, "need": need}
-    if found.free < need:
+    seen = f"{gib(space.free)} of {gib(space.size)} free; about {gib(need)} needed for {counted(processes, 'process')}"
+    figures = {"size": space.size, "free": space.free, "need": need}
+    if space.free < need:
         return warning("host memory", seen, "end what uses it, or start fewer processes", **figures)
     return ok("host memory", seen, **figures)
 
 
-def space(folder: Path) -> Space | None:
+def space_at(folder: Path) -> Space | None:
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(folder)
         return Space(usage.total, usage.free)
     return None
 
 
-def shared_memory(found: Space | None, *, processes: int) -> Check:
+def shared_memory(space: Space | None, *, processes: int) -> Check:
     """Check /dev/shm, through which NCCL sends between the GPUs of one machine."""
     name, need = "shared memory", processes * SHARED_BYTES
     fix = "give the container more: docker run --ipc=host, or --shm-size=8g"
-    if found is None:
+    if space is None:
         return warning(name, "/dev/shm is not there", fix)
-    figures = {"size": found.size, "free": found.free}
-    seen = f"{gib(found.free)} of {gib(found.size)} free in /dev/shm; NCCL needs at most {gib(need)}"
-    return warning(name, seen, fix, **figures) if found.free < need else ok(name, seen, **figures)
+    figures = {"size": space.size, "free": space.free}
+    seen = f"{gib(space.free)} of {gib(space.size)} free in /dev/shm; NCCL needs at most {gib(need)}"
+    return warning(name, seen, fix, **figures) if space.free < need else ok(name, seen, **figures)
 
 
-def disk(name: str, folder: Path, found: Space | None, fix: str, *, need: int | None, least: int = 0) -> Check:
+def disk(name: str, folder: Path, space: Space | None, fix: str, *, need: int | None, least: int = 0) -> Check:
     """Check free space.
 
     Args:
         need: about what will be written; None: not known.
         least: without so much nothing works.
     """
-    if found is None:
+    if space is None:
         return warning(name, f"the space at {folder} is not known", "see that it is there")
-    seen = f"{gib(found.free)} free at {folder}; {'what it needs is not known' if need is None else f'needs about {gib(need)}'}"
-    figures = {"free": found.free, "need": need}
-    if found.free < least:
+    seen = f"{gib(space.free)} free at {folder}; {'what it needs is not known' if need is None else f'needs about {gib(need)}'}"
+    figures = {"free": space.free, "need": need}
+    if space.free < least:
         return failed(name, f"{seen}, and at least {gib(least)}", fix, **figures)
-    if found.free < (SPARE_BYTES if need is None else need):
+    if space.free < (SPARE_BYTES if need is None else need):
         return warning(name, seen, fix, **figures)
     return ok(name, seen, **figures)
 

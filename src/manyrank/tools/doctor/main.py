@@ -32,7 +32,7 @@ from ...rules.rule import Situation
 from ...runs.folder import HEARTBEATS
 from ...runs.versions import software
 from ...topology.gpus import find_kind, probe
-from ...training.watchdog import DONE, beats
+from ...training.watchdog import DONE, Beat, beats
 from . import machine, recipe
 from .checks import Check, State, counted, failed, ok
 from .launch import LAUNCHER_LOG, Ended, run
@@ -103,10 +103,10 @@ def _options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return made
 
 
-def _seconds(given: str) -> int:
-    if not (given.isascii() and given.isdigit() and int(given)):
-        raise argparse.ArgumentTypeError(f"{given!r} is not a number of seconds")
-    return int(given)
+def _seconds(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return int(text)
 
 
 def _help() -> str:
@@ -167,7 +167,7 @@ def _examine(decision: Decision, launch: launcher.LaunchPlan, folder: Path, limi
         yield from [check] if check else []
         (folder / "job.json").write_text(json.dumps(_job(decision, run_folder, limit)))
         ended = run(launch, folder, seconds=limit + (where.rdzv_timeout if where.nnodes > 1 else 0), env=env)
-    yield from _of_ranks(ended, folder, several=decision.world > 1, machines=where.nnodes > 1)
+    yield from _of_ranks(ended, folder, ranks=decision.world, machines=where.nnodes)
 
 
 def _job(decision: Decision, run_folder: Path | None, limit: int) -> dict[str, Any]:
@@ -201,35 +201,47 @@ def _run_folder(output: Path, *, is_main: bool) -> Iterator[tuple[Path | None, C
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _of_ranks(ended: Ended, folder: Path, *, several: bool, machines: bool) -> Iterator[Check]:
-    """The checks that the first rank of this machine has made, and what became of the stages that are not among them."""
+def _of_ranks(ended: Ended, folder: Path, *, ranks: int, machines: int) -> Iterator[Check]:
+    """The checks of the first rank of this machine, the GPUs of all its ranks, and how the ranks failed."""
     written = {int(file.stem.split("-")[1]): json.loads(file.read_text()) for file in folder.glob("rank-*.json")}
     for rank, content in sorted(written.items()):
-        found = map(Check.read, content["checks"])
-        yield from found if rank == min(written) else (check for check in found if check.name.startswith("GPU "))
+        checks = map(Check.read, content["checks"])
+        yield from checks if rank == min(written) else (check for check in checks if check.name.startswith("GPU "))
     if ended.code == 0:
         return
-    unfinished = sorted(
+    behind = sorted(  # the one to blame comes first
         (beat for beat in beats(folder / HEARTBEATS) if beat.phase != DONE),
-        key=lambda beat: (beat.rank != ended.rank, beat.count, beat.rank),  # the one to blame comes first
+        key=lambda beat: (beat.rank != ended.rank, beat.count, beat.rank),
     )
-    stage = unfinished[0].phase if unfinished and unfinished[0].phase in STAGES else "start"
-    problem = written.get(unfinished[0].rank, {}).get("problem") if unfinished else None
+    stage = behind[0].phase if behind and behind[0].phase in STAGES else "start"
+    what, fix = _why(ended, stage, behind, written.get(behind[0].rank, {}).get("problem") if behind else None)
     log = (folder / LAUNCHER_LOG).read_text(errors="replace").splitlines()[-20:]
+    yield failed(stage, what, fix, log="\n".join(log))
+    skipped = [*(["same versions"] if machines == 1 else []), *(["process group", "all-reduce"] if ranks == 1 else [])]
+    later = [name for name in list(STAGES)[list(STAGES).index(stage) + 1 :] if name not in skipped]
+    if later:
+        yield Check("not reached", State.WARNING, ", ".join(later))
+
+
+def _why(ended: Ended, stage: str, behind: Sequence[Beat], problem: dict[str, str] | None) -> tuple[str, str]:
+    """What a stage failed by, and the fix.
+
+    Args:
+        behind: the last sign of each rank that has not come through; the one to blame first.
+        problem: what that rank says itself.
+    """
     what, fix = str(ended), STAGES[stage]
     if problem:
-        what, fix = f"rank {unfinished[0].rank}: {problem['what']}", problem["fix"] or fix
-    elif ended.apart:
+        return f"rank {behind[0].rank}: {problem['what']}", problem["fix"] or fix
+    if ended.apart:
         fix = "start the same command on every machine, with the same --nnodes and --rdzv_endpoint; open its port"
-    elif ended.code is None:
-        ranks = "; ".join(f"rank {beat.rank} (host {beat.host}) in {beat.phase}" for beat in unfinished)
-        what, fix = f"{what}: {ranks or 'no rank has begun'}", f"{fix}; or give the ranks longer: --limit"
-    elif ended.code == -signal.SIGKILL:
-        fix = "see in dmesg whether memory was short: then start fewer processes"
-    yield failed(stage, what, fix, log="\n".join(log))
-    left_out = set() if machines else {"same versions"} if several else {"same versions", "process group", "all-reduce"}
-    later = [name for name in list(STAGES)[list(STAGES).index(stage) + 1 :] if name not in left_out]
-    yield from [Check("not reached", State.WARNING, ", ".join(later))] if later else []
+        return what, fix
+    if ended.code is None:
+        places = "; ".join(f"rank {beat.rank} (host {beat.host}) in {beat.phase}" for beat in behind)
+        return f"{what}: {places or 'no rank has begun'}", f"{fix}; or give the ranks longer: --limit"
+    if ended.code == -signal.SIGKILL:
+        return what, "see in dmesg whether memory was short: then start fewer processes"
+    return what, fix
 
 
 def _finish(decision: Decision, checks: Sequence[Check], seconds: float, *, as_json: bool) -> None:

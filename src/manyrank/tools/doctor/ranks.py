@@ -100,10 +100,10 @@ def _examine(job: dict[str, Any], place: Topology, folder: Path, notes: Notes) -
     device = _device(place)
     if device.type == "cuda":
         notes.add(_gpu_memory(device))
+    notes.begin("model")  # on all, so that a rank with fewer signs of life is one that is behind
     if place.local_rank == 0:
         from ...models.tiny import build
 
-        notes.begin("model")
         notes.add(_model(config))
         build(folder / "model", steps=0)
     if place.world_size > 1:
@@ -212,10 +212,10 @@ def same_versions(machines: Sequence[tuple[str, dict[str, str | None]]]) -> Chec
     """Compare the versions of all machines, whose ranks run one program together."""
     (host, first), *others = machines
     differ = [
-        f"{name} is {version} on {host} and {found[name]} on {other}"
-        for other, found in others
+        f"{name} is {version} on {host} and {versions[name]} on {other}"
+        for other, versions in others
         for name, version in first.items()
-        if version != found[name]
+        if version != versions[name]
     ]
     if differ:
         return failed("same versions", "; ".join(differ), "install the same versions on every machine")
@@ -312,9 +312,9 @@ def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, ru
     notes.add(save_and_load(losses[-1], again, tensors, facts))
 
 
-def _small_config(given: TrainConfig, strategy: str, model: Path, world_size: int) -> TrainConfig:
+def _small_config(config: TrainConfig, strategy: str, model: Path, world_size: int) -> TrainConfig:
     """The recipe's way of training, on the small model and the project's sample."""
-    values = SMALL_RUN | {key: getattr(given, key) for key in ("method", "bf16", "optim")}
+    values = SMALL_RUN | {key: getattr(config, key) for key in ("method", "bf16", "optim")}
     values |= {"model_name_or_path": str(model), "strategy": strategy}
     values |= {"per_device_train_batch_size": 2, "global_batch_size": 2 * world_size}
     return resolve("verify", [Entry(key, value, "the doctor's step") for key, value in values.items()]).config

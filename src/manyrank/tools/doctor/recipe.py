@@ -139,15 +139,15 @@ def memory_and_disks(situation: Situation, names: list[tuple[str, str]]) -> list
     checks = [
         machine.memory(machine.host_memory(), processes=situation.nproc, weights=weights, gpus=gpus),
         machine.disk(
-            "disk", run, machine.space(run), fix, need=run_bytes(situation, one) if shape else None, least=one
+            "disk", run, machine.space_at(run), fix, need=run_bytes(situation, one) if shape else None, least=one
         ),
     ]
     if gpus and situation.nproc > 1:
-        checks.append(machine.shared_memory(machine.space(Path("/dev/shm")), processes=situation.nproc))
+        checks.append(machine.shared_memory(machine.space_at(Path("/dev/shm")), processes=situation.nproc))
     if any(kind == "dataset" or not find_facts(name) for name, kind in names):
         fix = "free some, or set HF_HOME to a larger disk"
         need = 2 * shape.parameters if shape and names[0][1] == "model" else None
-        checks.append(machine.disk("hub cache", cache, machine.space(cache), fix, need=need))
+        checks.append(machine.disk("hub cache", cache, machine.space_at(cache), fix, need=need))
     return checks
 
 
