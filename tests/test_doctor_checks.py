@@ -1,6 +1,7 @@
 """The doctor's checks of one machine, of a recipe and of what ranks have measured. Real examinations: test_doctor.py."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -40,16 +41,17 @@ TESTED = {"torch": "2.13.0", "peft": "0.21.2"}
 
 
 @pytest.mark.parametrize(
-    ("found", "tested", "state", "fix"),
+    ("found", "tested", "needed", "state", "fix"),
     [
-        (SOFTWARE, TESTED, State.OK, ""),
-        (SOFTWARE, {**TESTED, "peft": "0.22.0"}, State.WARNING, "peft==0.22.0"),
-        (replace(SOFTWARE, libraries={"torch": None}), TESTED, State.FAILED, "pip install torch"),
-        (replace(SOFTWARE, python="3.13.1"), TESTED, State.WARNING, "if something is odd"),
+        (SOFTWARE, TESTED, {"torch": ">=2.11"}, State.OK, ""),
+        (SOFTWARE, {**TESTED, "peft": "0.22.0"}, {}, State.WARNING, "peft==0.22.0"),
+        (SOFTWARE, TESTED, {"torch": ">=2.14"}, State.FAILED, "pip install 'torch>=2.14'"),
+        (replace(SOFTWARE, libraries={"torch": None}), TESTED, {}, State.FAILED, "pip install 'torch'"),
+        (replace(SOFTWARE, python="3.13.1"), TESTED, {}, State.WARNING, "if something is odd"),
     ],
 )
-def test_libraries(found, tested, state, fix):
-    check = machine.libraries(found, tested=tested)
+def test_libraries(found, tested, needed, state, fix):
+    check = machine.libraries(found, tested=tested, needed=needed)
     assert check.state == state and fix in check.fix
     assert check.figures["python"] == found.python
 
@@ -61,8 +63,9 @@ def test_the_software_of_this_process():
     here = software()
     assert here.cuda == torch.version.cuda and here.libraries["torch"].split("+")[0] == torch.__version__.split("+")[0]
     tested = machine.tested_versions(asset("constraints.txt"))
-    assert machine.libraries(here, tested=tested).state == State.OK
-    assert "peft==0.0.1" in machine.libraries(here, tested=tested | {"peft": "0.0.1"}).fix
+    needed = machine.needed_versions()
+    assert "torch" in needed and machine.libraries(here, tested=tested, needed=needed).state == State.OK
+    assert "peft==0.0.1" in machine.libraries(here, tested=tested | {"peft": "0.0.1"}, needed=needed).fix
     assert machine.extras().figures["trl"] == tested["trl"]
 
 
@@ -301,11 +304,16 @@ def test_all_reduce():
     assert wrong.state == State.FAILED and "wrong on 2 ranks" in wrong.seen
 
 
-def test_versions_of_machines():
-    one, other = {"torch": "2.13.0", "nccl": None}, {"torch": "2.12.0", "nccl": None}
-    assert ranks.same_versions([("a", one), ("b", one)]).state == State.OK
-    check = ranks.same_versions([("a", one), ("b", other)])
-    assert check.state == State.FAILED and check.seen == "torch is 2.13.0 on a and 2.12.0 on b"
+def test_machines_that_differ(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(asset("data", "sample.jsonl"), rows)
+    one = ranks._facts(config(data_path=[str(rows)]))
+    assert ranks.same([("a", one), ("b", dict(one))]).state == State.OK
+    check = ranks.same([("a", one), ("b", one | {"torch": "2.12.0"})])
+    assert check.state == State.FAILED and check.seen.endswith("on a and 2.12.0 on b") and check.fix
+    rows.write_text(rows.read_text().replace("mean", "MEAN", 1))
+    other = ranks._facts(config(data_path=[str(rows)], learning_rate=0.5))
+    assert {name for name in one if one[name] != other[name]} == {"data 1", "learning_rate"}
 
 
 FACTS = {

@@ -153,19 +153,19 @@ def test_two_pods_that_are_evicted_and_replaced(pair, slow, long_run, tmp_path):
     assert run.metrics() == pytest.approx(long_run.metrics(), abs=1e-5)
 
 
-def examined(pair, tmp_path, *, hidden: bool) -> list[tuple[int, dict]]:
-    """`manyrank doctor` on both hosts: the exit code and the report of each.
+def examined(pair, tmp_path, *more: str) -> list[tuple[int, dict]]:
+    """`manyrank doctor` on both hosts, host 1 with `more` arguments and then without the shared folder.
 
-    Args:
-        hidden: whether host 1 has a folder of its own in place of the shared one.
+    Returns:
+        The exit code and the report of each.
     """
     running = []
     for host in pair:
         where = [f"--node_rank={host.number}", "--nnodes=2", "--nproc=1", "--rdzv_endpoint=manyrank-h0:29500"]
         argv = ["doctor", "verify", "--json", "--limit=150", f"--output_dir={tmp_path / 'shared' / 'run'}", *where]
-        argv = [sys.executable, "-m", "manyrank.cli", *argv]
+        argv = [sys.executable, "-m", "manyrank.cli", *argv, *(more if host.number else ())]
         hide = f'mount -t tmpfs none {tmp_path / "shared"} && exec "$@"'  # in this host's own view of the files
-        argv = ["sh", "-c", hide, "sh", *argv] if host.number and hidden else argv
+        argv = ["sh", "-c", hide, "sh", *argv] if host.number and more else argv
         running.append(host.start(*argv, GLOO_SOCKET_IFNAME="eth0"))
     ended = [(*process.communicate(timeout=300), process.returncode) for process in running]
     return [(code, json.loads(out)) for out, err, code in ended]
@@ -178,11 +178,11 @@ def by_name(document: dict) -> dict[str, dict]:
 def test_the_doctor_of_two_hosts(pair, tmp_path):
     """Each has a report of its own, of its machine and of what the ranks do together."""
     (tmp_path / "shared").mkdir()
-    for host, (code, document) in zip(pair, examined(pair, tmp_path, hidden=False)):
+    for host, (code, document) in zip(pair, examined(pair, tmp_path)):
         found = by_name(document)
         assert code == 0, document
         assert document["machine"] == f"manyrank-h{host.number}"
-        assert found["same versions"]["figures"]["machines"] == ["manyrank-h0", "manyrank-h1"]
+        assert found["same on all"]["figures"]["machines"] == ["manyrank-h0", "manyrank-h1"]
         assert found["network"]["figures"]["device"] == "eth0"
         assert found["all-reduce"]["figures"]["sizes"][1]["wrong"] == 0
         assert found["save and load"]["figures"]["loss"] == pytest.approx(found["step"]["figures"]["losses"][1])
@@ -191,10 +191,12 @@ def test_the_doctor_of_two_hosts(pair, tmp_path):
     assert list((tmp_path / "shared").iterdir()) == []
 
 
-def test_the_doctor_of_two_hosts_without_a_shared_folder(pair, tmp_path):
+def test_the_doctor_of_two_hosts_that_differ(pair, tmp_path):
+    """In the recipe, and in the folder that they should share."""
     (tmp_path / "shared").mkdir()
-    for code, document in examined(pair, tmp_path, hidden=True):
-        (failed,) = (check for check in document["checks"] if check["state"] == "failed")
-        assert (code, failed["name"]) == (1, "step")
-        assert "manyrank-h1 cannot see" in failed["seen"] and "all machines share" in failed["fix"]
+    for code, document in examined(pair, tmp_path, "--learning_rate=0.5"):
+        found = by_name(document)
+        assert (code, [name for name in found if found[name]["state"] == "failed"]) == (1, ["same on all", "step"])
+        assert "learning_rate is 0.001 on manyrank-h0 and 0.5 on manyrank-h1" in found["same on all"]["seen"]
+        assert "manyrank-h1 cannot see" in found["step"]["seen"] and "all machines share" in found["step"]["fix"]
     assert list((tmp_path / "shared").iterdir()) == []

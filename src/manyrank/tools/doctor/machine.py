@@ -48,24 +48,43 @@ def tested_versions(constraints: Path) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
-def libraries(installed: Software, *, tested: dict[str, str]) -> Check:
-    """Compare versions with those that the tests ran with."""
+def needed_versions() -> dict[str, str]:
+    """Read what this package says that it needs, such as {"torch": ">=2.11"}."""
+    from packaging.requirements import Requirement
+
+    needed = map(Requirement, importlib.metadata.requires("manyrank") or ())
+    return {entry.name: str(entry.specifier) for entry in needed if not entry.marker}
+
+
+def libraries(software: Software, *, tested: dict[str, str], needed: dict[str, str]) -> Check:
+    """Compare versions with those that the tests ran with, and with what the package asks for."""
+    from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
-    name, versions = "libraries", {"python": installed.python, **installed.libraries}
+    name, versions = "libraries", {"python": software.python, **software.libraries}
     seen = ", ".join(f"{library} {version or 'missing'}" for library, version in versions.items())
-    if missing := [library for library, version in installed.libraries.items() if version is None]:
-        return failed(name, seen, f"pip install {' '.join(missing)}", **versions)
+    wrong = [
+        f"{library}{needed.get(library, '')}"
+        for library, version in software.libraries.items()
+        if not version or not SpecifierSet(needed.get(library, "")).contains(version, prereleases=True)
+    ]
+    if wrong:
+        return failed(name, seen, f"pip install {' '.join(map(repr, wrong))}", **versions)
     other = [
         f"{library}=={tested[library]}"
-        for library, version in installed.libraries.items()
+        for library, version in software.libraries.items()
         if library in tested and Version(version).base_version != Version(tested[library]).base_version
     ]
     if other:
         fix = f"if something is odd, install what was tested: pip install {' '.join(other)}"
         return warning(name, f"{seen}; not as tested", fix, **versions)
-    if not installed.python.startswith(f"{TESTED_PYTHON}."):
-        return warning(name, f"{seen}; tested with Python {TESTED_PYTHON}", "if something is odd, use it", **versions)
+    if not software.python.startswith(f"{TESTED_PYTHON}."):
+        return warning(
+            name,
+            f"{seen}; tested with Python {TESTED_PYTHON}",
+            f"if something is odd, use Python {TESTED_PYTHON}",
+            **versions,
+        )
     return ok(name, f"{seen}: as tested", **versions)
 
 

@@ -47,7 +47,7 @@ STAGES = {  # of the ranks, and what to do about each when it fails
     "start": "see that Python, torch and the driver fit each other",
     "model": "see that the model can be read here",
     "process group": NETWORK,
-    "same versions": NETWORK,
+    "same on all": NETWORK,
     "all-reduce": f"set NCCL_DEBUG=INFO and start it again; {NETWORK}",
     "step": "try it alone: manyrank train fast_test; DeepSpeed compiles when it is first used: once --limit 300",
     "save and load": "see that the file system of the output folder can lock, sync and rename",
@@ -148,7 +148,9 @@ def _examine(decision: Decision, launch: launcher.LaunchPlan, folder: Path, limi
     situation = Situation(
         decision.resolved, decision.strategy, decision.nproc, decision.world, decision.machine, output_dir=output
     )
-    yield machine.libraries(versions, tested=machine.tested_versions(asset("constraints.txt")))
+    yield machine.libraries(
+        versions, tested=machine.tested_versions(asset("constraints.txt")), needed=machine.needed_versions()
+    )
     yield machine.extras()
     yield from machine.gpus(decision.machine.gpus, versions.cuda)
     yield machine.compiler(situation)
@@ -217,7 +219,7 @@ def _of_ranks(ended: Ended, folder: Path, *, ranks: int, machines: int) -> Itera
     what, fix = _why(ended, stage, behind, written.get(behind[0].rank, {}).get("problem") if behind else None)
     log = (folder / LAUNCHER_LOG).read_text(errors="replace").splitlines()[-20:]
     yield failed(stage, what, fix, log="\n".join(log))
-    skipped = [*(["same versions"] if machines == 1 else []), *(["process group", "all-reduce"] if ranks == 1 else [])]
+    skipped = [*(["same on all"] if machines == 1 else []), *(["process group", "all-reduce"] if ranks == 1 else [])]
     later = [name for name in list(STAGES)[list(STAGES).index(stage) + 1 :] if name not in skipped]
     if later:
         yield Check("not reached", State.WARNING, ", ".join(later))

@@ -5,6 +5,7 @@ Each rank writes its checks into FOLDER (see `launch`) after every stage, so tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import socket
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 SMALL, LARGE, LARGE_GPU = 4 << 10, 64 << 20, 256 << 20  # bytes of an all-reduce
 REPEATS = 5
+HEAD_BYTES = 1 << 20  # of a data file that are compared between machines
 FREE = 0.9  # of a GPU's memory: less is free when somebody else uses it
 EXCHANGE_SECONDS = 4.0  # that one size may take, on a slow network
 PART_OF_LINK = 0.4  # of a link's figure that an all-reduce of large messages reaches at least
@@ -110,8 +112,8 @@ def _examine(job: dict[str, Any], place: Topology, folder: Path, notes: Notes) -
         notes.begin("process group")
         notes.add(_meet(place, device, timeout=job["timeout"]))
     if place.nnodes > 1:
-        notes.begin("same versions")
-        notes.add(same_versions(_gathered(place)))
+        notes.begin("same on all")
+        notes.add(same(_gathered((socket.gethostname(), _facts(config)))[:: place.local_world_size]))
     if place.world_size > 1:
         notes.begin("all-reduce")
         sizes = [_exchange(size, device) for size in (SMALL, LARGE_GPU if device.type == "cuda" else LARGE)]
@@ -187,16 +189,13 @@ def _meet(place: Topology, device: torch.device, *, timeout: float) -> Check:
     return ok("process group", f"{place.world_size} ranks over {backend}", ranks=place.world_size, backend=backend)
 
 
-def _gathered(place: Topology) -> list[tuple[str, dict[str, str | None]]]:
-    """Host and versions of each machine."""
-    import torch
+def _gathered(value: Any) -> list[Any]:
+    """The value of every rank, by rank."""
     import torch.distributed as dist
 
-    nccl = str(torch.cuda.nccl.version()) if torch.cuda.is_available() else None
-    own = (socket.gethostname(), software().libraries | {"manyrank": __version__, "nccl": nccl})
-    values: list[Any] = [None] * place.world_size
-    dist.all_gather_object(values, own)
-    return values[:: place.local_world_size]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _from_rank_0(value: Any) -> Any:
@@ -208,18 +207,47 @@ def _from_rank_0(value: Any) -> Any:
     return values[0]
 
 
-def same_versions(machines: Sequence[tuple[str, dict[str, str | None]]]) -> Check:
-    """Compare the versions of all machines, whose ranks run one program together."""
+def _facts(config: TrainConfig) -> dict[str, str | None]:
+    """What must be the same on every machine: versions, recipe, model, and the data, whose path may differ."""
+    import torch
+
+    from ...checkpoint.resume import base_fingerprint
+
+    name, sources = config.model_name_or_path, [*config.data_path, *(config.eval_data_path or ())]
+    return {
+        **software().libraries,
+        **{key: str(value) for key, value in config.plain().items() if not key.endswith("data_path")},
+        **{f"data {number}": _digest(Path(source.path)) for number, source in enumerate(sources, 1)},
+        "manyrank": __version__,
+        "nccl": str(torch.cuda.nccl.version()) if torch.cuda.is_available() else None,
+        "model": base_fingerprint(name, None) if (Path(name).expanduser() / "config.json").is_file() else None,
+    }
+
+
+def _digest(path: Path) -> str:
+    """Sizes of a source's files, and a digest of their beginnings."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(b"%d" % file.stat().st_size + stream.read(HEAD_BYTES))
+    return f"{sum(file.stat().st_size for file in files):,} bytes, {digest.hexdigest()[:12]}"
+
+
+def same(machines: Sequence[tuple[str, dict[str, str | None]]]) -> Check:
+    """Compare the facts of all machines, whose ranks run one program together."""
     (host, first), *others = machines
     differ = [
-        f"{name} is {version} on {host} and {versions[name]} on {other}"
-        for other, versions in others
-        for name, version in first.items()
-        if version != versions[name]
+        f"{name} is {fact} on {host} and {facts.get(name)} on {other}"
+        for other, facts in others
+        for name, fact in first.items()
+        if fact != facts.get(name)
     ]
     if differ:
-        return failed("same versions", "; ".join(differ), "install the same versions on every machine")
-    return ok("same versions", f"on {len(machines)} machines", machines=[host for host, _ in machines])
+        fix = "give every machine the same versions, recipe, data and model"
+        return failed("same on all", "; ".join(differ), fix)
+    seen = f"versions, recipe, data and model on {len(machines)} machines"
+    return ok("same on all", seen, machines=[host for host, _ in machines])
 
 
 def _exchange(size: int, device: torch.device) -> dict[str, Any]:
