@@ -10,7 +10,7 @@ RUN      ?= output/$(RECIPE)
 KILLS    ?= 50
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train plan test test-nightly test-slurm test-faults doctor verify chat merge bench bench-data lint audit help clean
+.PHONY: setup train plan test test-nightly test-slurm test-faults doctor verify chat merge bench bench-gpu bench-data bench-save lint audit help clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions
 
@@ -53,13 +53,19 @@ verify: setup  ## every strategy against one process
 	manyrank verify $(ARGS)
 
 bench: setup  ## speed, memory and losses against trl and bare loops: ARGS="--rounds 5 --output docs/bench"
-	manyrank bench $(ARGS)
+	python benchmarks/speed.py $(ARGS)
+
+bench-gpu: setup  ## speed and memory of real architectures with random weights on a GPU: ARGS=--toy tries it on the CPU
+	python benchmarks/gpu.py $(ARGS)
+
+bench-data: setup  ## the preparation of data, as tables: ARGS=ROWS.jsonl
+	python benchmarks/prepare_data.py $(ARGS)
+
+bench-save: setup  ## what a checkpoint costs: ARGS=FOLDER on the disk to measure
+	python benchmarks/save_checkpoint.py $(ARGS)
 
 story-%: setup launch/stories/%.sh  ## a whole story: traces, pairs, code, chat or grpo; RAW=, MODEL=, ARGS=, see docs/stories.md
 	launch/stories/$*.sh $(ARGS)
-
-bench-data: setup  ## the preparation of data, as tables
-	python tests/bench_data.py $(ARGS)
 
 lint: setup  ## ruff and the types of the packages without torch
 	ruff check . && ruff format --check . && pyrefly check

@@ -251,6 +251,7 @@ def _begin(rest: list[str], argv: Sequence[str], env: dict[str, str], cwd: str) 
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    tempfile.tempdir = None  # TMPDIR may be another one
     for name in [name for name in sys.modules if name.partition(".")[0] == "manyrank"]:
         _FORMER.append(sys.modules.pop(name))
     logging.disable(logging.NOTSET)

@@ -16,13 +16,12 @@ COMMANDS = {
     "grpo": "align a model with rewards, from a base or from what SFT has made",
     "plan": "memory and speed of a recipe on every strategy, before anything is started",
     "data": "inspect a recipe's data, or prepare a training set from raw rows",
-    "doctor": "examine machines, GPUs, links and files before a training",
+    "doctor": "examine this machine, its GPUs and a recipe before a training",
     "rules": "print what is checked before a run starts",
     "schema": "print a JSON schema of recipes, by which editors complete keys",
     "report": "a page about a run, or about several runs side by side",
     "verify": "check that every strategy gives the same losses on this machine",
     "evaluate": "loss, answers and benchmarks of a base, a run, an adapter or a merged model",
-    "bench": "speed, memory and losses against trl and bare loops on this machine",
     "chat": "talk to a model, or to a base and its tuned model side by side",
     "generate": "answer all prompts of a file; goes on where it was stopped",
     "merge": "put an adapter into its base, and prove the result",
@@ -84,7 +83,6 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         "report": _report,
         "verify": _verify,
         "evaluate": _evaluate,
-        "bench": _bench,
         "chat": _chat,
         "generate": _generate,
         "merge": _merge,
@@ -196,12 +194,6 @@ def _evaluate(argv: Sequence[str]) -> int:
     from .tools.evaluate import main as evaluate
 
     return evaluate.main(argv)
-
-
-def _bench(argv: Sequence[str]) -> int:
-    from .tools.bench import main as bench
-
-    return bench.main(argv)
 
 
 def _quiet() -> None:

@@ -1,1 +1,1 @@
-"""Examine machines, GPUs, links and files before a training."""
+"""Whether machines are ready for a training."""

@@ -1,76 +1,77 @@
-"""What `manyrank doctor` does on every rank: python -m manyrank.tools.doctor.ranks FOLDER, started as the training is.
+"""Go through the doctor's stages on every rank: python -m manyrank.tools.doctor.ranks FOLDER, started as the training is.
 
-Stage by stage, each rank writes what it finds into FOLDER, a folder of its machine (see `launch`), so that what
-was found stays when a later stage ends a rank. `rank_checks` judges it.
+Each rank writes its checks into FOLDER (see `launch`) after every stage, so that they stay when a later one ends it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import os
+import math
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ... import __version__
 from ...config.args import parse
-from ...config.resolve import Resolved, resolve
-from ...errors import EXIT_FAILED, UserError
+from ...config.resolve import Entry, TrainConfig, resolve
+from ...errors import EXIT_FAILED, UserError, in_one_line
 from ...models.tiny import EMBEDDED
+from ...runs.logs import read_metrics
+from ...runs.versions import software
 from ...signals import end_with_parent
 from ...topology import gpus as hardware
 from ...topology import ranks as topology
 from ...topology.ranks import Topology
 from ...training.exits import leave
 from ...training.watchdog import Heart
+from .checks import Check, counted, failed, gib, ok, speed, warning
 
 if TYPE_CHECKING:
     import torch
 
-SEEN_SECONDS = 5.0  # that a network file system may take to show a new file
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the ranks of one machine are to do.
-
-    Attributes:
-        argv: the recipe and its overrides, as the train module takes them.
-        run: a folder to make for the step, where the run's folder would be; rank 0's counts.
-        timeout: seconds that a rank waits for the others.
-    """
-
-    argv: list[str]
-    strategy: str
-    run: str
-    timeout: float
+SMALL, LARGE, LARGE_GPU = 4 << 10, 64 << 20, 256 << 20  # bytes of an all-reduce
+REPEATS = 5
+HEAD_BYTES = 1 << 20  # of a data file that are compared between machines
+FREE = 0.9  # of a GPU's memory: less is free when somebody else uses it
+EXCHANGE_SECONDS = 4.0  # that one size may take, on a slow network
+PART_OF_LINK = 0.4  # of a link's figure that an all-reduce of large messages reaches at least
+LOSS_DIFFERENCE = {"no": 1e-5, "bf16": 2e-2}  # of a step that is taken again, as `manyrank verify` allows it
+STEPS = 2
+SMALL_RUN = {"max_length": 256, "save_steps": 1, "logging_steps": 1, "max_steps": STEPS}
+_KEPT: list[object] = []  # for the reason that train keeps its session
 
 
 class Notes:
-    """What this rank has found, by stage, in a file; and which stage it is in."""
+    """The checks of this rank, in a file; and the stage that it is in, as its sign of life."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.file, self.found = folder / f"rank-{rank:05d}.json", {}
+        self.file = folder / f"rank-{rank:05d}.json"
+        self.content: dict[str, Any] = {"checks": [], "problem": None}
         self.heart = Heart(rank)
         self.heart.attach(folder)
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Within it, facts are put into what it gives; they count when it ends well."""
-        self.heart.beat(0, name)
-        facts, started = {}, time.perf_counter()
-        yield facts
-        self.tell(name, facts | {"seconds": time.perf_counter() - started})
+    def begin(self, stage: str) -> None:
+        self.heart.beat(0, stage)
 
-    def tell(self, name: str, facts: Any) -> None:
-        self.found[name] = facts
+    def add(self, *checks: Check) -> None:
+        self.content["checks"] += map(asdict, checks)
+        self._write()
+
+    def fail(self, error: Exception) -> None:
+        """Say in which way the stage has failed; the fix may be empty."""
+        self.content["problem"] = {"what": in_one_line(error), "fix": error.fix if isinstance(error, UserError) else ""}
+        self._write()
+
+    def _write(self) -> None:
         partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.found))
+        partial.write_text(json.dumps(self.content))
         partial.replace(self.file)
 
 
@@ -83,69 +84,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_parent()
     folder = Path((argv or sys.argv[1:])[0])
     place = topology.from_environment()
-    _print_to(folder / f"log-{place.rank:05d}.txt")
     notes = Notes(folder, place.rank)
     try:
-        _examine(Job(**json.loads((folder / "job.json").read_text())), place, folder, notes)
+        _examine(json.loads((folder / "job.json").read_text()), place, folder, notes)
     except Exception as error:  # whatever it is, it is a line of the report
         traceback.print_exc()
-        notes.tell("problem", _problem(error))
+        notes.fail(error)
         return EXIT_FAILED
     notes.heart.stop()
     return 0
 
 
-def _problem(error: Exception) -> dict[str, str]:
-    if isinstance(error, UserError):
-        return {"what": error.what, "fix": error.fix}
-    return {"what": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "fix": ""}
+def _examine(job: dict[str, Any], place: Topology, folder: Path, notes: Notes) -> None:
+    notes.begin("start")
+    line = parse(job["argv"], prog="manyrank doctor", launch=False)
+    config = resolve(line.recipe, line.overrides).config
+    device = _device(place)
+    if device.type == "cuda":
+        notes.add(_gpu_memory(device))
+    notes.begin("model")  # on all, so that a rank with fewer signs of life is one that is behind
+    if place.local_rank == 0:
+        from ...models.tiny import build
 
-
-def _print_to(file: Path) -> None:
-    """What libraries print here is not the report's."""
-    sys.stdout.flush()
-    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-
-
-def _examine(job: Job, place: Topology, folder: Path, notes: Notes) -> None:
-    line = parse(job.argv, prog="manyrank doctor", launch=False)
-    resolved, machine = resolve(line.recipe, line.overrides), hardware.probe()
-    with notes.stage("start") as facts:
-        here = _wait_for(folder / "machine.json", job.timeout)
-        _before_imports(here, folder)
-        from . import exchange
-        from . import step as doctor_step
-
-        device = _device(place, machine)
-        facts |= _torch_facts(device)
-    with notes.stage("model") as facts:
-        if place.local_rank == 0:
-            facts |= _read_model(resolved)
-            doctor_step.make_model(folder / "model")
+        notes.add(_model(config))
+        build(folder / "model", steps=0)
     if place.world_size > 1:
-        with notes.stage("process group") as facts:
-            facts["backend"] = exchange.meet(place, device, timeout=job.timeout)
-            facts["ranks"] = place.world_size
-        _compare(place, device, here, notes)
-    with notes.stage("output folder") as facts:
-        run = _make_folder(Path(job.run), place, facts)
-    if run is not None:
-        _train(job, resolved, place, folder, run, notes)
+        notes.begin("process group")
+        notes.add(_meet(place, device, timeout=job["timeout"]))
+    if place.nnodes > 1:
+        notes.begin("same on all")
+        notes.add(same(_gathered((socket.gethostname(), _facts(config)))[:: place.local_world_size]))
+    if place.world_size > 1:
+        notes.begin("all-reduce")
+        sizes = [_exchange(size, device) for size in (SMALL, LARGE_GPU if device.type == "cuda" else LARGE)]
+        notes.add(all_reduce(sizes, link=job["link"] if place.nnodes == 1 else None))
+    run = _from_rank_0(job["run"])
+    if run:
+        _train(config, job["strategy"], place, folder, Path(run), notes)
 
 
-def _before_imports(here: dict[str, Any], folder: Path) -> None:
-    """What the libraries read when they are imported. `hub`: without it, its client would try again and again."""
-    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
-    if not here["hub"]:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _device(place: Topology, machine: hardware.Hardware) -> torch.device:
+def _device(place: Topology) -> torch.device:
     import torch
 
-    if not machine.gpus:
+    if not hardware.probe().gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
@@ -154,128 +135,246 @@ def _device(place: Topology, machine: hardware.Hardware) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def _torch_facts(device: torch.device) -> dict[str, Any]:
+def _gpu_memory(device: torch.device) -> Check:
     import torch
 
-    facts = {"host": socket.gethostname(), "torch": torch.__version__, "device": str(device)}
-    if device.type == "cuda":
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        facts |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "nccl": nccl}
-    return facts
+    free, size = torch.cuda.mem_get_info(device)
+    name, seen = f"GPU {device.index}", f"{gib(free)} of {gib(size)} free"
+    if free < FREE * size:
+        fix = "see nvidia-smi for who uses it, and end that, or choose others by CUDA_VISIBLE_DEVICES"
+        return warning(name, seen, fix, free=free, size=size)
+    return ok(name, seen, free=free, size=size)
 
 
-def _wait_for(file: Path, seconds: float) -> dict[str, Any]:
-    """What the command writes, at once, about its machine."""
-    end = time.monotonic() + seconds
-    while not file.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    return json.loads(file.read_text())
-
-
-# The model
-
-
-def _read_model(resolved: Resolved) -> dict[str, Any]:
-    """The recipe's config, tokenizer and weights, as this machine can read them."""
+def _model(config: TrainConfig) -> Check:
+    """Read the recipe's config, tokenizer and the headers of its weights, as this machine can."""
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    from ...checkpoint.resume import base_fingerprint
     from ...models.load import load_tokenizer
 
-    config = resolved.config
     name = config.model_name_or_path
     if name == EMBEDDED:
-        return {"name": name}
-    path = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not path.is_dir():
-        return {"name": name, "what": "there is no such folder", "fix": ""}
+        return ok("model", f"{name}: made when it is first used")
+    files = sorted(Path(name).expanduser().glob("*.safetensors"))
     try:
         kind = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).model_type
         tokens = len(load_tokenizer(config))
-        files = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")] if path.is_dir() else []
-        if path.is_dir() and not files:
-            return {"name": name, "what": "it has no weights", "fix": "it needs model*.safetensors"}
         for file in files:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    pass
+            with safe_open(file, "pt"):
+                pass
     except Exception as error:  # of any library: it is the model's line, and the rest goes on
-        return {"name": name, **_problem(error)}
-    digest = base_fingerprint(name, None) if files else None
+        fix = error.fix if isinstance(error, UserError) else "give a whole model, of a kind that transformers knows"
+        return failed("model", f"{name}: {in_one_line(error)}", fix)
     size = sum(file.stat().st_size for file in files)
-    return {"name": name, "kind": kind, "tokens": tokens, "bytes": size, "digest": digest}
+    return ok("model", f"{name}: {kind}, {tokens:,} tokens, {gib(size)} of safetensors in its folder", bytes=size)
 
 
-# Stages
+# All ranks together
 
 
-def _compare(place: Topology, device: torch.device, here: dict[str, Any], notes: Notes) -> None:
-    """The stages that need the others but no training."""
-    from . import exchange
+def _meet(place: Topology, device: torch.device, *, timeout: float) -> Check:
+    """Start the process group, as the training would.
 
-    with notes.stage("same software") as facts:
-        model = notes.found["model"] if place.local_rank == 0 else None
-        mine = {"rank": place.rank, **notes.found["start"], "machine": here, "model": model}
-        facts["machines"] = [told for told in exchange.gathered(mine) if told["model"] is not None]
-    leaders = [machine["rank"] for machine in facts["machines"]]
-    with notes.stage("all-reduce") as facts:
-        facts["all"] = exchange.exchanges(range(place.world_size), place.rank, device)
-        facts["machine"] = exchange.within_machines(leaders, place, device) if len(leaders) > 1 else None
-    with notes.stage("clocks") as facts:
-        facts["offsets"] = exchange.compare_clocks(leaders, place.rank)
+    Args:
+        timeout: seconds that a rank waits for the others.
+    """
+    import torch.distributed as dist
+
+    gpu = device.type == "cuda"
+    # With GPUs gloo, too: FSDP and offload send from host memory, and facts need no GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))
+    dist.barrier(device_ids=[place.local_rank] if gpu else None)
+    backend = "nccl" if gpu else "gloo"
+    return ok("process group", f"{place.world_size} ranks over {backend}", ranks=place.world_size, backend=backend)
 
 
-def _make_folder(wanted: Path, place: Topology, facts: dict) -> Path | None:
-    """A folder for the step, where the run's would be: rank 0 makes it, and every machine looks for it.
+def _gathered(value: Any) -> list[Any]:
+    """The value of every rank, by rank."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _from_rank_0(value: Any) -> Any:
+    import torch.distributed as dist
+
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _facts(config: TrainConfig) -> dict[str, str | None]:
+    """What must be the same on every machine: versions, recipe, model, and the data, whose path may differ."""
+    import torch
+
+    from ...checkpoint.resume import base_fingerprint
+
+    name, sources = config.model_name_or_path, [*config.data_path, *(config.eval_data_path or ())]
+    return {
+        **software().libraries,
+        **{key: str(value) for key, value in config.plain().items() if not key.endswith("data_path")},
+        **{f"data {number}": _digest(Path(source.path)) for number, source in enumerate(sources, 1)},
+        "manyrank": __version__,
+        "nccl": str(torch.cuda.nccl.version()) if torch.cuda.is_available() else None,
+        "model": base_fingerprint(name, None) if (Path(name).expanduser() / "config.json").is_file() else None,
+    }
+
+
+def _digest(path: Path) -> str:
+    """Sizes of a source's files, and a digest of their beginnings."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(b"%d" % file.stat().st_size + stream.read(HEAD_BYTES))
+    return f"{sum(file.stat().st_size for file in files):,} bytes, {digest.hexdigest()[:12]}"
+
+
+def same(machines: Sequence[tuple[str, dict[str, str | None]]]) -> Check:
+    """Compare the facts of all machines, whose ranks run one program together."""
+    (host, first), *others = machines
+    differ = [
+        f"{name} is {fact} on {host} and {facts.get(name)} on {other}"
+        for other, facts in others
+        for name, fact in first.items()
+        if fact != facts.get(name)
+    ]
+    if differ:
+        fix = "give every machine the same versions, recipe, data and model"
+        return failed("same on all", "; ".join(differ), fix)
+    seen = f"versions, recipe, data and model on {len(machines)} machines"
+    return ok("same on all", seen, machines=[host for host, _ in machines])
+
+
+def _exchange(size: int, device: torch.device) -> dict[str, Any]:
+    """All-reduce one size: checked once, then timed; the least time of the slowest rank counts.
 
     Returns:
-        The folder; None where it cannot be made, or a machine does not see it.
+        bytes, ranks, wrong (ranks with a wrong sum), seconds, and bus_bandwidth: bytes a second that each rank sends
+        and receives in a ring.
     """
-    from .exchange import from_main, gathered
+    import torch
+    import torch.distributed as dist
 
-    problem = None
-    if place.is_main:
-        try:
-            wanted.mkdir()
-            (wanted / "token").write_text("written by rank 0")
-        except OSError as error:
-            problem = f"{error.strerror}: {error.filename}"
-    run, problem = from_main((str(wanted), problem))
-    facts |= {"folder": str(Path(run).parent), "problem": problem, "blind": []}
-    if problem:
-        return None
-    seen = gathered((socket.gethostname(), _sees(Path(run))))
-    facts["blind"] = sorted({host for host, sees in seen if not sees})
-    return None if facts["blind"] else Path(run)
-
-
-def _sees(run: Path) -> bool:
-    end = time.monotonic() + SEEN_SECONDS
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError):
-            if (run / "token").read_text() == "written by rank 0":
-                return True
-        time.sleep(0.2)
-    return False
+    count, least, end = dist.get_world_size(), math.inf, EXCHANGE_SECONDS
+    pattern = torch.arange(size // 4, device=device, dtype=torch.float32) % 251
+    values = pattern + dist.get_rank()
+    dist.all_reduce(values)
+    wrong = torch.tensor(float(not torch.equal(values, count * pattern + count * (count - 1) / 2)), device=device)
+    dist.all_reduce(wrong)
+    values.zero_()
+    for _ in range(REPEATS):
+        took = torch.tensor(_timed(values, device), device=device)
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        least, end = min(least, took.item()), end - took.item()
+        if end < 0:  # on all ranks alike
+            break
+    bus = size / least * 2 * (count - 1) / count
+    return {"bytes": size, "ranks": count, "wrong": int(wrong.item()), "seconds": least, "bus_bandwidth": bus}
 
 
-def _train(job: Job, resolved: Resolved, place: Topology, folder: Path, run: Path, notes: Notes) -> None:
-    from . import step as doctor_step
+def _timed(values: torch.Tensor, device: torch.device) -> float:
+    import torch
+    import torch.distributed as dist
 
-    config = doctor_step.step_config(
-        resolved.config, strategy=job.strategy, model=folder / "model", world_size=place.world_size
-    )
-    bf16 = hardware.computes_in_bf16(config.bf16, hardware.probe())
-    with notes.stage("step") as facts:
-        session, found = doctor_step.take_steps(config, place, run, bf16=bf16)
-        _KEPT.append(session)
-        facts |= found
-    with notes.stage("save and load") as facts:
-        facts |= doctor_step.load_and_repeat(session)
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+    started = time.perf_counter()
+    dist.all_reduce(values)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
-_KEPT: list[object] = []  # for the reason that train keeps its session
+def all_reduce(sizes: Sequence[dict[str, Any]], *, link: float | None) -> Check:
+    """Check sums and bandwidth.
+
+    Args:
+        link: bytes a second of the link between the GPUs of this machine, by its maker; None: nothing to compare with.
+    """
+    name, (small, large), figures = "all-reduce", sizes, {"sizes": list(sizes), "link": link}
+    wrong = max(small["wrong"], large["wrong"])
+    if wrong:
+        fix = "try NCCL_P2P_DISABLE=1, then NCCL_IB_DISABLE=1, to find the link that is broken; test that hardware"
+        return failed(name, f"the sum is wrong on {wrong} ranks", fix, **figures)
+    bus = large["bus_bandwidth"]
+    seen = f"{large['ranks']} ranks, {large['bytes'] >> 20} MiB: {speed(bus)} on the bus"
+    seen += f"; {small['bytes'] >> 10} KiB: {small['seconds'] * 1e6:,.0f} us"
+    if not link:
+        return ok(name, seen, **figures)
+    seen += f"; {bus / link:.0%} of the GPUs' link, {speed(link)}"
+    if bus < PART_OF_LINK * link:
+        fix = "see with NCCL_DEBUG=INFO which way it takes, in `nvidia-smi topo -m` how the GPUs are linked, and who else uses them"
+        return warning(name, seen, fix, **figures)
+    return ok(name, seen, **figures)
+
+
+# A real training, as small as it can be
+
+
+def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, run: Path, notes: Notes) -> None:
+    """Take two steps with a checkpoint after each, and the second step once more from the first checkpoint."""
+    from ...checkpoint.resume import from_main
+    from ...runs import folder as run_folder
+    from ...training.run import open_session
+
+    notes.begin("step")
+    small = _small_config(config, strategy, folder / "model", place.world_size)
+    bf16 = hardware.computes_in_bf16(small.bf16, hardware.probe())
+    session = open_session(small, place, output_dir=run, bf16=bf16)
+    _KEPT.append(session)
+    session.run()
+    facts, main = session.runtime.facts().as_dict(), session.accelerator
+    losses = from_main(main, lambda: [entry["loss"] for entry in read_metrics(run)])
+    notes.add(step(losses, facts, f"{small.method}, {strategy}"))
+    notes.begin("save and load")
+    first = run_folder.find(run, str(run / "checkpoint-1")).folder
+    main.wait_for_everyone()  # the next save replaces what every rank has just read
+    session.trainer.control.should_training_stop = False
+    session.trainer.resume(first)
+    session.trainer.train()
+    again, tensors = from_main(main, lambda: (read_metrics(run)[-1]["loss"], _tensors(first)))
+    notes.add(save_and_load(losses[-1], again, tensors, facts))
+
+
+def _small_config(config: TrainConfig, strategy: str, model: Path, world_size: int) -> TrainConfig:
+    """The recipe's way of training, on the small model and the project's sample."""
+    values = SMALL_RUN | {key: getattr(config, key) for key in ("method", "bf16", "optim")}
+    values |= {"model_name_or_path": str(model), "strategy": strategy}
+    values |= {"per_device_train_batch_size": 2, "global_batch_size": 2 * world_size}
+    return resolve("verify", [Entry(key, value, "the doctor's step") for key, value in values.items()]).config
+
+
+def _tensors(checkpoint: Path) -> int:
+    from safetensors import safe_open
+
+    return sum(len(safe_open(file, "pt").keys()) for file in checkpoint.glob("*model*.safetensors"))
+
+
+def step(losses: Sequence[float], facts: dict[str, Any], what: str) -> Check:
+    """Check that two steps were taken, and say what came up."""
+    precision = "bf16" if facts["precision"] == "bf16" else "float32"
+    seen = f"{what} as {facts['wrapper']} on {counted(facts['world_size'], 'rank')}, {precision}: loss "
+    seen += ", then ".join(f"{loss:.4f}" for loss in losses)
+    figures = {key: facts[key] for key in ("wrapper", "distributed_type", "world_size", "precision")}
+    if len(losses) < STEPS or not all(map(math.isfinite, losses)):
+        return failed("step", seen, "compare with one process: manyrank verify", losses=list(losses), **figures)
+    return ok("step", seen, losses=list(losses), **figures)
+
+
+def save_and_load(loss: float, again: float, tensors: int, facts: dict[str, Any]) -> Check:
+    """Check that the checkpoint has every tensor, and that the step from it has the loss that it had before."""
+    name, fix, expected = "save and load", "compare with one process: manyrank verify", facts["trainable_tensors"]
+    figures = {"tensors": tensors, "loss": again}
+    if tensors != expected:
+        return failed(name, f"the checkpoint has {tensors} of {expected} tensors", fix, **figures)
+    if not abs(again - loss) / max(1.0, loss) <= LOSS_DIFFERENCE[facts["precision"]]:
+        what = f"the step from the checkpoint has loss {again:.4f}, and had {loss:.4f} before it"
+        return failed(name, what, fix, **figures)
+    return ok(name, f"{tensors} tensors; the step from them gives the same loss", **figures)
 
 
 if __name__ == "__main__":

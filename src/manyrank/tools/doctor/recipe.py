@@ -1,251 +1,167 @@
-"""What `manyrank doctor` finds of a recipe on one machine: its data and weights, the hub, W&B. `checks` judges it.
+"""Check a recipe on this machine: its rules, plan, data, what it needs of the hub, and the disk that its run fills. No torch.
 
-Nothing is downloaded here, and nothing waits for a network longer than HUB_SECONDS. No torch.
+Nothing is downloaded here, and nothing waits for a network longer than HUB_SECONDS.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
+import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from ...config.resolve import TrainConfig
 from ...config.schema import DataSource
 from ...data.sources import HUB_NAME
-from ...errors import UserError
-from ...models.tiny import EMBEDDED, default_folder
+from ...errors import UserError, UserErrors
+from ...models.model_facts import find_facts
+from ...models.spec import Architecture
+from ...models.tiny import EMBEDDED
+from ...plan.command import read_model
+from ...plan.planned_run import PlannedRun
+from ...plan.planner import Plan, Verdict
+from ...plan.view import summary
 from ...rules import check as rules
+from ...rules.context import RunContext
+from . import machine
+from .checks import Check, failed, ok, warning
 
-T = TypeVar("T")
-
-HUB_SECONDS = 3.0  # that one question to the hub may take
-HEAD_BYTES = 1 << 20  # of a data file that are compared between machines
-
-
-@dataclass(frozen=True)
-class Data:
-    """One source of rows as this machine sees it.
-
-    Attributes:
-        format_type: of its first good row; None where it was not read: `problem`, or on the hub.
-        size: bytes; digest: of the first HEAD_BYTES, or of the names and sizes of a folder's files.
-    """
-
-    path: str
-    format_type: str | None = None
-    size: int = 0
-    digest: str = ""
-    on_hub: bool = False
-    problem: str = ""
-    fix: str = ""
+HUB_SECONDS = 4.0
+FATAL = ("wandb-without-login",)  # a warning of the rules that ends a run where nobody can answer
 
 
-def data(config: TrainConfig) -> list[Data]:
-    """Every source of the recipe; the first rows of what is on this machine are read as the training reads them."""
-    return [_data(source, config) for source in (*config.data_path, *(config.eval_data_path or ()))]
-
-
-def _data(source: DataSource, config: TrainConfig) -> Data:
-    path = Path(source.path)
-    if not path.exists() and _may_be_on_hub(path):
-        return Data(source.path, on_hub=True)
+def rules_and_files(context: RunContext) -> list[Check]:
+    """Check what `manyrank train` checks before it starts: the rules, template, model, and the data of this machine."""
+    problems: tuple[UserError, ...] = ()
+    context = _without_hub_data(context)
     try:
-        format_type = rules.check_data(source, config)
-        return Data(source.path, format_type, *_size_and_digest(path))
-    except (UserError, OSError) as error:
-        known = isinstance(error, UserError)
-        return Data(source.path, problem=str(error.what if known else error), fix=error.fix if known else "")
+        rules.check(context, warn=False)
+    except UserError as error:
+        problems = error.problems if isinstance(error, UserErrors) else (error,)
+    checks = [failed("recipe", f"{problem.where}: {problem.what}", problem.fix) for problem in problems]
+    with contextlib.suppress(UserError):  # is among the problems
+        for broken in rules.violations(context):
+            if broken.rule.severity == "warning" and broken.rule.name not in context.config.ignore_warnings:
+                make = failed if broken.rule.name in FATAL else warning
+                checks.append(make("recipe", f"{broken.where}: {broken.what}", broken.rule.fix))
+    return checks or [ok("recipe", "no rule is against it, and its data and model can be read")]
 
 
-def _may_be_on_hub(path: Path) -> bool:
-    return bool(HUB_NAME.fullmatch(str(path))) and not path.suffix
+def _without_hub_data(context: RunContext) -> RunContext:
+    config = context.config
+    local = {
+        key: [source for source in getattr(config, key) or () if not _is_on_hub(source)]
+        for key in ("data_path", "eval_data_path")
+    }
+    return context.with_options(**local)
 
 
-def _size_and_digest(path: Path) -> tuple[int, str]:
-    if path.is_file():
-        with path.open("rb") as file:
-            return path.stat().st_size, hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
-    inside = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
-    return sum(inside.values()), hashlib.sha256(repr(sorted(inside.items())).encode()).hexdigest()
+def planned(plan: Plan | None) -> Check:
+    """Check whether the recipe fits on the GPUs, by the plan."""
+    if plan is None:
+        return ok("memory plan", "made for GPUs alone, and for models that are known here")
+    seen, needed = summary(plan), plan.chosen.memory.needed
+    if plan.chosen.verdict == Verdict.FITS:
+        return ok("memory plan", seen, needed=needed)
+    fix = "see `manyrank plan` for what fits: fewer tokens, gradient_checkpointing, qlora, more GPUs"
+    make = failed if plan.chosen.verdict == Verdict.TOO_BIG else warning
+    return make("memory plan", seen, fix, needed=needed)
 
 
-# Weights
-
-
-def weights(config: TrainConfig) -> dict[str, tuple[int, ...]] | None:
-    """The shape of each tensor of the model, by name; None where it is not in a folder of safetensors here."""
-    from safetensors import SafetensorError, safe_open
-
-    shapes = {}
-    name = config.model_name_or_path
-    folder = default_folder() if name == EMBEDDED else Path(name).expanduser()
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        try:
-            with safe_open(file, "np") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-        except (OSError, SafetensorError):
-            return None
-    return shapes or None
-
-
-def loaded_bytes(shapes: dict[str, tuple[int, ...]] | None, *, bf16: bool) -> int | None:
-    """What the base takes in memory, in 16 or 32 bits."""
-    return None if shapes is None else (2 if bf16 else 4) * sum(map(math.prod, shapes.values()))
-
-
-def checkpoint_bytes(config: TrainConfig, shapes: dict[str, tuple[int, ...]]) -> int:
-    """About what one checkpoint takes: of each trained number its float32 value and the two moments of AdamW."""
-    if config.method == "full":
-        return 12 * sum(map(math.prod, shapes.values()))
-    adapted = [shape for name, shape in shapes.items() if _gets_adapter(name, shape, config)]
-    return 12 * config.lora_r * sum(map(sum, adapted))
-
-
-def run_bytes(config: TrainConfig, shapes: dict[str, tuple[int, ...]]) -> int:
-    """About what a whole run takes: the checkpoints that it keeps, the one that it writes, and final_model."""
-    one = checkpoint_bytes(config, shapes)
-    return one * ((config.save_total_limit or 1) + 1 if config.save_steps else 0) + one // 3
-
-
-def _gets_adapter(name: str, shape: tuple[int, ...], config: TrainConfig) -> bool:
-    module = name.removesuffix(".weight")
-    if len(shape) != 2 or module == name:
-        return False
-    if config.lora_target_modules == "all-linear":
-        return not any(part in module for part in ("embed", "lm_head"))
-    return module.rpartition(".")[2] in config.lora_target_modules
+def _sources(context: RunContext) -> list[DataSource]:
+    return [*context.config.data_path, *(context.config.eval_data_path or ())]
 
 
 # The hub
 
 
-@dataclass(frozen=True)
-class HubAnswer:
-    """What the hub said of one name. `problem`: refused or unknown; without one and not `reached`: no answer."""
-
-    name: str
-    kind: str  # "model" or "dataset"
-    reached: bool
-    cached: bool = False  # its config is in the cache; of data sets not known
-    size: int | None = None  # bytes of the files
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Hub:
-    """The login on the hub, and its answers for the names that the recipe needs from there."""
-
-    has_token: bool
-    user: str | None
-    offline: bool  # HF_HUB_OFFLINE
-    answers: tuple[HubAnswer, ...]
-
-
-def hub_names(config: TrainConfig, found: list[Data]) -> list[tuple[str, str]]:
+def hub_names(context: RunContext) -> list[tuple[str, str]]:
     """What the recipe needs from the hub, as (name, kind)."""
-    model = config.model_name_or_path
+    model = context.config.model_name_or_path
     local = model == EMBEDDED or Path(model).expanduser().is_dir() or model.startswith((".", "/", "~"))
-    return ([] if local else [(model, "model")]) + [(entry.path, "dataset") for entry in found if entry.on_hub]
+    data = [(source.path, "dataset") for source in _sources(context) if _is_on_hub(source)]
+    return ([] if local else [(model, "model")]) + data
 
 
-def hub(names: list[tuple[str, str]]) -> Hub:
-    """Ask for all names at once; nothing is asked when there are none."""
+def _is_on_hub(source: DataSource) -> bool:
+    path = Path(source.path)
+    return not path.exists() and bool(HUB_NAME.fullmatch(source.path)) and not path.suffix
+
+
+def hub(names: list[tuple[str, str]]) -> Check:
+    """Ask the hub for every name; a gated or unknown one is refused."""
     from huggingface_hub import constants, get_token
 
-    token, offline = get_token(), constants.HF_HUB_OFFLINE
-    if not names or offline:
-        answers = (HubAnswer(name, kind, reached=False, cached=_is_cached(name)) for name, kind in names)
-        return Hub(bool(token), None, offline, tuple(answers))
-    asked = [_asked(lambda name=name, kind=kind: _ask_hub(name, kind)) for name, kind in names]
-    who = _asked(_user) if token else None
-    silent = (HubAnswer(name, kind, reached=False, cached=_is_cached(name)) for name, kind in names)
-    answers = tuple(answer(otherwise) for answer, otherwise in zip(asked, silent))
-    return Hub(bool(token), who(None) if who else None, offline, answers)
+    answers: list[str | None] = []
+    if not constants.HF_HUB_OFFLINE:
+        asking = threading.Thread(target=lambda: answers.extend(_ask_hub(*name) for name in names), daemon=True)
+        asking.start()
+        asking.join(HUB_SECONDS)
+    token = "with a token" if get_token() else "without a token"
+    refused = [f"{name}: {answer}" for (name, _), answer in zip(names, answers) if answer]
+    if refused:
+        fix = "check the name, accept the terms on its page, and run: hf auth login"
+        return failed("hub", "; ".join(refused), fix, reached=True)
+    if len(answers) < len(names) or None in answers:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "it does not answer"
+        missing = [name for name, kind in names if kind == "dataset" or not find_facts(name)]
+        needed = f"needed from it: {', '.join(missing)}" if missing else "the model is in the cache"
+        fix = "connect, or load it before: hf download" if missing else "set HF_HUB_OFFLINE=1 to not wait for it"
+        return warning("hub", f"{why}; {needed}", fix, reached=False)
+    return ok("hub", f"answers {token}: {', '.join(name for name, _ in names)}", reached=True)
 
 
-def _user() -> str | None:
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().whoami()["name"]
-    except Exception:  # no network, or a token that the hub does not know; the names' own answers tell which
-        return None
-
-
-def _ask_hub(name: str, kind: str) -> HubAnswer:
+def _ask_hub(name: str, kind: str) -> str | None:
+    """What the hub has against a name: empty for nothing, None where it does not answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    cached = _is_cached(name)
     try:
-        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-        found = ask(name, timeout=HUB_SECONDS, files_metadata=True)
-    except (HfHubHTTPError, HFValidationError) as error:  # it answered; a gated or unknown name is among these
-        return HubAnswer(name, kind, reached=True, cached=cached, problem=" ".join(str(error).split()))
+        (HfApi().model_info if kind == "model" else HfApi().dataset_info)(name, timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError) as error:
+        return " ".join(str(error).split())
     except Exception:  # what its client raises without a network: of httpx, of the system
-        return HubAnswer(name, kind, reached=False, cached=cached)
-    return HubAnswer(name, kind, reached=True, cached=cached, size=sum(file.size or 0 for file in found.siblings))
+        return None
+    return ""
 
 
-def _is_cached(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
-        return False
+# Memory and disks
 
 
-def _asked(work: Callable[[], T]) -> Callable[[T], T]:
-    """Start `work` in a thread. The result waits for it, and gives its argument instead when that takes too long."""
-    results: list[T] = []
-    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
-    thread.start()
-
-    def result(otherwise: T) -> T:
-        thread.join(HUB_SECONDS + 0.5)
-        return results[0] if results else otherwise
-
-    return result
-
-
-def hub_cache() -> Path:
+def memory_and_disks(context: RunContext, names: list[tuple[str, str]]) -> list[Check]:
+    """Check host memory, the run's disk, and the disk of the hub's cache where something is to come."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
+    shape, gpus = _shape(context), context.gpus
+    weights = (2 if context.bf16 else 4) * shape.parameters if shape else 0
+    run, cache = machine.existing(context.output_dir), machine.existing(Path(constants.HF_HUB_CACHE))
+    one = checkpoint_bytes(context, shape) if shape else 0
+    fix = "free some, or choose another --output_dir, or lower save_total_limit"
+    checks = [
+        machine.memory(machine.host_memory(), processes=context.nproc, weights=weights, gpus=gpus),
+        machine.disk(
+            "disk", run, machine.space_at(run), fix, need=run_bytes(context, one) if shape else None, least=one
+        ),
+    ]
+    if gpus and context.nproc > 1:
+        checks.append(machine.shared_memory(machine.space_at(Path("/dev/shm")), processes=context.nproc))
+    if any(kind == "dataset" or not find_facts(name) for name, kind in names):
+        fix = "free some, or set HF_HOME to a larger disk"
+        need = 2 * shape.parameters if shape and names[0][1] == "model" else None
+        checks.append(machine.disk("hub cache", cache, machine.space_at(cache), fix, need=need))
+    return checks
 
 
-# W&B
+def _shape(context: RunContext) -> Architecture | None:
+    with contextlib.suppress(UserError):
+        return read_model(context.config.model_name_or_path)
+    return None
 
 
-@dataclass(frozen=True)
-class Wandb:
-    """Where the key for W&B is (an environment variable or a file), the server it is for, and WANDB_MODE."""
-
-    key_in: str | None
-    server: str
-    mode: str
+def checkpoint_bytes(context: RunContext, shape: Architecture) -> int:
+    """About what one checkpoint takes: of each trained number its float32 value and the two moments of AdamW."""
+    return 12 * PlannedRun(context, shape).trainable
 
 
-def wandb() -> Wandb:
-    """Look for a key where the wandb package looks; it is not tried."""
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    places = [name for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE") if os.environ.get(name)]
-    return Wandb(next(iter([*places, *_netrc(server)]), None), server, os.environ.get("WANDB_MODE", "online"))
-
-
-def _netrc(server: str) -> Iterator[str]:
-    from wandb.errors import AuthenticationError
-    from wandb.sdk.lib.wbauth import read_netrc_auth
-
-    try:
-        if read_netrc_auth(host=server):
-            yield "netrc"
-    except AuthenticationError:  # a key of a wrong form
-        return
+def run_bytes(context: RunContext, one: int) -> int:
+    """About what a run takes: the checkpoints that it keeps, the one that it writes, and final_model."""
+    config = context.config
+    return one * ((config.save_total_limit or 1) + 1 if config.save_steps else 0) + one // 3

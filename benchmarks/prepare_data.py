@@ -1,6 +1,6 @@
 """How fast conversations become masked tokens, and lengths packs: tables of medians.
 
-    python tests/bench_data.py [ROWS.jsonl]        rows with "question" and "answer"; the sample, repeated, without
+    python benchmarks/prepare_data.py [ROWS.jsonl]        rows with "question" and "answer"; the sample, repeated, without
 
 What transformers needs for the same text and tokens, without any mask, is the measure. Both take turns in one process.
 """
@@ -88,8 +88,8 @@ def preparing(numbers: tuple[int, ...] = (25_000, 50_000, 100_000)) -> None:
             file = Path(folder) / "rows.jsonl"
             with file.open("w", encoding="utf-8") as lines:
                 for index in range(number):
-                    (asked, told), row = chats[index % len(chats)], f"{index}: "
-                    lines.write(json.dumps({"question": row + asked["content"], "answer": told["content"]}) + "\n")
+                    (question, answer), row = chats[index % len(chats)], f"{index}: "
+                    lines.write(json.dumps({"question": row + question["content"], "answer": answer["content"]}) + "\n")
             environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache", "MANYRANK_BENCH_ROWS": str(file)}
             started = time.perf_counter()
             subprocess.run([sys.executable, __file__, "--prepare"], env=environment, check=True, capture_output=True)

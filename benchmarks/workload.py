@@ -1,4 +1,4 @@
-"""The workload of the benchmarks: a random model of Qwen's kind, a tokenizer for it, and chats to train on.
+"""Make the workload of the benchmarks: a random Qwen3 model, a tokenizer for it, and chats to train on.
 
 FOLDER/model/        Qwen3, hidden 256, 6 layers, 32,768 tokens; random weights: speed does not depend on them
 FOLDER/rows.jsonl    chats from GSM8K and Alpaca where somebody has put them beside the checkout, else the sample's
@@ -11,11 +11,11 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..models.tiny import CHAT_TEMPLATE, END, START, STOP
-from ..project_files import asset
+from manyrank.models.tiny import CHAT_TEMPLATE, END, START, STOP
+from manyrank.project_files import asset
 
 BESIDE = ("gsm8k_train.jsonl", "alpaca_en_demo.json")  # files of DATA, mixed half and half
-DATA = asset("..", "shared", "data")
+DATA = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 32_768
 SHAPE = dict(
     hidden_size=256,
@@ -69,9 +69,9 @@ def _rows(file: Path) -> list[dict]:
 
 
 def _chat(row: dict) -> list[dict]:
-    asked = row.get("question") or "\n".join(filter(None, (row.get("instruction"), row.get("input"))))
-    told = row["answer"] if "answer" in row else row["output"]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    question = row.get("question") or "\n".join(filter(None, (row.get("instruction"), row.get("input"))))
+    answer = row["answer"] if "answer" in row else row["output"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _tokenizer(texts: Iterable[str]):

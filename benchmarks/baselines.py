@@ -1,8 +1,8 @@
-"""Who takes part in the benchmark: this project, with each trick switched off in turn, trl's SFTTrainer, and bare loops.
+"""The baselines of the speed benchmark: this project with each optimization off in turn, trl's SFTTrainer, and bare loops.
 
-    python -m manyrank.tools.bench.contenders NAME FOLDER OUT --steps N      one round, in a process of its own; OUT/RANK.json at the end
+    python benchmarks/baselines.py NAME FOLDER OUT --steps N      one round in its own process; writes OUT/RANK.json
 
-All see the same rows in the same order, the same model, adapters and optimizer, and count real tokens only.
+All of them train on the same rows in the same order, with the same model, adapters and optimizer, and count real tokens only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ...topology.gpus import computes_in_bf16, probe
+from manyrank.topology.gpus import computes_in_bf16, probe
 
 BATCH, LENGTH, RATE = 8, 512, 1e-3  # rows (or packs) to a step over all processes, tokens at most, learning rate
 STARTED = "MANYRANK_BENCH_STARTED"  # when the round's process was started, in seconds since 1970
@@ -57,9 +57,9 @@ class Round:
 
 
 def config(folder: Path, **more):
-    from ...config.resolve import Entry, resolve
+    from manyrank.config.resolve import Entry, resolve
 
-    given = {
+    values = {
         "model_name_or_path": str(folder / "model"),
         "data_path": str(folder / "rows.jsonl"),
         "max_length": LENGTH,
@@ -69,12 +69,12 @@ def config(folder: Path, **more):
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
     }
-    return resolve(None, [Entry(key, value, "bench") for key, value in (given | more).items()]).config
+    return resolve(None, [Entry(key, value, "bench") for key, value in (values | more).items()]).config
 
 
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:
-    from ...topology import ranks as topology
-    from ...training.run import open_session
+    from manyrank.topology import ranks as topology
+    from manyrank.training.run import open_session
 
     chosen = config(folder, max_steps=steps, **more)
     bf16 = computes_in_bf16(chosen.bf16, probe())
@@ -82,8 +82,8 @@ def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], lis
         session = open_session(chosen, topology.from_environment(), output_dir=Path(output), bf16=bf16)
         session.trainer.handler.add_callback(_timer(clock))
         session.trainer.train()
-        mine = session.accelerator.is_main_process  # these are the tokens of all processes
-        tokens = [session.trainer.loader.step(number).tokens if mine else 0 for number in range(steps)]
+        main = session.accelerator.is_main_process  # these are the tokens of all processes
+        tokens = [session.trainer.loader.step(number).tokens if main else 0 for number in range(steps)]
         return tokens, [line["loss"] for line in session.trainer.state.log_history]
 
 
@@ -156,7 +156,7 @@ def bare(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, set_seed
 
-    from ...models.attention import use_packed_attention
+    from manyrank.models.attention import use_packed_attention
 
     _, rows = _rows(folder, steps)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -196,8 +196,8 @@ def _rows(folder: Path, steps: int) -> tuple[object, list[tuple[list[int], list[
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     file = folder / f"rows-{steps}.json"
     if not file.exists():
-        from ...data.dataset import prepare
-        from ...data.loader import epoch_order
+        from manyrank.data.dataset import prepare
+        from manyrank.data.loader import epoch_order
 
         recipe = config(folder)
         examples = prepare(recipe.data_path, tokenizer, recipe, needed=steps * BATCH)
@@ -218,7 +218,7 @@ def _padded(rows):
 
 
 def _packed(rows):
-    from ...data.loader import side_by_side
+    from manyrank.data.loader import side_by_side
 
     micro = side_by_side([{"input_ids": ids, "labels": labels, "source": "", "row": 0} for ids, labels in rows])
     return micro.inputs | {"logits_to_keep": micro.positions}, micro.targets
@@ -237,8 +237,8 @@ def _timer(clock: Clock):
     return Timer()
 
 
-Contender = Callable[[Path, int, Clock], tuple[list[int], list[float]]]
-CONTENDERS: dict[str, Contender] = {
+Baseline = Callable[[Path, int, Clock], tuple[list[int], list[float]]]
+BASELINES: dict[str, Baseline] = {
     "dataset": partial(ours, packing="dataset"),
     "step": ours,
     "step -head": partial(ours, plain_parts=["head"]),
@@ -260,7 +260,7 @@ CONTENDERS: dict[str, Contender] = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("name", choices=BASELINES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, help="folder for what each rank measured")
     parser.add_argument("--steps", type=int, default=12)
@@ -271,16 +271,16 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     clock = Clock()
     more = dict(setting.split("=", 1) for setting in options.set)
-    tokens, losses = CONTENDERS[options.name](options.folder, options.steps, clock, **more)
+    tokens, losses = BASELINES[options.name](options.folder, options.steps, clock, **more)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = asdict(Round(clock, tokens, losses, peak))
-    (options.out / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+    measured = asdict(Round(clock, tokens, losses, peak))
+    (options.out / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(measured))
 
 
 def read(out: Path) -> list[Round]:
     """What the processes of a round have written, by rank."""
-    found = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
-    return [Round(Clock(**values.pop("clock")), **values) for values in found]
+    rounds = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+    return [Round(Clock(**values.pop("clock")), **values) for values in rounds]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""`manyrank bench --gpu`: real architectures with random weights made on the GPU, so that nothing is downloaded.
+"""Speed and memory of real architectures on a GPU, with random weights made there, so that nothing is downloaded.
 
-    python -m manyrank.tools.bench.gpu_bench CASE [--toy]      one case, in a process of its own; a line of JSON at the end
+    python benchmarks/gpu.py [--toy]             all cases as a table; --toy: tiny ones on the CPU, to try the script
+    python benchmarks/gpu.py --case N [--toy]    one case in its own process; prints one line of JSON
 
 Every step is one micro-batch of packed documents through the very modules that a training uses. FLOPs are those that
 LoRA needs: 4 for each weight of the layers and token (no gradient of a frozen weight), of the head for supervised tokens
@@ -20,11 +21,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from ...errors import EXIT_FAILED
-from ...models.catalog import known
-from ...models.spec import from_config
-from ...plan import memory
-from ...plan.planned_run import Setup
+from manyrank.config.resolve import Resolved
+from manyrank.errors import EXIT_FAILED
+from manyrank.models.catalog import known
+from manyrank.models.spec import from_config
+from manyrank.plan import memory
+from manyrank.plan.planned_run import PlannedRun
+from manyrank.rules.context import RunContext
+from manyrank.topology.gpus import Gpu, Hardware, probe
+from manyrank.topology.strategies import default_strategy
 
 MARK = "CASE "
 BUDGET = 9 * 60  # seconds for all cases
@@ -107,7 +112,7 @@ class Bench:
 
     @cached_property
     def config(self):
-        from ...config.resolve import Entry, resolve
+        from manyrank.config.resolve import Entry, resolve
 
         given = {
             "model_name_or_path": self.case.model,
@@ -146,11 +151,11 @@ class Bench:
     def _steps(self, base, rows) -> Iterator[tuple[float, float]]:
         from accelerate import Accelerator
 
-        from ...data.loader import side_by_side
-        from ...models.load import with_adapters
-        from ...parallel.engine import prepare
-        from ...training.loss import TokenLoss
-        from ...training.optim import build_optimizer
+        from manyrank.data.loader import side_by_side
+        from manyrank.models.load import with_adapters
+        from manyrank.parallel.engine import prepare
+        from manyrank.training.loss import TokenLoss
+        from manyrank.training.optim import build_optimizer
 
         accelerator = Accelerator(mixed_precision="bf16", cpu=self.toy)
         model = with_adapters(base, self.config)
@@ -245,7 +250,10 @@ class Bench:
             }
         )
         shape = from_config(self._shape(), name=self.case.model)
-        parts = memory.estimate(Setup(config, shape, "single", gpu=not self.toy)).parts
+        gpus = () if self.toy else (Gpu("this one", 0, (9, 0)),)
+        machine = Hardware(gpus, cpu_cores=1, cpu_bf16=True)
+        context = RunContext(Resolved(config), default_strategy(1), 1, 1, machine)
+        parts = memory.estimate(PlannedRun(context, shape)).parts
         return sum(size for name, size in parts.items() if name not in ("context", "slack"))
 
     def _shape(self) -> dict:
@@ -333,41 +341,50 @@ def row(case: Case, found: Figures, first: Figures) -> str:
 
 
 def run(cases: Sequence[Case] = CASES, *, toy: bool) -> int:
-    """All cases, each line printed as it is known; a case that fails or comes too late is said."""
-    began, first, code = time.monotonic(), {}, 0
+    """Print a line for each case when it ends; a case that fails or runs out of time gets a line that says so.
+
+    Returns:
+        The exit code.
+    """
+    end, first, code = time.monotonic() + BUDGET, {}, 0
     print(COLUMNS, flush=True)
     for case in cases:
-        left = BUDGET - (time.monotonic() - began)
-        argv = [
-            sys.executable,
-            "-m",
-            "manyrank.tools.bench.gpu_bench",
-            str(CASES.index(case)),
-            *(["--toy"] if toy else []),
-        ]
         try:
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=max(1, left))
-        except subprocess.TimeoutExpired:
-            print(f"{case.name:<34} no time left", flush=True)
-            code = EXIT_FAILED
-            continue
-        said = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        if done.returncode or not said:
-            print(f"{case.name:<34} FAILED: {(done.stderr.strip() or 'no message').splitlines()[-1][:160]}", flush=True)
-            code = EXIT_FAILED
-            continue
-        found = Figures(**json.loads(said[-1].removeprefix(MARK)))
-        print(row(case, found, first.setdefault((case.model, case.method), found)), flush=True)
+            found = in_own_process(case, toy=toy, seconds=end - time.monotonic())
+            line = row(case, found, first.setdefault((case.model, case.method), found))
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            late = isinstance(error, subprocess.TimeoutExpired)
+            line, code = f"{case.name:<34} {'no time left' if late else f'FAILED: {error}'}", EXIT_FAILED
+        print(line, flush=True)
     return code
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("case", type=int)
-    parser.add_argument("--toy", action="store_true")
+def in_own_process(case: Case, *, toy: bool, seconds: float) -> Figures:
+    """Measure a case in a new process.
+
+    Raises:
+        RuntimeError: it fails; subprocess.TimeoutExpired: it takes too long.
+    """
+    argv = [sys.executable, __file__, f"--case={CASES.index(case)}", *(["--toy"] if toy else [])]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=max(1, seconds))
+    printed = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not printed:
+        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1][:160])
+    return Figures(**json.loads(printed[-1].removeprefix(MARK)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="measure this one here, and print JSON")
+    parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, to try the script")
     options = parser.parse_args()
+    if not options.toy and not probe().gpus:
+        parser.error("there is no GPU here; add --toy to try it on the CPU")
+    if options.case is None:
+        return run(toy=options.toy)
     print(MARK + json.dumps(asdict(Bench(CASES[options.case], options.toy).measure())), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,6 @@
-"""What a checkpoint costs: python tests/bench_save.py [FOLDER]     (FOLDER: on the disk to measure, default: a temporary one)
+"""Measure what a checkpoint costs.
+
+    python benchmarks/save_checkpoint.py [FOLDER]      FOLDER: on the disk to measure (default: a temporary one)
 
 Table 1: the embedded model, LoRA r 16, one process: seconds of a step and of a save, and the share at save_steps 50.
 Table 2: a LoRA of 7B (Llama-2-7B's shapes, r 16 on all linear layers) with AdamW's moments, against writing and fsyncing

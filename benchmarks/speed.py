@@ -1,8 +1,11 @@
-"""`manyrank bench`: speed, memory, start-up and losses of this project, trl and bare loops, in one run on this machine.
+"""Compare speed, memory, start-up and losses of this project, trl and bare loops, in one run on this machine.
 
-Every round is a process of its own, and the contenders take turns, so that the noise of a shared machine meets all of
-them. Medians over the rounds are shown; the first steps of a round are left out. One thread of work for each process, but
-that this project reads the next step in another one, which CPU seconds count. GPUs are hidden; `--gpu` is for them.
+    python benchmarks/speed.py [--rounds N] [--steps N] [--only NAME,...] [--output FOLDER]       make bench
+    python benchmarks/speed.py --growth ...         what a step costs as rows, length and model grow
+
+Every round is a process of its own, and the baselines take turns, so that the noise of a shared machine meets all of
+them. The table has medians over the rounds, without the first steps of each. A process has one thread of work, except
+that this project reads the next step in another one, which CPU seconds count. GPUs are hidden; gpu.py is for them.
 """
 
 from __future__ import annotations
@@ -15,22 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 
-from ...config.args import Parser
-from ...errors import UserError
-from ...launch.command import CPU_VARIABLES
-from ...topology import gpus as hardware
-from ...training import workload
-from .contenders import CONTENDERS, STARTED, Round, read
+import baselines
+import workload
+from baselines import BASELINES, STARTED, Round
+
+from manyrank.launch.command import CPU_VARIABLES
 
 WARM_UP = 2  # steps
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 REFERENCE = "bare padded fp32"  # whose losses the others are compared with
-OTHER_ROWS = ("dataset", "trl packing")  # contenders whose steps have other rows
+OTHER_ROWS = ("dataset", "trl packing")  # baselines whose steps have other rows
 COLUMNS = (
     f"{'who':<24} {'tokens/CPU-s':>12} {'of step':>8} {'tokens/s':>9} {'start s':>8} {'peak GiB':>9} {'loss diff':>10}"
 )
@@ -38,10 +39,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table: who, on how many processes, and what else is in the environment."""
+    """One line of the table: a baseline, its processes, and what else is in the environment."""
 
     name: str
-    contender: str
+    baseline: str
     settings: tuple[str, ...] = ()  # KEY=VALUE of the recipe
     nproc: int = 1
     layers: int | None = None  # of the model; None: as usual
@@ -51,7 +52,7 @@ class Entry:
         head = [sys.executable]
         if self.nproc > 1:
             head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
-        argv = [*head, "-m", "manyrank.tools.bench.contenders", self.contender, str(folder), out, f"--steps={steps}"]
+        argv = [*head, baselines.__file__, self.baseline, str(folder), out, f"--steps={steps}"]
         return argv + [f"--set={setting}" for setting in self.settings]
 
     def environment(self) -> dict[str, str]:
@@ -77,7 +78,7 @@ class Line:
 
 
 ENTRIES = [
-    *(Entry(name, name) for name in CONTENDERS),
+    *(Entry(name, name) for name in BASELINES),
     Entry("step -malloc", "step", malloc=False),
     *(Entry(f"step {strategy} x2", "step", (f"strategy={strategy}",), nproc=2) for strategy in STRATEGIES),
     Entry("trl padding-free x2", "trl padding-free", nproc=2),
@@ -92,18 +93,20 @@ GROWTH = [
 
 
 def one_round(entry: Entry, folder: Path, steps: int) -> list[Round]:
-    """Run an entry once; the rounds of its processes.
+    """Run an entry once.
+
+    Returns:
+        The round of each process.
 
     Raises:
-        UserError: it failed.
+        RuntimeError: it failed; --only can leave it out.
     """
     with tempfile.TemporaryDirectory() as out:
         argv = entry.argv(folder, out, steps)
         done = subprocess.run(argv, capture_output=True, text=True, env=entry.environment())
-        rounds = read(Path(out))
+        rounds = baselines.read(Path(out))
     if done.returncode or len(rounds) != entry.nproc:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-        raise UserError(f"{entry.name} failed: {said[-1]}", where=" ".join(argv), fix="leave it out: --only")
+        raise RuntimeError(f"{entry.name} failed: {' '.join(argv)}\n{done.stdout}{done.stderr}")
     return rounds
 
 
@@ -159,22 +162,6 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join([COLUMNS, *map(row, lines)])
 
 
-def plot(lines: Sequence[Line]) -> str:
-    """Tokens per CPU-second as bars, an SVG picture."""
-    longest, height = max(line.per_cpu_second for line in lines), 22
-    bars = "".join(
-        f'<text x="190" y="{y + 15}" text-anchor="end">{escape(line.name)}</text>'
-        f'<rect x="198" y="{y + 3}" width="{line.per_cpu_second / longest * 400:.0f}" height="{height - 6}" fill="#2f74b5"/>'
-        f'<text x="{204 + line.per_cpu_second / longest * 400:.0f}" y="{y + 15}">{line.per_cpu_second:,.0f}</text>'
-        for y, line in ((30 + index * height, line) for index, line in enumerate(lines))
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{40 + len(lines) * height}" font-family="sans-serif" '
-        f'font-size="13"><rect width="100%" height="100%" fill="#fff"/><text x="198" y="20">real tokens per CPU-second</text>'
-        f"{bars}</svg>\n"
-    )
-
-
 def run(entries: Sequence[Entry], folders: dict[int | None, Path], *, rounds: int, steps: int) -> list[Line]:
     """All rounds, in turns, with the workload of each number of layers; a sign of life goes to stderr."""
     found: dict[str, list[list[Round]]] = {entry.name: [] for entry in entries}
@@ -185,18 +172,14 @@ def run(entries: Sequence[Entry], folders: dict[int | None, Path], *, rounds: in
     return [measured(entry.name, found[entry.name]) for entry in entries]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the table; write it, the figures as JSON and a picture into --output."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, and write it and its figures into --output."""
     options = _options(argv)
-    if options.gpu:
-        from . import gpu_bench
-
-        return gpu_bench.run(toy=options.toy)
     entries, name = (GROWTH, "growth") if options.growth else (options.only, "bench")
     with tempfile.TemporaryDirectory(prefix="manyrank-bench-") as temporary:
         folders = {entry.layers: Path(temporary) / str(entry.layers) for entry in entries}
-        said = [workload.build(folder, data=options.data, layers=layers) for layers, folder in folders.items()]
-        print(said[0], file=sys.stderr, flush=True)
+        described = [workload.build(folder, data=options.data, layers=layers) for layers, folder in folders.items()]
+        print(described[0], file=sys.stderr, flush=True)
         for entry in entries:
             one_round(entry, folders[entry.layers], options.steps)  # data is prepared before anything is measured
         lines = run(entries, folders, rounds=options.rounds, steps=options.steps)
@@ -205,47 +188,34 @@ def main(argv: Sequence[str]) -> int:
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / f"{name}.txt").write_text(text + "\n")
-        (options.output / f"{name}.svg").write_text(plot(lines))
         (options.output / f"{name}.json").write_text(json.dumps([asdict(line) for line in lines], indent=1))
     return 0
 
 
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    names = [entry.name for entry in ENTRIES]
-    parser = Parser(prog="manyrank bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each contender (default: 3)")
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=_at_least(1), default=3, help="rounds of each baseline (default: 3)")
     parser.add_argument(
-        "--steps", type=int, default=10, help=f"steps of a round; the first {WARM_UP} warm up (default: 10)"
+        "--steps", type=_at_least(WARM_UP + 1), default=10, help=f"steps of a round; {WARM_UP} warm up (default: 10)"
     )
-    parser.add_argument("--only", type=_chosen, default=ENTRIES, metavar="NAME,...", help="; ".join(names))
     parser.add_argument(
         "--data", type=Path, default=workload.DATA, help="folder with GSM8K and Alpaca (default: beside the checkout)"
     )
-    parser.add_argument("--output", type=Path, help="folder for bench.txt, bench.json and bench.svg")
-    parser.add_argument(
-        "--growth", action="store_true", help="instead: what a step costs as rows, length and model grow"
-    )
-    parser.add_argument("--gpu", action="store_true", help="instead: real architectures with random weights on a GPU")
-    parser.add_argument("--toy", action="store_true", help="with --gpu: tiny, on the CPU, to try it")
-    options = parser.parse_args(argv)
-    if options.gpu and not options.toy and not hardware.probe().gpus:
-        raise UserError("there is no GPU here", where="--gpu", fix="add --toy to try it on the CPU")
-    given = {
-        "--" + key
-        for key in ("rounds", "steps", "only", "data", "output")
-        if getattr(options, key) != parser.get_default(key)
-    }
-    wrong = given - {"--output"} if options.gpu and not options.output else given if options.gpu else set()
-    wrong |= {"--toy"} if options.toy and not options.gpu else set()
-    wrong |= {"--only"} & given if options.growth else set()
-    wrong |= {"--growth"} if options.growth and options.gpu else set()
-    if wrong:
-        raise UserError(
-            f"{', '.join(sorted(wrong))} does not go with the other options", where="command line", fix="leave it out"
-        )
-    if options.steps <= WARM_UP or options.rounds < 1:
-        raise UserError("nothing to measure", where="--rounds, --steps", fix=f"1 round, {WARM_UP + 1} steps, or more")
-    return options
+    parser.add_argument("--output", type=Path, help="folder for bench.txt and bench.json")
+    which = parser.add_mutually_exclusive_group()
+    names = "; ".join(entry.name for entry in ENTRIES)
+    which.add_argument("--only", type=_chosen, default=ENTRIES, metavar="NAME,...", help=names)
+    which.add_argument("--growth", action="store_true", help="what a step costs as rows, length and model grow")
+    return parser.parse_args(argv)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"at least {least}")
+        return int(text)
+
+    return parse
 
 
 def _chosen(text: str) -> list[Entry]:
@@ -254,3 +224,7 @@ def _chosen(text: str) -> list[Entry]:
     if not set(names) <= set(known):
         raise argparse.ArgumentTypeError(f"choose from {', '.join(known)}")
     return [known[name] for name in names]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

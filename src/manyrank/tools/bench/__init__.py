@@ -1,1 +1,0 @@
-"""Speed, memory and losses against trl and bare loops."""

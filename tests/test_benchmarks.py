@@ -1,0 +1,73 @@
+"""The benchmarks run, and their baselines train the same rows to the same losses. Their speeds are not judged here."""
+
+import json
+
+import gpu
+import pytest
+import speed
+
+
+@pytest.mark.nightly
+def test_the_baselines_train_the_same_rows_to_the_same_losses(tmp_path, capsys):
+    """One short round on the project's own sample, in one process and in two."""
+    names = "step fp32,trl fp32,bare padded fp32"
+    argv = ["--rounds=1", "--steps=3", f"--only={names}", f"--data={tmp_path}", f"--output={tmp_path / 'out'}"]
+    assert speed.main(argv) == 0
+    table = (tmp_path / "out" / "bench.txt").read_text()
+    assert len(table.splitlines()) == 4 and table in capsys.readouterr().out
+    lines = {line["name"]: line for line in json.loads((tmp_path / "out" / "bench.json").read_text())}
+    reference = lines["bare padded fp32"]
+    assert list(lines) == names.split(",")
+    assert len(reference["losses"]) == 3 and reference["losses"][0] > reference["losses"][-1] > 1
+    assert lines["step fp32"]["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+    assert lines["trl fp32"]["losses"] == pytest.approx(reference["losses"], abs=2e-3)  # logged with four digits
+    assert lines["step fp32"]["tokens"] == reference["tokens"] == lines["trl fp32"]["tokens"]
+    for line in lines.values():
+        assert line["start_up"] > 0.5 and line["peak"] > 2**28
+        # One core cannot do more in a second than in a CPU second; the reading thread and the clock's grain apart.
+        assert 0 < line["per_second"] < 1.5 * line["per_cpu_second"]
+
+    entry = speed.Entry("ddp", "step fp32", ("strategy=ddp",), nproc=2)
+    speed.workload.build(tmp_path, data=tmp_path)
+    two = speed.measured("ddp", [speed.one_round(entry, tmp_path, 3)])
+    assert two.losses == pytest.approx(lines["step fp32"]["losses"], abs=1e-5)
+    assert two.tokens == lines["step fp32"]["tokens"]
+
+
+@pytest.mark.parametrize("argv", [["--steps=2"], ["--rounds=0"], ["--only=nobody"], ["--growth", "--only=step"]])
+def test_wrong_options(argv):
+    with pytest.raises(SystemExit) as raised:
+        speed.main(argv)
+    assert raised.value.code == 2
+
+
+@pytest.mark.nightly
+def test_gpu_cases_run_at_toy_size():
+    """The script that measures a GPU: its optimizations change no loss beyond bf16's rounding, and NF4 is NF4."""
+    import bitsandbytes as bnb
+
+    def losses(case: gpu.Case) -> list[float]:
+        return gpu.Bench(case, toy=True).measure().losses
+
+    fast = losses(gpu.CASES[0])
+    plain = losses(gpu.Case("Llama-3.1-8B", "lora", 2, 4096, plain=("head", "lora", "attention")))
+    recomputed = losses(gpu.Case("Llama-3.1-8B", "lora", 2, 4096, "full"))
+    assert fast[0] > fast[-1]
+    assert fast == pytest.approx(plain, abs=0.02) and fast == pytest.approx(recomputed, abs=1e-5)
+    base = gpu.Bench(gpu.Case("Qwen2.5-7B", "qlora", 4, 1024), toy=True)._base()
+    layers = [module for module in base.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == 14 and all(layer.weight.quant_state.quant_type == "nf4" for layer in layers)
+
+
+@pytest.mark.nightly
+def test_each_gpu_case_is_a_line(capfd):
+    assert gpu.run(gpu.CASES[5:6], toy=True) == 0
+    head, line = capfd.readouterr().out.splitlines()
+    assert head.split()[0] == "case" and line.startswith("Qwen2.5-7B qlora 4x1024") and "%" in line
+    assert head.split()[-1] == "planned" and float(line.split()[-1]) >= 0
+
+
+def test_the_peak_of_a_gpu_case_is_planned():
+    case = next(case for case in gpu.CASES if case.model == "Llama-3.1-8B" and case.method == "lora")
+    planned = gpu.Bench(case, toy=False)._planned()
+    assert 55 * 2**30 < planned < 70 * 2**30  # 15 GiB of weights, 45 of activations
