@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
         UserError: an option or a name that cannot be.
     """
     options = _parser().parse_args(argv)
-    found = find(options.name)
-    if options.compare and not found.adapter:
+    model_source = find(options.name)
+    if options.compare and not model_source.adapter:
         raise UserError("there is no adapter to compare with its base", where=options.name, fix="leave --compare out")
     from ..models.generation import Sampling
     from ..models.inference import load_model, quiet, rendering_of
@@ -60,20 +60,20 @@ def main(argv: Sequence[str]) -> int:
     )
     quiet()
     model, tokenizer = load_model(
-        found,
+        model_source,
         quantization=options.quantization,
         dtype=options.dtype,
         chat_template=options.chat_template,
         trust_remote_code=options.trust_remote_code,
     )
     views = {"base": model.disable_adapter, "tuned": nullcontext} if options.compare else {"": nullcontext}
-    rendering = rendering_of(found)
+    rendering = rendering_of(model_source)
     models = {
         title: ChatModel(model, tokenizer, rendering, sampling, view, options.system) for title, view in views.items()
     }
     if sys.stdin.isatty():
-        adapter = f" with {found.adapter}" if found.adapter else ""
-        print(f"{found.base}{adapter}; /help lists the commands, Ctrl-D ends")
+        adapter = f" with {model_source.adapter}" if model_source.adapter else ""
+        print(f"{model_source.base}{adapter}; /help lists the commands, Ctrl-D ends")
     return Chat(models).run()
 
 
@@ -134,8 +134,8 @@ class ChatModel:
         """
         from ..models.generation import stream
 
-        asked = {"role": "user", "content": question}
-        prompt = self._prompt([*self.messages, asked])
+        turn = {"role": "user", "content": question}
+        prompt = self._prompt([*self.messages, turn])
         with self.view():
             answer = stream(
                 self.model,
@@ -148,7 +148,7 @@ class ChatModel:
                 number=len(self.turns) // 2,  # with the seed, it decides the draws
             )
         if text := self.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip():
-            self.turns += [asked, {"role": "assistant", "content": text}]
+            self.turns += [turn, {"role": "assistant", "content": text}]
         return answer
 
     def _prompt(self, messages: list[Message]) -> list[int]:

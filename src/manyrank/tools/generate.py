@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"{output} is there already", where="OUTPUT", fix="choose another name, or add --overwrite")
 
 
-def _run(options: argparse.Namespace, found: Artifact, prompts: list[Prompt], sampling: Sampling) -> int:
+def _run(options: argparse.Namespace, model_source: Artifact, prompts: list[Prompt], sampling: Sampling) -> int:
     """Complete what is not completed yet, until all is done or a signal comes.
 
     Returns:
@@ -131,18 +131,18 @@ def _run(options: argparse.Namespace, found: Artifact, prompts: list[Prompt], sa
 
     quiet()
     loading = {"chat_template": options.chat_template, "trust_remote_code": options.trust_remote_code}
-    tokenizer, rendering = tokenizer_of(found, **loading), rendering_of(found)
-    stops = stop_tokens(tokenizer, rendering, where=found.name)
-    context = context_of(found, trust_remote_code=options.trust_remote_code)
+    tokenizer, rendering = tokenizer_of(model_source, **loading), rendering_of(model_source)
+    stops = stop_tokens(tokenizer, rendering, where=model_source.name)
+    context = context_of(model_source, trust_remote_code=options.trust_remote_code)
     requests = [GenerationRequest.of(prompt, tokenizer, rendering, context) for prompt in prompts]
     if options.on_bad_row == "error":
         _refuse_problems(requests)
-    file = CompletionFile(options.output, _settings(options, found), overwrite=options.overwrite)
+    file = CompletionFile(options.output, _settings(options, model_source), overwrite=options.overwrite)
     file.add(request.record([]) for request in requests if request.problem)
     if len(file.rows) < len(requests):
         if file.rows:
             print(f"{len(file.rows):,} of {len(requests):,} rows are there already", file=sys.stderr)
-        model, _ = load_model(found, quantization=options.quantization, dtype=options.dtype, **loading)
+        model, _ = load_model(model_source, quantization=options.quantization, dtype=options.dtype, **loading)
         batches = _completed(model, tokenizer, requests, options, sampling, stops, skip=file.rows)
         stop = StopRequest()
         progress = tqdm(total=len(requests), initial=len(file.rows), unit="row")
@@ -202,12 +202,17 @@ def _refuse_problems(requests: Sequence[GenerationRequest]) -> None:
         raise UserError(what, where=where, fix="fix them, or add --on-bad-row skip")
 
 
-def _settings(options: argparse.Namespace, found: Artifact) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, model_source: Artifact) -> dict[str, Any]:
     """Everything that decides the completions: the options, and when the files that they name were changed."""
     settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
-    files = {"base": found.base, "adapter": found.adapter, "input": options.input, "template": options.chat_template}
+    files = {
+        "base": model_source.base,
+        "adapter": model_source.adapter,
+        "input": options.input,
+        "template": options.chat_template,
+    }
     versions = {name: _version(Path(file)) for name, file in files.items() if file and Path(file).exists()}
-    return settings | {"base": found.base, "adapter": str(found.adapter), "changed": versions}
+    return settings | {"base": model_source.base, "adapter": str(model_source.adapter), "changed": versions}
 
 
 def _version(path: Path) -> list[Any]:

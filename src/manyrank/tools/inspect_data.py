@@ -51,26 +51,26 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    shown = made.add_argument_group("what to show")
-    shown.add_argument(
+def _options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group("what to show")
+    group.add_argument(
         "--samples", type=_whole, default=3, metavar="N", help="examples to show of each side (default: 3)"
     )
-    shown.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page too")
-    return made
+    group.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page too")
+    return parser
 
 
 def _help() -> str:
-    made = _options(parser(PROG, launch=False))
-    made.usage = f"{PROG} RECIPE [--key value ...] [--samples N] [--html FILE]"
-    made.description = "Show what a recipe trains on: sources, lengths, bad rows, packing, and what is learned."
-    return made.format_help()
+    full = _options(parser(PROG, launch=False))
+    full.usage = f"{PROG} RECIPE [--key value ...] [--samples N] [--html FILE]"
+    full.description = "Show what a recipe trains on: sources, lengths, bad rows, packing, and what is learned."
+    return full.format_help()
 
 
-def _whole(given: str) -> int:
-    if not (given.isascii() and given.isdigit()):
-        raise argparse.ArgumentTypeError(f"{given!r} is not a count")
-    return int(given)
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+    return int(text)
 
 
 # The blocks of both views

@@ -80,10 +80,10 @@ def main(argv: Sequence[str]) -> int:
         UserError: a name, folder or type that cannot be.
     """
     options = _parser().parse_args(argv)
-    found, output = _checked(options)
+    model_source, output = _checked(options)
     try:
         report = merge(
-            found,
+            model_source,
             output,
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
@@ -119,28 +119,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checked(options: argparse.Namespace) -> tuple[Artifact, Path]:
-    """What to merge and where to, with all that can be refused before anything is loaded."""
+    """Find what to merge and where to write it; refuse what can be refused before anything is loaded."""
     if options.tolerance is not None and not (0 <= options.tolerance < math.inf):
         raise UserError(f"a tolerance of {options.tolerance}", where="--tolerance", fix="give a number from 0")
     if not re.fullmatch(r"[1-9]\d*\s*[KMG]i?B", options.max_shard_size.strip(), re.IGNORECASE):
         what = f"{options.max_shard_size!r} is no size"
         raise UserError(what, where="--max-shard-size", fix="write it like 5GB or 500MB")
-    found = find(options.name, base=options.base)
-    if not found.adapter and not found.run:
+    model_source = find(options.name, base=options.base)
+    if not model_source.adapter and not model_source.run:
         raise UserError(
             "there is no adapter to merge", where=options.name, fix="name a run, a checkpoint or an adapter"
         )
-    if not options.output and not found.run:
+    if not options.output and not model_source.run:
         raise UserError(
             "no output directory", where=f"{options.name} is not in a run's folder", fix="give --output DIR"
         )
-    output = (options.output or found.run / "merged").expanduser()
+    output = (options.output or model_source.run / "merged").expanduser()
     check_output(output, overwrite=options.overwrite, mark=MARK, option="--output")
-    return found, output
+    return model_source, output
 
 
 def merge(
-    found: Artifact,
+    model_source: Artifact,
     output: Path,
     *,
     dtype: str | None = None,
@@ -165,24 +165,24 @@ def merge(
     from . import logits, merging
 
     quiet()
-    model, tokenizer = load_stored(found, trust_remote_code=trust_remote_code)
-    own = merging.stored_in(model.get_base_model() if found.adapter else model)
+    model, tokenizer = load_stored(model_source, trust_remote_code=trust_remote_code)
+    own = merging.stored_in(model.get_base_model() if model_source.adapter else model)
     wanted = DTYPES[dtype] if dtype else own
     name = str(wanted).removeprefix("torch.")
     before = logits.logits(model, ids := logits.sample_ids(tokenizer))
-    effect = _effect(model, before, ids) if found.adapter else None
-    model = merging.merged(model, own, wanted) if found.adapter else merging.in_dtype(model, own, wanted)
+    effect = _effect(model, before, ids) if model_source.adapter else None
+    model = merging.merged(model, own, wanted) if model_source.adapter else merging.in_dtype(model, own, wanted)
     size = sum(tensor.nbytes for tensor in model.parameters())
     _check_room(output, size)
     with written_beside(output, overwrite=overwrite, mark=MARK, option="--output") as partial:
-        merging.save(model, tokenizer, partial, max_shard_size=max_shard_size, rendering=rendering_of(found))
+        merging.save(model, tokenizer, partial, max_shard_size=max_shard_size, rendering=rendering_of(model_source))
         del model  # so that the weights are never in memory twice
         gc.collect()
         model = _load_result(partial, trust_remote_code)
         report = Report(
             output=str(output),
-            base=found.base,
-            adapter=str(found.adapter) if found.adapter else None,
+            base=model_source.base,
+            adapter=str(model_source.adapter) if model_source.adapter else None,
             dtype=name,
             bytes=size,
             files=len(list(partial.glob("*.safetensors"))),
@@ -199,7 +199,7 @@ def merge(
 
 
 def _effect(model: PeftModel, before: torch.Tensor, ids: torch.Tensor) -> float:
-    """By how much the adapter changes a logit, at most."""
+    """The largest difference that the adapter makes to a logit."""
     from . import logits
 
     with model.disable_adapter():

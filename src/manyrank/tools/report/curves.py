@@ -123,8 +123,8 @@ def _draw(chart: Chart, axes: Axes) -> None:
         axes.axhline(chart.level[1], color=INK, linewidth=1, linestyle=":")
     if chart.from_zero and axes.dataLim.y0 >= 0:
         axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(_tick)
     axes.yaxis.set_major_formatter(_tick)
     axes.set_xlabel("step", loc="right", color=SOFT, size=12)
