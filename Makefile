@@ -8,6 +8,7 @@ NPROC    ?=
 ARGS     ?=
 RUN      ?= output/$(RECIPE)
 KILLS    ?= 50
+JOBS     ?= 2
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: setup train plan test test-nightly test-slurm test-faults doctor verify chat merge bench bench-gpu bench-data bench-save lint audit help clean
@@ -33,8 +34,8 @@ chat: setup  ## talk to what RUN has trained: ARGS="--compare"
 merge: setup  ## RUN's adapter into its base: ARGS="--dtype bfloat16"
 	manyrank merge $(RUN) $(ARGS)
 
-test: setup  ## every test that needs no GPU
-	pytest -m "not nightly" $(ARGS)
+test: setup  ## every test that needs no GPU; JOBS= processes, a core each
+	pytest -n $(JOBS) --dist loadfile -m "not nightly" $(ARGS)
 
 test-nightly: setup  ## what takes minutes each: random kills, stories, benchmarks
 	pytest -m nightly $(ARGS)

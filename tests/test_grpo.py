@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -206,13 +205,13 @@ def test_a_signal_saves_and_ends_with_75(sft, tmp_path):
     assert whole.code == 0, whole.stderr
     folder = tmp_path / "b"
     metrics = folder / "logs" / "metrics.jsonl"
-    with subprocess.Popen([*command, f"--output_dir={folder}"], cwd=ROOT, stdout=subprocess.DEVNULL) as job:
-        end = time.monotonic() + 200
-        while not (metrics.exists() and metrics.read_text()):
-            assert time.monotonic() < end and job.poll() is None
-            time.sleep(0.05)
-        job.send_signal(signal.SIGTERM)
-    assert job.returncode == 75
+    job = warm.start([*command, f"--output_dir={folder}"], cwd=ROOT)
+    end = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < end and job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 75
     assert [
         entry["event"] for entry in map(json.loads, (folder / "logs" / "history.jsonl").read_text().splitlines())
     ] == [

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm
 from conftest import ROOT, launch
 
 from manyrank.runs import folder as run_folder
@@ -21,9 +22,7 @@ from manyrank.training import watchdog
 def running(folder, *args, steps=2):
     """`manyrank train` after its first steps."""
     argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}", "--logging_steps=1"]
-    process = subprocess.Popen(
-        [*argv, "--max_steps=5000", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = warm.start([*argv, "--max_steps=5000", *args], cwd=ROOT)
     log = folder / "logs" / "metrics.jsonl"
     try:
         wait_until(lambda: (log.exists() and log.read_text().count("\n") >= steps) or process.poll() is not None)
@@ -49,8 +48,10 @@ def saved_step(folder) -> int:
     return json.loads((saved / "trainer_state.json").read_text())["global_step"]
 
 
-def workers(process) -> list[psutil.Process]:
-    return [p for p in psutil.Process(process.pid).children(recursive=True) if "manyrank.train" in p.cmdline()]
+def workers(folder) -> dict[int, psutil.Process]:
+    """The processes of a run by rank, as their signs of life name them."""
+    beats = watchdog.beats(folder / "logs" / "heartbeats")
+    return {beat.rank: psutil.Process(beat.pid) for beat in beats if psutil.pid_exists(beat.pid)}
 
 
 @pytest.mark.parametrize(
@@ -69,18 +70,16 @@ def test_a_signal_saves_and_exits_with_75(embedded_model, tmp_path, number, rece
         if receiver == "launcher":
             process.send_signal(number)
         else:
-            by_rank = {p.environ()["RANK"]: p for p in workers(process)}
-            by_rank["1"].send_signal(number)
+            workers(folder)[1].send_signal(number)
         assert process.wait(60) == 75, process.communicate()
-        assert not workers_alive(folder)
+        wait_until(lambda: not workers_alive(folder), seconds=5)
     lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
     assert saved_step(folder) == len(lines) == json.loads(lines[-1])["step"]
     assert not (folder / "final_model").exists()
 
 
 def workers_alive(folder) -> list[psutil.Process]:
-    found = [p for p in psutil.process_iter(["cmdline"]) if f"--output_dir={folder}" in (p.info["cmdline"] or [])]
-    return [p for p in found if "manyrank.train" in p.info["cmdline"] and p.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in workers(folder).values() if process.status() != psutil.STATUS_ZOMBIE]
 
 
 SLEEPER = """
@@ -128,7 +127,8 @@ def test_a_second_interrupt_stops_at_once(embedded_model, tmp_path, monkeypatch)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
-    assert not run_folder.checkpoints(folder) and not workers_alive(folder)
+    assert not run_folder.checkpoints(folder)
+    wait_until(lambda: not workers_alive(folder), seconds=5)
 
 
 @pytest.mark.parametrize("seconds", [0.3, 2.0])

@@ -3,11 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+import warm
 from conftest import ROOT, launch
 
 from manyrank.runs import folder as run_folder
@@ -113,7 +113,7 @@ def test_sigterm_saves_and_exits_with_75(embedded_model, tmp_path):
         "--max_steps=5000",
         "--logging_steps=1",
     ]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.start(argv, cwd=ROOT)
     log = folder / "logs" / "metrics.jsonl"
     for _ in range(600):
         if log.exists() and log.read_text().count("\n") >= 2:

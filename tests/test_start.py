@@ -30,7 +30,7 @@ from manyrank.training.watchdog import Heart, Watchdog
 def test_workers_end_with_a_launcher_that_is_killed(embedded_model, tmp_path, args):
     folder = tmp_path / "run"
     with running(folder, "--strategy=ddp", "--nproc=2", *args) as process:
-        assert len(workers(process)) == 2
+        assert len(workers(folder)) == 2
         process.kill()
         wait_until(lambda: not workers_alive(folder), seconds=10)
     steps = (folder / "logs" / "metrics.jsonl").read_text().count("\n")
@@ -38,23 +38,32 @@ def test_workers_end_with_a_launcher_that_is_killed(embedded_model, tmp_path, ar
     assert (folder / "logs" / "metrics.jsonl").read_text().count("\n") == steps
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.1, 0.2])
-@pytest.mark.parametrize("via", ["torchrun", "accelerate"])
+def by_command_line(folder: Path) -> list[psutil.Process]:
+    """The workers of a run, also before they give signs of life."""
+    found = [p for p in psutil.process_iter(["cmdline"]) if f"--output_dir={folder}" in (p.info["cmdline"] or [])]
+    return [p for p in found if "manyrank.train" in p.info["cmdline"] and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize(
+    ("via", "seconds"), [("torchrun", 0.0), ("torchrun", 0.1), ("accelerate", 0.05), ("accelerate", 0.2)]
+)
 def test_workers_that_have_just_been_started_end_with_their_launcher(embedded_model, tmp_path, via, seconds):
     """While they still import."""
     folder = tmp_path / "run"
     argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}", "--max_steps=5000"]
     options = ["--strategy=ddp", "--nproc=2"] if via == "torchrun" else ["--strategy=single"]
     process = subprocess.Popen([*argv, *options, f"--via={via}"], cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_until(lambda: workers(process))
+    wait_until(lambda: by_command_line(folder))
     time.sleep(seconds)
     process.kill()
     process.wait()
-    wait_until(lambda: not workers_alive(folder), seconds=10)
+    wait_until(lambda: not by_command_line(folder), seconds=10)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.1, 0.2, 0.4])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "seconds"),
+    [*((signal.SIGUSR1, 75, wait) for wait in (0.0, 0.1, 0.4)), *((signal.SIGINT, 130, wait) for wait in (0.05, 0.2))],
+)
 def test_a_signal_while_the_command_becomes_the_worker(embedded_model, tmp_path, seconds, number, code):
     argv = [
         sys.executable,
@@ -91,7 +100,7 @@ BARE = {
 def test_workers_end_with_a_launcher_that_the_user_called(embedded_model, tmp_path, launcher):
     folder = tmp_path / "run"
     options = [f"--output_dir={folder}", "--logging_steps=1", "--max_steps=5000"]
-    process = subprocess.Popen([sys.executable, *BARE[launcher], "-m", "manyrank.train", "verify", *options], cwd=ROOT)
+    process = warm.start([sys.executable, *BARE[launcher], "-m", "manyrank.train", "verify", *options], cwd=ROOT)
     try:
         wait_until(lambda: (folder / "logs" / "metrics.jsonl").exists() or process.poll() is not None)
         assert process.poll() is None and workers_alive(folder)
@@ -144,7 +153,7 @@ def test_of_two_identical_commands_one_trains(embedded_model, tmp_path):
     folder = tmp_path / "run"
     argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}", "--logging_steps=1"]
     argv += ["--strategy=ddp", "--nproc=2", "--max_steps=4", "--save_steps=1"]
-    both = [subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "12"]
+    both = [warm.start(argv, cwd=ROOT) for _ in "12"]
     errors = [process.communicate(timeout=200)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
     (refused,) = [error for process, error in zip(both, errors) if process.returncode == 2]
@@ -161,9 +170,7 @@ def test_a_resume_beside_a_running_run_is_refused_at_the_launch(embedded_model, 
     with running(folder, "--strategy=single"):
         owner = json.loads((folder / run_folder.LOCK).read_text())
         argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}"]
-        again = subprocess.run(
-            [*argv, "--resume_from_checkpoint=auto"], capture_output=True, text=True, cwd=ROOT, timeout=60
-        )
+        again = warm.run([*argv, "--resume_from_checkpoint=auto"], cwd=ROOT, timeout=60)
         assert again.returncode == 2 and f"pid {owner['pid']}" in again.stderr
         assert is_running(owner["pid"])
 

@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -104,13 +105,73 @@ def run(
     Raises:
         ValueError: the command is not one of PROGRAMS, or needs an interpreter of its own.
     """
-    if program(argv) is None or not (capture_output and text):
+    if not (capture_output and text):
+        raise ValueError("the output of a warm process is captured as text")
+    process = start(argv, cwd=cwd, env=env)
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise subprocess.TimeoutExpired(argv, timeout, out, err) from None
+    return subprocess.CompletedProcess(argv, process.returncode, *process.communicate())
+
+
+def start(argv: Sequence[str], *, cwd: object = None, env: dict | None = None) -> "Process":
+    """As `subprocess.Popen` with captured text, in a process that is forked from the server.
+
+    Raises:
+        ValueError: the command is not one of PROGRAMS, or needs an interpreter of its own.
+    """
+    if program(argv) is None:
         raise ValueError(f"a warm process cannot run {argv}")
-    return _server().run(argv, str(cwd or Path.cwd()), dict(os.environ if env is None else env), timeout)
+    env = dict(os.environ if env is None else env)
+    for key in AT_IMPORT:
+        if env.get(key) != ENVIRONMENT.get(key):
+            raise ValueError(f"{key} is read by imports: start a new interpreter")
+    return Process(_server(), argv, str(cwd or Path.cwd()), env)
+
+
+class Process:
+    """A started process, with the methods of Popen that the tests use. Its command line is that of the server."""
+
+    def __init__(self, server: "_Server", argv: Sequence[str], cwd: str, env: dict) -> None:
+        self.argv, self.server = argv, server
+        self.folder = tempfile.TemporaryDirectory(prefix="warm-")
+        self.out, self.err = Path(self.folder.name, "out"), Path(self.folder.name, "err")
+        request = {"argv": list(argv), "cwd": cwd, "env": env, "out": str(self.out), "err": str(self.err)}
+        self.number, self.pid = server.start(request)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.server.codes.get(self.number)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        with self.server.news:
+            if not self.server.news.wait_for(lambda: self.returncode is not None, timeout):
+                raise subprocess.TimeoutExpired(self.argv, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.out.read_text(), self.err.read_text()
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 class _Server:
-    """The client's side: one request at a time, as a line of JSON each way."""
+    """The client's side: requests and answers are lines of JSON; a thread reads the answers."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -122,24 +183,27 @@ class _Server:
             start_new_session=True,
         )
         atexit.register(self.process.stdin.close)
+        self.count, self.news = 0, threading.Condition()
+        self.pids: dict[int, int] = {}
+        self.codes: dict[int, int] = {}
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def run(self, argv: Sequence[str], cwd: str, env: dict, timeout: float) -> subprocess.CompletedProcess:
-        for key in AT_IMPORT:
-            if env.get(key) != ENVIRONMENT.get(key):
-                raise ValueError(f"{key} is read by imports: start a new interpreter")
-        with tempfile.TemporaryDirectory(prefix="warm-") as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            request = {"argv": list(argv), "cwd": cwd, "env": env, "out": str(out), "err": str(err)}
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            pid = int(self.process.stdout.readline())
-            expired = threading.Event()
-            late = threading.Timer(timeout, lambda: (expired.set(), os.killpg(pid, signal.SIGKILL)))
-            late.start()
-            code = int(self.process.stdout.readline())
-            late.cancel()
-            if expired.is_set():
-                raise subprocess.TimeoutExpired(argv, timeout, out.read_text(), err.read_text())
-            return subprocess.CompletedProcess(argv, code, out.read_text(), err.read_text())
+    def _listen(self) -> None:
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            with self.news:
+                self.pids |= {answer["number"]: answer["pid"]} if "pid" in answer else {}
+                self.codes |= {answer["number"]: answer["code"]} if "code" in answer else {}
+                self.news.notify_all()
+
+    def start(self, request: dict) -> tuple[int, int]:
+        with self.news:
+            self.count += 1
+            number = self.count
+            print(json.dumps(request | {"number": number}), file=self.process.stdin, flush=True)
+            if not self.news.wait_for(lambda: number in self.pids, timeout=120):
+                raise TimeoutError("the server of warm processes does not answer")
+            return number, self.pids[number]
 
 
 _SERVERS: list[_Server] = []
@@ -152,7 +216,7 @@ def _server() -> _Server:
 
 
 def serve() -> None:
-    """Fork a process for each line of standard input, until that ends; answer with its pid, and then with its exit code."""
+    """Fork a process for each line of standard input, until that ends; answer with its pid, and with its code at its end."""
     # As `manyrank` sets them before its imports; and a pool of threads does not survive a fork.
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     answers = os.fdopen(os.dup(1), "w")
@@ -168,13 +232,29 @@ def serve() -> None:
     gc.freeze()
     subprocess._fork_exec, os.execv = _fork_or_exec, _execv
     sys.path.remove(str(Path(__file__).parent))
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            _become(request)
-        print(pid, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+    ends, end = os.pipe()
+    os.set_blocking(end, False)
+    signal.set_wakeup_fd(end)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: dict[int, int] = {}  # number of the request by pid
+    rest = b""
+    while True:
+        ready = select.select([0, ends], [], [])[0]
+        if ends in ready:
+            os.read(ends, 4096)
+            while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                answer = {"number": running.pop(ended[0]), "code": os.waitstatus_to_exitcode(ended[1])}
+                print(json.dumps(answer), file=answers, flush=True)
+        if 0 in ready:
+            if not (read := os.read(0, 2**16)):
+                return
+            *lines, rest = (rest + read).split(b"\n")
+            for request in map(json.loads, lines):
+                pid = os.fork()
+                if not pid:
+                    _become(request)
+                running[pid] = request["number"]
+                print(json.dumps({"number": request["number"], "pid": pid}), file=answers, flush=True)
 
 
 def _become(request: dict) -> None:
