@@ -100,7 +100,8 @@ BARE = {
 def test_workers_end_with_a_launcher_that_the_user_called(embedded_model, tmp_path, launcher):
     folder = tmp_path / "run"
     options = [f"--output_dir={folder}", "--logging_steps=1", "--max_steps=5000"]
-    process = warm.start([sys.executable, *BARE[launcher], "-m", "manyrank.train", "verify", *options], cwd=ROOT)
+    # Not a warm process: a worker looks at the command line of what started it.
+    process = subprocess.Popen([sys.executable, *BARE[launcher], "-m", "manyrank.train", "verify", *options], cwd=ROOT)
     try:
         wait_until(lambda: (folder / "logs" / "metrics.jsonl").exists() or process.poll() is not None)
         assert process.poll() is None and workers_alive(folder)
