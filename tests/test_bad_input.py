@@ -14,8 +14,10 @@ from manyrank.errors import UserError
 from manyrank.launch import command as launcher
 from manyrank.project_files import asset
 from manyrank.rules import check as rules
+from manyrank.rules.context import RunContext
 from manyrank.topology import gpus as hardware
 from manyrank.topology.gpus import Hardware
+from manyrank.topology.strategies import STRATEGIES
 
 DATA = str(asset("data", "sample.jsonl"))
 CPU = Hardware((), 4, False)
@@ -27,7 +29,7 @@ def entries(**v):
 
 def check(**v):
     r = resolve(None, entries(**({"model_name_or_path": "embedded", "data_path": DATA} | v)))
-    rules.check(rules.RunContext(r, "single", 1, 1, CPU))
+    rules.check(RunContext(r, STRATEGIES["single"], 1, 1, CPU))
 
 
 def write(p, t):

@@ -90,7 +90,7 @@ def test_values(refused, key, value):
 
 
 def test_choices_are_listed(refused):
-    assert "'fsdp'" in refused("quickstart", "--strategy", "fsdpp")[0]
+    assert " fsdp, " in refused("quickstart", "--strategy", "fsdpp")[0]
     assert "alpaca," in refused("quickstart", "--format-type", "alpacca")[0]
 
 

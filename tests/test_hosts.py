@@ -124,11 +124,12 @@ def test_an_elastic_run_goes_on_alone(pair, slow, long_run, tmp_path):
 
 
 def test_two_machines_that_are_stopped_and_started_again(pair, slow, long_run, tmp_path):
-    """What a cluster does that takes a machine away: SIGTERM to one, then the same command on both."""
+    """What a cluster does that takes a job's machines away: SIGTERM to all, then the same command on all."""
     args, env = slow
     running = [host.train(*args, "--via=torchrun", **env) for host in pair]
     wait_for_steps(tmp_path / "run", 5)
-    running[1].send_signal(signal.SIGTERM)
+    for process in running:
+        process.send_signal(signal.SIGTERM)
     for process in running:
         code, said = finished(process)
         assert code == 75, said

@@ -72,7 +72,12 @@ def test_plain_accelerate_launch(whole_run, tmp_path):
     [
         ("hsdp", 2, [], "it has a parallelism_config"),
         ("hsdp", 2, ["--strategy=fsdp"], "it has a parallelism_config"),
-        ("fsdp", 4, ["--strategy=hsdp", "--hsdp_shard_size=2"], "mesh of processes is (), not (2, 2)"),
+        (
+            "fsdp",
+            4,
+            ["--strategy=hsdp", "--hsdp_shard_size=2"],
+            "accelerate started mesh of processes (), but the recipe asks for (2, 2)",
+        ),
         ("hsdp", 2, ["--strategy=hsdp"], "hsdp with one copy of the model, on 2 processes"),
     ],
 )
