@@ -36,6 +36,7 @@ class Job:
     launch: LaunchPlan
     file: Path
     content: str
+    note: str | None = None  # for who writes or hands it in
 
     @property
     def argv(self) -> tuple[str, ...]:
@@ -59,7 +60,7 @@ def main(line: CommandLine) -> int:
     """
     job = prepare(line)
     if line.where.print or line.where.check:
-        print(job.text() if line.where.print else "", end="")
+        print(job.text() if line.where.print else f"{job.launch}\n", end="")
         return 0
     if line.job.submit and not shutil.which("sbatch"):
         raise UserError("there is no sbatch on this machine", where="submit", fix="run it where the cluster is reached")
@@ -69,8 +70,8 @@ def main(line: CommandLine) -> int:
     except OSError as error:
         what = f"cannot write {job.file}: {error.strerror}"
         raise UserError(what, where="output_dir", fix="choose another --output_dir") from None
-    if note := _note(line):
-        print(note, file=sys.stderr)
+    if job.note:
+        print(job.note, file=sys.stderr)
     print(f"written: {job.file}")
     print(_submit(job) if line.job.submit else f"submit:  {shlex.join(job.argv)}")
     return 0
@@ -110,13 +111,12 @@ def prepare(line: CommandLine) -> Job:
         expandable=resolved.config.expandable_segments,
     )
     files = folder / LAUNCH_FOLDER
-    return Job(launch, files / "job.sbatch", _script(line, launch, machine, command, files))
+    return Job(launch, files / "job.sbatch", _script(line, launch, machine, command, files), _note(resolved, line))
 
 
-def _note(line: CommandLine) -> str | None:
+def _note(resolved: Resolved, line: CommandLine) -> str | None:
     """What to say of a strategy of auto, which needs the GPUs to be decided."""
-    config = resolve(line.recipe, line.overrides).config
-    if config.strategy or line.job.gpus == 0 or line.where.nproc == line.where.nnodes == 1:
+    if resolved.config.strategy or line.job.gpus == 0 or line.where.nproc == line.where.nnodes == 1:
         return None
     advice = "`manyrank plan --gpu KIND` says what fits"
     return f"note: strategy auto is ddp in a job, whose GPUs are not known here; {advice}"

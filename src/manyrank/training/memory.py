@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,8 +39,8 @@ def plan_run(
         return None
     strategy = STRATEGIES[config.strategy] if config.strategy else _active_strategy(accelerator)
     resolved = Resolved(config.model_copy(update={"bf16": bf16}))
-    context = RunContext(resolved, strategy, place.local_world_size, place.world_size, gpus.probe())
-    context = replace(context, launched=strategy_files.from_environment())
+    nproc, launched = place.local_world_size, strategy_files.from_environment()
+    context = RunContext(resolved, strategy, nproc, place.world_size, gpus.probe(), launched=launched)
     run = PlannedRun(context, shape)
     return planner.settled(run, _least_memory(accelerator) if run.gpu else None)
 
