@@ -16,7 +16,7 @@ from manyrank.data.prompts import read_prompts
 from manyrank.data.sources import Source
 from manyrank.errors import UserError
 from manyrank.tools import generate as generation
-from manyrank.tools.generate import CompletionFile
+from manyrank.tools.generate import CompletionFile, GenerateOptions
 
 DATA = ROOT / "data" / "validation.jsonl"
 SHORT = ["--dtype=float32", "--max-new-tokens=16"]
@@ -98,7 +98,7 @@ def test_completions_of_another_model_or_input_are_never_mixed(embedded_model, t
     model = tmp_path / "model"
     shutil.copytree(embedded_model, model)
     given, out = write(tmp_path / "in.jsonl", {"question": "How?"}), tmp_path / "out.jsonl"
-    options = generation._parser().parse_args([str(model), str(given), str(out)])
+    options = GenerateOptions(name=str(model), input=str(given), output=out)
     found = generation.find(str(model))
     before = generation._settings(options, found)
     assert generation._settings(options, found) == before
@@ -156,11 +156,11 @@ def test_rows_that_cannot_be_answered_are_all_told_or_said_in_the_output(embedde
     ("argv", "what"),
     [
         (["--num-samples=2"], "2 samples at temperature 0"),
-        (["--batch-size=0"], "--batch-size 0"),
-        (["--limit=-1"], "--limit -1"),
-        (["--top-p=2"], "top_p 2.0"),
-        (["--dtype=int"], "invalid choice"),
-        (["--frobnicate"], "unrecognized"),
+        (["--batch-size=0"], "batch_size: '0' is invalid"),
+        (["--limit=-1"], "limit: '-1' is invalid"),
+        (["--top-p=2"], "top_p: '2' is invalid"),
+        (["--dtype=int"], "dtype: 'int' is invalid"),
+        (["--frobnicate"], "no option '--frobnicate'"),
     ],
 )
 def test_wrong_options_are_refused(argv, what, embedded_model, tmp_path):

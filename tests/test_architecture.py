@@ -62,7 +62,7 @@ LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 940,
-    "config": 1400,
+    "config": 1600,
     "topology": 580,
     "chat_template": 1600,
     "models": 3180,
@@ -74,7 +74,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "training": 2670,
     "tasks": 790,
     "launch": 840,
-    "tools": 6470,
+    "tools": 6270,
 }
 BACKENDS = re.compile(r"deepspeed|fsdp|zero-?[123]|\bddp\b|DistributedType", re.IGNORECASE)
 
@@ -113,7 +113,7 @@ IMPORTS = {name: set(imports(name)) - {"__init__"} for name in FILES if name != 
 
 
 def test_the_import_reader_sees_lazy_and_relative_imports():
-    assert {"launch.main", "launch.slurm", "tools.verify", "config.args"} <= IMPORTS["cli"]
+    assert {"launch.main", "launch.slurm", "rules.check", "config.args"} <= IMPORTS["cli"]
     assert {"training.run", "topology.gpus", "tasks"} <= IMPORTS["train"]
     assert "training.trainer" in IMPORTS["tasks.grpo.task"]
 

@@ -141,7 +141,7 @@ def test_15_formats_sharegpt_empty_tools():
 
 
 def test_16_options_two_recipes_in_a_row():
-    with pytest.raises(UserError, match="two recipes"):
+    with pytest.raises(UserError, match="one word too many"):
         parse(["quickstart", "verify"], prog="", launch=True)
 
 

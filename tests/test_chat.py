@@ -269,10 +269,10 @@ def test_a_tokenizer_without_a_template_is_refused(base, embedded_model):
 def test_options_that_cannot_be_are_refused(embedded_model, monkeypatch):
     for argv, what in [
         ([embedded_model, "--compare"], "no adapter"),
-        ([embedded_model, "--top-p", "0"], "top_p 0"),
+        ([embedded_model, "--top-p", "0"], "top_p: '0' is invalid"),
         (["/nowhere/at/all"], "no folder /nowhere/at/all"),
-        ([embedded_model, "--quantization", "2bit"], "invalid choice"),
-        ([embedded_model, "--max-new-tokens", "0"], "max_new_tokens 0"),
+        ([embedded_model, "--quantization", "2bit"], "quantization: '2bit' is invalid"),
+        ([embedded_model, "--max-new-tokens", "0"], "max_new_tokens: '0' is invalid"),
     ]:
         with pytest.raises(UserError, match=what):
             chat.main([str(word) for word in argv])

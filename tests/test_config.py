@@ -359,8 +359,10 @@ def test_missing_keys():
     with pytest.raises(UserError) as caught:
         resolve(None, entries(seed=1))
     assert caught.value.what == "model_name_or_path and data_path must be given"
-    assert "--model_name_or_path" in caught.value.fix
-    assert "--data_path" in caught.value.fix
+    assert caught.value.fix == (
+        "give --model_name_or_path and --data_path, or a recipe; as in: "
+        "manyrank train --model_name_or_path=embedded --data_path=data/sample.jsonl"
+    )
 
 
 @pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tx: 1"])

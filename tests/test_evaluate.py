@@ -170,12 +170,12 @@ WRONG = {
     "no data": (["embedded"], "no data"),
     "data": (["embedded", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "sources twice": (["embedded", "--data", "[data/sample.jsonl, data/sample.jsonl]"], "there twice"),
-    "strategy": (["embedded", "--strategy", "fsdp"], "unrecognized"),
-    "top_p": (["embedded", "--data", "data/sample.jsonl", "--top-p", "0"], "top_p"),
-    "rows": (["embedded", "--max-rows", "0"], "'0' is no whole number from 1"),
+    "strategy": (["embedded", "--strategy", "fsdp"], "no option '--strategy'"),
+    "top_p": (["embedded", "--data", "data/sample.jsonl", "--top-p", "0"], "top_p: '0' is invalid"),
+    "rows": (["embedded", "--max-rows", "0"], "max_rows: '0' is invalid"),
     "shots": (["embedded", "--shots", "3"], "for --tasks"),
     "value": (["embedded", "--data", "data/sample.jsonl", "--max_length", "many"], "max_length"),
-    "option": (["embedded", "--quantisation", "4bit"], "unrecognized"),
+    "option": (["embedded", "--quantisation", "4bit"], "no option '--quantisation'"),
 }
 
 
@@ -206,7 +206,7 @@ def test_adapters_of_4_bits_share_their_base(run, tmp_path):
 
 
 def test_help_needs_no_torch():
-    program = "import sys; from manyrank.tools.evaluate.main import parse\ntry: parse(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    program = "import sys; from manyrank.tools.evaluate.main import read\ntry: read(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and "--quantization" in done.stdout, done.stderr
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from manyrank.config.args import Where, parse
+from manyrank.config.args import LaunchOptions, parse
 from manyrank.config.resolve import TrainConfig, resolve
 from manyrank.errors import UserError
 from manyrank.launch.command import CPU_VARIABLES, LaunchPlan, before_imports, choose_strategy, output_dir, plan
@@ -56,7 +56,7 @@ def environment(monkeypatch):
 
 def make(*argv: str, hardware: Hardware = CPU, folder: str = "output/run") -> LaunchPlan:
     line = parse(argv, prog="manyrank train", launch=True)
-    strategy, nproc = choose_strategy(resolve(line.recipe, line.overrides).config, line.where, hardware)
+    strategy, nproc = choose_strategy(resolve(line.recipe, line.overrides).config, line.options, hardware)
     return plan(line, strategy=strategy, nproc=nproc, output_dir=folder, hardware=hardware)
 
 
@@ -239,7 +239,7 @@ def test_the_train_module_understands_the_golden_commands(case):
 def test_strategy_and_processes(strategy, where, hardware, chosen):
     line = parse(["quickstart", *([f"--strategy={strategy}"] if strategy else [])], prog="", launch=True)
     config = resolve(line.recipe, line.overrides).config
-    strategy, nproc = choose_strategy(config, Where(**where), hardware)
+    strategy, nproc = choose_strategy(config, LaunchOptions(**where), hardware)
     assert (strategy.name, nproc) == chosen
 
 

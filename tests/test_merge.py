@@ -287,13 +287,13 @@ def test_an_output_is_replaced_only_on_demand_and_only_if_merge_wrote_it(lora_ru
 @pytest.mark.parametrize(
     ("argv", "what"),
     [
-        (["--dtype", "int8"], "invalid choice"),
-        (["--tolerance", "-1"], "a tolerance of -1"),
-        (["--tolerance", "nan"], "a tolerance of nan"),
-        (["--max-shard-size", "5"], "is no size"),
-        (["--max-shard-size", "0GB"], "is no size"),
-        (["--push-to-hub", "a/b"], "unrecognized"),
-        (["--frobnicate"], "unrecognized"),
+        (["--dtype", "int8"], "dtype: 'int8' is invalid"),
+        (["--tolerance", "-1"], "tolerance: '-1' is invalid"),
+        (["--tolerance", "nan"], "tolerance: 'nan' is invalid"),
+        (["--max-shard-size", "5"], "not a size"),
+        (["--max-shard-size", "0GB"], "not a size"),
+        (["--push-to-hub", "a/b"], "no option '--push_to_hub'"),
+        (["--frobnicate"], "no option '--frobnicate'"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_loaded(argv, what, lora_run):

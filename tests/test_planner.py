@@ -11,7 +11,6 @@ from planned import planned_context, planned_run
 from manyrank import cli
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
-from manyrank.errors import UserError
 from manyrank.models import catalog as catalogue
 from manyrank.plan import memory, planner, speed
 from manyrank.plan.command import _nodes
@@ -207,7 +206,7 @@ def test_what_is_no_kind(name):
 def test_lists_of_machines():
     assert _nodes("1,2,4,...,128") == [1, 2, 4, 8, 16, 32, 64, 128] and _nodes("3") == [3]
     for wrong in ("", "0", "2,1", "...,4", "1,...", "a", "1,,2"):
-        with pytest.raises(UserError, match="rising list"):
+        with pytest.raises(ValueError, match="rising list"):
             _nodes(wrong)
 
 

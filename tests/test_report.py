@@ -441,8 +441,8 @@ def test_planned_memory_is_beside_the_measured(tmp_path):
         (["{run}", "{run}/../run"], "a run is named twice"),
         (["{run}", "--output", "page.txt"], "page.txt is not named as a page"),
         (["{run}", "--output", "{tmp}/none/page.html"], "a page cannot be written to"),
-        (["{run}", "--outptu", "page.html"], "unrecognized arguments: --outptu"),
-        ([], "the following arguments are required: RUN"),
+        (["{run}", "--outptu", "page.html"], "no option '--outptu'"),
+        ([], "RUNS must be given"),
     ],
 )
 def test_wrong_use_is_the_users_error(tmp_path, capsys, args, what):

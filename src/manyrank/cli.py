@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,8 +29,21 @@ COMMANDS = {
     "merge": "put an adapter into its base, and prove the result",
     "embedded-model": "make the small model that examples and tests use",
 }
-
-DATA_USAGE = "manyrank data inspect RECIPE [--key value ...], or manyrank data prepare CONFIG [--key value ...]"
+# The modules whose `main` is a command; the other commands are functions here.
+MODULES = {
+    "plan": "plan.command",
+    "data inspect": "tools.inspect_data",
+    "data prepare": "tools.prepare.main",
+    "doctor": "tools.doctor.main",
+    "report": "tools.report.main",
+    "verify": "tools.verify",
+    "evaluate": "tools.evaluate.main",
+    "chat": "tools.chat",
+    "generate": "tools.generate",
+    "merge": "tools.merge.main",
+}
+LOADS_A_MODEL = ("chat", "generate", "merge")
+DATA_USAGE = "manyrank data inspect RECIPE|DATA [--key value ...], or manyrank data prepare CONFIG [--key value ...]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"manyrank {__version__}")
         return 0
     try:
-        code = _command(argv[0])(argv[1:])
+        code = _run(*argv)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `head` has seen enough; what is left in the buffer goes nowhere
@@ -66,38 +81,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     commands = "\n".join(f"  {name:<16} {text}" for name, text in COMMANDS.items())
-    return f"usage: manyrank COMMAND ...\n\n{commands}\n\n`manyrank COMMAND --help` tells more of each."
+    return (
+        f"usage: manyrank COMMAND ..., or manyrank RECIPE.yaml ... to train\n\n{commands}\n\n"
+        "`manyrank COMMAND --help` tells more of each."
+    )
 
 
-def _command(name: str) -> Callable[[Sequence[str]], int]:
-    from .errors import UserError
-
-    commands = {
+def _run(name: str, *argv: str) -> int:
+    """Run a command; a recipe's file in place of a command is trained."""
+    functions = {
         "train": _train,
         "grpo": _grpo,
-        "plan": _plan,
         "data": _data,
-        "doctor": _doctor,
         "rules": _rules,
         "schema": _schema,
-        "report": _report,
-        "verify": _verify,
-        "evaluate": _evaluate,
-        "chat": _chat,
-        "generate": _generate,
-        "merge": _merge,
         "embedded-model": _embedded_model,
     }
-    if name not in commands:
-        import difflib
+    if name not in COMMANDS and (name.endswith((".yaml", ".yml")) or Path(name).is_file()):
+        return _train([name, *argv])
+    if name in functions:
+        return functions[name](argv)
+    if name in COMMANDS:
+        return _call(name, argv)
+    import difflib
 
-        close = difflib.get_close_matches(name, commands, 1)
-        raise UserError(
-            f"there is no command {name!r}",
-            where="command line",
-            fix=f"did you mean {close[0]}?" if close else f"commands: {', '.join(commands)}",
-        )
-    return commands[name]
+    from .errors import UserError
+
+    close = difflib.get_close_matches(name, COMMANDS, 1)
+    fix = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
+    raise UserError(f"there is no command {name!r}", where="command line", fix=fix)
+
+
+def _call(name: str, argv: Sequence[str]) -> int:
+    module = importlib.import_module(f".{MODULES[name]}", __package__)
+    if name in LOADS_A_MODEL:  # torch and the libraries are not imported yet
+        from .launch.command import before_imports
+        from .topology.gpus import probe
+
+        before_imports(probe())
+    return module.main(argv)
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -117,127 +139,56 @@ def _launch(line: CommandLine) -> int:
     from .signals import ending_at_a_signal
 
     with ending_at_a_signal():
-        if line.where.via in JOBS:
+        if line.options.via in JOBS:
             from .launch import slurm
 
             return slurm.main(line)
-        from .launch import main as decision
+        from .launch import main as launch
 
-        return decision.train(line)
-
-
-def _plan(argv: Sequence[str]) -> int:
-    from .plan import command as planning
-
-    return planning.main(argv)
+        return launch.train(line)
 
 
 def _data(argv: Sequence[str]) -> int:
     from .errors import UserError
 
-    if argv and argv[0] == "inspect":
-        from .tools import inspect_data
-
-        return inspect_data.main(argv[1:])
-    if argv and argv[0] == "prepare":
-        from .tools.prepare import main as prepare
-
-        return prepare.main(argv[1:])
-    if argv and argv[0] in ("-h", "--help"):
+    name = " ".join(("data", *argv[:1]))
+    if name in MODULES:
+        return _call(name, argv[1:])
+    if {"-h", "--help"} & set(argv):
         print(DATA_USAGE)
         return 0
-    raise UserError(
-        f"there is no command {argv[0]!r}" if argv else "what to do with data?", where="manyrank data", fix=DATA_USAGE
-    )
-
-
-def _doctor(argv: Sequence[str]) -> int:
-    from .tools.doctor import main as doctor
-
-    return doctor.main(argv)
+    what = f"there is no command {name!r}" if argv else "what to do with data?"
+    raise UserError(what, where="manyrank data", fix=DATA_USAGE)
 
 
 def _rules(argv: Sequence[str]) -> int:
-    import argparse
-
+    from .config.args import no_options
     from .rules import check as rules
 
-    argparse.ArgumentParser(prog="manyrank rules", description="Print every rule, as docs/rules.md.").parse_args(argv)
+    no_options(argv, prog="manyrank rules", about="Print every rule, as docs/rules.md.")
     print(rules.as_markdown(), end="")
     return 0
 
 
 def _schema(argv: Sequence[str]) -> int:
-    import argparse
     import json
 
+    from .config.args import no_options
     from .config.json_schema import recipe_schema
 
-    argparse.ArgumentParser(prog="manyrank schema", description="Print a JSON schema of recipes.").parse_args(argv)
+    no_options(argv, prog="manyrank schema", about="Print a JSON schema of recipes.")
     print(json.dumps(recipe_schema(), indent=1))
     return 0
 
 
-def _verify(argv: Sequence[str]) -> int:
-    from .tools import verify
-
-    return verify.main(argv)
-
-
-def _report(argv: Sequence[str]) -> int:
-    from .tools.report import main as report
-
-    return report.main(argv)
-
-
-def _evaluate(argv: Sequence[str]) -> int:
-    from .tools.evaluate import main as evaluate
-
-    return evaluate.main(argv)
-
-
-def _quiet() -> None:
-    """Before torch and the libraries are imported."""
-    from .launch.command import before_imports
-    from .topology.gpus import probe
-
-    before_imports(probe())
-
-
-def _chat(argv: Sequence[str]) -> int:
-    from .tools import chat
-
-    _quiet()
-    return chat.main(argv)
-
-
-def _generate(argv: Sequence[str]) -> int:
-    from .tools import generate
-
-    _quiet()
-    return generate.main(argv)
-
-
-def _merge(argv: Sequence[str]) -> int:
-    from .tools.merge import main as merge
-
-    _quiet()
-    return merge.main(argv)
-
-
 def _embedded_model(argv: Sequence[str]) -> int:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="manyrank embedded-model", description="Make it, if it is not there, and print its folder."
-    )
-    parser.parse_args(argv)
-
+    from .config.args import no_options
     from .launch.command import CPU_VARIABLES
     from .models.tiny import ensure
 
+    about = "Make the small model that examples and tests use, if it is not there, and print its folder."
+    no_options(argv, prog="manyrank embedded-model", about=about)
     os.environ.setdefault("OMP_WAIT_POLICY", CPU_VARIABLES["OMP_WAIT_POLICY"])  # torch is not imported yet
-
     print(ensure())
     return 0
 

@@ -1,59 +1,103 @@
-"""The command line of the train commands: every key of the recipe, its other spellings, and where to launch."""
+"""The command line of every command. Options are fields of a model, declared once with type, bounds and description.
+
+    argv ──> Parser ──> words, and settings in order, as they were spelled
+                         ├── fields of a command's own model ──> that model, typed
+                         └── keys of a recipe ──> CommandLine.overrides, for `resolve`
+
+Dashes and underscores in names are the same, and `--help` works anywhere in a line. What is wrong is a UserError.
+"""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+import re
+import shutil
+import textwrap
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from ..errors import UserError
-from .resolve import ALIASES, FIELDS, SWITCHES, Entry, find_recipe, normal, presets, unknown_key
+from .resolve import ALIASES, FIELDS, SWITCHES, Entry, invalid_value, normal, presets, unknown_key
+from .schema import Int, TrainConfig
 
-Via = Literal["python", "accelerate", "torchrun", "slurm"]
 JOBS = ("slurm",)  # these write a job's file, and start nothing on this machine
-YES_NO = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0", "auto", "none"})
+YES_NO = ("true", "false", "yes", "no", "on", "off", "1", "0", "auto", "none")
+# Spellings of the command line alone: in a recipe, these are names of sections.
+DATA_ALIASES = {"data": "data_path", "dataset": "data_path"}
+VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH", list: "A,B"}  # how help texts write a value
+INDENT = 24  # of the descriptions in a help text
 
 
-@dataclass(frozen=True)
-class Where:
-    """Node facts: flags of the launch, never part of a recipe."""
+class Options(BaseModel):
+    """Base of the options of a command; its docstring is the head of their help text."""
 
-    nproc: int | None = field(default=None, metadata={"help": "processes on this machine (default: one per GPU)"})
-    nnodes: int = field(default=1, metadata={"help": "machines"})
-    node_rank: int = field(default=0, metadata={"help": "number of this machine, from 0"})
-    rdzv_endpoint: str | None = field(default=None, metadata={"help": "HOST:PORT of machine 0, for several machines"})
-    max_restarts: int | None = field(
-        default=None,
-        metadata={"help": "times that the workers are started anew after a failure (default: 3 with several machines)"},
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def arg(default: Any, description: str, *, also: Sequence[str] = (), repeated: bool = False, **bounds: Any) -> Any:
+    """Declare an option: a field with its default.
+
+    Args:
+        also: other spellings.
+        repeated: whether each time that the option is given adds a value to a list.
+        bounds: of its values, as pydantic's `Field` takes them.
+    """
+    how: dict[str, Any] = {"also": also, "repeated": repeated}
+    return Field(default, description=description, json_schema_extra=how, **bounds)
+
+
+def word(default: Any, description: str, *, also: Sequence[str] = ()) -> Any:
+    """Declare a word without a name (its default is ... where it must be given); of a list, all words that are left."""
+    how: dict[str, Any] = {"also": also, "positional": True}
+    return Field(default, description=description, json_schema_extra=how)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _name(value: str) -> str:
+    if value == "" or value != value.strip() or not value.isprintable():
+        raise ValueError("not a name")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
+class LaunchOptions(Options):
+    """Where to run: node facts, which are never part of a recipe."""
+
+    nproc: Int | None = arg(None, "processes on this machine (default: one per GPU)", gt=0)
+    nnodes: Int = arg(1, "machines", gt=0)
+    node_rank: Int = arg(0, "number of this machine, from 0", ge=0)
+    rdzv_endpoint: Name | None = arg(None, "HOST:PORT of machine 0, for several machines")
+    max_restarts: Int | None = arg(
+        None, "restarts of the workers after a failure (default: 3 with several machines)", ge=0
     )
-    rdzv_timeout: int = field(default=600, metadata={"help": "seconds that the machines wait for each other"})
-    via: Via | None = field(
-        default=None,
-        metadata={"help": "python (one process), accelerate, torchrun; or write a job for slurm"},
+    rdzv_timeout: Int = arg(600, "seconds that the machines wait for each other", gt=0)
+    via: Literal["python", "accelerate", "torchrun", "slurm"] | None = arg(
+        None,
+        "python (one process), accelerate, torchrun; or slurm, to write a job (for Kubernetes, edit launch/kubernetes.yaml)",
     )
-    check: bool = field(default=False, metadata={"help": "check the recipe, show the plan and start nothing"})
-    print: bool = field(
-        default=False, metadata={"help": "show every machine's command, its environment and the files; start nothing"}
-    )
+    check: bool = arg(False, "check the recipe, show the plan and start nothing")
+    print: bool = arg(False, "show every machine's command, its environment and the files; start nothing")
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a job asks its cluster for: flags of `--via slurm` alone."""
+class SlurmOptions(Options):
+    """The job (--via slurm): what it requests from its cluster."""
 
-    submit: bool = field(default=False, metadata={"help": "hand the job in"})
-    gpus: int | None = field(default=None, metadata={"help": "GPUs of each machine (default: one for each process)"})
-    cpus: int | None = field(default=None, metadata={"help": "CPU cores of each machine (default: one a process)"})
-    time: str | None = field(default=None, metadata={"help": "time limit, as 1-12:00:00 (default: the partition's)"})
-    partition: str | None = field(default=None, metadata={"help": "partition"})
-    account: str | None = field(default=None, metadata={"help": "account"})
-
-
-COUNTS = ("nproc", "nnodes", "node_rank", "max_restarts", "rdzv_timeout", "gpus", "cpus")
-MAY_BE_ZERO = ("node_rank", "max_restarts", "gpus")
-CHOICES = {"via": get_args(Via)}
-SWITCHED = ("check", "print", "submit")
+    submit: bool = arg(False, "hand the job in")
+    gpus: Int | None = arg(None, "GPUs of each machine (default: one for each process)", ge=0)
+    cpus: Int | None = arg(None, "CPU cores of each machine (default: one a process)", gt=0)
+    time: Name | None = arg(None, "time limit, as 1-12:00:00 (default: the partition's)")
+    partition: Name | None = arg(None, "partition")
+    account: Name | None = arg(None, "account")
 
 
 @dataclass(frozen=True)
@@ -62,8 +106,8 @@ class CommandLine:
 
     recipe: str | None
     overrides: list[Entry]
-    where: Where
-    job: Job = Job()
+    options: LaunchOptions = field(default_factory=LaunchOptions)
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
 
     @property
     def argv(self) -> list[str]:
@@ -72,41 +116,272 @@ class CommandLine:
         return [*([self.recipe] if self.recipe else []), *given]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are the user's three lines."""
+class RecipeWord(Options):
+    """The recipe."""
 
-    def error(self, message: str):
-        raise UserError(message, where="command line", fix=f"see `{self.prog} --help`")
+    recipe: str | None = word(None, f"a YAML file, or a preset: {', '.join(presets())}", also=["config"])
 
 
-def parser(prog: str, *, launch: bool) -> argparse.ArgumentParser:
-    """All options of a train command; with `launch` also those of `Where` and `Job`."""
-    made = Parser(
-        prog=prog,
-        allow_abbrev=False,
-        description="Fine-tune a model as a recipe says.",
-        usage=f"{prog} [RECIPE] [--key value ...]",
-    )
-    made.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file, or a preset: " + ", ".join(presets()))
-    made.add_argument("--config", metavar="PRESET", help="the same as RECIPE")
-    if launch:
-        _add_flags(made.add_argument_group("where to run"), Where)
-        _add_flags(made.add_argument_group("the job (--via slurm)"), Job)
-    recipe = made.add_argument_group("what to train (also the keys of a recipe)")
-    for key, info in FIELDS.items():
-        other = [f"--{alias}" for alias, target in ALIASES.items() if target == key]
-        default = "" if info.is_required() else f" (default: {info.default})"
-        also = f" (also {', '.join(other)})" if other else ""
-        text = f"{info.description}{also}{default}".replace("%", "%%")
-        recipe.add_argument(f"--{key}", action=_Collect, metavar="X", help=text)
-    short = made.add_argument_group("short forms")
-    for key in sorted(SWITCHES):
-        short.add_argument(
-            f"--{key}", action=_Collect, metavar="yes|no", help=argparse.SUPPRESS if key == "wandb" else ""
-        )
-    for key in ALIASES:
-        made.add_argument(f"--{key}", action=_Collect, help=argparse.SUPPRESS)
-    return made
+# Options
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option or a positional word of a command: a field of `owner`, a model; see `arg` and `word`."""
+
+    owner: type[BaseModel]
+    field: str
+    info: FieldInfo
+    also: Sequence[str] = ()
+    positional: bool = False
+    repeated: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.field.removeprefix("as_")  # a field `json` would hide a method of pydantic's models
+
+    @property
+    def spellings(self) -> Sequence[str]:
+        """The names of the option, without dashes."""
+        return self.also if self.positional else (self.name, *self.also)
+
+    @property
+    def values_after(self) -> re.Pattern | None:
+        """For a yes/no option, the words that are its value where they follow it; None: it needs a value."""
+        types = _alternatives(self.info.annotation)
+        if bool not in types and "off" not in types:
+            return None
+        words = [kind for kind in types if isinstance(kind, str)] + (["[0-9]+"] if int in types else [])
+        return re.compile("|".join([*YES_NO, *words]), re.IGNORECASE)
+
+    @property
+    def label(self) -> str:
+        """The option with its value, or the word, as help texts write it."""
+        types = _alternatives(self.info.annotation)
+        if self.positional:
+            return self.name.upper() + (" ..." if self.takes_many else "")
+        choices = [kind for kind in types if isinstance(kind, str)]
+        value = "|".join(choices) if choices and list not in types else VALUES.get(types[-1], "X")
+        value = "" if bool in types and not choices else value
+        return f"--{self.name} {value}".rstrip()
+
+    @property
+    def home(self) -> type[BaseModel]:
+        """The model that declares the field: the owner, or a base of it."""
+        bases = (kind for kind in reversed(self.owner.__mro__) if issubclass(kind, BaseModel))
+        return next((kind for kind in bases if self.field in kind.model_fields), self.owner)
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether its values make a list."""
+        is_list = list in _alternatives(self.info.annotation)
+        return self.repeated or (self.positional and is_list)
+
+    def help(self, width: int) -> list[str]:
+        """Lay out its lines of a help text."""
+        text = self.info.description or ""
+        if self.also:
+            text += f" (also {', '.join(f'--{name}' for name in self.also)})"
+        has_default = not self.info.is_required() and self.info.default_factory is None
+        if has_default and self.info.default and "(default" not in text:
+            text += f" (default: {self.info.default})"
+        lines = textwrap.wrap(text, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT) or [""]
+        head = f"  {self.label}"
+        return [head, *lines] if len(head) > INDENT - 2 else [head + lines[0][len(head) :], *lines[1:]]
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The literal values and plain types that an annotation allows beside None; a list is `list`."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (None, Literal, list, dict):
+        return [] if annotation is NoneType else list(inner) if origin is Literal else [origin or annotation]
+    return [kind for part in (inner[:1] if origin is Annotated else inner) for kind in _alternatives(part)]
+
+
+def options_of(model: type[BaseModel], keys: Collection[str] | None = None) -> list[Option]:
+    """The options that a model declares, or those of some of its fields."""
+    return [
+        Option(model, name, info, **cast(dict, info.json_schema_extra or {}))
+        for name, info in model.model_fields.items()
+        if keys is None or name in keys
+    ]
+
+
+def recipe_options(keys: Collection[str] = (*FIELDS, *SWITCHES)) -> list[Option]:
+    """The keys of a recipe as options, with their other spellings."""
+    switch = FieldInfo(annotation=bool, default=False, description="short form")
+    found = []
+    for key in keys:
+        also = [alias for alias, target in (ALIASES | DATA_ALIASES).items() if target == key]
+        found.append(Option(TrainConfig, key, FIELDS.get(key, switch), also))
+    return found
+
+
+# Parsing
+
+
+class Parser:
+    """Reads the command lines of a command.
+
+    Args:
+        model: the command's own options; its docstring says what the command does.
+        options: all options; where two have a spelling in common, it is that of the first.
+    """
+
+    def __init__(self, prog: str, model: type[BaseModel], options: Sequence[Option]) -> None:
+        self.model = model
+        self.options: dict[str, Option] = {}  # by spelling
+        for option in options:
+            for name in option.spellings:
+                self.options.setdefault(name, option)
+        self.words = [option for option in options if option.positional]
+        self.shown = [o for o in options if o.positional or self.options[o.name] is o]
+        words = [o.label if o.info.is_required() else f"[{o.label}]" for o in self.words]
+        self.usage = " ".join([prog, *words, *(["[--key value ...]"] if self.options else [])])
+
+    def help(self) -> str:
+        """The help text, as wide as the terminal."""
+        width = max(60, shutil.get_terminal_size().columns - 2)
+        groups: dict[str, list[str]] = {}
+        for option in sorted(self.shown, key=lambda option: option.home is not self.model):
+            title = "Options" if option.home is self.model else re.split("[:.]", str(option.home.__doc__))[0]
+            groups.setdefault(title, []).extend(option.help(width))
+        parts = [[f"{title}:", *lines] for title, lines in groups.items()]
+        head = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.model.__doc__), width)]
+        return "\n\n".join("\n".join(lines) for lines in (head, *parts)) + "\n"
+
+    def split(self, argv: Sequence[str]) -> list[tuple[Option, Entry]]:
+        """Split a command line into settings, in order; `--` ends its options.
+
+        Raises:
+            UserError: an unknown option, one without its value, or a word too many.
+            SystemExit: the help text was asked for, and is printed.
+        """
+        if {"-h", "--help"} & set(argv):
+            print(self.help(), end="", flush=True)
+            raise SystemExit(0)
+        words, given, rest = [], [], deque(argv)
+        while rest:
+            word = rest.popleft()
+            if word == "--":
+                words += rest
+                break
+            if not re.match("--|-[A-Za-z]", word):
+                words.append(word)
+                continue
+            name, equals, value = word.partition("=")
+            name = ("--" if word.startswith("--") else "-") + normal(name)
+            option = self.options.get(name.removeprefix("--"))
+            if option is None:
+                raise unknown_key(Entry(name, value, "command line"), self.options)
+            value = value if equals else self._value(name, option, rest)
+            given.append((option, Entry(name, value, f"command line, {name}")))
+        return [*self._words(words), *given]
+
+    def _value(self, name: str, option: Option, rest: deque[str]) -> str:
+        """Take the value of an option from the words after it."""
+        if option.values_after:
+            return rest.popleft() if rest and option.values_after.fullmatch(rest[0]) else "true"
+        if not rest or re.fullmatch(r"--|--?[A-Za-z]\S*", rest[0]):
+            fix = f"{option.label}: {option.info.description}"
+            raise UserError(f"{name} needs a value", where="command line", fix=fix)
+        return rest.popleft()
+
+    def _words(self, words: Sequence[str]) -> list[tuple[Option, Entry]]:
+        """Give the words without a name to the positional options, in order; the last one may take all that are left."""
+        places = list(self.words)
+        if places and get_origin(places[-1].info.annotation) is list:
+            places += places[-1:] * (len(words) - len(places))
+        if len(words) > len(places):
+            what = f"one word too many: {words[len(places)]!r} in {' '.join(words)!r}"
+            raise UserError(what, where="command line", fix=f"usage: {self.usage}")
+        return [(o, Entry(o.field, word, f"command line, {o.label}")) for o, word in zip(places, words)]
+
+    def build(self, model: type[Model], given: Sequence[tuple[Option, Entry]]) -> Model:
+        """Make a model of its settings.
+
+        Raises:
+            UserError: a value is missing or wrong, or a word is given in two ways.
+        """
+        values: dict[str, Any] = {}
+        places: dict[str, str] = {}
+        for option, entry in given:
+            if option.owner is not model:
+                continue
+            before = values.get(option.field)
+            if option.positional and not option.takes_many and before not in (None, entry.value):
+                what = f"{option.label} is given twice: {before} and {entry.value}"
+                raise UserError(what, where="command line", fix="keep one of them")
+            values[option.field] = [*(before or []), entry.value] if option.takes_many else entry.value
+            places[option.field] = entry.where
+        try:
+            return model(**values)
+        except ValidationError as invalid:
+            problems = invalid.errors()
+        key = str(problems[0]["loc"][0])
+        option = next(option for option in self.shown if option.owner is model and option.field == key)
+        if problems[0]["type"] == "missing":
+            raise UserError(f"{option.name.upper()} must be given", where="command line", fix=f"usage: {self.usage}")
+        same = [problem for problem in problems if problem["loc"][0] == key]
+        raise invalid_value(option.name, values[key], same, places[key], option.info)
+
+
+def read_options(argv: Sequence[str], model: type[Model], *, prog: str) -> Model:
+    """Read the command line of a command that takes no keys of a recipe.
+
+    Raises:
+        UserError: an unknown option, a wrong value, a word too many or one that is missing.
+    """
+    return read_with_keys(argv, model, [], prog=prog)[0]
+
+
+def no_options(argv: Sequence[str], *, prog: str, about: str) -> None:
+    """Read the command line of a command without options, for its --help and what is wrong."""
+    read_options(argv, type("NoOptions", (Options,), {"__doc__": about}), prog=prog)
+
+
+def read_with_keys(
+    argv: Sequence[str], model: type[Model], keys: Sequence[Option], *, prog: str
+) -> tuple[Model, dict[str, str]]:
+    """Read the command line of a command, with options whose values are returned by field, as they were given."""
+    parser = Parser(prog, model, [*options_of(model), *keys])
+    given = parser.split(argv)
+    return parser.build(model, given), {o.field: entry.value for o, entry in given if o.owner is not model}
+
+
+class TrainOptions(Options):
+    """Fine-tune a model as a recipe says."""
+
+
+def parse(argv: Sequence[str], *, prog: str, launch: bool) -> CommandLine:
+    """Read the command line of a train command.
+
+    Args:
+        launch: whether it takes LaunchOptions and SlurmOptions.
+
+    Raises:
+        UserError: an unknown option, a wrong value, or two recipes.
+    """
+    return parse_with(argv, TrainOptions, prog=prog, launch=launch)[0]
+
+
+def parse_with(argv: Sequence[str], model: type[Model], *, prog: str, launch: bool) -> tuple[CommandLine, Model]:
+    """Read a recipe, its overrides, and the options of a command of its own."""
+    models = (RecipeWord, model, LaunchOptions, SlurmOptions) if launch else (RecipeWord, model)
+    parser = Parser(prog, model, [*(option for kind in models for option in options_of(kind)), *recipe_options()])
+    given = parser.split(argv)
+    recipe, options = parser.build(RecipeWord, given).recipe, parser.build(LaunchOptions, given)
+    slurm = [option.field for option, _ in given if option.owner is SlurmOptions]
+    if slurm and options.via not in JOBS:
+        raise UserError(f"--{slurm[0]} is for --via slurm", where="command line", fix="leave it out, or give that")
+    # In the spelling of a recipe, for the train module and for `resolve`.
+    overrides = [
+        replace(entry, key=f"--{option.field}") if normal(entry.key) in DATA_ALIASES else entry
+        for option, entry in given
+        if option.owner is TrainConfig
+    ]
+    line = CommandLine(recipe, overrides, options, parser.build(SlurmOptions, given))
+    return line, parser.build(model, given)
 
 
 def as_grpo(line: CommandLine) -> CommandLine:
@@ -114,100 +389,3 @@ def as_grpo(line: CommandLine) -> CommandLine:
     task = Entry("--task", "grpo", "manyrank grpo")
     named = f"grpo_{line.recipe}"
     return replace(line, recipe=named if named in presets() else line.recipe, overrides=[task, *line.overrides])
-
-
-def _add_flags(group, kind: type) -> None:
-    for item in fields(kind):
-        how = {"action": "store_true"} if item.name in SWITCHED else {"metavar": "X"}
-        group.add_argument(f"--{item.name}", help=item.metadata["help"], default=None, **how)
-
-
-class _Collect(argparse.Action):
-    """Keep every value with the spelling it was given under; config.resolve makes sense of them."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        entries = getattr(namespace, "entries", None) or []
-        namespace.entries = [*entries, Entry(option_string or "", values, f"command line, {option_string}")]
-
-
-def parse(argv: Sequence[str], *, prog: str, launch: bool, more: Sequence[str] = ()) -> CommandLine:
-    """Read a command line.
-
-    Args:
-        more: further options of the command, to name as the nearest of an unknown one.
-
-    Raises:
-        UserError: an unknown option, or two recipes.
-    """
-    found, unknown = parser(prog, launch=launch).parse_known_args(_tidy(argv))
-    if unknown:
-        stray = unknown[0].split("=")[0]
-        if not stray.startswith("-"):
-            raise UserError(f"two recipes: {found.recipe} and {stray}", where="command line", fix="keep one of them")
-        launch_flags = [item.name for item in (*fields(Where), *fields(Job))] if launch else []
-        raise unknown_key(Entry(stray, None, "command line"), more=[*launch_flags, *more])
-    if found.recipe and found.config and find_recipe(found.recipe) != find_recipe(found.config):
-        raise UserError(
-            f"two recipes: {found.recipe} and --config {found.config}", where="command line", fix="keep one of them"
-        )
-    where, job = (Where(**_given(found, Where)), Job(**_given(found, Job))) if launch else (Where(), Job())
-    _check_vias(found, where.via)
-    return CommandLine(found.recipe or found.config, getattr(found, "entries", None) or [], where, job)
-
-
-def _given(found: argparse.Namespace, kind: type) -> dict[str, Any]:
-    values = {item.name: getattr(found, item.name, None) for item in fields(kind)}
-    return {name: _typed(name, value) for name, value in values.items() if value is not None}
-
-
-def _check_vias(found: argparse.Namespace, via: str | None) -> None:
-    given = [item.name for item in fields(Job) if getattr(found, item.name, None) is not None]
-    if given and via not in JOBS:
-        what = f"--{given[0]} is for --via slurm"
-        raise UserError(what, where="command line", fix="leave it out, or give that")
-
-
-def _typed(name: str, value: Any) -> Any:
-    if name in CHOICES and value not in CHOICES[name]:
-        fix = "edit launch/kubernetes.yaml" if value == "kubernetes" else "choose one"
-        raise UserError(f"--{name} {value!r} is none of {', '.join(CHOICES[name])}", where="command line", fix=fix)
-    if name in COUNTS:
-        if not str(value).isascii() or not str(value).isdigit() or (int(value) == 0 and name not in MAY_BE_ZERO):
-            raise UserError(f"--{name} {value!r} is not a count", where="command line", fix="give a whole number")
-        return int(value)
-    if value == "" or str(value) != str(value).strip() or not str(value).isprintable():
-        raise UserError(f"--{name} {value!r} is not a name", where="command line", fix="give it, or leave it out")
-    return value
-
-
-def _tidy(argv: Sequence[str]) -> list[str]:
-    """Dashes to underscores in names; a yes/no option without a value becomes `=true`."""
-    tidy, index = [], 0
-    while index < len(argv):
-        token = argv[index]
-        index += 1
-        if not token.startswith("--"):
-            tidy.append(token)
-            continue
-        name, equals, value = token.partition("=")
-        name = "--" + normal(name)
-        if not equals and _is_yes_no(normal(name)):
-            value = "true"
-            if index < len(argv) and (argv[index].lower() in YES_NO or _is_more(name, argv[index])):
-                value, index = argv[index], index + 1
-            equals = "="
-        tidy.append(name + equals + value)
-    return tidy
-
-
-def _is_more(name: str, value: str) -> bool:
-    """Whether it is a value that a yes/no option takes beside these."""
-    if name == "--use_vllm":
-        return value in ("colocate", "server")
-    return name == "--gradient_checkpointing" and (value == "full" or value.isdecimal())
-
-
-def _is_yes_no(name: str) -> bool:
-    return name in SWITCHES or (
-        name in FIELDS and any(word in str(FIELDS[name].annotation) for word in ("bool", "'off'"))
-    )

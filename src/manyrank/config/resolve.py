@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from ..errors import UserError, UserErrors
 from ..project_files import asset
@@ -106,6 +108,11 @@ class Resolved:
             text = yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=True, width=10_000)
             lines.append(f"{text.strip()[1:-1]}  # {' '.join(self.origin.get(key, 'default').split())}")
         return "\n".join(lines) + "\n"
+
+
+def canonical(key: str) -> str:
+    """The key that a spelling stands for."""
+    return ALIASES.get(normal(key), normal(key))
 
 
 def presets() -> list[str]:
@@ -258,7 +265,7 @@ def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entr
     found: dict[str, Entry] = {}
     allowed, because = METHODS, []
     for entry in entries:
-        key = ALIASES.get(normal(entry.key), normal(entry.key))
+        key = canonical(entry.key)
         if key in METHOD_FLAGS:
             chosen = METHOD_FLAGS[key] if _yes(entry) else METHODS - METHOD_FLAGS[key]
             allowed, because = allowed & chosen, [*because, entry]
@@ -310,9 +317,9 @@ def _yes(entry: Entry) -> bool:
     raise UserError(f"{entry.key}: {entry.value!r} is not true or false", where=entry.where, fix="give true or false")
 
 
-def unknown_key(entry: Entry, more: Iterable[str] = ()) -> UserError:
-    """The error for a key that does not exist, with the nearest that does (`more` are other valid names)."""
-    close = difflib.get_close_matches(normal(entry.key), [*FIELDS, *ALIASES, *SWITCHES, *more], 1, cutoff=0.5)
+def unknown_key(entry: Entry, known: Iterable[str] = KNOWN.spellings) -> UserError:
+    """The error for a key that does not exist, with the nearest of the known ones."""
+    close = difflib.get_close_matches(normal(entry.key), known, 1, cutoff=0.5)
     fix = f"did you mean {close[0]}?" if close else "`--help` lists every option"
     return UserError(f"there is no option {entry.key!r}", where=entry.where, fix=fix)
 
@@ -340,19 +347,22 @@ def _validate(merged: dict[str, Entry]) -> TrainConfig:
         str(problem["loc"][0]) for problem in problems if problem["type"] == "missing" and len(problem["loc"]) == 1
     ]
     if missing:
+        usual = {"model_name_or_path": "embedded", "data_path": "data/sample.jsonl"}
+        example = shlex.join(f"--{key}={values.get(key, value)}" for key, value in usual.items())
         raise UserError(
             f"{' and '.join(missing)} must be given",
             where="the recipe and the command line",
-            fix=" ".join(f"--{key} ({FIELDS[key].description})" for key in missing),
+            fix=f"give {' and '.join(f'--{key}' for key in missing)}, or a recipe; as in: manyrank train {example}",
         )
     found: dict[str, list[Any]] = {}
     for problem in problems:
         found.setdefault(str(problem["loc"][0]), []).append(problem)
-    wrong = [_wrong(key, values[key], of_key, merged[key].where) for key, of_key in found.items()]
+    wrong = [invalid_value(key, values[key], of_key, merged[key].where, FIELDS[key]) for key, of_key in found.items()]
     raise wrong[0] if len(wrong) == 1 else UserErrors(wrong)
 
 
-def _wrong(key: str, value: Any, problems: list[dict], where: str) -> UserError:
+def invalid_value(key: str, value: Any, problems: Sequence[Any], where: str, info: FieldInfo) -> UserError:
+    """The error for a value that pydantic refuses, from its problems with the field."""
     # Of the alternatives of a type, a number is held against that of numbers.
     numeric = str(value).lstrip("-").replace(".", "", 1).isdecimal()
     problem = next((p for p in problems if not (numeric and p["type"] == "literal_error")), problems[0])
@@ -370,5 +380,5 @@ def _wrong(key: str, value: Any, problems: list[dict], where: str) -> UserError:
     return UserError(
         f"{key}: {value!r} is invalid: {inner}{expected[0].lower()}{expected[1:]}",
         where=where,
-        fix=f"{key} is: {FIELDS[key].description}",
+        fix=f"{key} is: {info.description}",
     )

@@ -43,7 +43,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """One string may stand for a list: a YAML list in brackets, or items between commas."""
     if not isinstance(value, str):
         return value
@@ -123,13 +123,13 @@ def _tag(value: str) -> str:
 
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
-Strings = Annotated[list[str], BeforeValidator(_listed)]
-Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(_listed)]
+Strings = Annotated[list[str], BeforeValidator(listed)]
+Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(listed)]
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
-Parts = Annotated[list[Literal["head", "lora", "attention"]], BeforeValidator(_listed)]
+Parts = Annotated[list[Literal["head", "lora", "attention"]], BeforeValidator(listed)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
 Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
 Format = Annotated[str, AfterValidator(_format)]
@@ -159,7 +159,7 @@ Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_sources)
 
 
 class TrainConfig(BaseModel):
-    """Everything that one run needs to know. Frozen; batch counts are in examples, lengths in tokens."""
+    """Keys of a recipe: everything that one run needs to know. Frozen; batch counts are in examples, lengths in tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 

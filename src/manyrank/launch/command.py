@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..config.args import JOBS, CommandLine, Where
+from ..config.args import JOBS, CommandLine, LaunchOptions
 from ..config.resolve import TrainConfig
 from ..errors import EXIT_FAILED, UserError
 from ..project_files import asset
@@ -86,7 +86,7 @@ def file_text(name: str, content: str) -> str:
     return f"# file {name}\n{content}"
 
 
-def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tuple[Strategy, int]:
+def choose_strategy(config: TrainConfig, options: LaunchOptions, hardware: Hardware) -> tuple[Strategy, int]:
     """The strategy, and the number of processes on this machine.
 
     Raises:
@@ -94,14 +94,14 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
     """
     named, gpus = STRATEGIES[config.strategy] if config.strategy else None, len(hardware.gpus)
     alone = named.engine is Engine.SINGLE if named else gpus < 2
-    nproc = where.nproc or (1 if alone else gpus)
+    nproc = options.nproc or (1 if alone else gpus)
     if nproc == 0:
         raise UserError(
             f"strategy {named} on a machine without GPUs",
             where="nproc",
             fix="say how many processes: --nproc 2",
         )
-    return named or default_strategy(nproc * where.nnodes), nproc
+    return named or default_strategy(nproc * options.nnodes), nproc
 
 
 def plan(
@@ -125,10 +125,10 @@ def plan(
     Raises:
         UserError: several machines without an endpoint, or `via python` for more than one process.
     """
-    where = line.where
-    check_elastic(where, elastic=elastic)
-    _check_nodes(where)
-    via = _via(where, strategy, nproc, elastic=elastic)
+    options = line.options
+    check_elastic(options, elastic=elastic)
+    _check_nodes(options)
+    via = _via(options, strategy, nproc, elastic=elastic)
     return lay_out(
         line,
         via,
@@ -142,13 +142,13 @@ def plan(
     )
 
 
-def _via(where: Where, strategy: Strategy, nproc: int, *, elastic: bool) -> str:
-    usual = "torchrun" if elastic or where.max_restarts else "accelerate"
-    alone = strategy.engine is Engine.SINGLE and nproc * where.nnodes == 1
-    via = where.via or ("python" if alone else usual)
+def _via(options: LaunchOptions, strategy: Strategy, nproc: int, *, elastic: bool) -> str:
+    usual = "torchrun" if elastic or options.max_restarts else "accelerate"
+    alone = strategy.engine is Engine.SINGLE and nproc * options.nnodes == 1
+    via = options.via or ("python" if alone else usual)
     if elastic and via != "torchrun":
         raise UserError(f"via {via} with elastic", where="via", fix="use torchrun, which can go on with fewer machines")
-    if where.max_restarts and where.nnodes == 1 and via != "torchrun":
+    if options.max_restarts and options.nnodes == 1 and via != "torchrun":
         # accelerate meets on one machine in a store that keeps the dead workers' addresses (torch 2.13, static_tcp_rendezvous.py).
         raise UserError(f"max_restarts via {via} on one machine", where="max_restarts", fix="use --via torchrun")
     if via == "python" and not alone:
@@ -177,48 +177,48 @@ def lay_out(
         nproc: processes on each machine.
         hardware: of each machine.
     """
-    where = line.where
+    options = line.options
     head: Callable[[int], list[str]] = {
         "python": lambda node: [sys.executable],
-        "accelerate": lambda node: _accelerate(strategy, nproc, where, node),
-        "torchrun": lambda node: _torchrun(nproc, where, node, elastic=elastic),
+        "accelerate": lambda node: _accelerate(strategy, nproc, options, node),
+        "torchrun": lambda node: _torchrun(nproc, options, node, elastic=elastic),
     }[via]
     program = program or ("manyrank.train", *train_arguments(line, strategy, output_dir))
     env = {"OMP_NUM_THREADS": str(max(1, hardware.cpu_cores // nproc)), **({} if hardware.gpus else CPU_VARIABLES)}
     env |= allocator(hardware, expandable=expandable)
-    if where.nnodes > 1 or where.max_restarts:
+    if options.nnodes > 1 or options.max_restarts:
         # The shared store keeps the addresses of the first round, and workers that are started anew call dead ones
         # (torch 2.13, dynamic_rendezvous.py).
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return LaunchPlan(
-        nodes=tuple((*head(node), "-m", *program) for node in range(where.nnodes)),
+        nodes=tuple((*head(node), "-m", *program) for node in range(options.nnodes)),
         env={key: os.environ.get(key, value) for key, value in env.items()},  # what the user has set stands
         files={str(file): file.read_text(encoding="utf-8") for file in _files(strategy)},
-        node_rank=where.node_rank,
+        node_rank=options.node_rank,
     )
 
 
-def check_elastic(where: Where, *, elastic: bool) -> None:
+def check_elastic(options: LaunchOptions, *, elastic: bool) -> None:
     """Refuse to go on with fewer machines than one."""
-    if elastic and where.nnodes == 1:
+    if elastic and options.nnodes == 1:
         raise UserError("elastic on one machine", where="elastic", fix="leave it out, or give --nnodes")
 
 
-def _check_nodes(where: Where) -> None:
-    if where.nnodes == 1 and (where.node_rank or where.rdzv_endpoint):
+def _check_nodes(options: LaunchOptions) -> None:
+    if options.nnodes == 1 and (options.node_rank or options.rdzv_endpoint):
         raise UserError(
             "node_rank and rdzv_endpoint are for several machines", where="command line", fix="give --nnodes, too"
         )
-    host, _, port = (where.rdzv_endpoint or "").rpartition(":")
-    if where.nnodes > 1 and not (host and port.isdecimal()):
+    host, _, port = (options.rdzv_endpoint or "").rpartition(":")
+    if options.nnodes > 1 and not (host and port.isdecimal()):
         raise UserError(
-            f"{where.nnodes} machines, and rdzv_endpoint is {where.rdzv_endpoint}",
+            f"{options.nnodes} machines, and rdzv_endpoint is {options.rdzv_endpoint}",
             where="command line",
             fix="give HOST:PORT of machine 0",
         )
-    if where.node_rank >= where.nnodes:
+    if options.node_rank >= options.nnodes:
         raise UserError(
-            f"node_rank {where.node_rank} of {where.nnodes} machines", where="command line", fix="count from 0"
+            f"node_rank {options.node_rank} of {options.nnodes} machines", where="command line", fix="count from 0"
         )
 
 
@@ -240,15 +240,15 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _accelerate(strategy: Strategy, nproc: int, where: Where, node: int) -> list[str]:
+def _accelerate(strategy: Strategy, nproc: int, options: LaunchOptions, node: int) -> list[str]:
     config, *deepspeed = _files(strategy)
     argv = ["accelerate", "launch", "--config_file", str(config)]
     if deepspeed:  # the YAML names it relative to the project's root
         argv += ["--deepspeed_config_file", str(deepspeed[0])]
-    argv += ["--num_processes", str(nproc * where.nnodes), "--num_machines", str(where.nnodes)]
-    if where.nnodes == 1:
+    argv += ["--num_processes", str(nproc * options.nnodes), "--num_machines", str(options.nnodes)]
+    if options.nnodes == 1:
         return [*argv, "--main_process_port", "0"]  # any free one: several runs may share a machine
-    host, _, port = (where.rdzv_endpoint or "").rpartition(":")
+    host, _, port = (options.rdzv_endpoint or "").rpartition(":")
     return [
         *argv,
         "--machine_rank",
@@ -260,26 +260,26 @@ def _accelerate(strategy: Strategy, nproc: int, where: Where, node: int) -> list
         "--rdzv_backend",
         "c10d",
         "--rdzv_conf",
-        _rendezvous(where, node),
-        *_restarts(where),
+        _rendezvous(options, node),
+        *_restarts(options),
     ]
 
 
-def _restarts(where: Where) -> list[str]:
+def _restarts(options: LaunchOptions) -> list[str]:
     """A worker that fails alike every time is no reason to try again; a machine that went away is."""
-    count = where.max_restarts if where.max_restarts is not None else 3 if where.nnodes > 1 else 0
+    count = options.max_restarts if options.max_restarts is not None else 3 if options.nnodes > 1 else 0
     return ["--max_restarts", str(count)] if count else []
 
 
-def _rendezvous(where: Where, node: int) -> str:
+def _rendezvous(options: LaunchOptions, node: int) -> str:
     """Machine 0 has the store; by itself torch compares names, which a machine's DNS may not know yet."""
-    return f"join_timeout={where.rdzv_timeout},is_host={str(node == 0).lower()}"
+    return f"join_timeout={options.rdzv_timeout},is_host={str(node == 0).lower()}"
 
 
-def _torchrun(nproc: int, where: Where, node: int, *, elastic: bool) -> list[str]:
-    nnodes = f"1:{where.nnodes}" if elastic else str(where.nnodes)
-    argv = ["torchrun", "--nproc_per_node", str(nproc), "--nnodes", nnodes, *_restarts(where)]
-    if where.nnodes == 1:
+def _torchrun(nproc: int, options: LaunchOptions, node: int, *, elastic: bool) -> list[str]:
+    nnodes = f"1:{options.nnodes}" if elastic else str(options.nnodes)
+    argv = ["torchrun", "--nproc_per_node", str(nproc), "--nnodes", nnodes, *_restarts(options)]
+    if options.nnodes == 1:
         return [*argv, "--standalone"]
     return [
         *argv,
@@ -290,9 +290,9 @@ def _torchrun(nproc: int, where: Where, node: int, *, elastic: bool) -> list[str
         "--rdzv_id",
         "manyrank",
         "--rdzv_endpoint",
-        where.rdzv_endpoint or "",
+        options.rdzv_endpoint or "",
         "--rdzv_conf",
-        _rendezvous(where, node),
+        _rendezvous(options, node),
     ]
 
 
@@ -397,7 +397,7 @@ def output_dir(config: TrainConfig, line: CommandLine) -> str:
         return str((folder.resolve() if folder.is_symlink() or not folder.name else folder).parent)
     base = default_output_dir(line)
     # Every machine must come to the same name; and a job that was written first is the one that is submitted then.
-    if line.where.nnodes > 1 or line.where.via in JOBS:
+    if line.options.nnodes > 1 or line.options.via in JOBS:
         return str(base)
     last, folder, number = base, base, 1
     while folder.exists():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config.args import CommandLine
-from ..config.resolve import ALIASES, Entry, normal, resolve
+from ..config.resolve import Entry, canonical, resolve
 from ..config.schema import TrainConfig
 from ..errors import EXIT_MEMORY, UserError
 from ..models.spec import Architecture
@@ -78,11 +78,11 @@ def train(line: CommandLine) -> int:
         folder = launcher.output_dir(resolved.config, line)
         rules.check_output_dir(resolved.config, Path(folder))
         launch = _checked(resolved, folder)
-    if line.where.print:
+    if line.options.print:
         print(launch.text(), end="")
         return 0
     print(f"{resolved.summary()}\n{launch}", flush=True)
-    if line.where.check:
+    if line.options.check:
         return 0
     code = launcher.run(launch, stay=resolved.retries)
     while code == EXIT_MEMORY and resolved.retries and resolved.config.micro_batch > 1:
@@ -114,8 +114,8 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
     """
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
-    strategy, nproc = launcher.choose_strategy(config, line.where, machine)
-    context = RunContext(resolved, strategy, nproc, nproc * line.where.nnodes, machine)
+    strategy, nproc = launcher.choose_strategy(config, line.options, machine)
+    context = RunContext(resolved, strategy, nproc, nproc * line.options.nnodes, machine)
     automatic = config.per_device_train_batch_size == "auto"
     if automatic and not config.global_batch_size:
         what = "a micro-batch of auto, and no global batch that would stay the same"
@@ -125,7 +125,7 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
         return ResolvedLaunch(line, context, None, notes, retries=False)
     if automatic:
         line, context = _with_micro_batch(line, context, shape)
-    retries = automatic and line.where.nnodes == 1  # elsewhere the other machines end with other exit codes
+    retries = automatic and line.options.nnodes == 1  # elsewhere the other machines end with other exit codes
     if not machine.gpus:
         return ResolvedLaunch(line, context, None, notes, retries)
     plan = make_plan(context, shape)
@@ -157,5 +157,5 @@ def _shape(config: TrainConfig, *, needed: bool, wanted: bool) -> tuple[Architec
 
 def _with(line: CommandLine, key: str, value: str) -> CommandLine:
     """The command line with another value, in place of what was given under any spelling."""
-    others = [entry for entry in line.overrides if ALIASES.get(normal(entry.key), normal(entry.key)) != key]
+    others = [entry for entry in line.overrides if canonical(entry.key) != key]
     return replace(line, overrides=[*others, Entry(f"--{key}", value, "decided at the launch")])

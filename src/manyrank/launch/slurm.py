@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config.args import CommandLine, Where
+from ..config.args import CommandLine, LaunchOptions
 from ..config.resolve import Entry, Resolved, resolve
 from ..errors import UserError
 from ..project_files import asset
@@ -59,10 +59,10 @@ def main(line: CommandLine) -> int:
         UserError: an option is wrong, or the job was not taken.
     """
     job = prepare(line)
-    if line.where.print or line.where.check:
-        print(job.text() if line.where.print else f"{job.launch}\n", end="")
+    if line.options.print or line.options.check:
+        print(job.text() if line.options.print else f"{job.launch}\n", end="")
         return 0
-    if line.job.submit and not shutil.which("sbatch"):
+    if line.slurm.submit and not shutil.which("sbatch"):
         raise UserError("there is no sbatch on this machine", where="submit", fix="run it where the cluster is reached")
     try:
         job.file.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def main(line: CommandLine) -> int:
     if job.note:
         print(job.note, file=sys.stderr)
     print(f"written: {job.file}")
-    print(_submit(job) if line.job.submit else f"submit:  {shlex.join(job.argv)}")
+    print(_submit(job) if line.slurm.submit else f"submit:  {shlex.join(job.argv)}")
     return 0
 
 
@@ -83,7 +83,7 @@ def prepare(line: CommandLine) -> Job:
     Raises:
         UserError: something is wrong that can be known here.
     """
-    options = line.where
+    options = line.options
     _check_flags(line)
     given = resolve(line.recipe, line.overrides)
     if given.config.per_device_train_batch_size == "auto":
@@ -101,7 +101,7 @@ def prepare(line: CommandLine) -> Job:
     command = [*launcher.train_arguments(line, strategy, str(folder)), "--via=torchrun", f"--nproc={nproc}"]
     command += _passed_on(options)
     launch = launcher.lay_out(
-        replace(line, where=replace(options, rdzv_endpoint=ENDPOINT if options.nnodes > 1 else None)),
+        replace(line, options=options.model_copy(update={"rdzv_endpoint": ENDPOINT if options.nnodes > 1 else None})),
         "torchrun",
         strategy=strategy,
         nproc=nproc,
@@ -116,15 +116,15 @@ def prepare(line: CommandLine) -> Job:
 
 def _note(resolved: Resolved, line: CommandLine) -> str | None:
     """What to say of a strategy of auto, which needs the GPUs to be decided."""
-    if resolved.config.strategy or line.job.gpus == 0 or line.where.nproc == line.where.nnodes == 1:
+    if resolved.config.strategy or line.slurm.gpus == 0 or line.options.nproc == line.options.nnodes == 1:
         return None
     advice = "`manyrank plan --gpu KIND` says what fits"
     return f"note: strategy auto is ddp in a job, whose GPUs are not known here; {advice}"
 
 
 def _check_flags(line: CommandLine) -> None:
-    options = line.where
-    if options.print and line.job.submit:
+    options = line.options
+    if options.print and line.slurm.submit:
         raise UserError("--print and --submit", where="command line", fix="--print starts nothing: leave one out")
     if options.node_rank or options.rdzv_endpoint:
         what = "node_rank or rdzv_endpoint with --via slurm"
@@ -153,15 +153,15 @@ def _check_resume(given: Resolved, folder: Path) -> None:
 
 def _requested(line: CommandLine) -> Hardware:
     """A machine as the job asks for it. The kind of its GPUs is checked again when it runs there."""
-    job, nproc = line.job, line.where.nproc or 1
+    job, nproc = line.slurm, line.options.nproc or 1
     gpu = Gpu("of the cluster", memory=0, compute_capability=(9, 0))
     return Hardware((gpu,) * (nproc if job.gpus is None else job.gpus), cpu_cores=job.cpus or nproc, cpu_bf16=True)
 
 
-def _passed_on(options: Where) -> list[str]:
+def _passed_on(options: LaunchOptions) -> list[str]:
     """The flags of the launch that a machine cannot know from its job."""
     restarts = [f"--max_restarts={options.max_restarts}"] if options.max_restarts is not None else []
-    timeout = [f"--rdzv_timeout={options.rdzv_timeout}"] if options.rdzv_timeout != Where.rdzv_timeout else []
+    timeout = [f"--rdzv_timeout={options.rdzv_timeout}"] if options.rdzv_timeout != LaunchOptions().rdzv_timeout else []
     return restarts + timeout
 
 
@@ -169,13 +169,13 @@ def _script(line: CommandLine, launch: LaunchPlan, machine: Hardware, command: l
     options = {
         "job-name": re.sub("[^a-z0-9]+", "-", files.parent.name.lower()).strip("-")[:40] or "manyrank",
         "chdir": str(Path.cwd()),
-        "nodes": line.where.nnodes,
+        "nodes": line.options.nnodes,
         "ntasks-per-node": 1,
         "cpus-per-task": machine.cpu_cores,
         "gpus-per-node": len(machine.gpus) or None,
-        "time": line.job.time,
-        "partition": line.job.partition,
-        "account": line.job.account,
+        "time": line.slurm.time,
+        "partition": line.slurm.partition,
+        "account": line.slurm.account,
         "output": str(files).replace("%", "%%") + "/job-%j.log",
         "open-mode": "append",
         "signal": "USR1@120",  # seconds before the time limit: the run saves and ends with 75

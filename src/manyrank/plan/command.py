@@ -6,16 +6,18 @@ manyrank plan --model Llama-3.1-70B --method qlora --gpu RTX4090 --nproc 2 --nno
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-from ..config.args import CommandLine, Job, Parser, Where, parse, parser
-from ..config.resolve import Entry, Resolved, TrainConfig, normal, resolve
+from pydantic import BeforeValidator
+
+from ..config.args import CommandLine, Options, arg, parse_with
+from ..config.resolve import Entry, Resolved, TrainConfig, find_recipe, resolve
+from ..config.schema import Float
 from ..errors import UserError
 from ..models.catalog import read
 from ..models.spec import Architecture
@@ -28,33 +30,62 @@ from ..topology.strategies import default_strategy
 from .planner import Plan, make_plan, scaling, with_micro_batch
 from .view import as_text, as_values
 
-PROG = "manyrank plan"
-OWN = ("gpu", "gpu_memory", "host_memory", "network", "price", "tokens", "json")
-UNITS = {
-    "": 1,
-    "k": 1e3,
-    "m": 1e6,
-    "g": 1e9,
-    "b": 1e9,
-    "t": 1e12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "kb": 1e3,
-    "mb": 1e6,
-    "gb": 1e9,
-}
+DECIMAL = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+UNITS = DECIMAL | {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 NO_DATA = "(none)"  # stands for the data of a plan without a recipe
 BYTES_A_TOKEN = 4  # of text in a data file, about
+KINDS = ", ".join(kind.name for kind in hardware.GPU_KINDS)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The command line of a plan: the recipe's part, and what is the plan's alone."""
+def _size(text: str) -> int:
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)", text.strip())
+    if not found or found[2].lower() not in UNITS or float(found[1]) <= 0:
+        raise ValueError("no size like 24GiB or 2.5M")
+    return int(float(found[1]) * UNITS[found[2].lower()])
 
-    line: CommandLine
-    own: argparse.Namespace
-    nodes: list[int]
+
+def _bytes(text: str) -> int:
+    size = _size(text)
+    if size < 2**30:
+        raise ValueError("less than 1 GiB: give a unit, as in 24GiB")
+    return size
+
+
+def _nodes(text: str) -> list[int]:
+    """Read a rising list of counts; `1,2,4,...,128` doubles in its middle."""
+    parts, found = [part.strip() for part in text.split(",")], []
+    for index, part in enumerate(parts):
+        doubles = len(found) == 1 or (len(found) > 1 and found[-1] == 2 * found[-2])
+        if part == "..." and doubles and index == len(parts) - 2 and parts[-1].isdecimal():
+            while found[-1] * 2 < int(parts[-1]):
+                found.append(found[-1] * 2)
+        elif part.isdecimal() and int(part) > (found[-1] if found else 0):
+            found.append(int(part))
+        else:
+            raise ValueError("not a rising list of counts like 4, or 1,2,4,...,128")
+    return found
+
+
+class PlanOptions(Options):
+    """Will it fit, where, and how fast: memory and speed of a recipe, or of a model alone, on every strategy."""
+
+    gpu: str | None = arg(None, f"one of {KINDS} (default: what is here)", min_length=1)
+    gpu_memory: Annotated[int | None, BeforeValidator(_bytes)] = arg(
+        None, "memory of one GPU, as 24GiB; overrides the kind's"
+    )
+    host_memory: Annotated[int | None, BeforeValidator(_bytes)] = arg(
+        None, "memory of one machine (default: of this one, if its GPUs are planned for)"
+    )
+    network: Float | None = arg(None, "Gbit/s of a machine's network", gt=0)
+    price: Float | None = arg(None, "price of a GPU for an hour (default: about the usual)", gt=0)
+    tokens: Annotated[int | None, BeforeValidator(_size)] = arg(
+        None, "tokens of the data, once through, as 2.5M (default: by the files' sizes)"
+    )
+    nnodes: Annotated[list[int], BeforeValidator(_nodes)] = arg(
+        [1], "machines (default: 1); several as 1,2,4,...,128 for a table of how it scales"
+    )
+    strategy: str | None = arg(None, "one strategy, or all (default: all, and the fastest that fits is chosen)")
+    as_json: bool = arg(False, "print values instead of tables")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,27 +94,30 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a wrong option, recipe or model.
     """
-    if {"-h", "--help"} & set(argv):
-        print(_help())
-        return 0
-    asked = _parse(argv)
-    resolved = _resolved(asked.line)
-    config = resolved.config
-    context = _context(asked, resolved)
-    _check_speeds(asked.own, asked.nodes, context)
-    shape = read_model(config.model_name_or_path)
-    if config.per_device_train_batch_size == "auto":
+    line, options = parse_with(argv, PlanOptions, prog="manyrank plan", launch=True)
+    if line.options.model_fields_set - {"nproc"} or line.slurm.model_fields_set:
+        fix = "of the launch leave all but --nproc and --nnodes out"
+        raise UserError("a plan starts nothing", where="command line", fix=fix)
+    line = _model_as_option(line)
+    if options.strategy not in (None, "all", "auto"):
+        chosen = Entry("--strategy", options.strategy, "command line, --strategy")
+        line = replace(line, overrides=[*line.overrides, chosen])
+    resolved = _resolved(line)
+    context = _context(options, line.options.nproc, resolved)
+    _check_speeds(options, context)
+    shape = read_model(resolved.config.model_name_or_path)
+    if resolved.config.per_device_train_batch_size == "auto":
         context = with_micro_batch(context, shape)
     plan = make_plan(context, shape)
-    scales = scaling(context, shape, asked.nodes) if len(asked.nodes) > 1 else []
-    price = asked.own.price if asked.own.price is not None else context.kind.price if context.kind else None
+    scales = scaling(context, shape, options.nnodes) if len(options.nnodes) > 1 else []
+    price = options.price if options.price is not None else context.kind.price if context.kind else None
     facts = {
-        "tokens": _tokens(context.config, plan, asked.own.tokens),
+        "tokens": _tokens(context.config, plan, options.tokens),
         "price": price,
         "scales": scales,
         "against": _against(plan),
     }
-    print(json.dumps(as_values(plan, **facts), indent=1) if asked.own.json else as_text(plan, **facts))
+    print(json.dumps(as_values(plan, **facts), indent=1) if options.as_json else as_text(plan, **facts))
     return 0
 
 
@@ -96,112 +130,29 @@ def read_model(name: str) -> Architecture:
     return replace(read(str(ensure())), name=name) if name == EMBEDDED else read(name)
 
 
-def _parse(argv: Sequence[str]) -> Asked:
-    own, rest = _options(Parser(prog=PROG, add_help=False, allow_abbrev=False)).parse_known_args(_spelt(argv))
-    nodes = _nodes(own.nnodes)
-    if own.gpu == "":
-        raise UserError("--gpu without a kind", where="command line", fix=f"one of {_kinds()}")
-    if own.strategy not in (None, "all", "auto"):
-        rest += ["--strategy", own.strategy]
-    line = parse([*rest, "--nnodes", str(nodes[0])], prog=PROG, launch=True, more=OWN)
-    if line.where != Where(nproc=line.where.nproc, nnodes=nodes[0]) or line.job != Job():
-        raise UserError(
-            "a plan starts nothing", where="command line", fix="of the launch leave all but --nproc and --nnodes out"
-        )
-    return Asked(line, own, nodes)
+def _model_as_option(line: CommandLine) -> CommandLine:
+    """Take a word that names no recipe, but a known model, a folder or a config.json, as --model.
 
-
-def _spelt(argv: Sequence[str]) -> list[str]:
-    """Underscores in the names of options."""
-    return ["--" + normal(a.split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
-
-
-def _options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    shown = made.add_argument_group("where it would run, and what to show")
-    shown.add_argument("--gpu", metavar="KIND", help=f"one of {_kinds()} (default: what is here)")
-    shown.add_argument("--gpu_memory", metavar="SIZE", type=_bytes, help="of one GPU, as 24GiB; overrides the kind's")
-    shown.add_argument(
-        "--host_memory",
-        metavar="SIZE",
-        type=_bytes,
-        help="of one machine (default: of this one, if its GPUs are planned for)",
-    )
-    shown.add_argument("--network", metavar="GBIT", type=_positive, help="Gbit/s of a machine's network")
-    shown.add_argument(
-        "--price", metavar="DOLLARS", type=_positive, help="of a GPU for an hour (default: about the usual)"
-    )
-    shown.add_argument(
-        "--tokens", metavar="N", type=_size, help="of the data, once through; as 2.5M (default: by the files' sizes)"
-    )
-    shown.add_argument(
-        "--nnodes",
-        metavar="N[,N...]",
-        default="1",
-        help="machines; several as 1,2,4,...,128 for a table of how it scales",
-    )
-    shown.add_argument(
-        "--strategy", metavar="NAME", help="one strategy, or all (default: all, and the fastest that fits is chosen)"
-    )
-    shown.add_argument("--json", action="store_true", help="print values instead of tables")
-    return made
-
-
-def _help() -> str:
-    made = parser(PROG, launch=True)
-    made.conflict_handler = "resolve"  # --nnodes and --strategy say more here
-    _options(made)
-    made.usage = f"{PROG} [RECIPE] [--model NAME|FOLDER|config.json] [--key value ...] [--gpu KIND] [--json]"
-    made.description = (
-        "Will it fit, where, and how fast: memory and speed of a recipe on every strategy, before anything is started."
-    )
-    return made.format_help()
-
-
-def _kinds() -> str:
-    return ", ".join(kind.name for kind in hardware.GPU_KINDS)
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)", text.strip())
-    if not found or found[2].lower() not in UNITS or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size like 24GiB or 2.5M")
-    return int(float(found[1]) * UNITS[found[2].lower()])
-
-
-def _bytes(text: str) -> int:
-    size = _size(text)
-    if size < 2**30:
-        raise argparse.ArgumentTypeError(f"{text!r} is less than 1 GiB: give a unit, as in 24GiB")
-    return size
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return number
-
-
-def _nodes(text: str) -> list[int]:
-    """`1,2,4,...,128` doubles in its middle."""
-    parts, found = [part.strip() for part in text.split(",")], []
-    for index, part in enumerate(parts):
-        doubles = len(found) == 1 or (len(found) > 1 and found[-1] == 2 * found[-2])
-        if part == "..." and doubles and index == len(parts) - 2 and parts[-1].isdecimal():
-            while found[-1] * 2 < int(parts[-1]):
-                found.append(found[-1] * 2)
-        elif part.isdecimal() and int(part) > (found[-1] if found else 0):
-            found.append(int(part))
-        else:
-            raise UserError(
-                f"--nnodes {text!r} is not a rising list of counts",
-                where="command line",
-                fix="give 4, or 1,2,4,...,128",
-            )
-    return found
+    Raises:
+        UserError: it names neither.
+    """
+    name = line.recipe
+    if not name:
+        return line
+    no_recipe = ""
+    if Path(name).name != "config.json":
+        try:
+            find_recipe(name)
+            return line
+        except UserError as error:
+            no_recipe = error.fix
+    if name != EMBEDDED and not Path(name).expanduser().exists():
+        try:
+            read(name)
+        except UserError as error:
+            fix = f"{no_recipe}; for a model, {error.fix}"
+            raise UserError(f"there is no recipe or model {name!r}", where="command line", fix=fix) from None
+    return replace(line, recipe=None, overrides=[Entry("--model", name, "command line"), *line.overrides])
 
 
 def _resolved(line: CommandLine) -> Resolved:
@@ -215,17 +166,17 @@ def _resolved(line: CommandLine) -> Resolved:
         return resolve(line.recipe, [*line.overrides, data])
 
 
-def _check_speeds(own: argparse.Namespace, nodes: list[int], context: RunContext) -> None:
+def _check_speeds(options: PlanOptions, context: RunContext) -> None:
     """Refuse what needs speeds where there is no kind of GPU to tell them."""
     wants = {
-        "--nnodes": len(nodes) > 1,
-        "--price": own.price is not None,
-        "--tokens": own.tokens is not None,
-        "--network": own.network,
+        "--nnodes": len(options.nnodes) > 1,
+        "--price": options.price is not None,
+        "--tokens": options.tokens is not None,
+        "--network": options.network,
     }
     for name, wanted in wants.items():
         if wanted and context.kind is None:
-            raise UserError("speeds need a kind of GPU", where=name, fix=f"give --gpu, one of {_kinds()}")
+            raise UserError("speeds need a kind of GPU", where=name, fix=f"give --gpu, one of {KINDS}")
 
 
 def _against(plan: Plan) -> list[str]:
@@ -239,29 +190,31 @@ def _against(plan: Plan) -> list[str]:
     return [f"{violation.rule.name}: {violation.what}" for violation in found]
 
 
-def _context(asked: Asked, resolved: Resolved) -> RunContext:
+def _context(options: PlanOptions, nproc: int | None, resolved: Resolved) -> RunContext:
     """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
-    own, here, nproc = asked.own, hardware.probe(), asked.line.where.nproc
-    if own.gpu or not here.gpus or own.gpu_memory:
+    here = hardware.probe()
+    if options.gpu or not here.gpus or options.gpu_memory:
         nproc = nproc or 1
-        here = Hardware((_planned_gpu(own),) * nproc, cpu_cores=nproc, cpu_bf16=False)
+        here = Hardware((_planned_gpu(options),) * nproc, cpu_cores=nproc, cpu_bf16=False)
     nproc = nproc or len(here.gpus)
     smallest = here.smallest_gpu
-    if own.network and smallest and smallest.kind:
-        kind = hardware.with_network(smallest.kind, gbit=own.network, gpus=nproc)
+    if options.network and smallest and smallest.kind:
+        kind = hardware.with_network(smallest.kind, gbit=options.network, gpus=nproc)
         here = replace(here, gpus=(replace(smallest, planned=kind),) * len(here.gpus))
-    here = replace(here, memory=own.host_memory or here.memory)
-    return RunContext(resolved, default_strategy(nproc * asked.nodes[0]), nproc, nproc * asked.nodes[0], here)
+    here = replace(here, memory=options.host_memory or here.memory)
+    world_size = nproc * options.nnodes[0]
+    return RunContext(resolved, default_strategy(world_size), nproc, world_size, here)
 
 
-def _planned_gpu(own: argparse.Namespace) -> Gpu:
-    if not own.gpu:
-        return Gpu("planned", own.gpu_memory or 0, (9, 0))
-    kind = hardware.find_kind(own.gpu, own.gpu_memory)
+def _planned_gpu(options: PlanOptions) -> Gpu:
+    memory = options.gpu_memory
+    if not options.gpu:
+        return Gpu("planned", memory or 0, (9, 0))
+    kind = hardware.find_kind(options.gpu, memory)
     if kind is None:
-        fix = f"one of {_kinds()}; or --gpu_memory 24GiB"
-        raise UserError(f"no GPU {own.gpu!r} is known", where="--gpu", fix=fix)
-    return Gpu(kind.name, own.gpu_memory or kind.memory, (9, 0) if kind.has_bf16 else (7, 0), planned=kind)
+        fix = f"one of {KINDS}; or --gpu_memory 24GiB"
+        raise UserError(f"no GPU {options.gpu!r} is known", where="--gpu", fix=fix)
+    return Gpu(kind.name, memory or kind.memory, (9, 0) if kind.has_bf16 else (7, 0), planned=kind)
 
 
 def _tokens(config: TrainConfig, plan: Plan, given: int | None) -> int | None:

@@ -6,7 +6,6 @@ weights; each goes on with its own completions.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..chat_template.types import BadRow, Message
-from ..config.args import Parser
+from ..config.args import arg, read_options, word
+from ..config.model_options import Count, ModelOptions, SamplingOptions
 from ..errors import UserError
 from ..runs.artifact import find
 from ..runs.folder import write_atomically
@@ -39,33 +39,31 @@ HELP = """\
 /exit          end, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
+class ChatOptions(ModelOptions, SamplingOptions):
+    """Talk to a model."""
+
+    name: str = word(..., "a run's folder, a checkpoint, an adapter, a model's folder or a hub name")
+    compare: bool = arg(False, "the base and the tuned model answer side by side")
+    system: str = arg("", "system message")
+    max_new_tokens: Count = arg(512, "most tokens of a completion")
+
+
 def main(argv: Sequence[str]) -> int:
     """Load the model, and talk until the input ends.
 
     Raises:
         UserError: an option or a name that cannot be.
     """
-    options = _parser().parse_args(argv)
+    options = read_options(argv, ChatOptions, prog="manyrank chat")
     model_source = find(options.name)
     if options.compare and not model_source.adapter:
         raise UserError("there is no adapter to compare with its base", where=options.name, fix="leave --compare out")
     from ..models.generation import Sampling
     from ..models.inference import load_model, quiet, rendering_of
 
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    sampling = Sampling(**options.sampling)
     quiet()
-    model, tokenizer = load_model(
-        model_source,
-        quantization=options.quantization,
-        dtype=options.dtype,
-        chat_template=options.chat_template,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model, tokenizer = load_model(model_source, **options.loading)
     views = {"base": model.disable_adapter, "tuned": nullcontext} if options.compare else {"": nullcontext}
     rendering = rendering_of(model_source)
     models = {
@@ -75,23 +73,6 @@ def main(argv: Sequence[str]) -> int:
         adapter = f" with {model_source.adapter}" if model_source.adapter else ""
         print(f"{model_source.base}{adapter}; /help lists the commands, Ctrl-D ends")
     return Chat(models).run()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="manyrank chat", allow_abbrev=False, description="Talk to a model.")
-    add = parser.add_argument
-    add("name", metavar="NAME", help="a run's folder, a checkpoint, an adapter, a model's folder or a hub name")
-    add("--compare", action="store_true", help="the base and the tuned model answer side by side")
-    add("--system", default="", metavar="TEXT", help="system message")
-    add("--quantization", choices=("4bit", "8bit"), help="of the base")
-    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the computation")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="most tokens of a completion (default: 512)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the most likely token")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the tokens that have this much probability")
-    add("--seed", type=int, default=0, help="of the draws")
-    add("--chat-template", metavar="X", help="a Jinja file, or a name such as chatml (default: the model's own)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    return parser
 
 
 @dataclass

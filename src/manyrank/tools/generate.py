@@ -11,17 +11,19 @@ and resumed ends with the completions of one that was not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from ..chat_template.types import BadRow
-from ..config.args import Parser
+from ..config.args import arg, read_options, word
+from ..config.model_options import Count, ModelOptions, OptionalCount, SamplingOptions
 from ..data.prompts import Prompt, read_prompts
 from ..data.sources import Source
 from ..errors import EXIT_FAILED, EXIT_PREEMPTED, UserError
@@ -34,7 +36,29 @@ if TYPE_CHECKING:
     from ..models.generation import Sampling
 
 SHOWN = 10  # problems in an error
-NOT_SETTINGS = ("output", "overwrite", "trust_remote_code")  # options that change no completion
+NOT_SETTINGS = {"output", "overwrite", "trust_remote_code"}  # options that change no completion
+
+
+def _file(output: Path) -> Path:
+    return output if output.suffix else output / "completions.jsonl"
+
+
+class GenerateOptions(ModelOptions, SamplingOptions):
+    """Complete all prompts of a file."""
+
+    name: str = word(..., "a run's folder, a checkpoint, an adapter, a model's folder or a hub name")
+    input: str = word(..., "a data file in any format, a folder or hub name, or a .txt of one question a line")
+    output: Annotated[Path, AfterValidator(_file)] = word(
+        ..., "a .jsonl file, or a folder for completions.jsonl", also=["output_dir"]
+    )
+    batch_size: Count = arg(8, "completions at a time")
+    num_samples: Count = arg(1, "completions of each prompt")
+    system: str = arg("", "system message of rows that have none")
+    limit: OptionalCount = arg(None, "only the first rows")
+    split: str | None = arg(None, "split of a folder or hub name")
+    format_type: str = arg("auto", "how rows are read (default: by the first format that fits)")
+    on_bad_row: Literal["error", "skip"] = arg("error", "what cannot be completed: stop, or say so in OUTPUT")
+    overwrite: bool = arg(False, "start over, and replace OUTPUT")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,69 +67,22 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: an option, a name or a row that cannot be.
     """
-    options = _parser().parse_args(argv)
+    options = read_options(argv, GenerateOptions, prog="manyrank generate")
     _check(options)
     model = find(options.name)
     source = Source(options.input, split=options.split, format_type=options.format_type)
     prompts = read_prompts(source, system=options.system, limit=options.limit)
     from ..models.generation import Sampling
 
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
     try:
-        return _run(options, model, prompts, sampling)
+        return _run(options, model, prompts, Sampling(**options.sampling))
     except OSError as error:
         what, fix = f"cannot write: {error}", "make room, and run the same command again to resume"
         print(UserError(what, where=str(options.output), fix=fix), file=sys.stderr)
         return EXIT_FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="manyrank generate", allow_abbrev=False, description="Answer all prompts of a file.")
-    add = parser.add_argument
-    add("name", metavar="NAME", help="a run's folder, a checkpoint, an adapter, a model's folder or a hub name")
-    add(
-        "input",
-        metavar="INPUT",
-        help="a data file in any format, a folder or hub name, or a .txt of one question a line",
-    )
-    add("output", metavar="OUTPUT", type=Path, help="a .jsonl file")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of a completion (default: 256)")
-    add("--batch-size", type=int, default=8, metavar="B", help="completions at a time (default: 8)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the most likely token")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the tokens that have this much probability")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens")
-    add("--seed", type=int, default=0, help="of the draws, with the number of the row")
-    add("--num-samples", type=int, default=1, metavar="K", help="completions of each prompt")
-    add("--system", default="", metavar="TEXT", help="system message of rows that have none")
-    add("--limit", type=int, metavar="N", help="only the first rows")
-    add("--split", help="of a folder or hub name")
-    add("--format-type", default="auto", metavar="X", help="how rows are read (default: by the first that fits)")
-    add(
-        "--on-bad-row",
-        choices=("error", "skip"),
-        default="error",
-        help="what cannot be answered: stop, or say so in OUTPUT",
-    )
-    add("--quantization", choices=("4bit", "8bit"), help="of the base")
-    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="of the computation")
-    add("--chat-template", metavar="X", help="a Jinja file, or a name such as chatml (default: the model's own)")
-    add("--overwrite", action="store_true", help="start over, and replace OUTPUT")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    return parser
-
-
-def _check(options: argparse.Namespace) -> None:
-    for name in ("batch_size", "num_samples", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} {value}", where="command line", fix="give a whole number from 1")
+def _check(options: GenerateOptions) -> None:
     if options.num_samples > 1 and not options.temperature:
         what = f"{options.num_samples} samples at temperature 0 would be the same"
         raise UserError(what, where="--num-samples", fix="give a --temperature, such as 0.8")
@@ -118,7 +95,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"{output} is there already", where="OUTPUT", fix="choose another name, or add --overwrite")
 
 
-def _run(options: argparse.Namespace, model_source: Artifact, prompts: list[Prompt], sampling: Sampling) -> int:
+def _run(options: GenerateOptions, model_source: Artifact, prompts: list[Prompt], sampling: Sampling) -> int:
     """Complete what is not completed yet, until all is done or a signal comes.
 
     Returns:
@@ -130,10 +107,10 @@ def _run(options: argparse.Namespace, model_source: Artifact, prompts: list[Prom
     from ..models.inference import context_of, load_model, quiet, rendering_of, tokenizer_of
 
     quiet()
-    loading = {"chat_template": options.chat_template, "trust_remote_code": options.trust_remote_code}
-    tokenizer, rendering = tokenizer_of(model_source, **loading), rendering_of(model_source)
+    trusted, rendering = options.trust_remote_code, rendering_of(model_source)
+    tokenizer = tokenizer_of(model_source, chat_template=options.chat_template, trust_remote_code=trusted)
     stops = stop_tokens(tokenizer, rendering, where=model_source.name)
-    context = context_of(model_source, trust_remote_code=options.trust_remote_code)
+    context = context_of(model_source, trust_remote_code=trusted)
     requests = [GenerationRequest.of(prompt, tokenizer, rendering, context) for prompt in prompts]
     if options.on_bad_row == "error":
         _refuse_problems(requests)
@@ -142,7 +119,7 @@ def _run(options: argparse.Namespace, model_source: Artifact, prompts: list[Prom
     if len(file.rows) < len(requests):
         if file.rows:
             print(f"{len(file.rows):,} of {len(requests):,} rows are there already", file=sys.stderr)
-        model, _ = load_model(model_source, quantization=options.quantization, dtype=options.dtype, **loading)
+        model, _ = load_model(model_source, **options.loading)
         batches = _completed(model, tokenizer, requests, options, sampling, stops, skip=file.rows)
         stop = StopRequest()
         progress = tqdm(total=len(requests), initial=len(file.rows), unit="row")
@@ -202,9 +179,9 @@ def _refuse_problems(requests: Sequence[GenerationRequest]) -> None:
         raise UserError(what, where=where, fix="fix them, or add --on-bad-row skip")
 
 
-def _settings(options: argparse.Namespace, model_source: Artifact) -> dict[str, Any]:
+def _settings(options: GenerateOptions, model_source: Artifact) -> dict[str, Any]:
     """Everything that decides the completions: the options, and when the files that they name were changed."""
-    settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+    settings = options.model_dump(exclude=NOT_SETTINGS)
     files = {
         "base": model_source.base,
         "adapter": model_source.adapter,

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
-from ..config.args import Parser, parse, parser
-from ..config.resolve import resolve
+from ..config.args import CommandLine, Options, arg, parse_with
+from ..config.resolve import Entry, canonical, resolve
+from ..config.schema import Int
+from ..data.files import SUFFIXES, kind_of
 from ..data.stats import STEPS, Part, SampleFacts, Survey, gather
 from ..models.load import load_tokenizer
+from ..models.tiny import EMBEDDED
 from ..rules.check import check_sources
 from .report.blocks import Block, Heading, Note, Run, Table, Texts, count, one_line, share, visible, word
 from .report.data_tables import reading_tables, split_tables
 from .report.pages import check_page, page, write_page
 from .report.terminal import show
 
-PROG = "manyrank data inspect"
 PACKING = {
     "step": "each step's examples side by side, no padding",
     "dataset": "examples put together into packs before steps are made of them",
     "none": "padded rows",
 }
+
+
+class InspectOptions(Options):
+    """Show what a recipe or a data file is to a training: sources, lengths, bad rows, packing, and what is learned."""
+
+    samples: Int = arg(3, "examples to show of each side", ge=0)
+    html: Path | None = arg(None, "write the same as a page too")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,45 +40,33 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a wrong option, recipe or source, or a page that cannot be written there.
     """
-    own, rest = _options(Parser(prog=PROG, add_help=False, allow_abbrev=False)).parse_known_args(argv)
-    if {"-h", "--help"} & set(rest):
-        print(_help())
-        return 0
-    if own.html:
-        check_page(own.html)
-    line = parse(rest, prog=PROG, launch=False, more=("samples", "html"))
+    line, options = parse_with(argv, InspectOptions, prog="manyrank data inspect", launch=False)
+    if options.html:
+        check_page(options.html)
+    line = _data_as_option(line)
     resolved = resolve(line.recipe, line.overrides)
     check_sources(resolved)
     config = resolved.config
     recipe = Path(line.recipe).stem if line.recipe else "command line"
-    survey = gather(config, load_tokenizer(config), recipe=recipe, samples=own.samples)
+    survey = gather(config, load_tokenizer(config), recipe=recipe, samples=options.samples)
     show(title(survey), blocks(survey))
-    if own.html:
-        write_page(page(title(survey), blocks(survey)), own.html)
-        print(f"\nwritten to {own.html}")
+    if options.html:
+        write_page(page(title(survey), blocks(survey)), options.html)
+        print(f"\nwritten to {options.html}")
     return 0
 
 
-def _options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    group = parser.add_argument_group("what to show")
-    group.add_argument(
-        "--samples", type=_whole, default=3, metavar="N", help="examples to show of each side (default: 3)"
-    )
-    group.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page too")
-    return parser
-
-
-def _help() -> str:
-    full = _options(parser(PROG, launch=False))
-    full.usage = f"{PROG} RECIPE [--key value ...] [--samples N] [--html FILE]"
-    full.description = "Show what a recipe trains on: sources, lengths, bad rows, packing, and what is learned."
-    return full.format_help()
-
-
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
-    return int(text)
+def _data_as_option(line: CommandLine) -> CommandLine:
+    """Take a data file in place of a recipe as --data_path; without --model, the embedded model's template is used."""
+    if not line.recipe or kind_of(Path(line.recipe))[0] not in SUFFIXES:
+        return line
+    overrides = [Entry("--data_path", line.recipe, "command line"), *line.overrides]
+    if not any(canonical(entry.key) == "model_name_or_path" for entry in overrides):
+        print(
+            "no model is given: the template and tokenizer are those of the embedded one; --model NAME takes another\n"
+        )
+        overrides.append(Entry("--model", EMBEDDED, "default of data inspect"))
+    return replace(line, recipe=None, overrides=overrides)
 
 
 # The blocks of both views

@@ -6,7 +6,6 @@ that a sharded strategy holds 1/N of the base (also of a 4-bit base), and that t
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -15,11 +14,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
+from pydantic import BeforeValidator
 from safetensors import safe_open
 
-from ..config.args import Parser
+from ..config.args import Options, arg, read_options, word
 from ..config.resolve import TrainConfig, resolve
+from ..config.schema import Int, listed
 from ..errors import EXIT_FAILED, UserError
 from ..project_files import asset
 from ..runs.logs import read_metrics
@@ -28,8 +30,10 @@ from ..topology import gpus as hardware
 from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
 
 COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not Engine.SINGLE and not s.offload]
-METHODS = ("lora", "qlora", "full")
-LAUNCHERS = ("accelerate", "torchrun")
+Compared = Literal[*COMPARED]
+Method = Literal["lora", "qlora", "full"]
+Launcher = Literal["accelerate", "torchrun"]
+METHODS, LAUNCHERS = get_args(Method), get_args(Launcher)
 WRAPPERS = {
     Engine.SINGLE: "",
     Engine.DDP: "DistributedDataParallel",
@@ -179,22 +183,48 @@ def share(facts: dict) -> float:
     return max(facts["base_bytes_here"]) / facts["base_bytes"]
 
 
+class VerifyOptions(Options):
+    """Train the same few steps on every strategy, and compare the losses with those of one process."""
+
+    recipe: str = word(str(asset("launch", "recipes", "verify.yaml")), "your own recipe (default: verify)")
+    nproc: Int | None = arg(None, "processes (default: GPUs, or 2); hsdp: at least 4", gt=0)
+    steps: Int = arg(4, "steps of each run", gt=0)
+    methods: Annotated[list[Method], BeforeValidator(listed)] = arg(
+        METHODS, f"methods to compare (default: {','.join(METHODS)})"
+    )
+    strategies: Annotated[list[Compared], BeforeValidator(listed)] = arg(
+        [], f"strategies (default: those that fit of {','.join(COMPARED)})"
+    )
+    via: Annotated[list[Launcher], BeforeValidator(listed)] = arg(
+        LAUNCHERS, f"launchers (default: {','.join(LAUNCHERS)})"
+    )
+    keep: Path | None = arg(None, "keep the runs there", also=["output_dir"])
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the matrix and print a row as each case ends.
 
     Returns:
         0 if every case is right, else 1.
     """
-    options = _options(argv)
+    options = read_options(argv, VerifyOptions, prog="manyrank verify")
+    gpus = len(hardware.probe().gpus)
+    nproc = options.nproc or gpus or 2
+    if nproc < 2:
+        what = "verify compares several processes with one"
+        raise UserError(what, where="--nproc", fix="needs at least 2 GPUs, or CPUs")
+    strategies = options.strategies or fitting(nproc, gpus)
+    for name in set(COMPARED) - set(strategies) if not options.strategies else ():
+        print(f"left out: {name}, which needs {processes(STRATEGIES[name], nproc)} GPUs")
     print(
         f"{'method':<7} {'strategy':<8} {'launcher':<10} {'wrapper':<26} {'base/rank':>9} {'loss diff':>10} {'norm diff':>10}"
     )
     wrong, single = 0, Outcome((), (), {}, 0)
     recipe = resolve(options.recipe).config
     with tempfile.TemporaryDirectory(prefix="manyrank-verify-") as temporary:
-        folder = Path(options.keep or temporary)
-        for case in cases(options.methods, options.strategies, options.via, options.nproc):
-            batch = batch_arguments(recipe, options.nproc)
+        folder = options.keep or Path(temporary)
+        for case in cases(options.methods, strategies, options.via, nproc):
+            batch = batch_arguments(recipe, nproc)
             outcome = run(case, options.recipe, folder, steps=options.steps, more=batch)
             single = outcome if case.strategy.engine is Engine.SINGLE else single
             bad = problems(case, outcome, single)
@@ -219,41 +249,3 @@ def _last_words(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith("error:") or "Error" in line]
     return (telling or lines or ["no message"])[-1].strip()
-
-
-def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="manyrank verify", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "recipe", nargs="?", default=str(asset("launch", "recipes", "verify.yaml")), help="your own recipe"
-    )
-    gpus = len(hardware.probe().gpus)
-    parser.add_argument(
-        "--nproc", type=int, default=gpus or 2, help="processes (default: GPUs, or 2); hsdp: at least 4"
-    )
-    parser.add_argument("--steps", type=int, default=4, help="steps of each run (default: 4)")
-    parser.add_argument("--methods", type=_among(METHODS), default=METHODS, help=",".join(METHODS))
-    parser.add_argument("--strategies", type=_among(COMPARED), help=",".join(COMPARED))
-    parser.add_argument("--via", type=_among(LAUNCHERS), default=LAUNCHERS, help=",".join(LAUNCHERS))
-    parser.add_argument("--keep", metavar="FOLDER", help="keep the runs there")
-    options = parser.parse_args(argv)
-    if options.steps < 1:
-        raise UserError(f"{options.steps} steps", where="--steps", fix="at least 1")
-    if options.nproc < 2:
-        raise UserError(
-            "verify compares several processes with one", where="--nproc", fix="needs at least 2 GPUs, or CPUs"
-        )
-    if not options.strategies:
-        options.strategies = fitting(options.nproc, gpus)
-        for name in set(COMPARED) - set(options.strategies):
-            print(f"left out: {name}, which needs {processes(STRATEGIES[name], options.nproc)} GPUs")
-    return options
-
-
-def _among(known: Sequence[str]):
-    def parse(text: str) -> tuple[str, ...]:
-        chosen = tuple(text.split(","))
-        if not set(chosen) <= set(known):
-            raise argparse.ArgumentTypeError(f"choose from {','.join(known)}")
-        return chosen
-
-    return parse

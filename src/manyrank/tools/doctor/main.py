@@ -6,7 +6,6 @@ steps. With several machines each runs the command, and prints its own report.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import secrets
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...config.args import JOBS, Parser, parse, parser
+from ...config.args import JOBS, CommandLine, Options, arg, parse_with
+from ...config.schema import Int
 from ...errors import EXIT_FAILED, UserError
 from ...launch import command as launcher
 from ...launch.main import ResolvedLaunch, resolve_launch
@@ -39,7 +39,6 @@ from .launch import LAUNCHER_LOG, Ended, run
 
 PROG = "manyrank doctor"
 ANY_RECIPE = "quickstart"  # stands for a recipe that is not given
-LIMIT = 50  # seconds that the ranks may take
 MEETING = 60  # seconds that the machines wait for each other
 EXIT_INTERRUPTED, EXIT_TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 NETWORK = "name the network device: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME; open the ports between the machines"
@@ -54,6 +53,13 @@ STAGES = {  # of the ranks, and what to do about each when it fails
 }
 
 
+class DoctorOptions(Options):
+    """Examine this machine for a training; with a recipe also what it needs."""
+
+    as_json: bool = arg(False, "print the report as one JSON document")
+    limit: Int = arg(50, "seconds that the ranks may take", gt=0)
+
+
 def main(argv: Sequence[str]) -> int:
     """Examine, and print the report.
 
@@ -64,79 +70,54 @@ def main(argv: Sequence[str]) -> int:
         UserError: a wrong option or recipe.
     """
     started = time.monotonic()
-    own, rest = _options(Parser(prog=PROG, add_help=False, allow_abbrev=False)).parse_known_args(argv)
-    if {"-h", "--help"} & set(rest):
-        print(_help())
-        return 0
-    resolved = _resolve(rest)
+    argv = (f"--rdzv_timeout={MEETING}", *argv)
+    line, options = parse_with(argv, DoctorOptions, prog=PROG, launch=True)
+    resolved = _resolve(line)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # what is below is cleared away
     folder = Path(tempfile.mkdtemp(prefix="manyrank-doctor-"))
     try:
         launch = _launch(resolved, folder)
-        if resolved.line.where.print:
+        if resolved.line.options.print:
             print(launch)
             return 0
-        if not own.json:
+        if not options.as_json:
             print(
                 f"{PROG}: {counted(resolved.context.world_size, 'rank')}, {resolved.context.strategy}, on {socket.gethostname()}",
                 flush=True,
             )
         checks = []
-        for check in _examine(resolved, launch, folder, own.limit):
+        for check in _examine(resolved, launch, folder, options.limit):
             checks.append(check)
-            if not own.json:
+            if not options.as_json:
                 print(check, flush=True)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
-    _finish(resolved, checks, time.monotonic() - started, as_json=own.json)
+    _finish(resolved, checks, time.monotonic() - started, as_json=options.as_json)
     return EXIT_FAILED if any(check.state == State.FAILED for check in checks) else 0
 
 
-def _options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    group = made.add_argument_group("the examination")
-    group.add_argument("--json", action="store_true", help="print the report as one JSON document")
-    group.add_argument(
-        "--limit", type=_seconds, default=LIMIT, metavar="S", help=f"seconds that the ranks may take (default: {LIMIT})"
-    )
-    return made
-
-
-def _seconds(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return int(text)
-
-
-def _help() -> str:
-    made = _options(parser(PROG, launch=True))
-    made.usage = f"{PROG} [RECIPE] [--key value ...] [--nproc N] [--json] [--limit S]"
-    made.description = "Examine this machine for a training; with a recipe also what it needs."
-    return made.format_help()
-
-
-def _resolve(argv: Sequence[str]) -> ResolvedLaunch:
-    line = parse((f"--rdzv_timeout={MEETING}", *argv), prog=PROG, launch=True, more=("json", "limit"))
-    if line.where.via in JOBS:
-        what = f"--via {line.where.via}: an examination is no job"
+def _resolve(line: CommandLine) -> ResolvedLaunch:
+    if line.options.via in JOBS:
+        what = f"--via {line.options.via}: an examination is no job"
         raise UserError(
             what, where="command line", fix="start `manyrank doctor` on the machines, or in the job's shell"
         )
-    if line.where.max_restarts is not None:
+    if line.options.max_restarts is not None:
         raise UserError("max_restarts", where="command line", fix="leave it out: nothing is started anew here")
     return resolve_launch(replace(line, recipe=line.recipe or ANY_RECIPE), probe())
 
 
 def _launch(resolved: ResolvedLaunch, folder: Path) -> launcher.LaunchPlan:
     """Plan the ranks' start as the training's; torchrun starts quickest, and one process needs no launcher."""
-    where = resolved.line.where
-    via = where.via or (
+    options = resolved.line.options
+    via = options.via or (
         None if resolved.context.world_size == 1 and resolved.context.strategy.engine is Engine.SINGLE else "torchrun"
     )
     return launcher.plan(
-        replace(resolved.line, where=replace(where, via=via, max_restarts=0)),
+        replace(resolved.line, options=options.model_copy(update={"via": via, "max_restarts": 0})),
         strategy=resolved.context.strategy,
         nproc=resolved.context.nproc,
         output_dir="",
@@ -146,7 +127,7 @@ def _launch(resolved: ResolvedLaunch, folder: Path) -> launcher.LaunchPlan:
 
 
 def _examine(resolved: ResolvedLaunch, launch: launcher.LaunchPlan, folder: Path, limit: int) -> Iterator[Check]:
-    where, versions = resolved.line.where, software()
+    options, versions = resolved.line.options, software()
     output = Path(launcher.output_dir(resolved.config, resolved.line))
     context = replace(resolved.context, output_dir=output)
     yield machine.libraries(
@@ -157,8 +138,8 @@ def _examine(resolved: ResolvedLaunch, launch: launcher.LaunchPlan, folder: Path
     yield machine.compiler(context)
     names = recipe.hub_names(context)
     yield from recipe.memory_and_disks(context, names)
-    if where.nnodes > 1:
-        yield machine.network(where.rdzv_endpoint)
+    if options.nnodes > 1:
+        yield machine.network(options.rdzv_endpoint)
     yield from recipe.rules_and_files(context)
     yield recipe.planned(resolved.plan)
     hub = recipe.hub(names) if names else None
@@ -166,11 +147,11 @@ def _examine(resolved: ResolvedLaunch, launch: launcher.LaunchPlan, folder: Path
     # Without the hub, its client would try again and again.
     env = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
     env |= {} if hub and hub.figures["reached"] else {"HF_HUB_OFFLINE": "1"}
-    with _run_folder(output, is_main=where.node_rank == 0) as (run_folder, check):
+    with _run_folder(output, is_main=options.node_rank == 0) as (run_folder, check):
         yield from [check] if check else []
         (folder / "job.json").write_text(json.dumps(_job(resolved, run_folder, limit)))
-        ended = run(launch, folder, seconds=limit + (where.rdzv_timeout if where.nnodes > 1 else 0), env=env)
-    yield from _of_ranks(ended, folder, ranks=resolved.context.world_size, machines=where.nnodes)
+        ended = run(launch, folder, seconds=limit + (options.rdzv_timeout if options.nnodes > 1 else 0), env=env)
+    yield from _of_ranks(ended, folder, ranks=resolved.context.world_size, machines=options.nnodes)
 
 
 def _job(resolved: ResolvedLaunch, run_folder: Path | None, limit: int) -> dict[str, Any]:
@@ -249,7 +230,7 @@ def _why(ended: Ended, stage: str, behind: Sequence[Beat], problem: dict[str, st
 
 def _finish(resolved: ResolvedLaunch, checks: Sequence[Check], seconds: float, *, as_json: bool) -> None:
     """Print the last line of the report, or all of it as JSON."""
-    count, where = Counter(check.state for check in checks), resolved.line.where
+    count, options = Counter(check.state for check in checks), resolved.line.options
     if not as_json:
         warnings = counted(count[State.WARNING], "warning")
         print(f"{count[State.OK]} ok, {warnings}, {count[State.FAILED]} failed; {seconds:.0f} s")
@@ -259,8 +240,8 @@ def _finish(resolved: ResolvedLaunch, checks: Sequence[Check], seconds: float, *
         "ok": not count[State.FAILED],
         "seconds": round(seconds, 1),
         "machine": socket.gethostname(),
-        "node_rank": where.node_rank,
-        "nnodes": where.nnodes,
+        "node_rank": options.node_rank,
+        "nnodes": options.nnodes,
         "ranks": resolved.context.world_size,
         "strategy": resolved.context.strategy.name,
         "checks": [asdict(check) for check in checks],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from .options import EvaluateOptions
 
 
 def check(tasks: Sequence[str], folders: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def _manager(folders: tuple[str, ...]):  # it reads some ten thousand files
     return TaskManager(include_path=list(folders) or None)
 
 
-def run(model, tokenizer, tasks: Sequence[str], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def run(model, tokenizer, tasks: Sequence[str], options: EvaluateOptions) -> dict[str, dict[str, float]]:
     """Run the tasks, and return the metrics of each, as `lm_eval.simple_evaluate` gives them.
 
     Args:

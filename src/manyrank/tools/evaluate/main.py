@@ -7,17 +7,16 @@ Each process holds the whole model and takes a part of the rows; rank 0 gathers 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...config.args import CommandLine, Parser, Where
-from ...config.resolve import FIELDS
+from ...config.args import CommandLine, LaunchOptions
+from ...config.model_options import SamplingOptions
 from ...config.schema import TrainConfig
-from ...data.scores import SCORES, row_scores
+from ...data.scores import row_scores
 from ...errors import UserError
 from ...launch import command as launcher
 from ...runs.folder import written_beside
@@ -28,22 +27,12 @@ from ...topology.ranks import Topology
 from ...topology.strategies import default_strategy
 from ...training.exits import guarded, leave
 from . import lm_eval
+from .options import EvaluateOptions, read
 from .plan import DATA_KEYS, Weights, plan_evaluation, recipes_of, resolve_data
 
 LOSS = ("loss", "perplexity")
-SWITCHES = ("trust_remote_code", "train_on_last_turn", "train_on_prompt", "train_on_opening")
 # Settings of the results that are options of the same name.
-SETTINGS = (
-    "quantization",
-    "dtype",
-    "batch_size",
-    "max_new_tokens",
-    "max_rows",
-    "seed",
-    "temperature",
-    "top_p",
-    "top_k",
-)
+SETTINGS = {*SamplingOptions.model_fields, "quantization", "dtype", "batch_size", "max_rows"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: something is wrong that can be known before, or a row, model or metric turns out to be.
     """
-    options = parse(argv)
-    check(options)
+    options, reading = read(argv)
+    check(options, reading)
     output = _output(options.output)
     machine = hardware.probe()
     nproc = options.nproc or max(1, len(machine.gpus))
@@ -66,33 +55,39 @@ def main(argv: Sequence[str]) -> int:
     if nproc > 1:
         return _launch([*argv, "--output", str(output)], nproc, machine)
     launcher.before_imports(machine)
-    evaluate(options, Topology(), output)
+    evaluate(options, reading, Topology(), output)
     return 0
 
 
-def check(options: argparse.Namespace) -> tuple[list[Weights], TrainConfig | None]:
+def check(options: EvaluateOptions, reading: dict[str, str]) -> tuple[list[Weights], TrainConfig | None]:
     """Decide what is loaded, and how rows are read (None: only tasks are run). No torch.
+
+    Args:
+        reading: keys of a recipe that say how rows are read.
 
     Raises:
         UserError: a name, a metric, a task or a value is wrong.
     """
-    row_scores([name for name in options.metrics or [] if name not in LOSS])
+    row_scores([name for name in options.metrics if name not in LOSS])
     lm_eval.check(options.tasks, options.tasks_folder)
     plan = plan_evaluation(options.names, bases=not options.no_base)
     runs = recipes_of(plan)
     if options.tasks and options.data is None and not (runs and runs[0][1].eval_data_path):
-        _refuse_options_of_rows(options)
+        _refuse_options_of_rows(options, reading)
         return plan, None
-    overrides = {key: getattr(options, key) for key in (*DATA_KEYS, "seed", "trust_remote_code")}
-    overrides = {key: str(value) for key, value in overrides.items() if value is not None}
+    overrides = reading | {"seed": str(options.seed)}
+    if options.chat_template is not None:
+        overrides["chat_template"] = options.chat_template
+    if options.trust_remote_code:
+        overrides["trust_remote_code"] = "true"
     return plan, resolve_data(plan, options.data, overrides, max_rows=options.max_rows).config
 
 
-def _refuse_options_of_rows(options: argparse.Namespace) -> None:
+def _refuse_options_of_rows(options: EvaluateOptions, reading: dict[str, str]) -> None:
     """Refuse what would be ignored where only tasks are run."""
-    for key in ("metrics", "max_rows", *DATA_KEYS):
-        if key != "chat_template" and getattr(options, key) is not None:
-            name = f"--{key.replace('_', '-')}"
+    for key, value in {"metrics": options.metrics, "max_rows": options.max_rows, **reading}.items():
+        if value not in (None, []):
+            name = f"--{key}"
             raise UserError(f"{name} without data", where=name, fix="give --data, or leave it out")
 
 
@@ -111,7 +106,7 @@ def _output(given: Path | None) -> Path:
 
 
 def _launch(argv: list[str], nproc: int, machine: hardware.Hardware) -> int:
-    line = CommandLine(None, [], Where(nproc=nproc, via="torchrun"))
+    line = CommandLine(None, [], LaunchOptions(nproc=nproc, via="torchrun"))
     program = ("manyrank.tools.evaluate.main", json.dumps(argv))  # in one word: torchrun would take --nproc as its own
     plan = launcher.plan(
         line, strategy=default_strategy(nproc), nproc=nproc, output_dir="", hardware=machine, program=program
@@ -124,13 +119,13 @@ def rank_main(argv: Sequence[str]) -> int:
     end_with_parent()
     place = topology.from_environment()
     launcher.before_imports(hardware.probe())
-    options = parse(json.loads(argv[0]))
-    return guarded(lambda: evaluate(options, place, options.output), place)
+    options, reading = read(json.loads(argv[0]))
+    return guarded(lambda: evaluate(options, reading, place, options.output), place)
 
 
-def evaluate(options: argparse.Namespace, place: Topology, output: Path) -> None:
+def evaluate(options: EvaluateOptions, reading: dict[str, str], place: Topology, output: Path) -> None:
     """Compute this process's part of everything; on rank 0 also write and print the results of all."""
-    plan, config = check(options)
+    plan, config = check(options, reading)
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the results
         from . import report
         from .worker import Worker
@@ -143,16 +138,16 @@ def evaluate(options: argparse.Namespace, place: Topology, output: Path) -> None
     content = report.results(models, data, settings, seed=options.seed)
     with written_beside(output, overwrite=False) as partial:
         report.write(partial, content, report.predictions(models, data))
-    if options.json:
+    if options.as_json:
         print(json.dumps({**content, "output": str(output)}, indent=1, ensure_ascii=False))
     else:
         print("\n".join([*data.notes, "", report.table(content), *_remarks(content), "", f"written to {output}"]))
 
 
-def _settings(options: argparse.Namespace, config: TrainConfig | None, nproc: int) -> dict:
+def _settings(options: EvaluateOptions, config: TrainConfig | None, nproc: int) -> dict:
     plain = config.plain() if config else {}
     reading = {key: plain[key] for key in DATA_KEYS if key in plain}
-    chosen = {key: getattr(options, key) for key in SETTINGS}
+    chosen = options.model_dump(include=SETTINGS)
     return {"data": plain.get("data_path"), "reading": reading, **chosen, "nproc": nproc}
 
 
@@ -169,124 +164,6 @@ def _remarks(content: dict) -> list[str]:
         if model.get("not_finished")
     ]
     return left_out + cut
-
-
-# Options
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the options of a command line.
-
-    Raises:
-        UserError: an unknown option or a wrong value.
-    """
-    options = _parser().parse_args([_dashed(word) for word in argv])
-    if not options.tasks and (options.tasks_folder or options.shots is not None or options.limit or options.no_chat):
-        raise UserError(
-            "this is for --tasks", where="--tasks-folder, --shots, --limit or --no-chat", fix="give --tasks"
-        )
-    return options
-
-
-def _dashed(word: str) -> str:
-    """Write dashes for underscores in names of options, where both are the same."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="manyrank evaluate", allow_abbrev=False, description=__doc__.split("\n\n")[0].partition(": ")[2]
-    )
-    add = parser.add_argument
-    add("names", nargs="+", metavar="NAME", help="a model, a run's folder, a checkpoint, an adapter, or a merged model")
-    add(
-        "--data",
-        metavar="SOURCE",
-        help="a file, folder, hub name or {path: ..., split: ...} (default: the run's eval_data_path)",
-    )
-    add(
-        "--metrics",
-        type=_list,
-        metavar="A,B",
-        help=f"loss, {', '.join(SCORES)}, module:function (default: loss,normalised,f1)",
-    )
-    add("--no-base", action="store_true", help="leave out the base of runs and adapters")
-    add("--max-rows", type=_count, metavar="N", help="at most so many rows of each source, chosen by the seed")
-    add("--batch-size", type=_count, default=8, metavar="N", help="rows at once (default: 8)")
-    add(
-        "--seed",
-        type=_number(int, 0),
-        default=42,
-        metavar="N",
-        help="of the chosen rows, draws and intervals (default: 42)",
-    )
-    add(
-        "--output", type=Path, metavar="DIR", help="a new folder (default: output/evaluation, output/evaluation-2, ...)"
-    )
-    add("--json", action="store_true", help="print the results instead of the table")
-    loading = parser.add_argument_group("how models are loaded")
-    loading.add_argument("--quantization", choices=("4bit", "8bit"), help="of the base")
-    loading.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="(default: auto)"
-    )
-    loading.add_argument(
-        "--nproc", type=_count, metavar="N", help="processes; each has the whole model (default: one per GPU)"
-    )
-    _add_answering(parser.add_argument_group("how answers are chosen"))
-    _add_tasks(parser.add_argument_group("standard benchmarks, by lm-evaluation-harness (the extra `eval`)"))
-    reading = parser.add_argument_group("how rows are read, as in a recipe (default: as the first run was trained)")
-    for key in (*DATA_KEYS, "trust_remote_code"):
-        switch = {"nargs": "?", "const": "true"} if key in SWITCHES else {}
-        reading.add_argument(
-            f"--{key.replace('_', '-')}", metavar="X", help=FIELDS[key].description.replace("%", "%%"), **switch
-        )
-    return parser
-
-
-def _add_answering(group) -> None:
-    group.add_argument(
-        "--max-new-tokens", type=_count, default=256, metavar="N", help="tokens of an answer (default: 256)"
-    )
-    group.add_argument(
-        "--temperature", type=_number(float, 0), default=0.0, metavar="X", help="0, the default, is greedy"
-    )
-    group.add_argument("--top-p", type=_number(float, 0), default=1.0, metavar="X", help="(default: 1)")
-    group.add_argument("--top-k", type=_number(int, 0), default=0, metavar="N", help="0, the default, is all")
-
-
-def _add_tasks(group) -> None:
-    group.add_argument("--tasks", type=_list, default=[], metavar="A,B", help="such as arc_easy,gsm8k")
-    group.add_argument("--tasks-folder", action="append", default=[], metavar="DIR", help="of your own task YAMLs")
-    group.add_argument(
-        "--shots", type=_number(int, 0), metavar="N", help="examples in each prompt (default: the task's)"
-    )
-    group.add_argument("--limit", type=_count, metavar="N", help="rows of each task")
-    group.add_argument("--no-chat", action="store_true", help="prompts as they are, without the chat template")
-
-
-def _list(text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",")]
-    if not all(found) or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of different names like a,b")
-    return found
-
-
-def _count(text: str) -> int:
-    return _number(int, 1)(text)
-
-
-def _number(kind: type, least: float):
-    def parsed(text: str):
-        try:
-            number = kind(text)
-        except ValueError:
-            number = -1
-        if not least <= number < 2**32:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number from {least}")
-        return number
-
-    return parsed
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Each process holds the whole model, and none waits for another before the end.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import sys
@@ -32,6 +31,7 @@ from ...topology import gpus as hardware
 from ...topology.ranks import Topology
 from ...training.evaluation import Entry, GenerationRequest, Layout, add_answers, add_losses, check_references
 from . import lm_eval
+from .options import EvaluateOptions
 from .plan import Weights
 
 LOSS = ("loss", "perplexity")
@@ -62,11 +62,11 @@ class Worker:
         config: how rows are read; None where only tasks are run.
     """
 
-    def __init__(self, options: argparse.Namespace, config: TrainConfig | None, place: Topology) -> None:
+    def __init__(self, options: EvaluateOptions, config: TrainConfig | None, place: Topology) -> None:
         self.options, self.config, self.place = options, config, place
         metrics = options.metrics or DEFAULT_METRICS
         self.wants_loss = any(name in LOSS for name in metrics)
-        sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k, options.seed)
+        sampling = Sampling(**options.sampling)
         scores = row_scores([name for name in metrics if name not in LOSS])
         self.request = GenerationRequest(sampling, render_options(config) if config else None, scores)
         self.layout = Layout(options.batch_size, place)
@@ -95,7 +95,7 @@ class Worker:
         options, config, artifact = self.options, self.config, weights.artifact
         own_template = artifact.adapter and artifact.tokenizer != artifact.base
         template = options.chat_template or (config.chat_template if config and not own_template else None)
-        trusted = config.trust_remote_code if config else str(options.trust_remote_code).lower() == "true"
+        trusted = config.trust_remote_code if config else options.trust_remote_code
         model, tokenizer = load_model(
             artifact,
             quantization=options.quantization,

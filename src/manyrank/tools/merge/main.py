@@ -11,19 +11,20 @@ rounding to the output's type changed, and nothing of how it computes.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import math
 import re
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from ...config.args import Parser
+from pydantic import AfterValidator
+
+from ...config.args import Options, arg, read_options, word
+from ...config.schema import Float
 from ...errors import EXIT_FAILED, UserError
 from ...runs.artifact import Artifact, find
 from ...runs.folder import check_output, written_beside
@@ -34,9 +35,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MARK = "merge.json"  # the report; marks the folder as written by this command
-DTYPES = ("bfloat16", "float16", "float32")
 # Of the largest logit: about four times what rounding was measured to change in a model of 28 layers.
 TOLERANCES = {"bfloat16": 0.03, "float16": 0.004, "float32": 1e-4}
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*\s*[KMG]i?B", text.strip(), re.IGNORECASE):
+        raise ValueError("not a size like 5GB or 500MB")
+    return text
+
+
+class MergeOptions(Options):
+    """Merge an adapter into its base, and check that the logits stay the same."""
+
+    name: str = word(..., "a run's folder, a checkpoint or an adapter")
+    output: Path | None = arg(None, "the folder to write (default: merged in the run's folder)", also=["output_dir"])
+    dtype: Literal["bfloat16", "float16", "float32"] | None = arg(
+        None, "type of the weights (default: what the base is stored in)"
+    )
+    base: str | None = arg(None, "another base than the one that the adapter names")
+    max_shard_size: Annotated[str, AfterValidator(_size)] = arg("5GB", "largest file of weights")
+    tolerance: Float | None = arg(
+        None,
+        f"largest difference, as a part of the largest logit ({', '.join((f'{dtype} {tolerance:g}' for dtype, tolerance in TOLERANCES.items()))})",
+        ge=0,
+    )
+    overwrite: bool = arg(False, "replace an output of this command")
+    trust_remote_code: bool = arg(False, "run code that comes with the base")
+    as_json: bool = arg(False, "print the report as JSON")
 
 
 class MergeFailed(RuntimeError):
@@ -79,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a name, folder or type that cannot be.
     """
-    options = _parser().parse_args(argv)
+    options = read_options(argv, MergeOptions, prog="manyrank merge")
     model_source, output = _checked(options)
     try:
         report = merge(
@@ -94,37 +120,12 @@ def main(argv: Sequence[str]) -> int:
     except (MergeFailed, OSError) as error:
         print(f"error: {error}\nwhere: {output}\nfix:   nothing was written; see the reason", file=sys.stderr)
         return EXIT_FAILED
-    print(json.dumps(asdict(report), indent=1) if options.json else _summary(report))
+    print(json.dumps(asdict(report), indent=1) if options.as_json else _summary(report))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="manyrank merge",
-        allow_abbrev=False,
-        description="Merge an adapter into its base, and check that the logits stay the same.",
-    )
-    add = parser.add_argument
-    add("name", metavar="NAME", help="a run's folder, a checkpoint or an adapter")
-    add("--output", type=Path, metavar="DIR", help="the folder to write (default: merged in the run's folder)")
-    add("--dtype", choices=DTYPES, help="of the weights (default: what the base is stored in)")
-    add("--base", metavar="NAME", help="another base than the one that the adapter names")
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights (default: 5GB)")
-    known = ", ".join(f"{dtype} {tolerance:g}" for dtype, tolerance in TOLERANCES.items())
-    add("--tolerance", type=float, metavar="X", help=f"largest difference, as a part of the largest logit ({known})")
-    add("--overwrite", action="store_true", help="replace an output of this command")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the base")
-    add("--json", action="store_true", help="print the report as JSON")
-    return parser
-
-
-def _checked(options: argparse.Namespace) -> tuple[Artifact, Path]:
+def _checked(options: MergeOptions) -> tuple[Artifact, Path]:
     """Find what to merge and where to write it; refuse what can be refused before anything is loaded."""
-    if options.tolerance is not None and not (0 <= options.tolerance < math.inf):
-        raise UserError(f"a tolerance of {options.tolerance}", where="--tolerance", fix="give a number from 0")
-    if not re.fullmatch(r"[1-9]\d*\s*[KMG]i?B", options.max_shard_size.strip(), re.IGNORECASE):
-        what = f"{options.max_shard_size!r} is no size"
-        raise UserError(what, where="--max-shard-size", fix="write it like 5GB or 500MB")
     model_source = find(options.name, base=options.base)
     if not model_source.adapter and not model_source.run:
         raise UserError(

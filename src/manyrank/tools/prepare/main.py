@@ -21,8 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from ... import __version__
 from ...chat_template.types import IGNORE, BadRow
-from ...config.args import Parser
-from ...config.resolve import normal
+from ...config.args import Options, arg, options_of, read_with_keys, word
 from ...config.schema import Columns, Float, Format, Int
 from ...data import sources
 from ...data.dedup import digest
@@ -33,7 +32,7 @@ from ...project_files import asset
 from ...runs.folder import written_beside
 from ...runs.yaml_file import read_yaml
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
-from .filters import FilterStage, Item, build_stages, unknown, validated
+from .filters import FilterStage, Item, build_stages, validated
 
 
 class RawSource(BaseModel):
@@ -56,7 +55,7 @@ def _sources(value: Any) -> Any:
 
 
 class PrepareConfig(BaseModel):
-    """Everything that `manyrank data prepare` needs to know."""
+    """Keys of a config: everything that `manyrank data prepare` needs to know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,7 +72,7 @@ class PrepareConfig(BaseModel):
         {"train": 0.85, "validation": 0.15}, min_length=1, description="{name: part}; the parts sum to 1"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="a broken row: stop, or quarantine it")
-    max_rows: Int | None = Field(None, gt=0, description="read only the first rows (also --limit)")
+    max_rows: Int | None = arg(None, "read only the first rows", also=["limit"], gt=0)
     overwrite: bool = Field(False, description="replace an output_dir that this command has written")
     workers: Int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0, description="commands at a time")
 
@@ -88,6 +87,16 @@ class PrepareConfig(BaseModel):
         if abs(sum(splits.values()) - 1) > 1e-6:
             raise ValueError(f"the parts sum to {sum(splits.values()):g}, not to 1")
         return splits
+
+
+def examples() -> list[str]:
+    return sorted(path.stem for path in asset("data", "prepare").glob("*.yaml"))
+
+
+class PrepareOptions(Options):
+    """Filter raw rows and split them into a training set."""
+
+    config: str = word(..., f"a YAML file, or an example: {', '.join(examples())}", also=["config"])
 
 
 ON_COMMAND_LINE = ("data_path", "output_dir", "on_bad_row", "max_rows", "overwrite", "workers")
@@ -114,35 +123,12 @@ def read_config(argv: Sequence[str]) -> tuple[PrepareConfig, str]:
     Raises:
         UserError: no such file, no valid YAML, an unknown key or option, or a wrong value.
     """
-    parser = Parser(
-        prog="manyrank data prepare",
-        allow_abbrev=False,
-        usage="manyrank data prepare CONFIG [--key value ...]",
-        description="Filter raw rows and split them into a training set.",
-    )
-    parser.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {', '.join(examples())}")
-    for key in ON_COMMAND_LINE:
-        names = [f"--{key}", *(["--limit"] if key == "max_rows" else [])]
-        optional = {"nargs": "?", "const": "true"} if key == "overwrite" else {}
-        text = PrepareConfig.model_fields[key].description
-        parser.add_argument(*names, dest=key, metavar="X", help=text, **optional)
-    found, rest = parser.parse_known_args([_tidy(word) for word in argv])
-    if rest:
-        raise unknown(rest[0].split("=")[0], [f"--{key}" for key in (*ON_COMMAND_LINE, "limit")], where="command line")
-    overrides = {key: getattr(found, key) for key in ON_COMMAND_LINE if getattr(found, key) is not None}
-    path = _find(found.config)
+    keys = options_of(PrepareConfig, ON_COMMAND_LINE)
+    options, overrides = read_with_keys(argv, PrepareOptions, keys, prog="manyrank data prepare")
+    path = _find(options.config)
     where = f"{path} and the command line" if overrides else str(path)
     config = validated(PrepareConfig, _read(path) | overrides, where=where)
     return config, where
-
-
-def examples() -> list[str]:
-    return sorted(path.stem for path in asset("data", "prepare").glob("*.yaml"))
-
-
-def _tidy(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"--{normal(name)}{equals}{value}" if word.startswith("--") else word
 
 
 def _find(name: str) -> Path:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...config.args import Parser
+from ...config.args import Options, arg, read_options, word
 from ...errors import UserError, in_one_line
 from .blocks import one_line
 from .pages import check_page, page, write_page
@@ -20,20 +20,24 @@ from .run_record import read_run
 NAME, COMPARISON = "report.html", "comparison.html"
 
 
+class ReportOptions(Options):
+    """Write a page about a run, or about several runs side by side."""
+
+    runs: list[Path] = word(..., "the output_dir of a training")
+    output: Path | None = arg(None, f"the page (default: RUN/{NAME}; of several runs {COMPARISON})")
+    output_dir: Path | None = arg(None, "the folder of the page")
+
+
 def main(argv: Sequence[str]) -> int:
     """Write the page and print where it is.
 
     Raises:
         UserError: a folder is none of a run, a run is named twice, or the page cannot be written.
     """
-    parser = Parser(prog="manyrank report", allow_abbrev=False, description=__doc__.splitlines()[0].split(": ")[1])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the output_dir of a training")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"the page (default: RUN/{NAME}; of several runs {COMPARISON})"
-    )
-    options = parser.parse_args(argv)
-    write = write_report if len(options.runs) == 1 else write_comparison
-    print(f"written to {write(options.runs, options.output)}")
+    options = read_options(argv, ReportOptions, prog="manyrank report")
+    write, name = (write_report, NAME) if len(options.runs) == 1 else (write_comparison, COMPARISON)
+    output = options.output or (options.output_dir / name if options.output_dir else None)
+    print(f"written to {write(options.runs, output)}")
     return 0
 
 
