@@ -287,3 +287,54 @@ def test_print_shows_the_plan_and_starts_nothing(capsys, tmp_path, argv):
     assert "--output_dir=output/quickstart" in printed.out
     assert printed.err == ""
     assert list(tmp_path.iterdir()) == []
+
+
+# What people type first
+
+
+@pytest.mark.parametrize(
+    "line, shown",
+    [
+        ("my.yaml --check --lr 1e-4", "manyrank.train my.yaml --lr=1e-4"),
+        ("train --model embedded --data my.jsonl --check", "manyrank.train --model=embedded --data_path=my.jsonl"),
+        ("plan Qwen2.5-7B --gpu L4", "Qwen2.5-7B: 7.62 B parameters"),
+        ("plan ./model/config.json --gpu L4", "./model/config.json: "),
+    ],
+)
+def test_first_words_that_work(capsys, line, shown):
+    write("my.jsonl", '{"question": "q", "answer": "a"}\n')
+    write("my.yaml", "model: embedded\ndata_path: my.jsonl\n")
+    config = json.loads(asset("data", "architectures.json").read_text())["qwen2.5-0.5b"]
+    write(f"{model_folder()}/config.json", json.dumps(config))
+    assert cli.main(line.split()) == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, error, fix",
+    [
+        ("nope.yaml", "there is no recipe 'nope.yaml'", "presets: "),
+        ("train --data my.json", "model_name_or_path must be given", "manyrank train --model_name_or_path=embedded "),
+        ("plan quikstart", "there is no recipe or model 'quikstart'", "did you mean quickstart?"),
+        ("plan qwen2.5-8b", "there is no recipe or model 'qwen2.5-8b'", "qwen2.5-7b"),
+        ("data inspect nope.jsonl", "there is no file nope.jsonl", "check the path"),
+        ("merge org/name --output_dir X", "there is no adapter to merge", "name a run"),
+        ("merge", "NAME must be given", "usage: manyrank merge NAME"),
+        ("merge a b", "one word too many: 'b' in 'a b'", "usage: manyrank merge NAME"),
+        ("generate a in.txt a.jsonl --output_dir b", "OUTPUT is given twice: a.jsonl and b", "keep one of them"),
+    ],
+)
+def test_first_words_that_are_answered(capsys, line, error, fix):
+    assert cli.main(line.split()) == 2
+    what, _, last = capsys.readouterr().err.splitlines()[-3:]
+    assert what == f"error: {error}" and fix in last
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, "data inspect", "data prepare"])
+def test_every_command_has_a_help(capsys, name):
+    if name == "data":
+        assert cli.main(["data", "--help"]) == 0
+    else:
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*name.split(), "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: manyrank {name}")
