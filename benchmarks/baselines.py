@@ -73,13 +73,13 @@ def config(folder: Path, **more):
 
 
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:
-    from manyrank.topology import ranks as topology
+    from manyrank.topology import ranks
     from manyrank.training.run import open_session
 
     chosen = config(folder, max_steps=steps, **more)
     bf16 = computes_in_bf16(chosen.bf16, probe())
     with tempfile.TemporaryDirectory() as output:
-        session = open_session(chosen, topology.from_environment(), output_dir=Path(output), bf16=bf16)
+        session = open_session(chosen, ranks.from_environment(), output_dir=Path(output), bf16=bf16)
         session.trainer.handler.add_callback(_timer(clock))
         session.trainer.train()
         main = session.accelerator.is_main_process  # these are the tokens of all processes

@@ -19,8 +19,8 @@ import torch
 
 from manyrank.checkpoint.state import FullWriter
 from manyrank.config.resolve import Entry, resolve
-from manyrank.runs import folder as run_folder
-from manyrank.topology import ranks as topology
+from manyrank.runs import run_folder
+from manyrank.topology import ranks
 from manyrank.training.exits import leave
 from manyrank.training.run import open_session
 
@@ -37,7 +37,7 @@ def timed(work, *args) -> float:
 def embedded(folder: Path) -> None:
     entries = [Entry("max_steps", 1000, "bench"), Entry("strategy", "single", "bench")]
     config = resolve("verify", entries).config
-    session = open_session(config, topology.from_environment(), output_dir=folder / "run", bf16=False)
+    session = open_session(config, ranks.from_environment(), output_dir=folder / "run", bf16=False)
     trainer = session.trainer
     steps, saves = [], []
     for number in range(ROUNDS):

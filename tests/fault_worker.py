@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 
 from manyrank.config.resolve import Entry, resolve
-from manyrank.runs import folder as run_folder
-from manyrank.topology import ranks as topology
+from manyrank.runs import run_folder
+from manyrank.topology import ranks
 from manyrank.training.exits import leave
 from manyrank.training.optim import advance
 from manyrank.training.run import open_session
@@ -70,7 +70,7 @@ def main() -> None:
     output = Path(sys.argv[1])
     entries = {"save_total_limit": 1, "max_steps": 5, "lora_dropout": 0.1, "strategy": "single"}
     config = resolve("verify", [Entry(key, value, "test") for key, value in entries.items()]).config
-    session = open_session(config, topology.from_environment(), output_dir=output, bf16=False)
+    session = open_session(config, ranks.from_environment(), output_dir=output, bf16=False)
     trainer = session.trainer
     session._write_facts()
 

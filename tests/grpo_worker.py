@@ -12,8 +12,8 @@ import torch
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.models.inference import load_model
-from manyrank.tasks.grpo import task as grpo_task
-from manyrank.topology import ranks as topology
+from manyrank.tasks.grpo import task
+from manyrank.topology import ranks
 from manyrank.training.exits import guarded, leave
 from manyrank.training.run import open_session
 
@@ -39,11 +39,11 @@ def answers() -> dict[str, torch.Tensor]:
 def main() -> int:
     out, sft = map(Path, sys.argv[1:3])
     line = parse(sys.argv[3:], prog="grpo_worker", launch=False)
-    config, place = resolve(line.recipe, line.overrides).config, topology.from_environment()
+    config, place = resolve(line.recipe, line.overrides).config, ranks.from_environment()
 
     def work() -> None:
         own, _ = load_model(str(sft), dtype="float32")  # not after ZeRO-3 is there, which would have a part of it
-        session = open_session(config, place, output_dir=out.with_suffix(""), bf16=False, task=grpo_task)
+        session = open_session(config, place, output_dir=out.with_suffix(""), bf16=False, task=task)
         trainer, runtime, policy = session.trainer, session.runtime, session.trainer.policy
         whole = answers()
         ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1)

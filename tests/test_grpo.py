@@ -21,8 +21,8 @@ from manyrank.errors import UserError
 from manyrank.models.inference import load_model
 from manyrank.project_files import asset
 from manyrank.runs.logs import read_completions, read_metrics
-from manyrank.tasks.grpo import task as grpo_task
-from manyrank.topology import ranks as topology
+from manyrank.tasks.grpo import task
+from manyrank.topology import ranks
 from manyrank.training.run import open_session
 
 SUMS = ROOT / "data" / "stories" / "sums.jsonl"
@@ -79,7 +79,7 @@ def session_of(folder: Path, *args: str):
         Entry(name, value, "test") for name, _, value in (a.partition("=") for a in last_wins(*SMALL, *BATCH, *args))
     ]
     return open_session(
-        resolve(None, entries).config, topology.from_environment(), output_dir=folder, bf16=False, task=grpo_task
+        resolve(None, entries).config, ranks.from_environment(), output_dir=folder, bf16=False, task=task
     )
 
 

@@ -14,6 +14,6 @@ def of(config: TrainConfig) -> Task | None:
     """The recipe's task, None for SFT."""
     if not config.is_grpo:
         return None
-    from .grpo import task as grpo  # not before: trl takes seconds to import
+    from .grpo import task  # not before: trl takes seconds to import
 
-    return grpo
+    return task

@@ -35,9 +35,9 @@ from ..models.load import (
     with_adapters,
 )
 from ..models.positions import check_lengths
-from ..parallel import accelerator as strategy
 from ..parallel import compile_locks
-from ..parallel.engine import prepare as prepare_runtime
+from ..parallel.accelerator import start_accelerator
+from ..parallel.engine import prepare_engine
 from ..plan.planned_run import PlannedRun
 from ..runs import artifact
 from ..topology.ranks import Topology
@@ -45,7 +45,7 @@ from . import trackers
 from .memory import describe_checkpointing, plan_run
 from .metrics import Meter, kind_of
 from .optim import build_optimizer
-from .packing_trial import prove as prove_packing
+from .packing_trial import prove_packing
 from .session import Brought, Session
 from .trainer import Trainer
 from .watchdog import Heart
@@ -134,7 +134,7 @@ def _open(
     model = _model(config, accelerator, brought.model, bf16=bf16)
     kind, rows = _kind(config, task, model, accelerator, tokenizer, questions, bf16=bf16)
     with heart.waiting("distributing the model and the optimizer", compile_locks.explain):
-        runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
+        runtime = prepare_engine(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
     run = _run(
         config,
@@ -172,7 +172,7 @@ def _amounts(config: TrainConfig, start: Start, processes: int) -> tuple[TrainCo
 def _meet(config: TrainConfig, place: Topology, heart: Heart, folder: Path | None, *, bf16: bool) -> Accelerator:
     """Start the strategy; from then on the signs of life are written into the folder, if this run has one for itself."""
     with heart.waiting(f"waiting for all {place.world_size} processes to meet", compile_locks.explain):
-        accelerator = strategy.start(config, place, bf16=bf16)
+        accelerator = start_accelerator(config, place, bf16=bf16)
     if folder:
         heart.attach(folder)
     heart.beat(0, "looking for a checkpoint")

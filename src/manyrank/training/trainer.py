@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from ..checkpoint import state as checkpoint
 from ..checkpoint.saver import Saver
+from ..checkpoint.state import load_checkpoint, load_weights
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step, StepLoader
@@ -142,7 +142,7 @@ class Trainer:
                 self._save(must=True)
                 raise Preempted
         if best := self._best():
-            checkpoint.load_weights(self.runtime, best)
+            load_weights(self.runtime, best)
         self._event("on_train_end")
 
     def _is_over(self) -> bool:
@@ -306,7 +306,7 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
-        state = checkpoint.load(self.runtime, folder, self._zero_step)
+        state = load_checkpoint(self.runtime, folder, self._zero_step)
         saved = state.pop("callbacks")
         for callback in exportable(self.handler):  # those of one class in their order
             mine = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)

@@ -31,7 +31,7 @@ from ...data.scores import SCORES
 from ...errors import UserError
 from ...models.load import evaluation_mode
 from ...parallel.engine import Runtime
-from ...runs import logs as metrics
+from ...runs import logs
 from ...training.trainer import Trainer
 from .rollout import Policy
 
@@ -279,8 +279,8 @@ class PolicyTrainer(Trainer):
         if not self.main:
             return
         lines = [{"step": self.state.global_step, **asdict(said)} for said in self.policy.said(SHOWN)]
-        with metrics.beside_the_point():
-            metrics.append_lines(self.output_dir / "logs" / metrics.COMPLETIONS, map(json.dumps, lines))
+        with logs.beside_the_point():
+            logs.append_lines(self.output_dir / "logs" / logs.COMPLETIONS, map(json.dumps, lines))
 
     def evaluate(self) -> dict[str, float]:
         """The mean rewards of one group of answers to each validation prompt; the same draws every time."""
