@@ -74,13 +74,13 @@ def config(folder: Path, **more):
 
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:
     from manyrank.tasks.sft import SFT
-    from manyrank.topology import ranks as topology
+    from manyrank.topology import ranks
     from manyrank.training.run import build_run
 
     chosen = config(folder, max_steps=steps, **more)
     bf16 = computes_in_bf16(chosen.bf16, probe())
     with tempfile.TemporaryDirectory() as output:
-        run = build_run(chosen, topology.from_environment(), SFT, output_dir=Path(output), bf16=bf16)
+        run = build_run(chosen, ranks.from_environment(), SFT, output_dir=Path(output), bf16=bf16)
         run.trainer.handler.add_callback(_timer(clock))
         run.trainer.train()
         main = run.accelerator.is_main_process  # these are the tokens of all processes

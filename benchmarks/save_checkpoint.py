@@ -19,9 +19,9 @@ import torch
 
 from manyrank.checkpoint.state import FullWriter
 from manyrank.config.resolve import Entry, resolve
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 from manyrank.tasks.sft import SFT
-from manyrank.topology import ranks as topology
+from manyrank.topology import ranks
 from manyrank.training.exits import leave
 from manyrank.training.run import build_run
 
@@ -38,7 +38,7 @@ def timed(work, *args) -> float:
 def embedded(folder: Path) -> None:
     entries = [Entry("max_steps", 1000, "bench"), Entry("strategy", "single", "bench")]
     config = resolve("verify", entries).config
-    run = build_run(config, topology.from_environment(), SFT, output_dir=folder / "run", bf16=False)
+    run = build_run(config, ranks.from_environment(), SFT, output_dir=folder / "run", bf16=False)
     trainer = run.trainer
     steps, saves = [], []
     for number in range(ROUNDS):

@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 
 from manyrank.config.resolve import Entry, resolve
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 from manyrank.tasks.sft import SFT
-from manyrank.topology import ranks as topology
+from manyrank.topology import ranks
 from manyrank.training.exits import leave
 from manyrank.training.optim import advance
 from manyrank.training.run import build_run
@@ -71,7 +71,7 @@ def main() -> None:
     output = Path(sys.argv[1])
     entries = {"save_total_limit": 1, "max_steps": 5, "lora_dropout": 0.1, "strategy": "single"}
     config = resolve("verify", [Entry(key, value, "test") for key, value in entries.items()]).config
-    run = build_run(config, topology.from_environment(), SFT, output_dir=output, bf16=False)
+    run = build_run(config, ranks.from_environment(), SFT, output_dir=output, bf16=False)
     trainer = run.trainer
     run._write_facts()
 

@@ -13,7 +13,7 @@ from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.models.inference import load_model
 from manyrank.tasks.grpo.task import GRPO
-from manyrank.topology import ranks as topology
+from manyrank.topology import ranks
 from manyrank.training.exits import guarded, leave
 from manyrank.training.run import build_run
 
@@ -39,7 +39,7 @@ def answers() -> dict[str, torch.Tensor]:
 def main() -> int:
     out, sft = map(Path, sys.argv[1:3])
     line = parse(sys.argv[3:], prog="grpo_worker", launch=False)
-    config, place = resolve(line.recipe, line.overrides).config, topology.from_environment()
+    config, place = resolve(line.recipe, line.overrides).config, ranks.from_environment()
 
     def work() -> None:
         own, _ = load_model(str(sft), dtype="float32")  # not after ZeRO-3 is there, which would have a part of it

@@ -10,7 +10,7 @@ from pathlib import Path
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.tasks.sft import SFT
-from manyrank.topology import ranks as topology
+from manyrank.topology import ranks
 from manyrank.training.exits import guarded, leave
 from manyrank.training.run import build_run
 
@@ -19,7 +19,7 @@ def main() -> int:
     cut = sys.argv.index("--")
     out, output_dir, *checkpoints = map(Path, sys.argv[1:cut])
     line = parse(sys.argv[cut + 1 :], prog="resume_worker", launch=False)
-    config, place = resolve(line.recipe, line.overrides).config, topology.from_environment()
+    config, place = resolve(line.recipe, line.overrides).config, ranks.from_environment()
 
     def work() -> None:
         run = build_run(config, place, SFT, output_dir=output_dir, bf16=False)

@@ -14,7 +14,7 @@ import pytest
 import warm
 from conftest import ROOT, launch
 
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 from manyrank.training import watchdog
 
 

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from manyrank.checkpoint import state as checkpoint
+from manyrank.checkpoint.state import _Attempt, _write_weights, load_weights, save_weights
 from manyrank.config.resolve import TrainConfig
 from manyrank.errors import UserError
 from manyrank.models.coverage import check_quantised, matrices
@@ -267,16 +267,16 @@ def test_a_whole_model_with_experts_is_saved_and_read_again(kind, tmp_path):
     """transformers writes stacked experts one by one in a model for others, and a checkpoint has them as they are trained."""
     runtime = prepared(tiny(kind))
     before = {name: p.detach().clone() for name, p in runtime.model.named_parameters()}
-    checkpoint.save_weights(runtime, tmp_path / "final")
+    save_weights(runtime, tmp_path / "final")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
     assert again.keys() == runtime.model.state_dict().keys()
     assert all(torch.equal(again[name], value) for name, value in runtime.model.state_dict().items())
-    attempt = checkpoint._Attempt(runtime)
-    checkpoint._write_weights(runtime, tmp_path / "checkpoint", attempt)
+    attempt = _Attempt(runtime)
+    _write_weights(runtime, tmp_path / "checkpoint", attempt)
     with torch.no_grad():
         for parameter in runtime.model.parameters():
             parameter.zero_()
-    checkpoint.load_weights(runtime, tmp_path / "checkpoint")
+    load_weights(runtime, tmp_path / "checkpoint")
     assert all(torch.equal(p, before[name]) for name, p in runtime.model.named_parameters())
 
 

@@ -10,7 +10,7 @@ import pytest
 import warm
 from conftest import ROOT, launch
 
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3"])

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero2", "zero3")
 STEPS, SAVED = 6, 3

@@ -19,8 +19,7 @@ from test_preemption import running, wait_until, workers, workers_alive
 
 from manyrank.errors import UserError
 from manyrank.parallel import compile_locks
-from manyrank.runs import folder as run_folder
-from manyrank.runs import lock as run_lock
+from manyrank.runs import run_folder, run_lock
 from manyrank.training.watchdog import Heart, Watchdog
 
 # Workers and their launcher
@@ -195,7 +194,7 @@ def test_a_folder_is_given_back_and_the_lock_of_a_dead_owner_is_taken_over(tmp_p
 
 def claim_and_die(folder: Path) -> int:
     """The process id of an owner that was killed while it had the folder."""
-    code = f"import os; from pathlib import Path; from manyrank.runs import lock as run_lock\nwith run_lock.claimed(Path({str(folder)!r})): os.kill(os.getpid(), 9)"
+    code = f"import os; from pathlib import Path; from manyrank.runs import run_lock\nwith run_lock.claimed(Path({str(folder)!r})): os.kill(os.getpid(), 9)"
     process = subprocess.Popen([sys.executable, "-c", code])
     process.wait()
     assert (folder / run_folder.LOCK).exists()
@@ -280,7 +279,7 @@ def test_of_many_that_want_a_folder_at_once_one_has_it(tmp_path, stale):
 
 def test_an_owner_that_lost_its_lock_ends_itself(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from manyrank.runs import lock as run_lock; run_lock.BEAT = 0.1\n"
+        "import sys, time; from pathlib import Path; from manyrank.runs import run_lock; run_lock.BEAT = 0.1\n"
         "with run_lock.claimed(Path(sys.argv[1])): print('has it', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(

@@ -30,7 +30,7 @@ from .data.dataset import prepare
 from .errors import UserError
 from .models.load import load_tokenizer
 from .signals import STOP, end_with_parent
-from .topology import ranks as topology
+from .topology import ranks
 from .training.task import UserObjects
 
 
@@ -127,7 +127,7 @@ class SFTTrainer:
         folder = Path(self.config.output_dir or "output/run")
         end_with_parent()  # where torchrun or accelerate has started this script
         with STOP.listening(), _as_it_was():
-            run = train.train(self.config._resolved, topology.from_environment(), folder, self.objects)
+            run = train.train(self.config._resolved, ranks.from_environment(), folder, self.objects)
         state = run.trainer.state
         return Trained(
             folder,

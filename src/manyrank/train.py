@@ -20,13 +20,11 @@ from .config.args import parse
 from .config.resolve import Resolved, resolve
 from .errors import EXIT_USER, UserError
 from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
-from .rules import check as rules
+from .rules.check import check_new_folder, check_output_dir, check_rules
 from .rules.context import RunContext
-from .runs.folder import LAUNCH_FOLDER, writable
-from .runs.lock import claimed
-from .topology import gpus as hardware
-from .topology import ranks as topology
-from .topology import strategy_files
+from .runs.run_folder import LAUNCH_FOLDER, writable
+from .runs.run_lock import claimed
+from .topology import gpus, ranks, strategy_files
 from .topology.ranks import Topology
 from .topology.strategies import STRATEGIES, default_strategy
 from .training.exits import for_good, guarded, last_word, leave, say_stopped
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (code := last_word()) is not None:
         return code
     try:
-        place = topology.from_environment()
+        place = ranks.from_environment()
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
@@ -87,12 +85,12 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, objects: UserOb
     with Watchdog(heart, patience=config.hang_timeout, notices=place.local_rank == 0):
         try:
             heart.beat(0, "checking the recipe, the model's files and the data")
-            machine = hardware.probe()
+            machine = gpus.probe()
             _check_before_torch(resolved, place, machine, output_dir)
             heart.beat(0, "waiting for the lock of the run's folder")
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
-                if place.is_main and not topology.restarts():
-                    rules.check_new(config, output_dir)  # another run may have ended there meanwhile
+                if place.is_main and not ranks.restarts():
+                    check_new_folder(config, output_dir)  # another run may have ended there meanwhile
                 return _train_checked(resolved, place, machine, output_dir, heart, objects)
         finally:
             heart.stop()
@@ -101,7 +99,7 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, objects: UserOb
 def _train_checked(
     resolved: Resolved,
     place: Topology,
-    machine: hardware.Hardware,
+    machine: gpus.Hardware,
     output_dir: Path,
     heart: Heart,
     objects: UserObjects | None,
@@ -119,7 +117,7 @@ def _train_checked(
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
         raise UserError("there are GPUs that torch cannot use", where=f"torch {torch.__version__}", fix=fix)
 
-    bf16 = hardware.computes_in_bf16(config.bf16, machine)
+    bf16 = gpus.computes_in_bf16(config.bf16, machine)
     try:
         run = build_run(
             config, place, find_task(config), output_dir=output_dir, bf16=bf16, objects=objects, heart=heart
@@ -141,7 +139,7 @@ def _train_checked(
     return run
 
 
-def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.Hardware, output_dir: Path) -> None:
+def _check_before_torch(resolved: Resolved, place: Topology, machine: gpus.Hardware, output_dir: Path) -> None:
     launched = strategy_files.from_environment()
     named = resolved.config.strategy
     strategy = STRATEGIES[named] if named else (launched and launched.strategy) or default_strategy(place.world_size)
@@ -154,9 +152,9 @@ def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.H
         output_dir=output_dir,
         launched=launched,
     )
-    rules.check(context, warn=place.is_main and LAUNCH_VARIABLE not in os.environ)
-    if place.is_main and not topology.restarts():
-        rules.check_output_dir(resolved.config, output_dir)
+    check_rules(context, warn=place.is_main and LAUNCH_VARIABLE not in os.environ)
+    if place.is_main and not ranks.restarts():
+        check_output_dir(resolved.config, output_dir)
 
 
 def _write_launch(output_dir: Path, resolved: Resolved) -> None:

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..config.resolve import TrainConfig
 from ..errors import UserError
-from ..runs import folder as run_folder
+from ..runs import run_folder
 from ..topology.ranks import restarts
 
 T = TypeVar("T")

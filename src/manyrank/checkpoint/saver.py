@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..errors import SaveError
 from ..parallel.engine import Runtime
-from ..runs import folder as run_folder
-from . import state as checkpoint
+from ..runs import run_folder
+from .state import save_checkpoint
 
 FAILURES = 2  # in a row, after which a run stops
 
@@ -45,7 +45,7 @@ class Saver:
         """
         main = self.runtime.accelerator.is_main_process
         try:
-            folder = checkpoint.save(self.runtime, self.output_dir, step, state=state, run=self.run)
+            folder = save_checkpoint(self.runtime, self.output_dir, step, state=state, run=self.run)
         except SaveError as error:
             if must:
                 raise

@@ -1,4 +1,4 @@
-"""Checkpoints that any strategy can read: full tensors by name. How they become complete is in `runs.folder`.
+"""Checkpoints that any strategy can read: full tensors by name. How they become complete is in `runs.run_folder`.
 
     checkpoint-100/
     ├── adapter_config.json, adapter_model.safetensors    or the whole model, when all of it is trained
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import SaveError
 from ..parallel.engine import OptimizerState, Runtime
-from ..runs import folder as run_folder
+from ..runs import run_folder
 
 FILE_BYTES = 2 * 1024**3  # host memory that rank 0 needs while it writes
 
@@ -159,7 +159,7 @@ def load_weights(runtime: Runtime, folder: Path) -> None:
             runtime.set_parameter(name, file.get_tensor(key))
 
 
-def save(runtime: Runtime, output_dir: Path, step: int, *, state: dict, run: dict) -> Path:
+def save_checkpoint(runtime: Runtime, output_dir: Path, step: int, *, state: dict, run: dict) -> Path:
     """Write checkpoint-STEP, complete or not at all. All ranks together.
 
     Args:
@@ -206,7 +206,7 @@ def _write_optimizer(runtime: Runtime, partial: Path, attempt: _Attempt) -> None
     attempt.run(writer.flush, only_main=True)
 
 
-def load(runtime: Runtime, folder: Path, dry_step) -> dict:
+def load_checkpoint(runtime: Runtime, folder: Path, dry_step) -> dict:
     """Read a checkpoint into the running model and optimizer. All ranks together.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError
-from ..runs import folder as run_folder
+from ..runs import run_folder
 from .resolve import FIELDS, TrainConfig
 
 # What shapes the result; a resumed run must not differ in it.

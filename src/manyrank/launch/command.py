@@ -104,7 +104,7 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
     return named or default_strategy(nproc * where.nnodes), nproc
 
 
-def plan(
+def plan_launch(
     line: CommandLine,
     *,
     strategy: Strategy,
@@ -296,7 +296,7 @@ def _torchrun(nproc: int, where: Where, node: int, *, elastic: bool) -> list[str
     ]
 
 
-def run(launch: LaunchPlan, *, stay: bool = False) -> int:
+def run_launch(launch: LaunchPlan, *, stay: bool = False) -> int:
     """Run a plan in this process; `python` replaces it, unless it is to `stay`.
 
     Returns:
@@ -386,7 +386,7 @@ def default_output_dir(line: CommandLine) -> Path:
     return Path("output") / (Path(line.recipe).stem if line.recipe else "run")
 
 
-def output_dir(config: TrainConfig, line: CommandLine) -> str:
+def choose_output_dir(config: TrainConfig, line: CommandLine) -> str:
     """The run's folder: as given, else that of the resumed checkpoint, else output/NAME, output/NAME-2, ... that is free,
     or with auto the last one that is there."""
     if config.output_dir:

@@ -19,13 +19,12 @@ from ..models.spec import Architecture
 from ..plan.command import read_model
 from ..plan.planner import MICRO_BATCH, Plan, Verdict, make_plan, with_micro_batch
 from ..plan.view import summary
-from ..rules import check as rules
+from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
-from ..topology import gpus as hardware
+from ..topology import gpus
 from ..topology.gpus import Hardware
 from ..training.watchdog import Heart, Watchdog
-from . import command as launcher
-from .command import LaunchPlan
+from .command import LaunchPlan, choose_output_dir, choose_strategy, plan_launch, run_launch
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,9 @@ def train(line: CommandLine) -> int:
     heart = Heart(0)
     heart.beat(0, "checking the recipe, the model's files and the data")
     with Watchdog(heart, patience=math.inf, notices=True):
-        resolved = resolve_launch(line, hardware.probe())
-        folder = launcher.output_dir(resolved.config, line)
-        rules.check_output_dir(resolved.config, Path(folder))
+        resolved = resolve_launch(line, gpus.probe())
+        folder = choose_output_dir(resolved.config, line)
+        check_output_dir(resolved.config, Path(folder))
         launch = _checked(resolved, folder)
     if line.where.print:
         print(launch.text(), end="")
@@ -84,18 +83,18 @@ def train(line: CommandLine) -> int:
     print(f"{resolved.summary()}\n{launch}", flush=True)
     if line.where.check:
         return 0
-    code = launcher.run(launch, stay=resolved.retries)
+    code = run_launch(launch, stay=resolved.retries)
     while code == EXIT_MEMORY and resolved.retries and resolved.config.micro_batch > 1:
         resolved = resolved.with_half_micro_batch()
         print(f"trying again with micro-batch {resolved.config.micro_batch}", file=sys.stderr, flush=True)
-        code = launcher.run(_checked(resolved, folder), stay=True)
+        code = run_launch(_checked(resolved, folder), stay=True)
     return code
 
 
 def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
     context = replace(resolved.context, output_dir=Path(folder))
-    rules.check(context)
-    return launcher.plan(
+    check_rules(context)
+    return plan_launch(
         resolved.line,
         strategy=context.strategy,
         nproc=context.nproc,
@@ -114,7 +113,7 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
     """
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
-    strategy, nproc = launcher.choose_strategy(config, line.where, machine)
+    strategy, nproc = choose_strategy(config, line.where, machine)
     context = RunContext(resolved, strategy, nproc, nproc * line.where.nnodes, machine)
     automatic = config.per_device_train_batch_size == "auto"
     if automatic and not config.global_batch_size:

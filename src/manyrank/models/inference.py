@@ -17,7 +17,7 @@ from ..chat_template.render import RenderOptions, render_options
 from ..config.resolve import TrainConfig, recipe_of
 from ..errors import UserError
 from ..runs.artifact import Artifact, find
-from ..topology import gpus as hardware
+from ..topology import gpus
 from . import coverage
 from .load import LoadPlan, base_model, load_tokenizer, read_config, resolve_name
 
@@ -30,7 +30,7 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
-    if not hardware.probe().gpus:
+    if not gpus.probe().gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, once imported, writes to stdout
 
 
@@ -63,10 +63,10 @@ def load_model(
     for value, known in ((quantization or "4bit", QUANTIZATION), (dtype, ("auto", *DTYPES))):
         if value not in known:
             raise UserError(f"{value!r} is not known", where=found.name, fix=f"one of {', '.join(known)}")
-    machine = hardware.probe()
+    machine = gpus.probe()
     device = torch.device(device or ("cuda:0" if machine.gpus else "cpu"))
     if dtype == "auto":
-        dtype = "bfloat16" if hardware.computes_in_bf16("auto", machine) else "float32"
+        dtype = "bfloat16" if gpus.computes_in_bf16("auto", machine) else "float32"
     plan = LoadPlan(
         name=resolve_name(found.base),
         dtype=DTYPES[dtype],

@@ -63,7 +63,7 @@ def config_environment(strategy: Strategy, world_size: int) -> dict[str, str]:
     return {key: value for key, value in environment.items() if key.startswith(PREFIXES)}
 
 
-def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
+def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
     """Start the process group and the Accelerator, and check that they are what the recipe asks for.
 
     Raises:

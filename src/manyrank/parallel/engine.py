@@ -383,7 +383,7 @@ class ZeroRuntime(Runtime):
         return shard.numel() * shard.element_size()
 
 
-def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Runtime:
+def prepare_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Runtime:
     """Wrap model and optimizer for the accelerator's strategy."""
     families = {DistributedType.FSDP: FsdpRuntime, DistributedType.DEEPSPEED: ZeroRuntime}
     return families.get(accelerator.distributed_type, Runtime)(accelerator, model, optimizer)

@@ -20,9 +20,9 @@ from ..errors import UserError
 from ..models.catalog import read
 from ..models.spec import Architecture
 from ..models.tiny import EMBEDDED, ensure
-from ..rules.check import violations
+from ..rules.check import find_violations
 from ..rules.context import RunContext
-from ..topology import gpus as hardware
+from ..topology import gpus
 from ..topology.gpus import Gpu, Hardware
 from ..topology.strategies import default_strategy
 from .planner import Plan, make_plan, scaling, with_micro_batch
@@ -158,7 +158,7 @@ def _help() -> str:
 
 
 def _kinds() -> str:
-    return ", ".join(kind.name for kind in hardware.GPU_KINDS)
+    return ", ".join(kind.name for kind in gpus.GPU_KINDS)
 
 
 def _size(text: str) -> int:
@@ -231,7 +231,7 @@ def _check_speeds(own: argparse.Namespace, nodes: list[int], context: RunContext
 def _against(plan: Plan) -> list[str]:
     """What `manyrank train` would refuse of the recipe, as far as it can be told without its data."""
     run = plan.chosen.run
-    found = [v for v in violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
+    found = [v for v in find_violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
     if not run.trainable:
         raise UserError(
             "no matrix of the model has such a name", where="lora_target_modules", fix="name some, or all-linear"
@@ -241,14 +241,14 @@ def _against(plan: Plan) -> list[str]:
 
 def _context(asked: Asked, resolved: Resolved) -> RunContext:
     """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
-    own, here, nproc = asked.own, hardware.probe(), asked.line.where.nproc
+    own, here, nproc = asked.own, gpus.probe(), asked.line.where.nproc
     if own.gpu or not here.gpus or own.gpu_memory:
         nproc = nproc or 1
         here = Hardware((_planned_gpu(own),) * nproc, cpu_cores=nproc, cpu_bf16=False)
     nproc = nproc or len(here.gpus)
     smallest = here.smallest_gpu
     if own.network and smallest and smallest.kind:
-        kind = hardware.with_network(smallest.kind, gbit=own.network, gpus=nproc)
+        kind = gpus.with_network(smallest.kind, gbit=own.network, gpus=nproc)
         here = replace(here, gpus=(replace(smallest, planned=kind),) * len(here.gpus))
     here = replace(here, memory=own.host_memory or here.memory)
     return RunContext(resolved, default_strategy(nproc * asked.nodes[0]), nproc, nproc * asked.nodes[0], here)
@@ -257,7 +257,7 @@ def _context(asked: Asked, resolved: Resolved) -> RunContext:
 def _planned_gpu(own: argparse.Namespace) -> Gpu:
     if not own.gpu:
         return Gpu("planned", own.gpu_memory or 0, (9, 0))
-    kind = hardware.find_kind(own.gpu, own.gpu_memory)
+    kind = gpus.find_kind(own.gpu, own.gpu_memory)
     if kind is None:
         fix = f"one of {_kinds()}; or --gpu_memory 24GiB"
         raise UserError(f"no GPU {own.gpu!r} is known", where="--gpu", fix=fix)

@@ -1,7 +1,7 @@
 """What is known to go wrong, checked before a process starts and all told at once. No torch.
 
     RULES               one table: recipe_rules, strategy_rules, model_rules, grpo_rules; docs/rules.md is printed from it
-    check               errors end the start together; warnings are printed, and `ignore_warnings` switches them off
+    check_rules         errors end the start together; warnings are printed, and `ignore_warnings` switches them off
     check_data, ...     files that the recipe names: rows, templates, models, the output folder
 
 `manyrank rules` prints the table.
@@ -25,8 +25,8 @@ from ..data.messages import bad_rows_error, usual_fix
 from ..data.sources import known_format, read_rows, source_of
 from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
-from ..runs import lock as run_lock
-from ..runs.folder import is_new
+from ..runs import run_lock
+from ..runs.run_folder import is_new
 from ..topology.gpus import Hardware
 from ..topology.strategies import default_strategy
 from .context import RunContext
@@ -38,13 +38,13 @@ from .strategy import STRATEGY_RULES
 
 __all__ = [
     "RULES",
-    "as_markdown",
-    "check",
     "check_data",
-    "check_new",
+    "check_new_folder",
     "check_output_dir",
+    "check_rules",
     "check_sources",
-    "violations",
+    "find_violations",
+    "rules_as_markdown",
 ]
 
 LOOKED_AT = 100  # rows of a source before the launch
@@ -78,7 +78,7 @@ def _anywhere(resolved: Resolved) -> RunContext:
     return RunContext(resolved, default_strategy(1), 1, 1, Hardware((), cpu_cores=1, cpu_bf16=False))
 
 
-def violations(context: RunContext) -> list[Violation]:
+def find_violations(context: RunContext) -> list[Violation]:
     """Every rule of the table that is broken, in its order.
 
     Raises:
@@ -88,7 +88,7 @@ def violations(context: RunContext) -> list[Violation]:
     return [Violation(rule, what, context.where(*rule.keys)) for rule, what in found if what]
 
 
-def check(context: RunContext, *, warn: bool = True) -> None:
+def check_rules(context: RunContext, *, warn: bool = True) -> None:
     """Check the table, and the files that the recipe names; print the warnings.
 
     Args:
@@ -101,7 +101,7 @@ def check(context: RunContext, *, warn: bool = True) -> None:
     problems = list(_unknown_warnings(context.resolved))
     found: list[Violation] = []
     try:
-        found = violations(context)
+        found = find_violations(context)
     except UserError as problem:
         problems.append(problem)
     problems += [violation.error() for violation in found if violation.rule.severity == "error"]
@@ -140,7 +140,7 @@ def _unknown_warnings(resolved: Resolved) -> Iterator[UserError]:
             yield UserError(f"there is no warning {name!r}", where=where, fix=fix)
 
 
-def as_markdown() -> str:
+def rules_as_markdown() -> str:
     """The table for people: docs/rules.md."""
     parts = [
         "# Rules\n\n"
@@ -253,10 +253,10 @@ def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
     if config.dry_run:
         return
     run_lock.refuse_if_held(output_dir)
-    check_new(config, output_dir)
+    check_new_folder(config, output_dir)
 
 
-def check_new(config: TrainConfig, output_dir: Path) -> None:
+def check_new_folder(config: TrainConfig, output_dir: Path) -> None:
     """Refuse to write among another run's files.
 
     Raises:

@@ -16,8 +16,7 @@ from ..data.sources import known_format, source_of
 from ..errors import UserError
 from ..models.model_facts import ModelFacts, find_facts
 from ..project_files import asset
-from ..runs import artifact
-from ..runs import folder as run_folder
+from ..runs import artifact, run_folder
 from ..topology import strategy_files
 from ..topology.gpus import GpuKind, Hardware, computes_in_bf16
 from ..topology.strategies import Strategy

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from . import folder as run_folder
+from . import run_folder
 from .yaml_file import read_yaml
 
 

@@ -15,7 +15,7 @@ from ..models.load import evaluation_mode
 from ..models.positions import check_lengths
 from ..parallel.engine import Runtime
 from ..training.loss import TokenLoss
-from ..training.packing_trial import prove as prove_packing
+from ..training.packing_trial import prove_packing
 from ..training.task import StepLoss, Task
 
 

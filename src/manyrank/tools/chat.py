@@ -23,7 +23,7 @@ from ..chat_template.types import BadRow, Message
 from ..config.args import Parser
 from ..errors import UserError
 from ..runs.artifact import find
-from ..runs.folder import write_atomically
+from ..runs.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer

@@ -26,8 +26,8 @@ from ..data.prompts import Prompt, read_prompts
 from ..data.sources import Source
 from ..errors import EXIT_FAILED, EXIT_PREEMPTED, UserError
 from ..runs.artifact import Artifact, find
-from ..runs.folder import sync, write_atomically
 from ..runs.logs import read_lines
+from ..runs.run_folder import sync, write_atomically
 from ..signals import StopRequest
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from ..errors import EXIT_FAILED, UserError
 from ..project_files import asset
 from ..runs.logs import read_metrics
 from ..signals import die_with_parent
-from ..topology import gpus as hardware
+from ..topology import gpus
 from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
 
 COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not Engine.SINGLE and not s.offload]
@@ -92,9 +92,11 @@ def processes(strategy: Strategy, nproc: int) -> int:
     return max(4, nproc // 2 * 2) if strategy.replicas else nproc
 
 
-def fitting(nproc: int, gpus: int) -> tuple[str, ...]:
+def fitting(nproc: int, gpu_count: int) -> tuple[str, ...]:
     """The strategies that a machine can run; on CPUs all."""
-    return tuple(name for name in COMPARED if not gpus or processes(STRATEGIES[name], nproc) <= max(nproc, gpus))
+    return tuple(
+        name for name in COMPARED if not gpu_count or processes(STRATEGIES[name], nproc) <= max(nproc, gpu_count)
+    )
 
 
 def batch_arguments(config: TrainConfig, nproc: int) -> list[str]:
@@ -226,9 +228,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "recipe", nargs="?", default=str(asset("launch", "recipes", "verify.yaml")), help="your own recipe"
     )
-    gpus = len(hardware.probe().gpus)
+    gpu_count = len(gpus.probe().gpus)
     parser.add_argument(
-        "--nproc", type=int, default=gpus or 2, help="processes (default: GPUs, or 2); hsdp: at least 4"
+        "--nproc", type=int, default=gpu_count or 2, help="processes (default: GPUs, or 2); hsdp: at least 4"
     )
     parser.add_argument("--steps", type=int, default=4, help="steps of each run (default: 4)")
     parser.add_argument("--methods", type=_among(METHODS), default=METHODS, help=",".join(METHODS))
@@ -243,7 +245,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
             "verify compares several processes with one", where="--nproc", fix="needs at least 2 GPUs, or CPUs"
         )
     if not options.strategies:
-        options.strategies = fitting(options.nproc, gpus)
+        options.strategies = fitting(options.nproc, gpu_count)
         for name in set(COMPARED) - set(options.strategies):
             print(f"left out: {name}, which needs {processes(STRATEGIES[name], options.nproc)} GPUs")
     return options

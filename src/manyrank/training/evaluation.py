@@ -24,7 +24,7 @@ from ..models.attention import use_packed_attention
 from ..models.generation import Sampling, generate
 from ..topology.ranks import Topology
 from .loss import TokenLoss
-from .packing_trial import prove as prove_packing
+from .packing_trial import prove_packing
 
 
 @dataclass

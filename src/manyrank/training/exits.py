@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from ..errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
 from ..signals import STOP, ended_by
-from ..topology import ranks as topology
+from ..topology import ranks
 from ..topology.ranks import Topology
 
 PATIENCE = 5.0  # seconds that a rank leaves to local rank 0 to say what is wrong
@@ -50,7 +50,7 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
 
 def for_good(code: int) -> int:
     """An end that would be the same the next time: workers that are started anew hear of it, see `last_word`."""
-    if topology.may_restart():
+    if ranks.may_restart():
         _word_file().write_text(str(code))
     return code
 
@@ -64,7 +64,7 @@ def last_word() -> int | None:
 
     torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
     """
-    if not topology.restarts() or not _word_file().exists():
+    if not ranks.restarts() or not _word_file().exists():
         return None
     import psutil
 

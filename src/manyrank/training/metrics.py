@@ -10,7 +10,7 @@ from ..data.loader import Step
 from ..plan import speed
 from ..plan.planned_run import PlannedRun
 from ..runs.logs import peak_memory
-from ..topology import gpus as hardware
+from ..topology import gpus
 from ..topology.gpus import GpuKind
 
 
@@ -98,4 +98,4 @@ def kind_of(device: torch.device) -> GpuKind | None:
     if device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)
-    return hardware.find_kind(found.name, found.total_memory)
+    return gpus.find_kind(found.name, found.total_memory)

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from ..errors import NonFiniteError
-from ..runs.folder import write
+from ..runs.run_folder import write
 
 
 def name_rows(what: str, rows: list[tuple[str, int]], *, step: int, rank: int, folder: Path) -> NonFiniteError:

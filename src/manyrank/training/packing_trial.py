@@ -34,7 +34,7 @@ ROUNDING = 2**-8
 
 
 @torch.no_grad()
-def prove(wrapped: torch.nn.Module, model: torch.nn.Module, *, exact: bool) -> None:
+def prove_packing(wrapped: torch.nn.Module, model: torch.nn.Module, *, exact: bool) -> None:
     """See that documents of a pack come out as documents by themselves. All ranks together, in evaluation mode.
 
     Args:

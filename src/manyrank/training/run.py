@@ -28,9 +28,9 @@ from ..models.load import (
     resolve_name,
     with_adapters,
 )
-from ..parallel import accelerator as strategy
 from ..parallel import compile_locks
-from ..parallel.engine import prepare as prepare_runtime
+from ..parallel.accelerator import start_accelerator
+from ..parallel.engine import prepare_engine
 from ..plan.planned_run import PlannedRun
 from ..runs import artifact
 from ..topology.ranks import Topology
@@ -98,7 +98,7 @@ def _build(
     task.prepare_model(model, accelerator, tokenizer, bf16=bf16)
     _check_alike(model, accelerator)
     with heart.waiting("distributing the model and the optimizer", compile_locks.explain):
-        runtime = prepare_runtime(accelerator, model, build_optimizer(model, config))
+        runtime = prepare_engine(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
     commit = getattr(model.config, "_commit_hash", None)
     run = identity(
@@ -139,7 +139,7 @@ def _amounts(config: TrainConfig, kind: type[Task], start: Start, processes: int
 def _meet(config: TrainConfig, place: Topology, heart: Heart, folder: Path | None, *, bf16: bool) -> Accelerator:
     """Start the strategy; from then on the signs of life are written into the folder, if this run has one for itself."""
     with heart.waiting(f"waiting for all {place.world_size} processes to meet", compile_locks.explain):
-        accelerator = strategy.start(config, place, bf16=bf16)
+        accelerator = start_accelerator(config, place, bf16=bf16)
     if folder:
         heart.attach(folder)
     heart.beat(0, "looking for a checkpoint")

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.render import render_options
-from ..checkpoint import state as checkpoint
 from ..checkpoint.resume import Start, from_main
+from ..checkpoint.state import save_weights
 from ..config.resolve import TrainConfig
 from ..errors import Preempted, SaveError
 from ..models.generate import answers
@@ -23,8 +23,7 @@ from ..models.load import evaluation_mode
 from ..parallel.engine import Facts, Runtime
 from ..plan.planned_run import PlannedRun
 from ..rules.check import warnings_of_length
-from ..runs import folder as run_folder
-from ..runs import logs as metrics
+from ..runs import logs, run_folder
 from . import record, trackers
 from .memory import compare_with_measured, is_out_of_memory, out_of_memory
 from .trainer import Trainer
@@ -64,7 +63,7 @@ class TrainingRun:
         started = time.perf_counter()
         result = self.trainer.dry_step()
         facts = self.runtime.facts()
-        peak = metrics.peak_memory(self.accelerator.device.type)
+        peak = logs.peak_memory(self.accelerator.device.type)
         self.say(
             f"dry run: strategy came up as {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
             f"{self.trainer.total_steps} steps of {self.config.batch(facts.world_size)} examples would follow\n"
@@ -106,11 +105,11 @@ class TrainingRun:
             self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
         self.say(f"\nfinal model: {final}")
         if self.accelerator.is_main_process and before:
-            with metrics.beside_the_point():
-                metrics.write_samples(self.output_dir, self.config.sample_questions, before, after)
+            with logs.beside_the_point():
+                logs.write_samples(self.output_dir, self.config.sample_questions, before, after)
 
     def _compare(self) -> None:
-        with metrics.beside_the_point():
+        with logs.beside_the_point():
             if (
                 self.planned
                 and self.accelerator.is_main_process
@@ -140,7 +139,7 @@ class TrainingRun:
         except RuntimeError as error:
             if self.planned is None or not is_out_of_memory(error):
                 raise
-            held = metrics.peak_memory(self.accelerator.device.type)
+            held = logs.peak_memory(self.accelerator.device.type)
             raise out_of_memory(self.planned, step=self.trainer.state.global_step + 1, measured=held) from None
 
     def save_final_model(self) -> Path:
@@ -153,9 +152,7 @@ class TrainingRun:
         bf16 = self.runtime.facts().precision == "bf16"
         dtype = torch.bfloat16 if self.config.method == "full" and bf16 else None
         try:
-            checkpoint.save_weights(
-                self.runtime, partial, dtype=dtype, also=lambda: self.tokenizer.save_pretrained(partial)
-            )
+            save_weights(self.runtime, partial, dtype=dtype, also=lambda: self.tokenizer.save_pretrained(partial))
         except SaveError as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -175,14 +172,14 @@ class TrainingRun:
     def _before(self) -> list[str]:
         """The answers before the training; a resumed run has them from its first start."""
         questions, main = self.config.sample_questions, self.accelerator.is_main_process
-        kept = from_main(self.accelerator, lambda: metrics.read_samples(self.output_dir) or [])
+        kept = from_main(self.accelerator, lambda: logs.read_samples(self.output_dir) or [])
         if kept and self.start.folder and [entry["question"] for entry in kept] == questions:
             return [entry["before"] for entry in kept]
         self._starts("answering the sample questions")
         found = self._answers()
         if main and found:
-            with metrics.beside_the_point():
-                metrics.write_samples(self.output_dir, questions, found)
+            with logs.beside_the_point():
+                logs.write_samples(self.output_dir, questions, found)
         return found
 
     def _answers(self) -> list[str]:
@@ -206,7 +203,7 @@ class TrainingRun:
                 record.write_tokenizer(self.tokenizer if self.own_tokenizer else None, self.output_dir)
                 record.write_facts(self.config, self.output_dir, facts, self.trainer.loader.examples, evaluation)
                 trackers.continue_run(self.config, self.output_dir)
-                metrics.rewind(self.output_dir, self.trainer.state.global_step)
+                logs.rewind(self.output_dir, self.trainer.state.global_step)
         return facts
 
 

@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from ..checkpoint import state as checkpoint
 from ..checkpoint.saver import Saver
+from ..checkpoint.state import load_checkpoint, load_weights
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step
@@ -139,7 +139,7 @@ class Trainer:
                 self._save(must=True)
                 raise Preempted
         if best := self._best():
-            checkpoint.load_weights(self.runtime, best)
+            load_weights(self.runtime, best)
         self._event("on_train_end")
 
     def _is_over(self) -> bool:
@@ -274,7 +274,7 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
-        state = checkpoint.load(self.runtime, folder, lambda: self.task.zero_step(self.loader.step(0)))
+        state = load_checkpoint(self.runtime, folder, lambda: self.task.zero_step(self.loader.step(0)))
         saved = state.pop("callbacks")
         for callback in exportable(self.handler):  # those of one class in their order
             mine = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)

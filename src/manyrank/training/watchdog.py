@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..runs.folder import HEARTBEATS, writable
+from ..runs.run_folder import HEARTBEATS, writable
 
 WIDTH = 512  # bytes of a heartbeat, so that one write replaces all of the one before
 DONE = "done"

@@ -26,8 +26,7 @@ from ...models.tiny import EMBEDDED
 from ...runs.logs import read_metrics
 from ...runs.versions import software
 from ...signals import end_with_parent
-from ...topology import gpus as hardware
-from ...topology import ranks as topology
+from ...topology import gpus, ranks
 from ...topology.ranks import Topology
 from ...training.exits import leave
 from ...training.watchdog import Heart
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     end_with_parent()
     folder = Path((argv or sys.argv[1:])[0])
-    place = topology.from_environment()
+    place = ranks.from_environment()
     notes = Notes(folder, place.rank)
     try:
         _examine(json.loads((folder / "job.json").read_text()), place, folder, notes)
@@ -126,7 +125,7 @@ def _examine(job: dict[str, Any], place: Topology, folder: Path, notes: Notes) -
 def _device(place: Topology) -> torch.device:
     import torch
 
-    if not hardware.probe().gpus:
+    if not gpus.probe().gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
@@ -318,12 +317,12 @@ def all_reduce(sizes: Sequence[dict[str, Any]], *, link: float | None) -> Check:
 def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, run: Path, notes: Notes) -> None:
     """Take two steps with a checkpoint after each, and the second step once more from the first checkpoint."""
     from ...checkpoint.resume import from_main
-    from ...runs import folder as run_folder
+    from ...runs import run_folder
     from ...training.run import open_session
 
     notes.begin("step")
     small = _small_config(config, strategy, folder / "model", place.world_size)
-    bf16 = hardware.computes_in_bf16(small.bf16, hardware.probe())
+    bf16 = gpus.computes_in_bf16(small.bf16, gpus.probe())
     session = open_session(small, place, output_dir=run, bf16=bf16)
     _KEPT.append(session)
     session.run()

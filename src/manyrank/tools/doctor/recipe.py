@@ -19,7 +19,7 @@ from ...plan.command import read_model
 from ...plan.planned_run import PlannedRun
 from ...plan.planner import Plan, Verdict
 from ...plan.view import summary
-from ...rules import check as rules
+from ...rules.check import check_rules, find_violations
 from ...rules.context import RunContext
 from . import machine
 from .checks import Check, failed, ok, warning
@@ -33,12 +33,12 @@ def rules_and_files(context: RunContext) -> list[Check]:
     problems: tuple[UserError, ...] = ()
     context = _without_hub_data(context)
     try:
-        rules.check(context, warn=False)
+        check_rules(context, warn=False)
     except UserError as error:
         problems = error.problems if isinstance(error, UserErrors) else (error,)
     checks = [failed("recipe", f"{problem.where}: {problem.what}", problem.fix) for problem in problems]
     with contextlib.suppress(UserError):  # is among the problems
-        for broken in rules.violations(context):
+        for broken in find_violations(context):
             if broken.rule.severity == "warning" and broken.rule.name not in context.config.ignore_warnings:
                 make = failed if broken.rule.name in FATAL else warning
                 checks.append(make("recipe", f"{broken.where}: {broken.what}", broken.rule.fix))

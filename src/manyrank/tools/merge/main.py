@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from ...config.args import Parser
 from ...errors import EXIT_FAILED, UserError
 from ...runs.artifact import Artifact, find
-from ...runs.folder import check_output, written_beside
+from ...runs.run_folder import check_output, written_beside
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +161,7 @@ def merge(
         OSError: it cannot be written. In all cases nothing is left.
     """
     from ...models.inference import DTYPES, load_stored, quiet, rendering_of
-    from ...runs import logs as metrics
+    from ...runs import logs
     from . import logits, merging
 
     quiet()
@@ -190,7 +190,7 @@ def merge(
             largest_logit=before.abs().max().item(),
             tolerance=TOLERANCES[name] if tolerance is None else tolerance,
             adapter_effect=effect,
-            peak_memory=metrics.peak_memory("cpu"),
+            peak_memory=logs.peak_memory("cpu"),
         )
         (partial / MARK).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
         if not report.relative_difference <= report.tolerance:

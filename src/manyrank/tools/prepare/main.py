@@ -30,7 +30,7 @@ from ...data.formats import Conversation, PlainText, Sample, detect, to_sample
 from ...data.sources import Source, read_rows
 from ...errors import UserError
 from ...project_files import asset
-from ...runs.folder import written_beside
+from ...runs.run_folder import written_beside
 from ...runs.yaml_file import read_yaml
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
 from .filters import FilterStage, Item, build_stages, unknown, validated

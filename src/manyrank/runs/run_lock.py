@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..errors import EXIT_FAILED, UserError
-from .folder import LOCK, writable
+from .run_folder import LOCK, writable
 
 BEAT, DEAD = 5.0, 30.0  # seconds
 SETTLE = 0.5  # seconds after which the last of several runs that take over the same lock has it
