@@ -9,7 +9,7 @@ For each token of a decoder layer, in the type of computation unless it says flo
     adapters        the thin product of each
     experts         rows for each of a token's experts, and the merged weights of adapted ones
 
-A checkpointed layer keeps its input alone. `tests/test_activations.py` counts what autograd really saves.
+A checkpointed layer keeps its input alone. `tests/plan/test_activations.py` counts what autograd really saves.
 """
 
 from __future__ import annotations
