@@ -15,7 +15,7 @@ from manyrank.models.inference import load_model as load_to_use
 from manyrank.models.load import LoadPlan, load_model, with_adapters
 from manyrank.models.reach import reach, unreached_modules
 from manyrank.parallel import first_look
-from manyrank.parallel.engine import prepare
+from manyrank.parallel.engine import prepare_engine
 from manyrank.training.optim import build_optimizer
 
 TEXT = {
@@ -251,7 +251,7 @@ def test_a_model_to_use_is_looked_at_too(tmp_path, embedded_model):
 def test_the_first_backward_tells_what_gets_no_gradient(capsys):
     model = tiny("llama")
     model.model.layers[1].mlp.forward = lambda x: x
-    runtime = prepare(Accelerator(cpu=True), model, build_optimizer(model, recipe(method="full")))
+    runtime = prepare_engine(Accelerator(cpu=True), model, build_optimizer(model, recipe(method="full")))
     for _ in range(2):
         with runtime.forward_backward(last=True):
             runtime.backward(runtime.wrapped(input_ids=torch.arange(8)[None]).logits.sum(), last=True)
@@ -282,7 +282,7 @@ def test_a_whole_model_with_experts_is_saved_and_read_again(kind, tmp_path):
 
 def prepared(model):
     model.requires_grad_(True)
-    return prepare(Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return prepare_engine(Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_ddp_is_refused_before_it_waits():
