@@ -32,7 +32,7 @@ from .training.exits import for_good, guarded, last_word, leave, say_stopped
 from .training.watchdog import Heart, Watchdog
 
 if TYPE_CHECKING:
-    from .training.session import Brought, Session
+    from .training.session import Session, UserObjects
 
 # The last session of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
 # takes DistributedDataParallel apart.
@@ -72,7 +72,7 @@ def _train(argv: Sequence[str], place: Topology) -> None:
     train(resolved, place, Path(config.output_dir or default_output_dir(line)))
 
 
-def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brought | None = None) -> Session:
+def train(resolved: Resolved, place: Topology, output_dir: Path, user_objects: UserObjects | None = None) -> Session:
     """Check everything, bring the session up, and run it.
 
     Returns:
@@ -91,7 +91,7 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brough
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
                 if place.is_main and not ranks.restarts():
                     check_new_folder(config, output_dir)  # another run may have ended there meanwhile
-                return _train_checked(resolved, place, machine, output_dir, heart, brought)
+                return _train_checked(resolved, place, machine, output_dir, heart, user_objects)
         finally:
             heart.stop()
 
@@ -102,7 +102,7 @@ def _train_checked(
     machine: gpus.Hardware,
     output_dir: Path,
     heart: Heart,
-    brought: Brought | None,
+    user_objects: UserObjects | None,
 ) -> Session:
     config = resolved.config
     heart.beat(0, "importing torch and transformers")
@@ -119,7 +119,13 @@ def _train_checked(
     bf16 = gpus.computes_in_bf16(config.bf16, machine)
     try:
         session = open_session(
-            config, place, output_dir=output_dir, bf16=bf16, task=tasks.of(config), brought=brought, heart=heart
+            config,
+            place,
+            output_dir=output_dir,
+            bf16=bf16,
+            task=tasks.of(config),
+            user_objects=user_objects,
+            heart=heart,
         )
     except BaseException:
         heart.withdraw()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..models.model_facts import ModelFacts
-from ..topology.strategies import Engine
+from ..topology.strategies import EngineKind
 from .context import RunContext
 from .rule import Rule
 
@@ -61,7 +61,7 @@ def _foreign(s: RunContext, model: ModelFacts) -> str | None:
 
 def _storage(s: RunContext, model: ModelFacts) -> str | None:
     stored, compute = model.quantisation.get("bnb_4bit_quant_storage") or "uint8", COMPUTE[s.bf16]
-    if s.files.kind != Engine.FSDP or s.config.method != "qlora" or not model.quantisation.get("load_in_4bit"):
+    if s.files.kind != EngineKind.FSDP or s.config.method != "qlora" or not model.quantisation.get("load_in_4bit"):
         return None
     return f"{model.name} stores its 4-bit weights as {stored}, not {compute}" if stored != compute else None
 
@@ -106,7 +106,7 @@ def _is_tied(s: RunContext) -> bool:
 
 
 def _tied_target(s: RunContext, *, fsdp: bool) -> str | None:
-    found = _targets(s, HEADS) if _is_tied(s) and (s.files.kind == Engine.FSDP) == fsdp else []
+    found = _targets(s, HEADS) if _is_tied(s) and (s.files.kind == EngineKind.FSDP) == fsdp else []
     return f"adapters on {found[0]}, which shares its weights with the embeddings" if found else None
 
 

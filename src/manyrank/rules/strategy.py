@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..topology.strategies import Engine
+from ..topology.strategies import EngineKind
 from ..topology.strategy_files import is_on
 from .context import RunContext
 from .rule import Rule, unless
@@ -97,7 +97,7 @@ def _stage(s: RunContext) -> str | None:
 
 
 def _fsdp(key: str, value: str):
-    return lambda s: s.files.kind == Engine.FSDP and str(s.files.section("fsdp_config").get(key)).lower() == value
+    return lambda s: s.files.kind == EngineKind.FSDP and str(s.files.section("fsdp_config").get(key)).lower() == value
 
 
 def _checkpoints(s: RunContext) -> bool:
@@ -111,7 +111,7 @@ ONE_PROCESS = Rule(
     "error",
     ("strategy",),
     unless(
-        lambda s: s.strategy.engine is Engine.SINGLE and s.world_size > 1,
+        lambda s: s.strategy.engine is EngineKind.SINGLE and s.world_size > 1,
         "strategy single with {s.world_size} processes",
     ),
     reason="It has no process group: each process would train by itself and write the same folder.",
@@ -164,7 +164,7 @@ SHARDING_RULES = (
         "error",
         ("strategy",),
         unless(
-            lambda s: s.files.kind == Engine.FSDP and s.files.offloads_parameters and not s.gpus,
+            lambda s: s.files.kind == EngineKind.FSDP and s.files.offloads_parameters and not s.gpus,
             "{s.strategy} without GPUs",
         ),
         reason="FSDP's offload moves shards between host and GPU memory.",
@@ -195,7 +195,9 @@ SHARDING_RULES = (
         "error",
         ("optim", "strategy"),
         unless(
-            lambda s: s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in (Engine.FSDP, Engine.DEEPSPEED),
+            lambda s: (
+                s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in (EngineKind.FSDP, EngineKind.DEEPSPEED)
+            ),
             "{c.optim} under {s.strategy}",
         ),
         reason="bitsandbytes' optimizers keep 8-bit or paged state that FSDP and DeepSpeed cannot shard: under FSDP2 they "
@@ -330,7 +332,7 @@ FILE_RULES = (
         "error",
         ("yaml:fsdp_config.fsdp_version",),
         unless(
-            lambda s: s.files.kind == Engine.FSDP and not _fsdp("fsdp_version", "2")(s),
+            lambda s: s.files.kind == EngineKind.FSDP and not _fsdp("fsdp_version", "2")(s),
             "FSDP version 1 in {s.files.accelerate_file}",
         ),
         reason="Version 1 takes parameters their names and shapes, and checkpoints here go by both: a resumed adapter would "

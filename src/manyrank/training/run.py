@@ -46,7 +46,7 @@ from .memory import describe_checkpointing, plan_run
 from .metrics import Meter, kind_of
 from .optim import build_optimizer
 from .packing_trial import prove_packing
-from .session import Brought, Session
+from .session import Session, UserObjects
 from .trainer import Trainer
 from .watchdog import Heart
 
@@ -84,7 +84,7 @@ def open_session(
     output_dir: Path,
     bf16: bool,
     task: Task | None = None,
-    brought: Brought | None = None,
+    user_objects: UserObjects | None = None,
     heart: Heart | None = None,
 ) -> Session:
     """Start the strategy, read the data, load and wrap the model.
@@ -98,9 +98,9 @@ def open_session(
     """
     if config.is_grpo != (task is not None):
         raise ValueError(f"the task of the recipe is {config.task}, and {task} was given")
-    brought = brought or Brought()
-    with _restored_on_failure(brought.model):
-        return _open(config, place, output_dir, task, brought, heart, bf16=bf16)
+    user_objects = user_objects or UserObjects()
+    with _restored_on_failure(user_objects.model):
+        return _open(config, place, output_dir, task, user_objects, heart, bf16=bf16)
 
 
 def _open(
@@ -108,7 +108,7 @@ def _open(
     place: Topology,
     output_dir: Path,
     task: Task | None,
-    brought: Brought,
+    user_objects: UserObjects,
     heart: Heart | None,
     *,
     bf16: bool,
@@ -116,25 +116,25 @@ def _open(
     _prepare_environment(config, place, output_dir)
     own_folder, heart = output_dir if heart and not config.dry_run else None, heart or Heart(place.rank)
     heart.beat(0, "loading the tokenizer")
-    tokenizer = _tokenizer(config, brought)
+    tokenizer = _tokenizer(config, user_objects)
     accelerator = _meet(config, place, heart, own_folder, bf16=bf16)
     start = find_start(config, output_dir, accelerator)
     per_process = batch_per_process(config)
     config, needed = _amounts(config, start, accelerator.num_processes)
     heart.beat(0, "reading and tokenising the data")
-    train, evaluation, questions = _data(config, tokenizer, needed, task, brought.model)
+    train, evaluation, questions = _data(config, tokenizer, needed, task, user_objects.model)
     if accelerator.is_main_process:
         _tell(config, train, evaluation)
-    planned = _plan(config, accelerator, place, brought.model, bf16=bf16)
+    planned = _plan(config, accelerator, place, user_objects.model, bf16=bf16)
     if planned:
         settled = planned.config.gradient_checkpointing
         config = config.model_copy(update={"gradient_checkpointing": settled})
-    base, give_back = _fingerprint(brought.model), _lent(brought.model)
+    base, give_back = _fingerprint(user_objects.model), _lent(user_objects.model)
     heart.beat(0, "loading the model")
-    model = _model(config, accelerator, brought.model, bf16=bf16)
+    model = _model(config, accelerator, user_objects.model, bf16=bf16)
     kind, rows = _kind(config, task, model, accelerator, tokenizer, questions, bf16=bf16)
     with heart.waiting("distributing the model and the optimizer", compile_locks.explain):
-        runtime = prepare_engine(accelerator, model, build_optimizer(model, config))
+        engine = prepare_engine(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
     run = _run(
         config,
@@ -144,20 +144,20 @@ def _open(
         model,
         base=base,
         rows=rows,
-        brought=brought,
+        user_objects=user_objects,
         per_process=per_process,
         needed=needed,
         bf16=bf16,
     )
     meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
-    given = {"callbacks": brought.callbacks, "loss": brought.loss, "heart": heart}
-    trainer = kind(config, runtime, tokenizer, train, evaluation, output_dir=output_dir, run=run, meter=meter, **given)
+    given = {"callbacks": user_objects.callbacks, "loss": user_objects.loss, "heart": heart}
+    trainer = kind(config, engine, tokenizer, train, evaluation, output_dir=output_dir, run=run, meter=meter, **given)
     heart.beat(0, "trying the loss on a small example")
     _prove(trainer, bf16=bf16)
     start = _with_changes(start, trainer.run, config)
     _tell_balance(config, trainer, accelerator)
-    own_tokenizer = brought.tokenizer is not None
-    return Session(config, runtime, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
+    own_tokenizer = user_objects.tokenizer is not None
+    return Session(config, engine, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
 
 
 def _amounts(config: TrainConfig, start: Start, processes: int) -> tuple[TrainConfig, int | None]:
@@ -202,7 +202,7 @@ def _run(
     *,
     base: str | None,
     rows: str | None,
-    brought: Brought,
+    user_objects: UserObjects,
     per_process: int | None,
     needed: int | None,
     bf16: bool,
@@ -214,7 +214,7 @@ def _run(
         model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
         sft_model=_sft_fingerprint(config),
         rows=rows,
-        loss=brought.loss and f"{brought.loss.__module__}.{brought.loss.__qualname__}",
+        loss=user_objects.loss and f"{user_objects.loss.__module__}.{user_objects.loss.__qualname__}",
         data=train.fingerprint,
         global_batch_size=config.batch(accelerator.num_processes),
         # What stands beside a global batch is only how it is laid out.
@@ -287,10 +287,12 @@ def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
         raise RuntimeError(f"ranks have other trained parameters than rank {accelerator.process_index}: {digests}")
 
 
-def _tokenizer(config: TrainConfig, brought: Brought) -> PreTrainedTokenizerBase:
+def _tokenizer(config: TrainConfig, user_objects: UserObjects) -> PreTrainedTokenizerBase:
     """That of the recipe's model, or of what SFT has made of it."""
     own = artifact.find(config.sft_model).own_tokenizer if config.sft_model else None
-    return load_tokenizer(config.model_copy(update={"model_name_or_path": own}) if own else config, brought.tokenizer)
+    return load_tokenizer(
+        config.model_copy(update={"model_name_or_path": own}) if own else config, user_objects.tokenizer
+    )
 
 
 def _context(config: TrainConfig, own: PreTrainedModel | None) -> int | None:
@@ -348,24 +350,24 @@ def _restored_on_failure(own: PreTrainedModel | None) -> Iterator[None]:
 
 def _prove(trainer: Trainer, *, bf16: bool) -> None:
     """All ranks see alike whether packs, and then the fused head, leave the model's results as they are."""
-    runtime, packed = trainer.runtime, trainer.config.packing != "none"
+    engine, packed = trainer.engine, trainer.config.packing != "none"
     if not packed and trainer.token_loss is None:
         return
-    with evaluation_mode(runtime.wrapped):
+    with evaluation_mode(engine.wrapped):
         if packed:
             exact = not bf16 and trainer.config.method != "int8"  # whose products round each row of activations
-            prove_packing(runtime.wrapped, runtime.model, exact=exact)
+            prove_packing(engine.wrapped, engine.model, exact=exact)
         _prove_head(trainer)
-    runtime.reshard()
+    engine.reshard()
 
 
 def _prove_head(trainer: Trainer) -> None:
     if trainer.token_loss is None:
         return
-    runtime, micro = trainer.runtime, trial(packed=trainer.config.packing != "none").to(trainer.device)
+    engine, micro = trainer.engine, trial(packed=trainer.config.packing != "none").to(trainer.device)
 
     def agree(seen: bool) -> bool:
-        return runtime.sum(torch.tensor(float(not seen), device=trainer.device)).item() == 0
+        return engine.sum(torch.tensor(float(not seen), device=trainer.device)).item() == 0
 
     trainer.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=agree)
 

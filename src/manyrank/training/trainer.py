@@ -25,7 +25,7 @@ from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step, StepLoader
 from ..errors import NonFiniteError, Preempted, UserError
 from ..models.load import evaluation_mode
-from ..parallel.engine import Runtime
+from ..parallel.engine import Engine
 from ..signals import STOP
 from .callbacks import build_callbacks, callback_states, check_states, exportable, training_arguments
 from .loss import LossFunction, TokenLoss
@@ -56,13 +56,13 @@ class Trainer:
         output_dir: the run's folder; made when the training begins.
         run: the values that a resumed run must share with this one.
         meter: measures the steps.
-        callbacks, loss: see `session.Brought`. heart: gives this rank's signs of life.
+        callbacks, loss: see `session.UserObjects`. heart: gives this rank's signs of life.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        runtime: Runtime,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         train: Examples,
         evaluation: Examples | None,
@@ -74,10 +74,10 @@ class Trainer:
         loss: LossFunction | None = None,
         heart: Heart | None = None,
     ) -> None:
-        self.config, self.runtime, self.tokenizer = config, runtime, tokenizer
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
         self.output_dir, self.meter = output_dir, meter
         self.has_own_callbacks = bool(config.callbacks or callbacks)
-        accelerator = runtime.accelerator
+        accelerator = engine.accelerator
         self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
         self.token_loss = self._open_loss(loss)
         self.batch_size = config.batch(self.world)
@@ -93,12 +93,12 @@ class Trainer:
         self.state, self.control = self._state(), TrainerControl()
         self.handler = CallbackHandler(
             [*build_callbacks(config, output_dir), *callbacks],
-            runtime.model,
+            engine.model,
             tokenizer,
-            runtime.optimizer,
+            engine.optimizer,
             self.schedule,
         )
-        self.saver = Saver(runtime, output_dir, run=self.run, limit=config.save_total_limit)
+        self.saver = Saver(engine, output_dir, run=self.run, limit=config.save_total_limit)
         self.stopped = False  # whether the resumed run had come to its end
         self.heart = heart
         check_states(self.handler)
@@ -142,7 +142,7 @@ class Trainer:
                 self._save(must=True)
                 raise Preempted
         if best := self._best():
-            load_weights(self.runtime, best)
+            load_weights(self.engine, best)
         self._event("on_train_end")
 
     def _is_over(self) -> bool:
@@ -154,12 +154,12 @@ class Trainer:
         local = torch.stack(losses).sum()
         wishes = local.new_tensor([float(STOP.requested), float(self.main and self.saver.wished)])
         self._in_phase("waiting for the others")
-        total, stops, saves = self.runtime.sum(torch.cat([local[None], wishes])).tolist()
+        total, stops, saves = self.engine.sum(torch.cat([local[None], wishes])).tolist()
         if not math.isfinite(total):
             raise self._non_finite(f"the loss is {total}", self._bad_rows(step, losses))
         self._in_phase("optimizer")
         try:
-            norm = self.runtime.step(
+            norm = self.engine.step(
                 learning_rate=self.schedule.get_last_lr()[0], max_grad_norm=self.config.max_grad_norm
             )
         except NonFiniteError as error:
@@ -173,10 +173,10 @@ class Trainer:
         for index, micro in enumerate(step.micro_batches):
             last = index + 1 == len(step.micro_batches)
             self._in_phase(f"forward and backward of micro-batch {index + 1}")
-            with self.runtime.forward_backward(last=last):
+            with self.engine.forward_backward(last=last):
                 micro = micro.to(self.device)
                 loss = self.token_loss(micro.inputs, micro.positions, micro.targets)
-                self.runtime.backward(loss * scale, last=last)
+                self.engine.backward(loss * scale, last=last)
             losses.append(loss.detach())
         return losses
 
@@ -184,8 +184,8 @@ class Trainer:
         """Forward and backward of the first step, without using the gradients."""
         step = self.loader.step(0)
         losses = self._forward_backward(step)
-        self.runtime.discard_gradients()
-        total = self.runtime.sum(torch.stack(losses).sum()).item()
+        self.engine.discard_gradients()
+        total = self.engine.sum(torch.stack(losses).sum()).item()
         return StepResult(total / self._divisor(step), math.nan, step.tokens)
 
     # Validation
@@ -193,14 +193,14 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Mean loss and perplexity over the supervised tokens of the validation data."""
         total, supervised = torch.zeros((), device=self.device), 0
-        with evaluation_mode(self.runtime.wrapped):
+        with evaluation_mode(self.engine.wrapped):
             for number in range(self.eval_loader.steps_per_epoch):
                 self._in_phase(f"step {number + 1} of the validation")
                 step = self.eval_loader.step(number)
                 supervised += step.supervised
                 for micro in (micro.to(self.device) for micro in step.micro_batches):
                     total += self.token_loss(micro.inputs, micro.positions, micro.targets)
-        loss = self.runtime.sum(total).item() / supervised
+        loss = self.engine.sum(total).item() / supervised
         own = bool(self.token_loss.function)  # whose exponential is no perplexity
         return {"eval_loss": loss} if own else {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
 
@@ -235,7 +235,7 @@ class Trainer:
         return {
             "loss": self.meter.loss,
             "grad_norm": result.grad_norm,
-            "learning_rate": self.runtime.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             **self.meter.rates(steps_left=self.total_steps - self.state.global_step),
         }
 
@@ -270,7 +270,7 @@ class Trainer:
         if self.has_own_callbacks:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
             asked = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
-            vars(self.control).update(zip(flags, (self.runtime.sum(asked) > 0).tolist()))
+            vars(self.control).update(zip(flags, (self.engine.sum(asked) > 0).tolist()))
         if self.control.should_epoch_stop:
             raise UserError("a callback ends the epoch early", where="callbacks", fix="use should_training_stop")
 
@@ -306,7 +306,7 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
-        state = load_checkpoint(self.runtime, folder, self._zero_step)
+        state = load_checkpoint(self.engine, folder, self._zero_step)
         saved = state.pop("callbacks")
         for callback in exportable(self.handler):  # those of one class in their order
             mine = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)
@@ -329,15 +329,15 @@ class Trainer:
     def _zero_step(self) -> None:
         """Forward and backward of a loss that is exactly zero."""
         micro = self.loader.step(0).micro_batches[0].to(self.device)
-        with self.runtime.forward_backward(last=True):
+        with self.engine.forward_backward(last=True):
             nothing = micro.positions[:0]
-            self.runtime.backward(self.token_loss(micro.inputs, nothing, nothing), last=True)
+            self.engine.backward(self.token_loss(micro.inputs, nothing, nothing), last=True)
 
     # Pieces
 
     def _open_loss(self, function: LossFunction | None) -> TokenLoss | None:
         fused = "head" not in self.config.plain_parts
-        return TokenLoss(self.runtime.wrapped, self.runtime.model, fused=fused, function=function)
+        return TokenLoss(self.engine.wrapped, self.engine.model, fused=fused, function=function)
 
     def _task_state(self) -> dict:
         """What the task itself must remember between two lines of metrics, as JSON values."""
@@ -359,7 +359,7 @@ class Trainer:
             # Packs of the whole data set are for training: a validation keeps the order of the file.
             packing="step" if seed is None and self.config.packing == "dataset" else self.config.packing,
             pad_token=self.tokenizer.pad_token_id,
-            rank=self.runtime.accelerator.process_index,
+            rank=self.engine.accelerator.process_index,
             ranks=self.world,
             seed=seed,
         )
@@ -372,7 +372,7 @@ class Trainer:
             eval_steps=self.args.eval_steps,
             save_steps=self.args.save_steps,
             train_batch_size=self.config.per_device_train_batch_size,
-            is_local_process_zero=self.runtime.accelerator.is_local_main_process,
+            is_local_process_zero=self.engine.accelerator.is_local_main_process,
             is_world_process_zero=self.main,
         )
 
@@ -382,4 +382,4 @@ class Trainer:
 
     def _non_finite(self, what: str, rows: list[tuple[str, int]]) -> NonFiniteError:
         number = self.state.global_step + 1
-        return name_rows(what, rows, step=number, rank=self.runtime.accelerator.process_index, folder=self.output_dir)
+        return name_rows(what, rows, step=number, rank=self.engine.accelerator.process_index, folder=self.output_dir)

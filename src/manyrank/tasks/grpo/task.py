@@ -30,7 +30,7 @@ from ...data.rewards import read_rewards, rewarded, scorers
 from ...data.scores import SCORES
 from ...errors import UserError
 from ...models.load import evaluation_mode
-from ...parallel.engine import Runtime
+from ...parallel.engine import Engine
 from ...runs import logs
 from ...training.trainer import Trainer
 from .rollout import Policy
@@ -52,8 +52,8 @@ class PromptStep:
     examples: int
     supervised: int = 0
     tokens: int = 0
-    slots: int = 0
-    squares: int = 0
+    computed_tokens: int = 0
+    sum_squared_lengths: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,14 @@ def trainer_of(
 class PolicyTrainer(Trainer):
     """The loop of `trainer`, whose steps are answers."""
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, *args, policy: Policy, **kwargs) -> None:
+    def __init__(self, config: TrainConfig, engine: Engine, *args, policy: Policy, **kwargs) -> None:
         self.policy, self.rewards = policy, read_rewards(config.rewards)
-        super().__init__(config, runtime, *args, **kwargs)
-        policy.join(runtime.wrapped)
+        super().__init__(config, engine, *args, **kwargs)
+        policy.join(engine.wrapped)
         # trl's generate calls the model past its wrapper, where FSDP2 wants the root to have run before.
         with torch.no_grad():
             self._forward_little()
-        runtime.reshard()
+        engine.reshard()
 
     def _open_loss(self, loss) -> None:
         if loss:
@@ -239,23 +239,23 @@ class PolicyTrainer(Trainer):
             batch_size=self.batch_size,
             micro_batch_size=self.config.per_device_train_batch_size,
             answers=answers,
-            rank=self.runtime.accelerator.process_index,
+            rank=self.engine.accelerator.process_index,
             ranks=self.world,
             seed=seed,
         )
 
     def _forward_backward(self, step: PromptStep) -> list[torch.Tensor]:
         self._in_phase("answering")
-        with self.runtime.whole():
+        with self.engine.whole():
             parts = self.policy.answer(step.numbers, step=self.state.global_step)
         self._count(step, parts)
         losses = []
         for index, inputs in enumerate(parts):
             last = index + 1 == len(parts)
             self._in_phase(f"forward and backward of micro-batch {index + 1}")
-            with self.runtime.forward_backward(last=last):
+            with self.engine.forward_backward(last=last):
                 loss = self.policy.loss(inputs, micro_batches=len(parts))
-                self.runtime.backward(loss, last=last)  # every strategy averages over ranks, as trl's loss wants it
+                self.engine.backward(loss, last=last)  # every strategy averages over ranks, as trl's loss wants it
             losses.append(loss.detach().float())
         return losses
 
@@ -265,10 +265,12 @@ class PolicyTrainer(Trainer):
     def _count(self, step: PromptStep, parts: list[dict]) -> None:
         lengths = torch.cat([part["prompt_mask"].sum(1) + part["completion_mask"].sum(1) for part in parts]).double()
         answers = sum(part["completion_mask"].sum() for part in parts)
-        slots = sum(part["prompt_ids"].numel() + part["completion_ids"].numel() for part in parts)
-        counts = torch.stack([answers.double(), lengths.sum(), lengths.new_tensor(float(slots)), (lengths**2).sum()])
-        counted = self.runtime.sum(counts).tolist()
-        step.supervised, step.tokens, step.slots, step.squares = map(round, counted)
+        computed_tokens = sum(part["prompt_ids"].numel() + part["completion_ids"].numel() for part in parts)
+        counts = torch.stack(
+            [answers.double(), lengths.sum(), lengths.new_tensor(float(computed_tokens)), (lengths**2).sum()]
+        )
+        counted = self.engine.sum(counts).tolist()
+        step.supervised, step.tokens, step.computed_tokens, step.sum_squared_lengths = map(round, counted)
 
     def _measured(self, result) -> dict[str, float]:
         self._keep_answers()
@@ -279,18 +281,18 @@ class PolicyTrainer(Trainer):
         if not self.main:
             return
         lines = [{"step": self.state.global_step, **asdict(said)} for said in self.policy.said(SHOWN)]
-        with logs.beside_the_point():
+        with logs.warn_on_write_error():
             logs.append_lines(self.output_dir / "logs" / logs.COMPLETIONS, map(json.dumps, lines))
 
     def evaluate(self) -> dict[str, float]:
         """The mean rewards of one group of answers to each validation prompt; the same draws every time."""
         loader, first = self.eval_loader, len(self.loader.examples)
         total = dict.fromkeys((reward.name for reward in self.rewards), 0.0)
-        with evaluation_mode(self.runtime.wrapped), self._draws_of_its_own():
+        with evaluation_mode(self.engine.wrapped), self._draws_of_its_own():
             for turn in range(loader.steps_per_epoch):
                 self._in_phase(f"step {turn + 1} of the validation")
                 numbers = [first + number for number in loader.step(turn).numbers]
-                with self.runtime.whole():
+                with self.engine.whole():
                     self.policy.answer(numbers, step=self.state.global_step)
                 real = min(loader.prompts, len(loader.examples) - turn * loader.prompts)  # the last step is filled up
                 for name, values in self.policy.validated(real * loader.answers).items():
@@ -303,7 +305,7 @@ class PolicyTrainer(Trainer):
     def _draws_of_its_own(self) -> Iterator[None]:
         """Validation takes nothing from the generators of the training."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.config.seed + self.runtime.accelerator.process_index)
+            torch.manual_seed(self.config.seed + self.engine.accelerator.process_index)
             yield
 
     def _task_state(self) -> dict:
@@ -314,9 +316,9 @@ class PolicyTrainer(Trainer):
 
     def _zero_step(self) -> None:
         """Forward and backward of a loss that is exactly zero."""
-        with self.runtime.forward_backward(last=True):
-            self.runtime.backward(self._forward_little().float().sum() * 0.0, last=True)
+        with self.engine.forward_backward(last=True):
+            self.engine.backward(self._forward_little().float().sum() * 0.0, last=True)
 
     def _forward_little(self) -> torch.Tensor:
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        return self.runtime.wrapped(input_ids=ids, use_cache=False).logits
+        return self.engine.wrapped(input_ids=ids, use_cache=False).logits
