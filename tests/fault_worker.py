@@ -18,10 +18,11 @@ import torch
 
 from manyrank.config.resolve import Entry, resolve
 from manyrank.runs import run_folder
+from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
 from manyrank.training.exits import leave
 from manyrank.training.optim import advance
-from manyrank.training.run import open_session
+from manyrank.training.run import build_run
 
 
 class Killer:
@@ -70,9 +71,9 @@ def main() -> None:
     output = Path(sys.argv[1])
     entries = {"save_total_limit": 1, "max_steps": 5, "lora_dropout": 0.1, "strategy": "single"}
     config = resolve("verify", [Entry(key, value, "test") for key, value in entries.items()]).config
-    session = open_session(config, ranks.from_environment(), output_dir=output, bf16=False)
-    trainer = session.trainer
-    session._write_facts()
+    run = build_run(config, ranks.from_environment(), SFT, output_dir=output, bf16=False)
+    trainer = run.trainer
+    run._write_facts()
 
     def train_to(step: int) -> None:
         for number in range(trainer.state.global_step, step):

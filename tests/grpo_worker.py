@@ -12,10 +12,10 @@ import torch
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.models.inference import load_model
-from manyrank.tasks.grpo import task
+from manyrank.tasks.grpo.task import GRPO
 from manyrank.topology import ranks
 from manyrank.training.exits import guarded, leave
-from manyrank.training.run import open_session
+from manyrank.training.run import build_run
 
 ROWS, PROMPT, ANSWER = 16, 6, 5
 LOSSES = ("dapo", "grpo", "dr_grpo")  # bnpo divides by the micro-batch
@@ -43,15 +43,15 @@ def main() -> int:
 
     def work() -> None:
         own, _ = load_model(str(sft), dtype="float32")  # not after ZeRO-3 is there, which would have a part of it
-        session = open_session(config, place, output_dir=out.with_suffix(""), bf16=False, task=task)
-        trainer, engine, policy = session.trainer, session.engine, session.trainer.policy
+        run = build_run(config, place, GRPO, output_dir=out.with_suffix(""), bf16=False)
+        trainer, engine, policy = run.trainer, run.engine, run.trainer.task.trl
         whole = answers()
         ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1)
         with torch.no_grad():
             logits = own(input_ids=ids).logits[:, :-1].log_softmax(-1)
         expected = logits.gather(-1, ids[:, 1:, None])[:, -ANSWER:, 0]
         with engine.whole():
-            reference = policy.answer(trainer.loader.step(0).numbers, step=0)[0]
+            reference = policy.complete(trainer.loader.step(0).numbers, step=0)[0]
         said = torch.cat([reference["prompt_ids"], reference["completion_ids"]], 1)
         mask = torch.cat([reference["prompt_mask"], reference["completion_mask"]], 1)
         with torch.no_grad():
@@ -74,7 +74,7 @@ def main() -> int:
         off = engine.sum(off.reshape(1)).item()
         if place.is_main:
             out.write_text(json.dumps({"norms": norms, "reference": off}))
-        session.close()
+        run.close()
 
     return guarded(work, place)
 

@@ -32,14 +32,14 @@ MUTATIONS = (
     Mutation("mask off by one token", "data/loader.py", "at - 1, labels[at]", "at, labels[at]", "tests/test_train.py"),
     Mutation(
         "mean of means",
-        "training/trainer.py",
-        "scale = self.world / self._divisor(step)",
+        "tasks/sft.py",
+        "scale = self.engine.accelerator.num_processes / step.supervised",
         "scale = 1 / (sum(len(m.targets) for m in step.micro_batches) or 1)",
         "tests/test_train.py tests/test_verify.py",
     ),
     Mutation(
         "exchange in every micro-batch but the last",
-        "training/trainer.py",
+        "tasks/sft.py",
         "last = index + 1 == len(step.micro_batches)",
         "last = index == 0",
         "tests/test_verify.py",

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
+from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
 from manyrank.training.exits import guarded, leave
-from manyrank.training.run import open_session
+from manyrank.training.run import build_run
 
 
 def main() -> int:
@@ -21,9 +22,9 @@ def main() -> int:
     config, place = resolve(line.recipe, line.overrides).config, ranks.from_environment()
 
     def work() -> None:
-        session = open_session(config, place, output_dir=output_dir, bf16=False)
-        trainer, found = session.trainer, {}
-        session._write_facts()
+        run = build_run(config, place, SFT, output_dir=output_dir, bf16=False)
+        trainer, found = run.trainer, {}
+        run._write_facts()
         for folder in checkpoints:
             trainer.resume(folder)
             first, results = trainer.state.global_step, []
@@ -33,7 +34,7 @@ def main() -> int:
             trainer.control.should_training_stop = False
         if place.is_main:
             out.write_text(json.dumps(found))
-        session.close()
+        run.close()
 
     return guarded(work, place)
 

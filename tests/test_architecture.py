@@ -71,8 +71,8 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "plan": 1960,
     "parallel": 970,
     "checkpoint": 470,
-    "training": 2670,
-    "tasks": 790,
+    "training": 2530,
+    "tasks": 950,
     "launch": 840,
     "tools": 6470,
 }
@@ -115,7 +115,7 @@ IMPORTS = {name: set(imports(name)) - {"__init__"} for name in FILES if name != 
 def test_the_import_reader_sees_lazy_and_relative_imports():
     assert {"launch.main", "launch.slurm", "tools.verify", "config.args"} <= IMPORTS["cli"]
     assert {"training.run", "topology.gpus", "tasks"} <= IMPORTS["train"]
-    assert "training.trainer" in IMPORTS["tasks.grpo.task"]
+    assert "training.task" in IMPORTS["tasks.grpo.task"]
 
 
 def test_a_package_imports_only_those_before_it():

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import tasks
 from .config.args import parse
 from .config.resolve import Resolved, resolve
 from .errors import EXIT_USER, UserError
@@ -32,9 +31,10 @@ from .training.exits import for_good, guarded, last_word, leave, say_stopped
 from .training.watchdog import Heart, Watchdog
 
 if TYPE_CHECKING:
-    from .training.session import Session, UserObjects
+    from .training.session import TrainingRun
+    from .training.task import UserObjects
 
-# The last session of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
+# The last run of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
 # takes DistributedDataParallel apart.
 _KEPT: list[object] = []
 
@@ -72,11 +72,11 @@ def _train(argv: Sequence[str], place: Topology) -> None:
     train(resolved, place, Path(config.output_dir or default_output_dir(line)))
 
 
-def train(resolved: Resolved, place: Topology, output_dir: Path, user_objects: UserObjects | None = None) -> Session:
-    """Check everything, bring the session up, and run it.
+def train(resolved: Resolved, place: Topology, output_dir: Path, objects: UserObjects | None = None) -> TrainingRun:
+    """Check everything, set the run up, and train.
 
     Returns:
-        The session, closed.
+        The run, closed.
 
     Raises:
         UserError, NonFiniteError, SaveError, Preempted: see `main` for the exit codes they stand for.
@@ -91,7 +91,7 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, user_objects: U
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
                 if place.is_main and not ranks.restarts():
                     check_new_folder(config, output_dir)  # another run may have ended there meanwhile
-                return _train_checked(resolved, place, machine, output_dir, heart, user_objects)
+                return _train_checked(resolved, place, machine, output_dir, heart, objects)
         finally:
             heart.stop()
 
@@ -102,15 +102,16 @@ def _train_checked(
     machine: gpus.Hardware,
     output_dir: Path,
     heart: Heart,
-    user_objects: UserObjects | None,
-) -> Session:
+    objects: UserObjects | None,
+) -> TrainingRun:
     config = resolved.config
     heart.beat(0, "importing torch and transformers")
     before_imports(machine, expandable=config.expandable_segments)
     import torch
 
+    from .tasks import find_task
     from .tools.report.main import make_report
-    from .training.run import open_session
+    from .training.run import build_run
 
     if machine.gpus and not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
@@ -118,30 +119,24 @@ def _train_checked(
 
     bf16 = gpus.computes_in_bf16(config.bf16, machine)
     try:
-        session = open_session(
-            config,
-            place,
-            output_dir=output_dir,
-            bf16=bf16,
-            task=tasks.of(config),
-            user_objects=user_objects,
-            heart=heart,
+        run = build_run(
+            config, place, find_task(config), output_dir=output_dir, bf16=bf16, objects=objects, heart=heart
         )
     except BaseException:
         heart.withdraw()
         raise
-    _KEPT[:] = [session] if place.world_size > 1 else []
+    _KEPT[:] = [run] if place.world_size > 1 else []
     try:
         if config.dry_run:
-            session.dry_run()
+            run.dry_run()
         else:
             if place.is_main:
                 with writable(output_dir):
                     _write_launch(output_dir, resolved)
-            session.run(make_report)
+            run.run(make_report)
     finally:
-        session.close()
-    return session
+        run.close()
+    return run
 
 
 def _check_before_torch(resolved: Resolved, place: Topology, machine: gpus.Hardware, output_dir: Path) -> None:

@@ -1,13 +1,12 @@
-"""A recipe to a session: start the strategy, read the data, load and wrap the model, and set up its trainer."""
+"""A recipe to a run: start the strategy, read the data, load and wrap the model, and set up its trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -19,14 +18,9 @@ from ..checkpoint.resume import Start, base_fingerprint, find_start
 from ..config.identity import batch_per_process, identity, refuse_changes
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples, prepare
-from ..data.loader import trial
-from ..data.questions import Question
-from ..errors import UserError
 from ..models.adapters import remove_adapters
 from ..models.load import (
-    evaluation_mode,
     fitted,
-    load_adapter,
     load_model,
     load_tokenizer,
     plan_load,
@@ -34,7 +28,6 @@ from ..models.load import (
     resolve_name,
     with_adapters,
 )
-from ..models.positions import check_lengths
 from ..parallel import compile_locks
 from ..parallel.accelerator import start_accelerator
 from ..parallel.engine import prepare_engine
@@ -45,125 +38,99 @@ from . import trackers
 from .memory import describe_checkpointing, plan_run
 from .metrics import Meter, kind_of
 from .optim import build_optimizer
-from .packing_trial import prove_packing
-from .session import Session, UserObjects
+from .session import TrainingRun
+from .task import Task, UserObjects
 from .trainer import Trainer
 from .watchdog import Heart
 
 
-class Task(Protocol):
-    """What a run learns from, where that is more than the examples."""
-
-    def questions_of(
-        self,
-        train: Examples,
-        evaluation: Examples | None,
-        config: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        context: int | None,
-    ) -> tuple[Examples, Examples | None, Sequence[Question]]:
-        """The examples that have a question, and these."""
-
-    def trainer_of(
-        self,
-        model: torch.nn.Module,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        tokenizer: PreTrainedTokenizerBase,
-        questions: Sequence[Question],
-        *,
-        bf16: bool,
-    ) -> tuple[Callable[..., Trainer], str]:
-        """What makes the trainer, and the fingerprint of the questions."""
-
-
-def open_session(
+def build_run(
     config: TrainConfig,
     place: Topology,
+    kind: type[Task],
     *,
     output_dir: Path,
     bf16: bool,
-    task: Task | None = None,
-    user_objects: UserObjects | None = None,
+    objects: UserObjects | None = None,
     heart: Heart | None = None,
-) -> Session:
+) -> TrainingRun:
     """Start the strategy, read the data, load and wrap the model.
 
     Args:
-        task: what the run learns from, where that is more than the examples (`tasks.of`).
+        kind: what the run learns from (`tasks.find_task`).
         heart: of a run that has `output_dir` for itself; its signs of life are written there once all ranks have met.
 
     Raises:
         UserError: something that only shows now is wrong: a row, the model, a checkpoint.
     """
-    if config.is_grpo != (task is not None):
-        raise ValueError(f"the task of the recipe is {config.task}, and {task} was given")
-    user_objects = user_objects or UserObjects()
-    with _restored_on_failure(user_objects.model):
-        return _open(config, place, output_dir, task, user_objects, heart, bf16=bf16)
+    objects = objects or UserObjects()
+    with _restored_on_failure(objects.model):
+        return _build(config, place, kind, output_dir, objects, heart, bf16=bf16)
 
 
-def _open(
+def _build(
     config: TrainConfig,
     place: Topology,
+    kind: type[Task],
     output_dir: Path,
-    task: Task | None,
-    user_objects: UserObjects,
+    objects: UserObjects,
     heart: Heart | None,
     *,
     bf16: bool,
-) -> Session:
+) -> TrainingRun:
     _prepare_environment(config, place, output_dir)
     own_folder, heart = output_dir if heart and not config.dry_run else None, heart or Heart(place.rank)
     heart.beat(0, "loading the tokenizer")
-    tokenizer = _tokenizer(config, user_objects)
+    tokenizer = _tokenizer(config, objects)
     accelerator = _meet(config, place, heart, own_folder, bf16=bf16)
     start = find_start(config, output_dir, accelerator)
     per_process = batch_per_process(config)
-    config, needed = _amounts(config, start, accelerator.num_processes)
+    config, needed = _amounts(config, kind, start, accelerator.num_processes)
+    config, planned = _plan(config, accelerator, place, objects.model, bf16=bf16)
+    task = kind(config, objects)
     heart.beat(0, "reading and tokenising the data")
-    train, evaluation, questions = _data(config, tokenizer, needed, task, user_objects.model)
+    train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
     if accelerator.is_main_process:
         _tell(config, train, evaluation)
-    planned = _plan(config, accelerator, place, user_objects.model, bf16=bf16)
-    if planned:
-        settled = planned.config.gradient_checkpointing
-        config = config.model_copy(update={"gradient_checkpointing": settled})
-    base, give_back = _fingerprint(user_objects.model), _lent(user_objects.model)
+    base, give_back = _fingerprint(objects.model), _lent(objects.model)
     heart.beat(0, "loading the model")
-    model = _model(config, accelerator, user_objects.model, bf16=bf16)
-    kind, rows = _kind(config, task, model, accelerator, tokenizer, questions, bf16=bf16)
+    model = _model(config, accelerator, objects.model, bf16=bf16)
+    task.prepare_model(model, accelerator, tokenizer, bf16=bf16)
+    _check_alike(model, accelerator)
     with heart.waiting("distributing the model and the optimizer", compile_locks.explain):
         engine = prepare_engine(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
-    run = _run(
+    commit = getattr(model.config, "_commit_hash", None)
+    run = identity(
         config,
-        accelerator,
-        start,
-        train,
-        model,
-        base=base,
-        rows=rows,
-        user_objects=user_objects,
-        per_process=per_process,
+        **task.identity(),
+        model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
+        loss=objects.loss and f"{objects.loss.__module__}.{objects.loss.__qualname__}",
+        data=train.fingerprint,
+        global_batch_size=config.batch(accelerator.num_processes),
+        # What stands beside a global batch is only how it is laid out.
+        batch_per_process=per_process or start.run.get("batch_per_process"),
         needed=needed,
+        examples=len(train),
+        tokens=int(train.lengths.sum()),
         bf16=bf16,
     )
     meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
-    given = {"callbacks": user_objects.callbacks, "loss": user_objects.loss, "heart": heart}
-    trainer = kind(config, engine, tokenizer, train, evaluation, output_dir=output_dir, run=run, meter=meter, **given)
+    given = {"output_dir": output_dir, "callbacks": objects.callbacks, "heart": heart}
+    trainer = Trainer(config, engine, tokenizer, task, train, evaluation, run=run, meter=meter, **given)
     heart.beat(0, "trying the loss on a small example")
-    _prove(trainer, bf16=bf16)
+    task.check(bf16=bf16)
     start = _with_changes(start, trainer.run, config)
-    _tell_balance(config, trainer, accelerator)
-    own_tokenizer = user_objects.tokenizer is not None
-    return Session(config, engine, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
+    if accelerator.is_main_process and (line := task.describe(trainer.loader)):
+        print(line, flush=True)
+    own_tokenizer = objects.tokenizer is not None
+    return TrainingRun(config, engine, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
 
 
-def _amounts(config: TrainConfig, start: Start, processes: int) -> tuple[TrainConfig, int | None]:
+def _amounts(config: TrainConfig, kind: type[Task], start: Start, processes: int) -> tuple[TrainConfig, int | None]:
     """The recipe with the batch that a resumed run is bound to, and the examples that the run needs."""
     if not start.folder:
-        return config, _needed(config, processes)
+        return config, _needed(config, kind, processes)
     if config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
         config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
     return config, start.run["needed"]
@@ -177,53 +144,6 @@ def _meet(config: TrainConfig, place: Topology, heart: Heart, folder: Path | Non
         heart.attach(folder)
     heart.beat(0, "looking for a checkpoint")
     return accelerator
-
-
-def _kind(
-    config: TrainConfig,
-    task: Task | None,
-    model: torch.nn.Module,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    *,
-    bf16: bool,
-) -> tuple[Callable[..., Trainer], str | None]:
-    """What makes the task's trainer, and the fingerprint of the questions that it asks."""
-    return task.trainer_of(model, config, accelerator, tokenizer, questions, bf16=bf16) if task else (Trainer, None)
-
-
-def _run(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    start: Start,
-    train: Examples,
-    model: torch.nn.Module,
-    *,
-    base: str | None,
-    rows: str | None,
-    user_objects: UserObjects,
-    per_process: int | None,
-    needed: int | None,
-    bf16: bool,
-) -> dict:
-    """The values that a resumed run must share with this one."""
-    commit = getattr(model.config, "_commit_hash", None)
-    return identity(
-        config,
-        model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
-        sft_model=_sft_fingerprint(config),
-        rows=rows,
-        loss=user_objects.loss and f"{user_objects.loss.__module__}.{user_objects.loss.__qualname__}",
-        data=train.fingerprint,
-        global_batch_size=config.batch(accelerator.num_processes),
-        # What stands beside a global batch is only how it is laid out.
-        batch_per_process=per_process or start.run.get("batch_per_process"),
-        needed=needed,
-        examples=len(train),
-        tokens=int(train.lengths.sum()),
-        bf16=bf16,
-    )
 
 
 def _with_changes(start: Start, run: dict, config: TrainConfig) -> Start:
@@ -242,41 +162,30 @@ def _tell(config: TrainConfig, train: Examples, evaluation: Examples | None) -> 
         print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
 
 
-def _tell_balance(config: TrainConfig, trainer: Trainer, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process and accelerator.num_processes > 1 and config.packing != "none":
-        balance = f"{trainer.loader.imbalance():.1%} between the longest rank and the mean"
-        print(f"packing: {config.packing}; {balance}", flush=True)
-
-
 def _plan(
     config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, bf16: bool
-) -> PlannedRun | None:
+) -> tuple[TrainConfig, PlannedRun | None]:
+    """The recipe with the recomputed layers that the plan settles, and the plan where there is one."""
     shape = own.config.to_dict() if own else read_config(config)
     planned = plan_run(config, accelerator, place, shape, bf16=bf16)
-    if planned and accelerator.is_main_process and (note := describe_checkpointing(planned, config)):
+    if planned is None:
+        return config, None
+    if accelerator.is_main_process and (note := describe_checkpointing(planned, config)):
         print(note, flush=True)
-    return planned
+    settled = planned.config.gradient_checkpointing
+    return config.model_copy(update={"gradient_checkpointing": settled}), planned
 
 
 def _model(
     config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, bf16: bool
 ) -> torch.nn.Module:
-    if own and config.is_grpo and config.beta and not config.uses_lora:
-        fix = "use adapters, or beta=0: the reference would be loaded from model_name_or_path"
-        raise UserError("grpo of a whole model that is brought along", where="model", fix=fix)
-
     def say(line: str) -> None:
         if accelerator.is_main_process:
             print(line, flush=True)
 
     if own:
-        model = with_adapters(fitted(own, config, bf16=bf16, say=say), config, say=say)
-    else:
-        model = load_model(plan_load(config, accelerator, bf16=bf16), config, say=say)
-    if adapter := _sft_adapter(config):
-        load_adapter(model, adapter)
-    _check_alike(model, accelerator)
-    return model
+        return with_adapters(fitted(own, config, bf16=bf16, say=say), config, say=say)
+    return load_model(plan_load(config, accelerator, bf16=bf16), config, say=say)
 
 
 def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
@@ -287,28 +196,10 @@ def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
         raise RuntimeError(f"ranks have other trained parameters than rank {accelerator.process_index}: {digests}")
 
 
-def _tokenizer(config: TrainConfig, user_objects: UserObjects) -> PreTrainedTokenizerBase:
-    """That of the recipe's model, or of what SFT has made of it."""
+def _tokenizer(config: TrainConfig, objects: UserObjects) -> PreTrainedTokenizerBase:
+    """That of the recipe's model, or of the run that this one begins from."""
     own = artifact.find(config.sft_model).own_tokenizer if config.sft_model else None
-    return load_tokenizer(
-        config.model_copy(update={"model_name_or_path": own}) if own else config, user_objects.tokenizer
-    )
-
-
-def _context(config: TrainConfig, own: PreTrainedModel | None) -> int | None:
-    shape = own.config.to_dict() if own else read_config(config)
-    return (shape.get("text_config") or shape).get("max_position_embeddings")
-
-
-def _sft_adapter(config: TrainConfig) -> Path | None:
-    """The adapter that GRPO goes on from."""
-    return artifact.find(config.sft_model).adapter if config.sft_model else None
-
-
-def _sft_fingerprint(config: TrainConfig) -> str | None:
-    if not (adapter := _sft_adapter(config)):
-        return None
-    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:32]
+    return load_tokenizer(config.model_copy(update={"model_name_or_path": own}) if own else config, objects.tokenizer)
 
 
 def _fingerprint(own: PreTrainedModel | None) -> str | None:
@@ -348,54 +239,22 @@ def _restored_on_failure(own: PreTrainedModel | None) -> Iterator[None]:
         raise
 
 
-def _prove(trainer: Trainer, *, bf16: bool) -> None:
-    """All ranks see alike whether packs, and then the fused head, leave the model's results as they are."""
-    engine, packed = trainer.engine, trainer.config.packing != "none"
-    if not packed and trainer.token_loss is None:
-        return
-    with evaluation_mode(engine.wrapped):
-        if packed:
-            exact = not bf16 and trainer.config.method != "int8"  # whose products round each row of activations
-            prove_packing(engine.wrapped, engine.model, exact=exact)
-        _prove_head(trainer)
-    engine.reshard()
-
-
-def _prove_head(trainer: Trainer) -> None:
-    if trainer.token_loss is None:
-        return
-    engine, micro = trainer.engine, trial(packed=trainer.config.packing != "none").to(trainer.device)
-
-    def agree(seen: bool) -> bool:
-        return engine.sum(torch.tensor(float(not seen), device=trainer.device)).item() == 0
-
-    trainer.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=agree)
-
-
-def _needed(config: TrainConfig, world: int) -> int | None:
+def _needed(config: TrainConfig, kind: type[Task], world: int) -> int | None:
     """The examples that a short run will see: it does not tokenise more. None: all."""
     whole = config.eval_split or config.packing == "dataset" or config.max_steps <= 0
-    answers = config.num_generations if config.is_grpo else 1
-    return None if whole else -(-config.max_steps * config.batch(world) // answers)
+    return None if whole else kind.rows_needed(config, config.max_steps * config.batch(world))
 
 
 def _data(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    needed: int | None,
-    task: Task | None,
-    own: PreTrainedModel | None,
-) -> tuple[Examples, Examples | None, Sequence[Question]]:
-    """The examples to train on and to validate with; of a task that asks questions, those that have one, and these."""
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None
+) -> tuple[Examples, Examples | None]:
+    """The examples to train on and to validate with."""
     train, evaluation = prepare(config.data_path, tokenizer, config, needed=needed), None
     if config.eval_split:
         train, evaluation = train.split(config.eval_split)
     elif config.eval_data_path:
         evaluation = prepare(config.eval_data_path, tokenizer, config)
-    if task is None:
-        check_lengths(config, [int(rows.lengths.max()) for rows in (train, evaluation) if rows and len(rows)], own)
-        return train, evaluation, ()
-    return task.questions_of(train, evaluation, config, tokenizer, _context(config, own))
+    return train, evaluation
 
 
 def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:

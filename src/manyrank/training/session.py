@@ -1,17 +1,17 @@
-"""One run to its final_model: train, and tell the user what happened. `run` makes a session of a recipe."""
+"""One run to its final_model: train, and tell the user what happened. `build` makes it of a recipe."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.render import render_options
 from ..checkpoint.resume import Start, broadcast_from_rank0
@@ -25,30 +25,12 @@ from ..plan.planned_run import PlannedRun
 from ..rules.check import warnings_of_length
 from ..runs import logs, run_folder
 from . import record, trackers
-from .loss import LossFunction
 from .memory import compare_with_measured, is_out_of_memory, out_of_memory
 from .trainer import Trainer
 
 
-@dataclass(frozen=True)
-class UserObjects:
-    """What a script brings along, in place of or beside what the recipe names.
-
-    Attributes:
-        model: the base, without adapters; the recipe's method puts them on it.
-        tokenizer: with a chat template, where the data needs one.
-        callbacks: transformers callbacks, beside those of the recipe.
-        loss: logits (n, vocabulary) in float32 and targets (n,) of supervised tokens to their summed loss, a scalar.
-    """
-
-    model: PreTrainedModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    callbacks: Sequence[TrainerCallback] = ()
-    loss: LossFunction | None = None
-
-
 @dataclass
-class Session:
+class TrainingRun:
     """Everything that one rank has in memory."""
 
     config: TrainConfig
@@ -84,7 +66,7 @@ class Session:
         peak = logs.peak_memory(self.accelerator.device.type)
         self.say(
             f"dry run: strategy came up as {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
-            f"{self.trainer.total_steps} steps of {self.trainer.batch_size} examples would follow\n"
+            f"{self.trainer.total_steps} steps of {self.config.batch(facts.world_size)} examples would follow\n"
             f"dry run: one step, {result.tokens:,} tokens, loss {result.loss:.4f}, {time.perf_counter() - started:.1f} s, "
             f"peak memory {peak / 2**30:.2f} GiB a process; nothing was saved"
         )
@@ -184,8 +166,7 @@ class Session:
     def close(self) -> None:
         """Leave the process group; after an error, without waiting for the others."""
         self.give_back()
-        if self.trainer.token_loss and self.trainer.token_loss.head:
-            self.trainer.token_loss.head.release()
+        self.trainer.task.close()
         self.accelerator.end_training()
 
     def _before(self) -> list[str]:
