@@ -13,7 +13,9 @@ QUESTION = ["How many beads are on the string?"]
 
 def said(model, tokenizer) -> list[str]:
     with torch.no_grad():
-        return generate_completions(model.eval(), model, tokenizer, QUESTION, options=RenderOptions(), max_new_tokens=12)
+        return generate_completions(
+            model.eval(), model, tokenizer, QUESTION, options=RenderOptions(), max_new_tokens=12
+        )
 
 
 @pytest.mark.parametrize("plain", [False, True])
