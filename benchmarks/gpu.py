@@ -153,21 +153,21 @@ class Bench:
 
         from manyrank.data.loader import side_by_side
         from manyrank.models.load import with_adapters
-        from manyrank.parallel.engine import prepare
+        from manyrank.parallel.engine import prepare_engine
         from manyrank.training.loss import TokenLoss
         from manyrank.training.optim import build_optimizer
 
         accelerator = Accelerator(mixed_precision="bf16", cpu=self.toy)
         model = with_adapters(base, self.config)
-        runtime = prepare(accelerator, model, build_optimizer(model, self.config))
-        token_loss = TokenLoss(runtime.wrapped, runtime.model, fused="head" not in self.case.plain)
+        engine = prepare_engine(accelerator, model, build_optimizer(model, self.config))
+        token_loss = TokenLoss(engine.wrapped, engine.model, fused="head" not in self.case.plain)
         micro = side_by_side(rows).to(self.device)
         for _ in range(STEPS):
             started = self._now()
-            with runtime.forward_backward(last=True):
+            with engine.forward_backward(last=True):
                 loss = token_loss(micro.inputs, micro.positions, micro.targets)
-                runtime.backward(loss / len(micro.targets), last=True)
-            runtime.step(learning_rate=1e-4, max_grad_norm=1.0)
+                engine.backward(loss / len(micro.targets), last=True)
+            engine.step(learning_rate=1e-4, max_grad_norm=1.0)
             yield self._now() - started, loss.item() / len(micro.targets)
 
     def _trl(self, base, rows) -> Iterator[tuple[float, float]]:

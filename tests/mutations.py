@@ -53,8 +53,8 @@ MUTATIONS = (
     Mutation(
         "lost second moment",
         "checkpoint/state.py",
-        "_write_optimizer(runtime, partial, attempt)\n",
-        "_write_optimizer(runtime, partial, attempt)\n        _lose(partial)\n",
+        "_write_optimizer(engine, partial, attempt)\n",
+        "_write_optimizer(engine, partial, attempt)\n        _lose(partial)\n",
         "tests/checkpoint/test_resume.py",
     ),
     Mutation(

@@ -82,7 +82,7 @@ def main() -> None:
             trainer.state.global_step += 1
 
     def adapter() -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in trainer.runtime.trainable.items()}
+        return {name: parameter.detach().clone() for name, parameter in trainer.engine.trainable.items()}
 
     train_to(2)
     trainer._save()

@@ -44,13 +44,13 @@ def main() -> int:
     def work() -> None:
         own, _ = load_model(str(sft), dtype="float32")  # not after ZeRO-3 is there, which would have a part of it
         run = build_run(config, place, GRPO, output_dir=out.with_suffix(""), bf16=False)
-        trainer, runtime, policy = run.trainer, run.runtime, run.trainer.task.trl
+        trainer, engine, policy = run.trainer, run.engine, run.trainer.task.trl
         whole = answers()
         ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1)
         with torch.no_grad():
             logits = own(input_ids=ids).logits[:, :-1].log_softmax(-1)
         expected = logits.gather(-1, ids[:, 1:, None])[:, -ANSWER:, 0]
-        with runtime.whole():
+        with engine.whole():
             reference = policy.complete(trainer.loader.step(0).numbers, step=0)[0]
         said = torch.cat([reference["prompt_ids"], reference["completion_ids"]], 1)
         mask = torch.cat([reference["prompt_mask"], reference["completion_mask"]], 1)
@@ -68,10 +68,10 @@ def main() -> int:
                 rows = slice(place.rank * each + at, place.rank * each + at + micro)
                 part = {key: value[rows] if value.ndim else value for key, value in whole.items()}
                 last = at + micro == each
-                with runtime.forward_backward(last=last):
-                    runtime.backward(policy.loss(part, micro_batches=each // micro), last=last)
-            norms[policy.loss_type] = runtime.step(learning_rate=0.0, max_grad_norm=1e9)
-        off = runtime.sum(off.reshape(1)).item()
+                with engine.forward_backward(last=last):
+                    engine.backward(policy.loss(part, micro_batches=each // micro), last=last)
+            norms[policy.loss_type] = engine.step(learning_rate=0.0, max_grad_norm=1e9)
+        off = engine.sum(off.reshape(1)).item()
         if place.is_main:
             out.write_text(json.dumps({"norms": norms, "reference": off}))
         run.close()

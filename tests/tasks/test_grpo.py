@@ -95,7 +95,7 @@ def test_the_reference_is_the_sft_model(method, sft, tmp_path):
         assert session.config.model_name_or_path and session.config.lora_r == 4
         policy = session.trainer.task.trl
         with torch.no_grad():  # the policy has gone somewhere else since
-            for parameter in session.runtime.trainable.values():
+            for parameter in session.engine.trainable.values():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         part = policy.complete(session.trainer.loader.step(0).numbers, step=0)[0]
         ids = torch.cat([part["prompt_ids"], part["completion_ids"]], 1)
@@ -110,7 +110,7 @@ def test_the_reference_is_the_sft_model(method, sft, tmp_path):
         tolerance = 1e-4 if method == "lora" else 2e-2
         assert (found - expected)[said].abs().max() < tolerance
         assert (found - bare)[said].abs().max() > 0.5
-        assert not [name for name in session.runtime.trainable if ".ref." in name]
+        assert not [name for name in session.engine.trainable if ".ref." in name]
     finally:
         session.close()
 
@@ -340,7 +340,7 @@ def test_adapters_that_no_recipe_makes_are_refused(sft, tmp_path):
 def test_answering_leaves_no_hooks(tmp_path):
     session = session_of(tmp_path, "--gradient_checkpointing=2")
     try:
-        trainer, modules = session.trainer, list(session.runtime.model.modules())
+        trainer, modules = session.trainer, list(session.engine.model.modules())
         flags, counts = [getattr(module, "gradient_checkpointing", None) for module in modules], []
         for number in range(3):
             trainer.task.trl.complete(trainer.loader.step(number).numbers, step=number)

@@ -42,7 +42,7 @@ def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) 
     places = [config.resume_from_checkpoint] if config.resume_from_checkpoint else []
     if any(gather_object([restarts()])) and places != ["auto"]:
         places = ["auto", *places]  # what this run has saved itself comes before where it began
-    start = from_main(accelerator, lambda: _start(output_dir, places, dry_run=config.dry_run))
+    start = broadcast_from_rank0(accelerator, lambda: _start(output_dir, places, dry_run=config.dry_run))
     _check_shared(output_dir, start.folder, accelerator)
     return start
 
@@ -61,7 +61,7 @@ def _start(output_dir: Path, places: list[str], *, dry_run: bool) -> Start:
     return Start(None, tuple(notes))
 
 
-def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def broadcast_from_rank0(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """What `work` gives on rank 0, on every rank; a UserError too."""
     told: list = [None]
     if accelerator.is_main_process:
@@ -81,7 +81,7 @@ def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerato
     Raises:
         UserError: one of them does not; on every rank.
     """
-    token = output_dir / f".shared-{from_main(accelerator, lambda: secrets.token_hex(8))}"
+    token = output_dir / f".shared-{broadcast_from_rank0(accelerator, lambda: secrets.token_hex(8))}"
     several = accelerator.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if not several:
         return

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from ..errors import UserError, UserErrors
 from ..project_files import asset
 from ..runs import artifact
-from ..runs.artifact import Artifact
+from ..runs.artifact import ModelSource
 from .recipe_file import Entry, Known, normal, read_entries
 from .schema import DataSource, Method, TrainConfig
 
@@ -139,7 +139,7 @@ def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bo
     return Resolved(_validate(merged), {key: entry.where for key, entry in merged.items()})
 
 
-def recipe_of(found: Artifact) -> TrainConfig | None:
+def recipe_of(found: ModelSource) -> TrainConfig | None:
     """The recipe of the run that an artifact comes from."""
     file = found.run / "config.yaml" if found.run else None
     return resolve(str(file), finished=True).config if file and file.is_file() else None
@@ -178,7 +178,7 @@ def _is_same(mine: Entry, theirs: Any) -> bool:
     return str(mine.value) == str(theirs) or mine.value == theirs
 
 
-def _speech(found: Artifact) -> dict[str, Any]:
+def _speech(found: ModelSource) -> dict[str, Any]:
     """What the recipe of SFT says of rendering; a template of its own is kept with its tokenizer."""
     recipe = recipe_of(found)
     if not recipe:

@@ -1,6 +1,6 @@
 """Sources to examples: tables of tokens, less what is bad, double or not wanted.
 
-    sources -> tables (tokenise) -> bad rows, duplicates, caps -> Examples -> training | validation part
+    sources -> tables (tokenize) -> bad rows, duplicates, caps -> Examples -> training | validation part
 
 Only the small columns are in memory; tokens are read from the cache when a batch needs them.
 """
@@ -25,7 +25,7 @@ from ..errors import UserError
 from .formats import needs_template
 from .messages import bad_rows_error, usual_fix
 from .sources import Source, known_format, source_of
-from .tokenize import TABLE, USED, RowStatus, Subsample, TokeniseOptions, count_rows, tokenise
+from .tokenize import TABLE, USED, RowStatus, Subsample, TokenizeOptions, count_rows, tokenize
 
 DESCRIPTIONS = {
     RowStatus.CUT: "cut at max_length",
@@ -185,9 +185,9 @@ def _subsample(rows: int | None, most: int | None, wanted: float, seed: int) -> 
 
 
 def _examples(sources: list[Source], subsamples: list[Subsample | None], tokenizer, config: TrainConfig) -> Examples:
-    options = TokeniseOptions(config.max_length, config.overlong, render_options(config))
+    options = TokenizeOptions(config.max_length, config.overlong, render_options(config))
     tables = [
-        tokenise(source, tokenizer, options, subsample=subsample, processes=config.dataset_num_proc)
+        tokenize(source, tokenizer, options, subsample=subsample, processes=config.dataset_num_proc)
         for source, subsample in zip(sources, subsamples)
     ]
     whole = concatenate_datasets(tables)

@@ -66,7 +66,7 @@ TABLE = [name for name in FEATURES if name not in ("input_ids", "labels", "probl
 
 
 @dataclass(frozen=True)
-class TokeniseOptions:
+class TokenizeOptions:
     """The options that decide how a row becomes tokens, besides the tokenizer."""
 
     max_length: int
@@ -87,10 +87,10 @@ class Subsample:
         return np.random.default_rng([self.seed, self.rows]).permutation(self.rows) < self.count
 
 
-def tokenise(
+def tokenize(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    options: TokeniseOptions,
+    options: TokenizeOptions,
     *,
     subsample: Subsample | None = None,
     processes: int | None = None,
@@ -154,7 +154,7 @@ def _processes(source: Source) -> int:
     return 1 if size < PARALLEL_BYTES else min(8, len(os.sched_getaffinity(0)))
 
 
-def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, subsample: Subsample | None) -> str:
+def _fingerprint(source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | None) -> str:
     state = (
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     )
@@ -184,7 +184,7 @@ def _code(format_type: str) -> str:
 
 
 def _records(
-    source: Source, tokenizer, options: TokeniseOptions, subsample: Subsample | None, shards: list
+    source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | None, shards: list
 ) -> Iterator[dict]:
     for part, parts in shards:
         for order, row in enumerate(_chosen(source, subsample)):
@@ -196,7 +196,7 @@ def _chosen(source: Source, subsample: Subsample | None) -> Iterator[Row]:
     return compress(read_rows(source), subsample.mask()) if subsample else read_rows(source)
 
 
-def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) -> Iterator[dict]:
+def _row_records(row: Row, source: Source, tokenizer, options: TokenizeOptions) -> Iterator[dict]:
     blank = {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "row": row.number, "content": 0, "tokens": 0}
     blank |= {"fate": 0, "problem": ""} | dict.fromkeys(Notice, False)
     try:
@@ -242,7 +242,7 @@ def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[
 
 
 def _fitted(
-    ids: list[int], labels: list[int], options: TokeniseOptions
+    ids: list[int], labels: list[int], options: TokenizeOptions
 ) -> Iterator[tuple[list[int], list[int], RowStatus]]:
     """The row in at most max_length tokens, as `overlong` says."""
     limit = options.max_length

@@ -30,7 +30,7 @@ from ..project_files import asset
 from ..signals import become, die_with_parent, pass_on_while
 from ..topology.allocator import allocator
 from ..topology.gpus import Hardware
-from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy, default_strategy
 
 LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the packed plan, which the run writes into its folder
 
@@ -93,7 +93,7 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
         UserError: several processes without GPUs, and nobody said how many.
     """
     named, gpus = STRATEGIES[config.strategy] if config.strategy else None, len(hardware.gpus)
-    alone = named.engine is Engine.SINGLE if named else gpus < 2
+    alone = named.engine is EngineKind.SINGLE if named else gpus < 2
     nproc = where.nproc or (1 if alone else gpus)
     if nproc == 0:
         raise UserError(
@@ -144,7 +144,7 @@ def plan_launch(
 
 def _via(where: Where, strategy: Strategy, nproc: int, *, elastic: bool) -> str:
     usual = "torchrun" if elastic or where.max_restarts else "accelerate"
-    alone = strategy.engine is Engine.SINGLE and nproc * where.nnodes == 1
+    alone = strategy.engine is EngineKind.SINGLE and nproc * where.nnodes == 1
     via = where.via or ("python" if alone else usual)
     if elastic and via != "torchrun":
         raise UserError(f"via {via} with elastic", where="via", fix="use torchrun, which can go on with fewer machines")

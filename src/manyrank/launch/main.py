@@ -15,7 +15,7 @@ from ..config.args import CommandLine
 from ..config.resolve import ALIASES, Entry, normal, resolve
 from ..config.schema import TrainConfig
 from ..errors import EXIT_MEMORY, UserError
-from ..models.spec import Architecture
+from ..models.spec import ModelSpec
 from ..plan.command import read_model
 from ..plan.planner import MICRO_BATCH, Plan, Verdict, make_plan, with_micro_batch
 from ..plan.view import summary
@@ -134,7 +134,7 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
     return ResolvedLaunch(line, context.on(plan.chosen.strategy), plan, notes, retries)
 
 
-def _with_micro_batch(line: CommandLine, context: RunContext, shape: Architecture) -> tuple[CommandLine, RunContext]:
+def _with_micro_batch(line: CommandLine, context: RunContext, shape: ModelSpec) -> tuple[CommandLine, RunContext]:
     """The micro-batch that fits, on the strategy that will run, or on the best where the GPUs' kind is known."""
     named = context.config.strategy or (None if context.kind else context.strategy.name)
     made = with_micro_batch(context.with_options(strategy=named), shape)
@@ -142,7 +142,7 @@ def _with_micro_batch(line: CommandLine, context: RunContext, shape: Architectur
     return line, replace(context, resolved=resolve(line.recipe, line.overrides))
 
 
-def _shape(config: TrainConfig, *, needed: bool, wanted: bool) -> tuple[Architecture | None, tuple[str, ...]]:
+def _shape(config: TrainConfig, *, needed: bool, wanted: bool) -> tuple[ModelSpec | None, tuple[str, ...]]:
     """The model's shape, or None and why nothing is planned."""
     if not wanted:
         return None, ()

@@ -14,10 +14,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..project_files import asset
-from .spec import Architecture, from_config
+from .spec import ModelSpec, from_config
 
 
-def read(model: str) -> Architecture:
+def read(model: str) -> ModelSpec:
     """The architecture of a shipped name, a model folder or a config.json; hub names from the local cache.
 
     Raises:

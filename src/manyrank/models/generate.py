@@ -10,7 +10,7 @@ from ..chat_template.render import RenderOptions, stop_ids
 from .attention import own_attention
 
 
-def answers(
+def generate_completions(
     wrapped: torch.nn.Module,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -25,7 +25,7 @@ def answers(
     is the loop itself, through the same forward as the training.
 
     Args:
-        wrapped: what the runtime forwards.
+        wrapped: what the engine forwards.
         model: the same model without its wrapper.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -66,7 +66,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """What a row was answered.
 
     Attributes:
@@ -89,7 +89,7 @@ def generate(
     pad_token: int,
     batch_size: int,
     numbers: Sequence[int] | None = None,
-) -> Iterator[list[Answer]]:
+) -> Iterator[list[Completion]]:
     """Answer every prompt, and yield each batch as it is done, longest prompts first.
 
     Args:
@@ -130,7 +130,7 @@ def stream(
     streamer: BaseStreamer,
     stopped: Callable[[], bool],
     number: int = 0,
-) -> Answer:
+) -> Completion:
     """Answer one prompt, as `generate` does, and hand every token over as it comes.
 
     Args:
@@ -232,9 +232,9 @@ def _batch(
     return said[:, width:].tolist()
 
 
-def _answer(number: int, tokens: list[int], stops: Collection[int]) -> Answer:
+def _answer(number: int, tokens: list[int], stops: Collection[int]) -> Completion:
     end = next((place for place, token in enumerate(tokens) if token in stops), None)
-    return Answer(number, tokens[:end], "length" if end is None else "stop")
+    return Completion(number, tokens[:end], "length" if end is None else "stop")
 
 
 @contextlib.contextmanager

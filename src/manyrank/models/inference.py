@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ..chat_template.render import RenderOptions, render_options
 from ..config.resolve import TrainConfig, recipe_of
 from ..errors import UserError
-from ..runs.artifact import Artifact, find
+from ..runs.artifact import ModelSource, find
 from ..topology import gpus
 from . import coverage
 from .load import LoadPlan, base_model, load_tokenizer, read_config, resolve_name
@@ -35,7 +35,7 @@ def quiet() -> None:
 
 
 def load_model(
-    name: str | Artifact,
+    name: str | ModelSource,
     *,
     quantization: Literal["4bit", "8bit"] | None = None,
     merge: bool = False,
@@ -85,7 +85,7 @@ def load_model(
     return model.eval(), tokenizer_of(found, chat_template=chat_template, trust_remote_code=trust_remote_code)
 
 
-def _check_quantised(model: PreTrainedModel, quantization: str, found: Artifact) -> None:
+def _check_quantised(model: PreTrainedModel, quantization: str, found: ModelSource) -> None:
     note = coverage.check_quantised(
         model,
         asked=f"quantization {quantization}",
@@ -97,7 +97,7 @@ def _check_quantised(model: PreTrainedModel, quantization: str, found: Artifact)
 
 
 def load_stored(
-    name: str | Artifact, *, trust_remote_code: bool = False
+    name: str | ModelSource, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A model in host memory, its weights in the type that they are stored in, and its tokenizer.
 
@@ -124,7 +124,7 @@ def load_stored(
     return model.eval(), tokenizer_of(found, trust_remote_code=trust_remote_code)
 
 
-def with_adapter(model: PreTrainedModel, found: Artifact) -> PeftModel:
+def with_adapter(model: PreTrainedModel, found: ModelSource) -> PeftModel:
     """The adapter on its base.
 
     Raises:
@@ -143,13 +143,13 @@ def with_adapter(model: PreTrainedModel, found: Artifact) -> PeftModel:
         raise UserError(what, where=str(found.adapter), fix="name the base that it was trained on") from None
 
 
-def rendering_of(found: Artifact) -> RenderOptions:
+def rendering_of(found: ModelSource) -> RenderOptions:
     """How conversations were rendered when it was trained: the template's variables, and what ends a turn."""
     recipe = recipe_of(found)
     return render_options(recipe) if recipe else RenderOptions()
 
 
-def context_of(found: Artifact, *, trust_remote_code: bool = False) -> int | None:
+def context_of(found: ModelSource, *, trust_remote_code: bool = False) -> int | None:
     """The most tokens that an artifact's base reads at once, where its config says so; loads no weights."""
     name = resolve_name(found.base)
     read_config(TrainConfig(model_name_or_path=name, data_path="none", trust_remote_code=trust_remote_code))
@@ -158,7 +158,7 @@ def context_of(found: Artifact, *, trust_remote_code: bool = False) -> int | Non
 
 
 def tokenizer_of(
-    found: Artifact, *, chat_template: str | None = None, trust_remote_code: bool = False
+    found: ModelSource, *, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of an artifact, which pads on the left.
 

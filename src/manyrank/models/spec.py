@@ -96,7 +96,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModelSpec:
     """A causal language model. Widths are in elements; `head_as_is` says that logits are a plain product."""
 
     name: str
@@ -210,7 +210,7 @@ class _Reader:
         return value
 
 
-def from_config(config: Mapping[str, Any], *, name: str, where: str = "config.json") -> Architecture:
+def from_config(config: Mapping[str, Any], *, name: str, where: str = "config.json") -> ModelSpec:
     """Read a config.json's content.
 
     Raises:
@@ -223,7 +223,7 @@ def from_config(config: Mapping[str, Any], *, name: str, where: str = "config.js
         raise UserError(what, where=where, fix="give the config.json of a causal language model") from None
 
 
-def _from_config(config: Mapping[str, Any], *, name: str, where: str) -> Architecture:
+def _from_config(config: Mapping[str, Any], *, name: str, where: str) -> ModelSpec:
     config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
     get = _Reader(config, where)
     model_type = get("model_type", default="")
@@ -234,7 +234,7 @@ def _from_config(config: Mapping[str, Any], *, name: str, where: str) -> Archite
     head_dim = get.width("head_dim", default=family.head_dim or hidden // get.width("num_attention_heads", "n_head"))
     norm = hidden * (2 if family.norm == "layer" else 1)
     rope = get("qk_rope_head_dim", default=int(head_dim * (get("partial_rotary_factor") or 1)))
-    return Architecture(
+    return ModelSpec(
         name=name,
         model_type=model_type,
         hidden=hidden,

@@ -27,7 +27,7 @@ from ..config.resolve import TrainConfig
 from ..errors import UserError
 from ..project_files import asset
 from ..topology.ranks import Topology
-from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy, default_strategy
 from . import compile_locks
 from .fsdp_on_cpu import promote_to_fsdp
 
@@ -50,7 +50,7 @@ def config_environment(strategy: Strategy, world_size: int) -> dict[str, str]:
     config = asset("accelerate_configs", f"{strategy}.yaml")
     argv = ["--config_file", str(config), "--num_processes", str(world_size), "--num_machines", "1"]
     argv += ["--main_process_port", "0", "-m", "manyrank.train"]
-    if strategy.engine is Engine.DEEPSPEED:
+    if strategy.engine is EngineKind.DEEPSPEED:
         argv[2:2] = ["--deepspeed_config_file", str(asset("ds_configs", f"{strategy}.json"))]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
     if args.use_deepspeed:
@@ -190,11 +190,11 @@ def _check(
         )
 
 
-def _types(engine: Engine, topology: Topology) -> list[str]:
-    if engine is Engine.DDP:
-        return [Engine.DDP, "MULTI_CPU"] + ([Engine.SINGLE] if topology.world_size == 1 else [])
-    if engine is Engine.SINGLE and topology.world_size == 1:  # of one process, but started by torchrun
-        return [Engine.SINGLE, Engine.DDP, "MULTI_CPU"]
+def _types(engine: EngineKind, topology: Topology) -> list[str]:
+    if engine is EngineKind.DDP:
+        return [EngineKind.DDP, "MULTI_CPU"] + ([EngineKind.SINGLE] if topology.world_size == 1 else [])
+    if engine is EngineKind.SINGLE and topology.world_size == 1:  # of one process, but started by torchrun
+        return [EngineKind.SINGLE, EngineKind.DDP, "MULTI_CPU"]
     return [engine]
 
 

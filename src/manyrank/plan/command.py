@@ -18,7 +18,7 @@ from ..config.args import CommandLine, Job, Parser, Where, parse, parser
 from ..config.resolve import Entry, Resolved, TrainConfig, normal, resolve
 from ..errors import UserError
 from ..models.catalog import read
-from ..models.spec import Architecture
+from ..models.spec import ModelSpec
 from ..models.tiny import EMBEDDED, ensure
 from ..rules.check import find_violations
 from ..rules.context import RunContext
@@ -49,7 +49,7 @@ BYTES_A_TOKEN = 4  # of text in a data file, about
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanOptions:
     """The command line of a plan: the recipe's part, and what is the plan's alone."""
 
     line: CommandLine
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_model(name: str) -> Architecture:
+def read_model(name: str) -> ModelSpec:
     """The shape of the model that a recipe names.
 
     Raises:
@@ -96,7 +96,7 @@ def read_model(name: str) -> Architecture:
     return replace(read(str(ensure())), name=name) if name == EMBEDDED else read(name)
 
 
-def _parse(argv: Sequence[str]) -> Asked:
+def _parse(argv: Sequence[str]) -> PlanOptions:
     own, rest = _options(Parser(prog=PROG, add_help=False, allow_abbrev=False)).parse_known_args(_spelt(argv))
     nodes = _nodes(own.nnodes)
     if own.gpu == "":
@@ -108,7 +108,7 @@ def _parse(argv: Sequence[str]) -> Asked:
         raise UserError(
             "a plan starts nothing", where="command line", fix="of the launch leave all but --nproc and --nnodes out"
         )
-    return Asked(line, own, nodes)
+    return PlanOptions(line, own, nodes)
 
 
 def _spelt(argv: Sequence[str]) -> list[str]:
@@ -239,7 +239,7 @@ def _against(plan: Plan) -> list[str]:
     return [f"{violation.rule.name}: {violation.what}" for violation in found]
 
 
-def _context(asked: Asked, resolved: Resolved) -> RunContext:
+def _context(asked: PlanOptions, resolved: Resolved) -> RunContext:
     """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
     own, here, nproc = asked.own, gpus.probe(), asked.line.where.nproc
     if own.gpu or not here.gpus or own.gpu_memory:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from ..models.spec import Architecture
+from ..models.spec import ModelSpec
 from ..rules.context import RunContext
 from ..rules.strategy import HSDP_RULES, ONE_PROCESS, SHARDING_RULES
-from ..topology.strategies import STRATEGIES, Engine, Strategy
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy
 from . import memory, speed
 from .memory import Memory
 from .planned_run import PlannedRun
@@ -72,7 +72,7 @@ class Plan:
     why: str
 
 
-def make_plan(context: RunContext, shape: Architecture, *, searched: bool = True) -> Plan:
+def make_plan(context: RunContext, shape: ModelSpec, *, searched: bool = True) -> Plan:
     """Plan a recipe; on the strategy that it names, or on all.
 
     Args:
@@ -91,8 +91,8 @@ def candidates(context: RunContext) -> list[Strategy]:
     if context.config.hsdp_shard_size:
         return [strategy for strategy in every if strategy.replicas]
     if context.world_size == 1:
-        return [strategy for strategy in every if strategy.engine is Engine.SINGLE or strategy.offload]
-    several = [strategy for strategy in every if strategy.engine is not Engine.SINGLE]
+        return [strategy for strategy in every if strategy.engine is EngineKind.SINGLE or strategy.offload]
+    several = [strategy for strategy in every if strategy.engine is not EngineKind.SINGLE]
     return [strategy for strategy in several if context.nnodes > 1 or not strategy.replicas]
 
 
@@ -154,7 +154,7 @@ def exceeds_host(found: Memory, context: RunContext) -> bool:
     return context.host_memory is not None and max(found.host, found.host_loading) > context.host_memory
 
 
-def with_micro_batch(context: RunContext, shape: Architecture) -> RunContext:
+def with_micro_batch(context: RunContext, shape: ModelSpec) -> RunContext:
     """A micro-batch that fits in place of `auto`: the fastest, where speeds are known, else the largest; and no larger
     than a process needs for a step."""
     batch = context.config.global_batch_size
@@ -254,7 +254,7 @@ class Scale:
     waits_for: str
 
 
-def scaling(context: RunContext, shape: Architecture, nodes: list[int]) -> list[Scale]:
+def scaling(context: RunContext, shape: ModelSpec, nodes: list[int]) -> list[Scale]:
     """Each strategy on each number of machines; needs a kind of GPU."""
     rows: list[Scale] = []
     first: dict[str, float] = {}

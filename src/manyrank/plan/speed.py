@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 from ..topology.gpus import GpuKind
-from ..topology.strategies import Engine
+from ..topology.strategies import EngineKind
 from . import activations, memory
 from .planned_run import PlannedRun
 
@@ -178,7 +178,7 @@ def _communication(run: PlannedRun, kind: GpuKind) -> tuple[float, float]:
         size = trained / run.shards
         reduce += 2 * size / (kind.network * LINK) + layers * (LAUNCH + HOP * run.world / run.shards)
     each = gather + _offload(run)
-    every = run.full or run.strategy.engine is Engine.DEEPSPEED  # reduced in each micro-batch
+    every = run.full or run.strategy.engine is EngineKind.DEEPSPEED  # reduced in each micro-batch
     return (each + reduce, 0.0) if every else (each, reduce)
 
 

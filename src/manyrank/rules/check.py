@@ -52,10 +52,12 @@ NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
 # Warnings of earlier versions, which recipes may still ignore.
 RETIRED = frozenset(
     {
+        "adapters-on-embeddings",
         "compile-on-cpu",
         "fp16-model-in-bf16",
         "paged-optimizer-on-cpu",
         "rank-beyond-layers",
+        "untried-quantisation",
         "unusual-adapter-scale",
         "warmup-of-constant",
     }

@@ -19,7 +19,7 @@ from .yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
-class Artifact:
+class ModelSource:
     """A model to load.
 
     Attributes:
@@ -46,7 +46,7 @@ class Artifact:
         return self.own_tokenizer or self.base
 
 
-def find(name: str, *, base: str | None = None) -> Artifact:
+def find(name: str, *, base: str | None = None) -> ModelSource:
     """What a name stands for.
 
     Args:
@@ -56,20 +56,20 @@ def find(name: str, *, base: str | None = None) -> Artifact:
         UserError: a folder that is none of these, a run that has saved nothing, or a base for what is no adapter.
     """
     folder = Path(name).expanduser()
-    found = _in_folder(name, folder, base) if folder.is_dir() else Artifact(name, name)
+    found = _in_folder(name, folder, base) if folder.is_dir() else ModelSource(name, name)
     if base and not found.adapter:
         raise UserError(f"a base for {name}, which is no adapter", where="--base", fix="leave it out")
     return found
 
 
-def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:
+def _in_folder(name: str, folder: Path, base: str | None) -> ModelSource:
     chosen = _of_run(name, folder)
     run = chosen.parent if chosen != folder or run_folder.NAME.fullmatch(folder.name) else None
     run = folder.parent if folder.name == "final_model" else run
     if (chosen / "adapter_config.json").is_file():
-        return Artifact(name, base or _base(chosen, run), chosen, run)
+        return ModelSource(name, base or _base(chosen, run), chosen, run)
     if (chosen / "config.json").is_file():
-        return Artifact(name, str(chosen), None, run)
+        return ModelSource(name, str(chosen), None, run)
     raise UserError(
         "neither a model, an adapter nor a run",
         where=name,

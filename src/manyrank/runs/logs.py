@@ -107,7 +107,7 @@ def rewind(output_dir: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def beside_the_point() -> Iterator[None]:
+def warn_on_write_error() -> Iterator[None]:
     """A file for the report that cannot be written, on a full disk for instance, is told, and costs nothing else."""
     try:
         yield

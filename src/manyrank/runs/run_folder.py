@@ -254,7 +254,7 @@ def _hash(file: Path) -> str:
 
 
 @contextmanager
-def written_beside(
+def atomic_directory(
     output: Path, *, overwrite: bool, mark: str | None = None, option: str = "--output_dir"
 ) -> Iterator[Path]:
     """A new folder that takes the place of `output` at the end, or vanishes on any error.

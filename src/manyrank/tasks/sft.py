@@ -13,7 +13,7 @@ from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
 from ..models.load import evaluation_mode
 from ..models.positions import check_lengths
-from ..parallel.engine import Runtime
+from ..parallel.engine import Engine
 from ..training.loss import TokenLoss
 from ..training.packing_trial import prove_packing
 from ..training.task import StepLoss, Task
@@ -31,7 +31,7 @@ class SFT(Task):
 
     def attach(
         self,
-        engine: Runtime,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         *,
         output_dir: Path,

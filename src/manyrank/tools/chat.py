@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
     from ..chat_template.render import RenderOptions
-    from ..models.generation import Answer, Sampling
+    from ..models.generation import Completion, Sampling
 
 HELP = """\
 /help          this list
@@ -122,7 +122,7 @@ class ChatModel:
     def messages(self) -> list[Message]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def ask(self, question: str, *, show: Callable[[str], None], stopped: Callable[[], bool]) -> Answer:
+    def ask(self, question: str, *, show: Callable[[str], None], stopped: Callable[[], bool]) -> Completion:
         """Generate, and keep question and completion; an empty completion keeps neither.
 
         Args:

@@ -25,16 +25,16 @@ from ..project_files import asset
 from ..runs.logs import read_metrics
 from ..signals import die_with_parent
 from ..topology import gpus
-from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy, default_strategy
 
-COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not Engine.SINGLE and not s.offload]
+COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not EngineKind.SINGLE and not s.offload]
 METHODS = ("lora", "qlora", "full")
 LAUNCHERS = ("accelerate", "torchrun")
 WRAPPERS = {
-    Engine.SINGLE: "",
-    Engine.DDP: "DistributedDataParallel",
-    Engine.FSDP: "FSDP",
-    Engine.DEEPSPEED: "DeepSpeedEngine",
+    EngineKind.SINGLE: "",
+    EngineKind.DDP: "DistributedDataParallel",
+    EngineKind.FSDP: "FSDP",
+    EngineKind.DEEPSPEED: "DeepSpeedEngine",
 }
 TOLERANCE = {"no": 1e-5, "bf16": 2e-2}  # largest difference of losses and gradient norms; bf16 rounds at 4e-3
 SHARD_SLACK = 1.05  # padding of uneven shards
@@ -62,7 +62,7 @@ class Case:
     @property
     def mesh(self) -> list[int]:
         """The mesh on which FSDP's parameters are to lie."""
-        if self.strategy.engine is not Engine.FSDP:
+        if self.strategy.engine is not EngineKind.FSDP:
             return []
         return [2, self.shards] if self.strategy.replicas else [self.shards]
 
@@ -156,7 +156,7 @@ def problems(case: Case, outcome: Outcome, single: Outcome) -> list[str]:
     facts, found = outcome.facts, []
     if not facts["wrapper"].startswith(WRAPPERS[case.strategy.engine]):
         found.append(f"wrapped as {facts['wrapper']}")
-    if facts["distributed_type"].replace("MULTI_CPU", Engine.DDP) != case.strategy.engine:
+    if facts["distributed_type"].replace("MULTI_CPU", EngineKind.DDP) != case.strategy.engine:
         found.append(f"came up as {facts['distributed_type']}")
     if facts["world_size"] != case.nproc:
         found.append(f"{facts['world_size']} processes")
@@ -198,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
         for case in cases(options.methods, options.strategies, options.via, options.nproc):
             batch = batch_arguments(recipe, options.nproc)
             outcome = run(case, options.recipe, folder, steps=options.steps, more=batch)
-            single = outcome if case.strategy.engine is Engine.SINGLE else single
+            single = outcome if case.strategy.engine is EngineKind.SINGLE else single
             bad = problems(case, outcome, single)
             wrong += bool(bad)
             print(_row(case, outcome, single, bad), flush=True)

@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import UserError
 from ..project_files import asset
 from ..runs.yaml_file import read_yaml
-from .strategies import Engine, Strategy, find_strategy
+from .strategies import EngineKind, Strategy, find_strategy
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class StrategyFiles:
     @property
     def sharded(self) -> bool:
         """Whether no rank holds the whole model."""
-        return self.kind == Engine.FSDP or self.zero_stage == 3
+        return self.kind == EngineKind.FSDP or self.zero_stage == 3
 
     @property
     def offloads_parameters(self) -> bool:
@@ -71,10 +71,10 @@ class StrategyFiles:
     @property
     def strategy(self) -> Strategy | None:
         """The strategy that such a config belongs to; None for what no single name says (one process, or DDP)."""
-        if self.kind not in (Engine.FSDP, Engine.DEEPSPEED):
+        if self.kind not in (EngineKind.FSDP, EngineKind.DEEPSPEED):
             return None
         offload = self.offloads_parameters or self.offloads_optimizer
-        return find_strategy(Engine(self.kind), zero_stage=self.zero_stage, offload=offload)
+        return find_strategy(EngineKind(self.kind), zero_stage=self.zero_stage, offload=offload)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..plan.planned_run import PlannedRun
 from ..rules.context import RunContext
 from ..topology import gpus, strategy_files
 from ..topology.ranks import Topology
-from ..topology.strategies import STRATEGIES, Engine, Strategy, find_strategy
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy, find_strategy
 
 logger = logging.get_logger(__name__)
 
@@ -49,8 +49,10 @@ def _active_strategy(accelerator: Accelerator) -> Strategy:
     """The strategy of what came up, where nobody named one."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
-        return find_strategy(Engine.DEEPSPEED, zero_stage=accelerator.deepspeed_plugin.zero_stage)
-    return find_strategy({DistributedType.FSDP: Engine.FSDP, DistributedType.NO: Engine.SINGLE}.get(kind, Engine.DDP))
+        return find_strategy(EngineKind.DEEPSPEED, zero_stage=accelerator.deepspeed_plugin.zero_stage)
+    return find_strategy(
+        {DistributedType.FSDP: EngineKind.FSDP, DistributedType.NO: EngineKind.SINGLE}.get(kind, EngineKind.DDP)
+    )
 
 
 def _least_memory(accelerator: Accelerator) -> int:
@@ -127,7 +129,7 @@ def _ways(run: PlannedRun) -> list[str]:
     if run.checkpointed < run.shape.depth:
         changes["--gradient_checkpointing full"] = run.with_options(gradient_checkpointing="full")
     if run.world > 1 and not run.sharded and config.method != "int8":
-        sharded = find_strategy(Engine.FSDP)
+        sharded = find_strategy(EngineKind.FSDP)
         changes[f"--strategy {sharded}"] = run.on(sharded)
     if config.method == "lora":
         changes["--method qlora"] = run.with_options(method="qlora")

@@ -23,8 +23,8 @@ class Window:
     examples: int = 0
     tokens: int = 0
     supervised: int = 0
-    slots: int = 0
-    squares: int = 0
+    computed_tokens: int = 0
+    sum_squared_lengths: int = 0
 
 
 class Meter:
@@ -47,8 +47,8 @@ class Meter:
         window.examples += step.examples
         window.tokens += step.tokens
         window.supervised += step.supervised
-        window.slots += step.slots
-        window.squares += step.squares
+        window.computed_tokens += step.computed_tokens
+        window.sum_squared_lengths += step.sum_squared_lengths
 
     @property
     def loss(self) -> float:
@@ -70,7 +70,7 @@ class Meter:
             "supervised_tokens_per_second": round(window.supervised / window.seconds, 1),
             "samples_per_second": round(window.examples / window.seconds, 3),
             **self._mfu(window),
-            "padding": round(1 - window.tokens / window.slots, 4),
+            "padding": round(1 - window.tokens / window.computed_tokens, 4),
             "memory_gib": round(peak_memory(self.device_type) / 2**30, 3),
             "step_seconds": round(each, 4),
             "eta_seconds": round(each * steps_left, 1),
@@ -80,7 +80,9 @@ class Meter:
         if self.planned is None or self.kind is None:
             return {}
         operations = window.tokens * speed.needed(
-            self.planned, supervised=window.supervised / window.tokens, length=window.squares / window.tokens
+            self.planned,
+            supervised=window.supervised / window.tokens,
+            length=window.sum_squared_lengths / window.tokens,
         )
         rate = speed.rate(self.planned, self.kind) * self.planned.world
         return {"mfu": round(operations / window.seconds / rate, 4)}

@@ -15,7 +15,7 @@ from ..config.resolve import TrainConfig
 from ..data.dataset import Examples, write_quarantine
 from ..data.stats import of_run
 from ..errors import Preempted, in_one_line
-from ..parallel.engine import Facts
+from ..parallel.engine import StrategyInfo
 from ..runs import logs
 from ..runs.run_folder import TOKENIZER
 from ..runs.versions import software
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def write_facts(
-    config: TrainConfig, output_dir: Path, facts: Facts, train: Examples, evaluation: Examples | None
+    config: TrainConfig, output_dir: Path, facts: StrategyInfo, train: Examples, evaluation: Examples | None
 ) -> None:
     """logs/strategy.json, data.json, versions.json, and the rows that are quarantined."""
     folder = output_dir / "logs"
@@ -68,7 +68,7 @@ def history(
         event: how it begins.
         failed: what is done with the folder of a run that ends with an error, once that is written down.
     """
-    with logs.beside_the_point():
+    with logs.warn_on_write_error():
         logs.note(output_dir, event, step=step(), **facts)
     try:
         yield
@@ -76,9 +76,9 @@ def history(
         ending = (
             {"event": "preempted"} if isinstance(error, Preempted) else {"event": "failed", "why": in_one_line(error)}
         )
-        with logs.beside_the_point():
+        with logs.warn_on_write_error():
             logs.note(output_dir, step=step(), **ending)
         failed(output_dir)
         raise
-    with logs.beside_the_point():
+    with logs.warn_on_write_error():
         logs.note(output_dir, "finished", step=step())

@@ -98,7 +98,7 @@ def _build(
     task.prepare_model(model, accelerator, tokenizer, bf16=bf16)
     _check_alike(model, accelerator)
     with heart.waiting("distributing the model and the optimizer", compile_locks.explain):
-        runtime = prepare_engine(accelerator, model, build_optimizer(model, config))
+        engine = prepare_engine(accelerator, model, build_optimizer(model, config))
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
     commit = getattr(model.config, "_commit_hash", None)
     run = identity(
@@ -117,14 +117,14 @@ def _build(
     )
     meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
     given = {"output_dir": output_dir, "callbacks": objects.callbacks, "heart": heart}
-    trainer = Trainer(config, runtime, tokenizer, task, train, evaluation, run=run, meter=meter, **given)
+    trainer = Trainer(config, engine, tokenizer, task, train, evaluation, run=run, meter=meter, **given)
     heart.beat(0, "trying the loss on a small example")
     task.check(bf16=bf16)
     start = _with_changes(start, trainer.run, config)
     if accelerator.is_main_process and (line := task.describe(trainer.loader)):
         print(line, flush=True)
     own_tokenizer = objects.tokenizer is not None
-    return TrainingRun(config, runtime, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
+    return TrainingRun(config, engine, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
 
 
 def _amounts(config: TrainConfig, kind: type[Task], start: Start, processes: int) -> tuple[TrainConfig, int | None]:

@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.render import render_options
-from ..checkpoint.resume import Start, from_main
+from ..checkpoint.resume import Start, broadcast_from_rank0
 from ..checkpoint.state import save_weights
 from ..config.resolve import TrainConfig
 from ..errors import Preempted, SaveError
-from ..models.generate import answers
+from ..models.generate import generate_completions
 from ..models.load import evaluation_mode
-from ..parallel.engine import Facts, Runtime
+from ..parallel.engine import Engine, StrategyInfo
 from ..plan.planned_run import PlannedRun
 from ..rules.check import warnings_of_length
 from ..runs import logs, run_folder
@@ -34,7 +34,7 @@ class TrainingRun:
     """Everything that one rank has in memory."""
 
     config: TrainConfig
-    runtime: Runtime
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
     trainer: Trainer
     output_dir: Path
@@ -45,7 +45,7 @@ class TrainingRun:
 
     @property
     def accelerator(self) -> Accelerator:
-        return self.runtime.accelerator
+        return self.engine.accelerator
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -62,7 +62,7 @@ class TrainingRun:
             self.say(warning)
         started = time.perf_counter()
         result = self.trainer.dry_step()
-        facts = self.runtime.facts()
+        facts = self.engine.facts()
         peak = logs.peak_memory(self.accelerator.device.type)
         self.say(
             f"dry run: strategy came up as {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
@@ -105,11 +105,11 @@ class TrainingRun:
             self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
         self.say(f"\nfinal model: {final}")
         if self.accelerator.is_main_process and before:
-            with logs.beside_the_point():
+            with logs.warn_on_write_error():
                 logs.write_samples(self.output_dir, self.config.sample_questions, before, after)
 
     def _compare(self) -> None:
-        with logs.beside_the_point():
+        with logs.warn_on_write_error():
             if (
                 self.planned
                 and self.accelerator.is_main_process
@@ -117,7 +117,7 @@ class TrainingRun:
             ):
                 self.say(line)
 
-    def _recorded(self, facts: Facts, report: Callable[[Path], object]) -> contextlib.AbstractContextManager:
+    def _recorded(self, facts: StrategyInfo, report: Callable[[Path], object]) -> contextlib.AbstractContextManager:
         """The run's history, on rank 0."""
         if not self.accelerator.is_main_process:
             return contextlib.nullcontext()
@@ -149,10 +149,10 @@ class TrainingRun:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        bf16 = self.runtime.facts().precision == "bf16"
+        bf16 = self.engine.facts().precision == "bf16"
         dtype = torch.bfloat16 if self.config.method == "full" and bf16 else None
         try:
-            save_weights(self.runtime, partial, dtype=dtype, also=lambda: self.tokenizer.save_pretrained(partial))
+            save_weights(self.engine, partial, dtype=dtype, also=lambda: self.tokenizer.save_pretrained(partial))
         except SaveError as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -172,31 +172,31 @@ class TrainingRun:
     def _before(self) -> list[str]:
         """The answers before the training; a resumed run has them from its first start."""
         questions, main = self.config.sample_questions, self.accelerator.is_main_process
-        kept = from_main(self.accelerator, lambda: logs.read_samples(self.output_dir) or [])
+        kept = broadcast_from_rank0(self.accelerator, lambda: logs.read_samples(self.output_dir) or [])
         if kept and self.start.folder and [entry["question"] for entry in kept] == questions:
             return [entry["before"] for entry in kept]
         self._starts("answering the sample questions")
         found = self._answers()
         if main and found:
-            with logs.beside_the_point():
+            with logs.warn_on_write_error():
                 logs.write_samples(self.output_dir, questions, found)
         return found
 
     def _answers(self) -> list[str]:
         if not self.config.sample_questions:
             return []
-        with evaluation_mode(self.runtime.wrapped):
-            return answers(
-                self.runtime.wrapped,
-                self.runtime.model,
+        with evaluation_mode(self.engine.wrapped):
+            return generate_completions(
+                self.engine.wrapped,
+                self.engine.model,
                 self.tokenizer,
                 self.config.sample_questions,
                 options=render_options(self.config),
                 max_new_tokens=self.config.sample_max_new_tokens,
             )
 
-    def _write_facts(self) -> Facts:
-        facts = self.runtime.facts()
+    def _write_facts(self) -> StrategyInfo:
+        facts = self.engine.facts()
         if self.accelerator.is_main_process:
             evaluation = self.trainer.eval_loader and self.trainer.eval_loader.examples
             with run_folder.writable(self.output_dir):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Step
-from ..parallel.engine import Runtime
+from ..parallel.engine import Engine
 from .loss import LossFunction
 
 
@@ -71,7 +71,7 @@ class Task(ABC):
         objects: what a script passes.
     """
 
-    engine: Runtime
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
     output_dir: Path
     in_phase: Callable[[str], None]
@@ -101,7 +101,7 @@ class Task(ABC):
 
     def attach(
         self,
-        engine: Runtime,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         *,
         output_dir: Path,

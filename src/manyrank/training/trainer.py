@@ -24,7 +24,7 @@ from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step
 from ..errors import NonFiniteError, Preempted, UserError
-from ..parallel.engine import Runtime
+from ..parallel.engine import Engine
 from ..signals import STOP
 from .callbacks import build_callbacks, callback_states, check_states, exportable, training_arguments
 from .metrics import Meter
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        runtime: Runtime,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         train: Examples,
@@ -74,12 +74,12 @@ class Trainer:
         callbacks: Sequence[TrainerCallback] = (),
         heart: Heart | None = None,
     ) -> None:
-        self.config, self.runtime, self.task = config, runtime, task
+        self.config, self.engine, self.task = config, engine, task
         self.output_dir, self.meter, self.heart = output_dir, meter, heart
         self.has_own_callbacks = bool(config.callbacks or callbacks)
-        accelerator = runtime.accelerator
+        accelerator = engine.accelerator
         self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
-        task.attach(runtime, tokenizer, output_dir=output_dir, in_phase=self._in_phase)
+        task.attach(engine, tokenizer, output_dir=output_dir, in_phase=self._in_phase)
         self.loader = task.loader(train, training=True)
         self.eval_loader = task.loader(evaluation, training=False) if evaluation else None
         self.total_steps = total_steps(config, self.loader.steps_per_epoch)
@@ -91,12 +91,12 @@ class Trainer:
         self.state, self.control = self._state(), TrainerControl()
         self.handler = CallbackHandler(
             [*build_callbacks(config, output_dir), *callbacks],
-            runtime.model,
+            engine.model,
             tokenizer,
-            runtime.optimizer,
+            engine.optimizer,
             self.schedule,
         )
-        self.saver = Saver(runtime, output_dir, run=self.run, limit=config.save_total_limit)
+        self.saver = Saver(engine, output_dir, run=self.run, limit=config.save_total_limit)
         self.stopped = False  # whether the resumed run had come to its end
         check_states(self.handler)
 
@@ -139,7 +139,7 @@ class Trainer:
                 self._save(must=True)
                 raise Preempted
         if best := self._best():
-            load_weights(self.runtime, best)
+            load_weights(self.engine, best)
         self._event("on_train_end")
 
     def _is_over(self) -> bool:
@@ -151,12 +151,12 @@ class Trainer:
         local = torch.stack(loss.losses).sum()
         wishes = local.new_tensor([float(STOP.requested), float(self.main and self.saver.wished)])
         self._in_phase("waiting for the others")
-        total, stops, saves = self.runtime.sum(torch.cat([local[None], wishes])).tolist()
+        total, stops, saves = self.engine.sum(torch.cat([local[None], wishes])).tolist()
         if not math.isfinite(total):
             raise self._non_finite(f"the loss is {total}", _bad_rows(step, loss))
         self._in_phase("optimizer")
         try:
-            norm = self.runtime.step(
+            norm = self.engine.step(
                 learning_rate=self.schedule.get_last_lr()[0], max_grad_norm=self.config.max_grad_norm
             )
         except NonFiniteError as error:
@@ -167,8 +167,8 @@ class Trainer:
         """Forward and backward of the first step, without using the gradients."""
         step = self.loader.step(0)
         loss = self.task.forward_backward(step, number=0)
-        self.runtime.discard_gradients()
-        total = self.runtime.sum(torch.stack(loss.losses).sum()).item()
+        self.engine.discard_gradients()
+        total = self.engine.sum(torch.stack(loss.losses).sum()).item()
         return StepResult(total / loss.divisor, math.nan, step.tokens)
 
     # What happens around a step
@@ -202,7 +202,7 @@ class Trainer:
         return {
             "loss": self.meter.loss,
             "grad_norm": result.grad_norm,
-            "learning_rate": self.runtime.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             **self.meter.rates(steps_left=self.total_steps - self.state.global_step),
             **self.task.metrics(number=self.state.global_step),
         }
@@ -238,7 +238,7 @@ class Trainer:
         if self.has_own_callbacks:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
             asked = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
-            vars(self.control).update(zip(flags, (self.runtime.sum(asked) > 0).tolist()))
+            vars(self.control).update(zip(flags, (self.engine.sum(asked) > 0).tolist()))
         if self.control.should_epoch_stop:
             raise UserError("a callback ends the epoch early", where="callbacks", fix="use should_training_stop")
 
@@ -274,7 +274,7 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
-        state = load_checkpoint(self.runtime, folder, lambda: self.task.zero_step(self.loader.step(0)))
+        state = load_checkpoint(self.engine, folder, lambda: self.task.zero_step(self.loader.step(0)))
         saved = state.pop("callbacks")
         for callback in exportable(self.handler):  # those of one class in their order
             mine = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)
@@ -304,13 +304,13 @@ class Trainer:
             eval_steps=self.args.eval_steps,
             save_steps=self.args.save_steps,
             train_batch_size=self.config.per_device_train_batch_size,
-            is_local_process_zero=self.runtime.accelerator.is_local_main_process,
+            is_local_process_zero=self.engine.accelerator.is_local_main_process,
             is_world_process_zero=self.main,
         )
 
     def _non_finite(self, what: str, rows: list[tuple[str, int]]) -> NonFiniteError:
         number = self.state.global_step + 1
-        return name_rows(what, rows, step=number, rank=self.runtime.accelerator.process_index, folder=self.output_dir)
+        return name_rows(what, rows, step=number, rank=self.engine.accelerator.process_index, folder=self.output_dir)
 
 
 def _bad_rows(step: Step, loss: StepLoss) -> list[tuple[str, int]]:

@@ -26,8 +26,8 @@ class PromptStep:
     examples: int
     supervised: int = 0
     tokens: int = 0
-    slots: int = 0
-    squares: int = 0
+    computed_tokens: int = 0
+    sum_squared_lengths: int = 0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from ...data.rewards import read_rewards, rewarded, scorers
 from ...data.scores import SCORES
 from ...errors import UserError
 from ...models.load import evaluation_mode, load_adapter, read_config
-from ...parallel.engine import Runtime
+from ...parallel.engine import Engine
 from ...runs import artifact, logs
 from ...training.task import StepLoss, Task, UserObjects
 from .prompts import PromptLoader, PromptStep
@@ -158,7 +158,7 @@ class GRPO(Task):
 
     def attach(
         self,
-        engine: Runtime,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         *,
         output_dir: Path,
@@ -204,7 +204,7 @@ class GRPO(Task):
         computed = sum(part["prompt_ids"].numel() + part["completion_ids"].numel() for part in parts)
         counts = [learned.double(), lengths.sum(), lengths.new_tensor(float(computed)), (lengths**2).sum()]
         counted = self.engine.sum(torch.stack(counts)).tolist()
-        step.supervised, step.tokens, step.slots, step.squares = map(round, counted)
+        step.supervised, step.tokens, step.computed_tokens, step.sum_squared_lengths = map(round, counted)
 
     def zero_step(self, step: PromptStep) -> None:
         with self.engine.forward_backward(last=True):
@@ -245,7 +245,7 @@ class GRPO(Task):
         """trl's metrics; the last step's first completions are kept for the report."""
         if self.engine.accelerator.is_main_process:
             lines = [{"step": number, **asdict(record)} for record in self.trl.completion_records(SHOWN)]
-            with logs.beside_the_point():
+            with logs.warn_on_write_error():
                 logs.append_lines(self.output_dir / "logs" / logs.COMPLETIONS, map(json.dumps, lines))
         return self.trl.measured()
 

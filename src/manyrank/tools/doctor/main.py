@@ -31,7 +31,7 @@ from ...project_files import asset
 from ...runs.run_folder import HEARTBEATS
 from ...runs.versions import software
 from ...topology.gpus import probe
-from ...topology.strategies import Engine
+from ...topology.strategies import EngineKind
 from ...training.watchdog import DONE, Beat, beats
 from . import machine, recipe
 from .checks import Check, State, counted, failed, ok
@@ -133,7 +133,9 @@ def _launch(resolved: ResolvedLaunch, folder: Path) -> LaunchPlan:
     """Plan the ranks' start as the training's; torchrun starts quickest, and one process needs no launcher."""
     where = resolved.line.where
     via = where.via or (
-        None if resolved.context.world_size == 1 and resolved.context.strategy.engine is Engine.SINGLE else "torchrun"
+        None
+        if resolved.context.world_size == 1 and resolved.context.strategy.engine is EngineKind.SINGLE
+        else "torchrun"
     )
     return plan_launch(
         replace(resolved.line, where=replace(where, via=via, max_restarts=0)),

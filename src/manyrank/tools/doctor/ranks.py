@@ -316,7 +316,7 @@ def all_reduce(sizes: Sequence[dict[str, Any]], *, link: float | None) -> Check:
 
 def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, run: Path, notes: Notes) -> None:
     """Take two steps with a checkpoint after each, and the second step once more from the first checkpoint."""
-    from ...checkpoint.resume import from_main
+    from ...checkpoint.resume import broadcast_from_rank0
     from ...runs import run_folder
     from ...training.run import open_session
 
@@ -326,8 +326,8 @@ def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, ru
     session = open_session(small, place, output_dir=run, bf16=bf16)
     _KEPT.append(session)
     session.run()
-    facts, main = session.runtime.facts().as_dict(), session.accelerator
-    losses = from_main(main, lambda: [entry["loss"] for entry in read_metrics(run)])
+    facts, main = session.engine.facts().as_dict(), session.accelerator
+    losses = broadcast_from_rank0(main, lambda: [entry["loss"] for entry in read_metrics(run)])
     notes.add(step(losses, facts, f"{small.method}, {strategy}"))
     notes.begin("save and load")
     first = run_folder.find(run, str(run / "checkpoint-1")).folder
@@ -335,7 +335,7 @@ def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, ru
     session.trainer.control.should_training_stop = False
     session.trainer.resume(first)
     session.trainer.train()
-    again, tensors = from_main(main, lambda: (read_metrics(run)[-1]["loss"], _tensors(first)))
+    again, tensors = broadcast_from_rank0(main, lambda: (read_metrics(run)[-1]["loss"], _tensors(first)))
     notes.add(save_and_load(losses[-1], again, tensors, facts))
 
 

@@ -13,7 +13,7 @@ from ...config.schema import DataSource
 from ...data.sources import HUB_NAME
 from ...errors import UserError, UserErrors
 from ...models.model_facts import find_facts
-from ...models.spec import Architecture
+from ...models.spec import ModelSpec
 from ...models.tiny import EMBEDDED
 from ...plan.command import read_model
 from ...plan.planned_run import PlannedRun
@@ -150,13 +150,13 @@ def memory_and_disks(context: RunContext, names: list[tuple[str, str]]) -> list[
     return checks
 
 
-def _shape(context: RunContext) -> Architecture | None:
+def _shape(context: RunContext) -> ModelSpec | None:
     with contextlib.suppress(UserError):
         return read_model(context.config.model_name_or_path)
     return None
 
 
-def checkpoint_bytes(context: RunContext, shape: Architecture) -> int:
+def checkpoint_bytes(context: RunContext, shape: ModelSpec) -> int:
     """About what one checkpoint takes: of each trained number its float32 value and the two moments of AdamW."""
     return 12 * PlannedRun(context, shape).trainable
 

@@ -20,7 +20,7 @@ from ...config.schema import TrainConfig
 from ...data.scores import SCORES, row_scores
 from ...errors import UserError
 from ...launch.command import before_imports, plan_launch, run_launch
-from ...runs.run_folder import written_beside
+from ...runs.run_folder import atomic_directory
 from ...signals import end_with_parent
 from ...topology import gpus, ranks
 from ...topology.ranks import Topology
@@ -140,7 +140,7 @@ def evaluate(options: argparse.Namespace, place: Topology, output: Path) -> None
     models = [model for weights in plan for model in weights.models]
     settings = _settings(options, config, place.world_size) | {"notes": list(data.notes)}
     content = report.results(models, data, settings, seed=options.seed)
-    with written_beside(output, overwrite=False) as partial:
+    with atomic_directory(output, overwrite=False) as partial:
         report.write(partial, content, report.predictions(models, data))
     if options.json:
         print(json.dumps({**content, "output": str(output)}, indent=1, ensure_ascii=False))
