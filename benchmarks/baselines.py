@@ -75,7 +75,7 @@ def config(folder: Path, **more):
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:
     from manyrank.tasks.sft import SFT
     from manyrank.topology import ranks
-    from manyrank.training.run import build_run
+    from manyrank.training.build import build_run
 
     chosen = config(folder, max_steps=steps, **more)
     bf16 = computes_in_bf16(chosen.bf16, probe())

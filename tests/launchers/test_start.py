@@ -20,7 +20,7 @@ from processes import is_running, running, wait_until, workers, workers_alive
 from manyrank.errors import UserError
 from manyrank.parallel import compile_locks
 from manyrank.runs import run_folder, run_lock
-from manyrank.training.watchdog import Heart, Watchdog
+from manyrank.training.watchdog import HeartbeatWriter, Watchdog
 
 # Workers and their launcher
 
@@ -391,13 +391,13 @@ def test_a_lock_on_a_shared_folder_stays_until_it_is_old(stale_lock, monkeypatch
 
 def test_a_start_says_what_it_waits_for(capsys, monkeypatch):
     monkeypatch.setattr("manyrank.training.watchdog.NOTICE", 0.5)
-    heart = Heart(0)
-    with Watchdog(heart, patience=1.2, notices=True):
-        with heart.waiting("distributing the model", lambda: "somebody compiles"):
+    heartbeat = HeartbeatWriter(0)
+    with Watchdog(heartbeat, patience=1.2, notices=True):
+        with heartbeat.waiting("distributing the model", lambda: "somebody compiles"):
             time.sleep(2.6)
-        heart.beat(0, "loading the model")
+        heartbeat.beat(0, "loading the model")
         time.sleep(0.3)
-        heart.beat(1, "callbacks")  # in a step nothing is said before the patience is over
+        heartbeat.beat(1, "callbacks")  # in a step nothing is said before the patience is over
         time.sleep(0.9)
     said = capsys.readouterr().err
     assert "still distributing the model after 0 s: somebody compiles" in said or "after 1 s: somebody compiles" in said
@@ -425,7 +425,7 @@ def hang():
     while True:
         time.sleep(0.1) if os.environ["HOW"] == "python" else __import__("ctypes").CDLL(None).sleep(1000)
 manyrank.parallel.compile_locks.remove_stale = hang
-from manyrank.train import leave, main
+from manyrank.train import exit_now, main
 leave(main(sys.argv[1:]))
 """
 

@@ -20,9 +20,9 @@ from manyrank.config.resolve import Entry, resolve
 from manyrank.runs import run_folder
 from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
-from manyrank.training.exits import leave
+from manyrank.training.build import build_run
+from manyrank.training.exits import exit_now
 from manyrank.training.optim import advance
-from manyrank.training.run import build_run
 
 
 class Killer:
@@ -117,4 +117,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_now(0)

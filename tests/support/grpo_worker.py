@@ -14,8 +14,8 @@ from manyrank.config.resolve import resolve
 from manyrank.models.inference import load_model
 from manyrank.tasks.grpo.task import GRPO
 from manyrank.topology import ranks
-from manyrank.training.exits import guarded, leave
-from manyrank.training.run import build_run
+from manyrank.training.build import build_run
+from manyrank.training.exits import exit_now, run_with_exit_codes
 
 ROWS, PROMPT, ANSWER = 16, 6, 5
 LOSSES = ("dapo", "grpo", "dr_grpo")  # bnpo divides by the micro-batch
@@ -76,8 +76,8 @@ def main() -> int:
             out.write_text(json.dumps({"norms": norms, "reference": off}))
         run.close()
 
-    return guarded(work, place)
+    return run_with_exit_codes(work, place)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

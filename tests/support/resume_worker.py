@@ -11,8 +11,8 @@ from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
-from manyrank.training.exits import guarded, leave
-from manyrank.training.run import build_run
+from manyrank.training.build import build_run
+from manyrank.training.exits import exit_now, run_with_exit_codes
 
 
 def main() -> int:
@@ -36,8 +36,8 @@ def main() -> int:
             out.write_text(json.dumps(found))
         run.close()
 
-    return guarded(work, place)
+    return run_with_exit_codes(work, place)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -23,7 +23,7 @@ from manyrank.project_files import asset
 from manyrank.runs.logs import read_completions, read_metrics
 from manyrank.tasks.grpo.task import GRPO
 from manyrank.topology import ranks
-from manyrank.training.run import build_run
+from manyrank.training.build import build_run
 
 SUMS = ROOT / "data" / "stories" / "sums.jsonl"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"

@@ -23,7 +23,7 @@ from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
 from ..topology import gpus
 from ..topology.gpus import Hardware
-from ..training.watchdog import Heart, Watchdog
+from ..training.watchdog import HeartbeatWriter, Watchdog
 from .command import LaunchPlan, choose_output_dir, choose_strategy, plan_launch, run_launch
 
 
@@ -70,9 +70,9 @@ def train(line: CommandLine) -> int:
     Raises:
         UserError: something is wrong that can be known here.
     """
-    heart = Heart(0)
-    heart.beat(0, "checking the recipe, the model's files and the data")
-    with Watchdog(heart, patience=math.inf, notices=True):
+    heartbeat = HeartbeatWriter(0)
+    heartbeat.beat(0, "checking the recipe, the model's files and the data")
+    with Watchdog(heartbeat, patience=math.inf, notices=True):
         resolved = resolve_launch(line, gpus.probe())
         folder = choose_output_dir(resolved.config, line)
         check_output_dir(resolved.config, Path(folder))

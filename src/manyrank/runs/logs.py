@@ -3,7 +3,7 @@
 metrics.jsonl   a line for each logged step and each validation
 history.jsonl   started, resumed, preempted, failed, finished
 samples.json    the recipe's questions, with the answers before and after the training
-completions.jsonl   of grpo: some answers of each logged step, with their rewards
+completions.jsonl   some completions of each logged step, with their rewards
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_history(output_dir: Path) -> list[dict]:
 
 
 def read_completions(output_dir: Path) -> list[dict]:
-    """Answers of grpo with their rewards, oldest first; empty where the run has none."""
+    """Completions with their rewards, oldest first; empty where the run has none."""
     file = output_dir / "logs" / COMPLETIONS
     return read_lines(file) if file.is_file() else []
 

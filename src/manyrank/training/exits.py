@@ -21,7 +21,7 @@ from ..topology.ranks import Topology
 PATIENCE = 5.0  # seconds that a rank leaves to local rank 0 to say what is wrong
 
 
-def guarded(work: Callable[[], None], place: Topology) -> int:
+def run_with_exit_codes(work: Callable[[], None], place: Topology) -> int:
     """Run `work` and turn its exceptions into messages and exit codes."""
     try:
         try:
@@ -49,7 +49,7 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
 
 
 def for_good(code: int) -> int:
-    """An end that would be the same the next time: workers that are started anew hear of it, see `last_word`."""
+    """An end that would be the same the next time: workers that are started anew hear of it, see `final_exit_code`."""
     if ranks.may_restart():
         _word_file().write_text(str(code))
     return code
@@ -59,7 +59,7 @@ def _word_file() -> Path:
     return Path(tempfile.gettempdir()) / f"manyrank-{os.getppid()}-{os.environ['TORCHELASTIC_RUN_ID']}"
 
 
-def last_word() -> int | None:
+def final_exit_code() -> int | None:
     """With what a worker of this agent has ended for good; a run that was told to stop is not to be started anew.
 
     torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
@@ -91,7 +91,7 @@ def _say(message: object, place: Topology) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process now. Everything is on disk by then.
 
     With gloo, tearing the interpreter down sometimes aborts or hangs on a busy machine (torch 2.13: a C++ thread of the
