@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..runs.yaml_file import read_yaml
+from ..runs.mapping_files import read_yaml
 
 # What these group is not changed by their names; `eval: {batch_size: 1}` would be something else than batch_size.
 SECTIONS = (

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from . import run_folder
-from .yaml_file import read_yaml
+from .mapping_files import read_yaml
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from ...data.formats import Conversation, PlainText, Sample, detect, to_sample
 from ...data.sources import Source, read_rows
 from ...errors import UserError
 from ...project_files import asset
+from ...runs.mapping_files import read_yaml
 from ...runs.run_folder import atomic_directory
-from ...runs.yaml_file import read_yaml
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
 from .filters import FilterStage, Item, build_stages, unknown, validated
 
