@@ -92,9 +92,7 @@ def _build(
     config, planned = _plan(config, accelerator, place, objects.model, bf16=bf16)
     task = kind(config, objects)
     heartbeat.beat(0, "reading and tokenising the data")
-    train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
-    if accelerator.is_main_process:
-        _tell(config, train, evaluation)
+    train, evaluation = _examples(task, tokenizer, needed, accelerator)
     base, give_back = _fingerprint(objects.model), _lent(objects.model)
     heartbeat.beat(0, "loading the model")
     model = _model(config, accelerator, objects.model, bf16=bf16)
@@ -159,12 +157,19 @@ def _with_changes(start: Start, run: dict, config: TrainConfig) -> Start:
     return replace(start, notes=(*start.notes, *(f"changed, as allowed: {change}" for change in changed)))
 
 
-def _tell(config: TrainConfig, train: Examples, evaluation: Examples | None) -> None:
-    print(f"training data: {train.describe()}", flush=True)
-    if evaluation:
-        print(f"validation data: {evaluation.describe()}", flush=True)
-    if config.trust_remote_code:
-        print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
+def _examples(
+    task: Task, tokenizer: PreTrainedTokenizerBase, needed: int | None, accelerator: Accelerator
+) -> tuple[Examples, Examples | None]:
+    """The examples that the task trains on and validates with."""
+    config = task.config
+    train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
+    if accelerator.is_main_process:
+        print(f"training data: {train.describe()}", flush=True)
+        if evaluation:
+            print(f"validation data: {evaluation.describe()}", flush=True)
+        if config.trust_remote_code:
+            print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
+    return train, evaluation
 
 
 def _plan(
