@@ -69,7 +69,7 @@ def recipe(*argv: str):
     common = [
         "--model=x",
         "--data_path=x",
-        "--plain_parts=attention",
+        "--disable_fused=attention",
         "--per_device_train_batch_size=4",
         f"--max_length={TOKENS // 4}",
     ]

@@ -50,6 +50,7 @@ ALIASES = {
     "resume_from": "resume_from_checkpoint",
     "num_samples": "num_generations",
     "max_new_tokens": "max_completion_length",
+    "plain_parts": "disable_fused",
 }
 
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
