@@ -165,7 +165,7 @@ Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_sources)
 
 
 class TrainConfig(BaseModel):
-    """Everything that one run needs to know. Frozen; batch counts are in examples, lengths in tokens."""
+    """A whole recipe, typed and frozen. Batch sizes count examples, lengths count tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -371,7 +371,7 @@ class TrainConfig(BaseModel):
 
     @property
     def expandable_segments(self) -> bool:
-        """Whether the run works with segments of GPU memory that grow, see `topology.allocator`."""
+        """Whether torch may use expandable segments of GPU memory, see `topology.allocator`."""
         return not (self.is_grpo and self.use_vllm == "colocate")
 
     def plain(self) -> dict[str, Any]:

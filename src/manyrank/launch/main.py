@@ -1,4 +1,4 @@
-"""What a launch leaves open, decided from the plan: the strategy, and a micro-batch of `auto`; then launch.
+"""Launch a recipe: decide a strategy and a micro-batch of `auto` from the plan, then start the processes.
 
 On GPUs `strategy: auto` is the fastest strategy that fits. On CPUs it is single or ddp. A micro-batch of
 `auto` is the fastest that fits, or the largest where no speeds are known; where it does not fit after all, half is tried.
@@ -49,7 +49,7 @@ class ResolvedLaunch:
         return replace(self, line=line, context=context)
 
     def summary(self) -> str:
-        """What will run, in a few lines."""
+        """Summarise what will run."""
         world = self.context.world_size
         batch, micro = self.config.batch(world), self.config.micro_batch
         accumulation = math.ceil(batch / (micro * world))

@@ -1,4 +1,4 @@
-"""What a run has written down about itself in logs/, and how much memory it took. No torch unless a GPU is asked about.
+"""Files in a run's logs/, and the memory of this process. Imports torch only for a GPU.
 
 metrics.jsonl   a line for each logged step and each validation
 history.jsonl   started, resumed, preempted, failed, finished
@@ -24,7 +24,7 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 
 def read_history(output_dir: Path) -> list[dict]:
-    """What became of the run, oldest first; empty where nothing is written down."""
+    """Read the run's history, oldest first; empty where there is none."""
     file = output_dir / "logs" / "history.jsonl"
     return read_lines(file) if file.is_file() else []
 

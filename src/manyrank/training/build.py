@@ -150,7 +150,7 @@ def _meet(
 
 
 def _with_changes(start: Start, run: dict, config: TrainConfig) -> Start:
-    """With what a resumed run has otherwise than its checkpoint, as it may."""
+    """Add notes about what differs from the checkpoint and may do so."""
     if not start.folder:
         return start
     changed = refuse_changes(start.folder, run, allowed=config.resume_changes)
@@ -207,13 +207,13 @@ def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
 
 
 def _tokenizer(config: TrainConfig, objects: UserObjects) -> PreTrainedTokenizerBase:
-    """That of the recipe's model, or of the run that this one begins from."""
+    """Load the tokenizer of the recipe's model, or of the run that this one starts from."""
     own = artifact.find(config.sft_model).own_tokenizer if config.sft_model else None
     return load_tokenizer(config.model_copy(update={"model_name_or_path": own}) if own else config, objects.tokenizer)
 
 
 def _fingerprint(own: PreTrainedModel | None) -> str | None:
-    """Of a model that a script brings: its shape, and the first values of each tensor. It has no files to tell it by."""
+    """Fingerprint a model that a script passes, which has no files: its shape, and the first values of each tensor."""
     if own is None:
         return None
     digest = hashlib.sha256(own.config.to_json_string().encode())

@@ -1,4 +1,4 @@
-"""How a process of a run ends: exceptions as messages and exit codes, and what a worker that is started anew hears of them."""
+"""The end of a run's process: exceptions as messages and exit codes, also for a worker that is restarted."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_with_exit_codes(work: Callable[[], None], place: Topology) -> int:
 
 
 def for_good(code: int) -> int:
-    """An end that would be the same the next time: workers that are started anew hear of it, see `final_exit_code`."""
+    """Record an exit code that a restart would not change, for `final_exit_code` of restarted workers."""
     if ranks.may_restart():
         _word_file().write_text(str(code))
     return code
@@ -60,7 +60,7 @@ def _word_file() -> Path:
 
 
 def final_exit_code() -> int | None:
-    """With what a worker of this agent has ended for good; a run that was told to stop is not to be started anew.
+    """Return the exit code with which a worker of this agent has ended for good, if one has.
 
     torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
     """
@@ -78,7 +78,7 @@ def say_stopped(rank: int) -> None:
 
 
 def _say(message: object, place: Topology) -> None:
-    """On a machine, local rank 0 speaks for all that fail alike.
+    """Print a message once on each machine: local rank 0 speaks for all that fail alike.
 
     The others give it time: the first process that ends makes the launcher end all. One that is still there after that
     failed alone.

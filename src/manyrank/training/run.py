@@ -1,4 +1,4 @@
-"""One run to its final_model: train, and tell the user what happened. `build` makes it of a recipe."""
+"""Train one run to its final_model, and tell the user what happened. `build` makes the run from a recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .trainer import Trainer
 
 @dataclass
 class TrainingRun:
-    """Everything that one rank has in memory."""
+    """One run on one rank: engine, trainer and what they were made from."""
 
     config: TrainConfig
     engine: Engine

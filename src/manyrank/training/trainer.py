@@ -146,7 +146,7 @@ class Trainer:
         return self.state.global_step >= self.total_steps or self.control.should_training_stop
 
     def train_step(self, step: Step) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
+        """Take one optimizer step over this rank's micro-batches."""
         loss = self.task.forward_backward(step, number=self.state.global_step)
         local = torch.stack(loss.losses).sum()
         wishes = local.new_tensor([float(STOP.requested), float(self.main and self.saver.wished)])
@@ -233,7 +233,7 @@ class Trainer:
         self.control = getattr(self.handler, name)(self.args, self.state, self.control, **kwargs)
 
     def _agree(self) -> None:
-        """What one rank's callback asks for, all do: a user's callback may look at the clock."""
+        """Let all ranks do what one rank's callback asks for: a user's callback may look at the clock."""
         self._in_phase("after the callbacks")
         if self.has_own_callbacks:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")

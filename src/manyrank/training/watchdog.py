@@ -37,7 +37,7 @@ NOTICE = (
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank was at `time`, in seconds since 1970; `count` of the signs that it has given."""
+    """A rank's phase at `time`, in seconds since 1970; `count` numbers its heartbeats."""
 
     count: int
     rank: int
@@ -160,7 +160,7 @@ class Watchdog(threading.Thread):
         return self.heartbeat.last.step == 0 and self.heartbeat.last.phase != DONE
 
     def _notice(self) -> str | None:
-        """What the start waits for, at NOTICE seconds in a phase and at each doubling."""
+        """Name what the start waits for, at NOTICE seconds in a phase and at each doubling."""
         beat, (before, due) = self.heartbeat.last, self.noticed
         due = due if before == beat else NOTICE
         waited = time.time() - beat.time
@@ -172,7 +172,7 @@ class Watchdog(threading.Thread):
         return f"still {beat.phase} after {waited:.0f} s{f': {reason}' if reason else ''}"
 
     def _report(self, found: list[Heartbeat]) -> str | None:
-        """What to say of a rank that hangs, once on each machine; its stacks are asked for."""
+        """Describe a rank that hangs, once on each machine, and ask for its stacks."""
         least, now = min(beat.count for beat in found), time.time()
         named = [beat for beat in found if beat.count == least]  # of several none can be told from the others
         last = max(named, key=lambda beat: beat.time)  # one that has just come there holds nobody up
