@@ -42,10 +42,10 @@ test-nightly: setup  ## what takes minutes each: random kills, stories, benchmar
 
 test-slurm: setup  ## a real SLURM job over two nodes on this machine; as root on Debian, it installs SLURM first
 	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }
-	pytest -m hosts tests/test_slurm.py
+	pytest -m hosts tests/launchers/test_slurm.py
 
 test-faults: setup  ## a run of two processes that is killed KILLS times
-	MANYRANK_KILLS=$(KILLS) pytest -m "" tests/test_faults.py
+	MANYRANK_KILLS=$(KILLS) pytest -m "" tests/checkpoint/test_faults.py
 
 doctor: setup  ## examine this machine: NPROC=, ARGS="my.yaml --json"
 	manyrank doctor $(if $(NPROC),--nproc $(NPROC)) $(ARGS)

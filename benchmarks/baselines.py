@@ -75,7 +75,7 @@ def config(folder: Path, **more):
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:
     from manyrank.tasks.sft import SFT
     from manyrank.topology import ranks
-    from manyrank.training.run import build_run
+    from manyrank.training.build import build_run
 
     chosen = config(folder, max_steps=steps, **more)
     bf16 = computes_in_bf16(chosen.bf16, probe())
@@ -242,10 +242,10 @@ Baseline = Callable[[Path, int, Clock], tuple[list[int], list[float]]]
 BASELINES: dict[str, Baseline] = {
     "dataset": partial(ours, packing="dataset"),
     "step": ours,
-    "step -head": partial(ours, plain_parts=["head"]),
-    "step -lora": partial(ours, plain_parts=["lora"]),
-    "step -attention": partial(ours, plain_parts=["attention"]),
-    "step -all": partial(ours, plain_parts=["head", "lora", "attention"]),
+    "step -head": partial(ours, disable_fused=["lm_head"]),
+    "step -lora": partial(ours, disable_fused=["lora"]),
+    "step -attention": partial(ours, disable_fused=["attention"]),
+    "step -all": partial(ours, disable_fused=["lm_head", "lora", "attention"]),
     "step fp32": partial(ours, bf16=False),
     "padded": partial(ours, packing="none"),
     "padded fp32": partial(ours, packing="none", bf16=False),

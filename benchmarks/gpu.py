@@ -69,7 +69,7 @@ class Case:
 CASES = [
     Case("Llama-3.1-8B", "lora", 2, 4096),
     Case("Llama-3.1-8B", "lora", 2, 4096, by="trl"),
-    Case("Llama-3.1-8B", "lora", 2, 4096, plain=("head",)),
+    Case("Llama-3.1-8B", "lora", 2, 4096, plain=("lm_head",)),
     Case("Llama-3.1-8B", "lora", 2, 4096, plain=("lora",)),
     Case("Llama-3.1-8B", "lora", 2, 4096, "full"),
     Case("Qwen2.5-7B", "qlora", 4, 1024),
@@ -119,7 +119,7 @@ class Bench:
             "data_path": "random",
             "method": self.case.method,
             "gradient_checkpointing": self.case.checkpointing,
-            "plain_parts": list(self.case.plain),
+            "disable_fused": list(self.case.plain),
         }
         return resolve(None, [Entry(key, value, "bench") for key, value in given.items()]).config
 
@@ -160,7 +160,7 @@ class Bench:
         accelerator = Accelerator(mixed_precision="bf16", cpu=self.toy)
         model = with_adapters(base, self.config)
         engine = prepare_engine(accelerator, model, build_optimizer(model, self.config))
-        token_loss = TokenLoss(engine.wrapped, engine.model, fused="head" not in self.case.plain)
+        token_loss = TokenLoss(engine.wrapped, engine.model, fused="lm_head" not in self.case.plain)
         micro = side_by_side(rows).to(self.device)
         for _ in range(STEPS):
             started = self._now()

@@ -22,8 +22,8 @@ from manyrank.config.resolve import Entry, resolve
 from manyrank.runs import run_folder
 from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
-from manyrank.training.exits import leave
-from manyrank.training.run import build_run
+from manyrank.training.build import build_run
+from manyrank.training.exits import exit_now
 
 ROUNDS, STEPS = 5, 10
 HIDDEN, FEED_FORWARD, LAYERS, RANK = 4096, 11008, 32, 16
@@ -89,4 +89,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as folder:
         embedded(Path(folder))
         seven_billion(Path(folder))
-        leave(0)
+        exit_now(0)

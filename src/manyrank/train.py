@@ -27,11 +27,11 @@ from .runs.run_lock import claimed
 from .topology import gpus, ranks, strategy_files
 from .topology.ranks import Topology
 from .topology.strategies import default_strategy, named_strategy
-from .training.exits import for_good, guarded, last_word, leave, say_stopped
-from .training.watchdog import Heart, Watchdog
+from .training.exits import exit_now, final_exit_code, for_good, run_with_exit_codes, say_stopped
+from .training.watchdog import HeartbeatWriter, Watchdog
 
 if TYPE_CHECKING:
-    from .training.session import TrainingRun
+    from .training.run import TrainingRun
     from .training.task import UserObjects
 
 # The last run of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 the user's input is wrong, 76 out of memory, 75 preempted after a complete checkpoint.
     """
-    if (code := last_word()) is not None:
+    if (code := final_exit_code()) is not None:
         return code
     try:
         place = ranks.from_environment()
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
-    return guarded(lambda: _train(argv or sys.argv[1:], place), place)
+    return run_with_exit_codes(lambda: _train(argv or sys.argv[1:], place), place)
 
 
 def _end_start(code: int) -> None:
@@ -81,19 +81,19 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, objects: UserOb
     Raises:
         UserError, NonFiniteError, SaveError, Preempted: see `main` for the exit codes they stand for.
     """
-    config, heart = resolved.config, Heart(place.rank)
-    with Watchdog(heart, patience=config.hang_timeout, notices=place.local_rank == 0):
+    config, heartbeat = resolved.config, HeartbeatWriter(place.rank)
+    with Watchdog(heartbeat, patience=config.hang_timeout, notices=place.local_rank == 0):
         try:
-            heart.beat(0, "checking the recipe, the model's files and the data")
+            heartbeat.beat(0, "checking the recipe, the model's files and the data")
             machine = gpus.probe()
             _check_before_torch(resolved, place, machine, output_dir)
-            heart.beat(0, "waiting for the lock of the run's folder")
+            heartbeat.beat(0, "waiting for the lock of the run's folder")
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
                 if place.is_main and not ranks.restarts():
                     check_new_folder(config, output_dir)  # another run may have ended there meanwhile
-                return _train_checked(resolved, place, machine, output_dir, heart, objects)
+                return _train_checked(resolved, place, machine, output_dir, heartbeat, objects)
         finally:
-            heart.stop()
+            heartbeat.stop()
 
 
 def _train_checked(
@@ -101,17 +101,17 @@ def _train_checked(
     place: Topology,
     machine: gpus.Hardware,
     output_dir: Path,
-    heart: Heart,
+    heartbeat: HeartbeatWriter,
     objects: UserObjects | None,
 ) -> TrainingRun:
     config = resolved.config
-    heart.beat(0, "importing torch and transformers")
+    heartbeat.beat(0, "importing torch and transformers")
     before_imports(machine, expandable=config.expandable_segments)
     import torch
 
     from .tasks import find_task
     from .tools.report.main import make_report
-    from .training.run import build_run
+    from .training.build import build_run
 
     if machine.gpus and not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
@@ -120,10 +120,10 @@ def _train_checked(
     bf16 = gpus.computes_in_bf16(config.bf16, machine)
     try:
         run = build_run(
-            config, place, find_task(config), output_dir=output_dir, bf16=bf16, objects=objects, heart=heart
+            config, place, find_task(config), output_dir=output_dir, bf16=bf16, objects=objects, heartbeat=heartbeat
         )
     except BaseException:
-        heart.withdraw()
+        heartbeat.withdraw()
         raise
     _KEPT[:] = [run] if place.world_size > 1 else []
     try:
@@ -169,4 +169,4 @@ def _write_launch(output_dir: Path, resolved: Resolved) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -1,4 +1,4 @@
-"""Whether and where a run goes on: rank 0 looks, every rank hears the same."""
+"""Where a run resumes: rank 0 looks, and every rank gets the same answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: None at its first step. `notes` are for the user, `run` is the checkpoint's identity."""
+    """The checkpoint that a run starts from, None for a new run. `notes` are for the user, `run` is its identity."""
 
     folder: Path | None
     notes: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Start:
 
 
 def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) -> Start:
-    """Clear away what a killed run left, and find the checkpoint to go on from. All ranks together.
+    """Remove what a killed run left, and find the checkpoint to resume from. All ranks together.
 
     A run that a launcher has started anew after a failure goes on from its newest checkpoint without being told.
 
@@ -62,7 +62,7 @@ def _start(output_dir: Path, places: list[str], *, dry_run: bool) -> Start:
 
 
 def broadcast_from_rank0(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank; a UserError too."""
+    """Run `work` on rank 0 and return its result on every rank; a UserError is raised on every rank."""
     told: list = [None]
     if accelerator.is_main_process:
         try:
@@ -99,7 +99,7 @@ def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerato
 
 
 def base_fingerprint(name: str, commit: str | None) -> str:
-    """What tells a base model from others, wherever it lies: its config, and a piece of each file of weights.
+    """Fingerprint a base model, wherever it lies: its config, and a piece of each file of weights.
 
     Args:
         name: a folder, or a name on the hub.

@@ -1,4 +1,4 @@
-"""When a run saves: on its steps, on a wish, before it stops; and what happens when that fails."""
+"""Saves of a run: at its steps, on request, before it stops; and what follows when one fails."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Saver:
 
     @property
     def wished(self) -> bool:
-        """Whether there is a file SAVE_NOW in the run's folder."""
+        """Whether the run's folder has a file SAVE_NOW."""
         return (self.output_dir / run_folder.SAVE_NOW).exists()
 
     def save(self, step: int, state: dict, *, best: Path | None, must: bool = False) -> bool:

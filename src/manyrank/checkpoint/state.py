@@ -123,7 +123,7 @@ def _write_weights(
         return
     if not adapter:
         state |= _buffers(model)
-    # A frozen second adapter, against which GRPO compares, is none of the result.
+    # A frozen second adapter, with which a task compares, is no part of the result.
     more = {"save_embedding_layers": False, "selected_adapters": ["default"]}
     more = more if adapter else {"save_original_format": portable}
     wanted = sum(tensor.numel() for tensor in state.values())  # saving empties the dictionary

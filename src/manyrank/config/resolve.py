@@ -50,6 +50,7 @@ ALIASES = {
     "resume_from": "resume_from_checkpoint",
     "num_samples": "num_generations",
     "max_new_tokens": "max_completion_length",
+    "plain_parts": "disable_fused",
 }
 
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
@@ -96,7 +97,7 @@ class Resolved:
     origin: dict[str, str] = field(default_factory=dict)
 
     def where(self, *keys: str) -> str:
-        """Where these keys were given, for an error."""
+        """Name the places where these keys were given, for an error."""
         return ", ".join(f"{key} ({self.origin.get(key, 'default')})" for key in keys)
 
     def as_yaml(self) -> str:
@@ -146,7 +147,7 @@ def recipe_of(found: ModelSource) -> TrainConfig | None:
 
 
 def _gone_on_from(entry: Entry, merged: dict[str, Entry]) -> dict[str, Entry]:
-    """With the base of what SFT has made, how it was spoken to, and the shape of its adapter, which cannot be another."""
+    """Add the base of the SFT model, its rendering options, and the shape of its adapter, which cannot change."""
     if not Path(str(entry.value)).expanduser().is_dir():
         fix = "give a run's folder, a checkpoint, an adapter or a merged model"
         raise UserError(f"there is no folder {entry.value!r}", where=entry.where, fix=fix)
@@ -169,7 +170,7 @@ def _gone_on_from(entry: Entry, merged: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _is_same(mine: Entry, theirs: Any) -> bool:
-    """Whether a value fits the adapter; a preset's is for other models, too, and all-linear has come to a list in it."""
+    """Return whether a value fits the adapter. A preset's is for other models, too, and all-linear became a list in it."""
     if mine.where.startswith(str(asset("launch", "recipes"))) or mine.value == "all-linear":
         return True
     if isinstance(theirs, list):
@@ -179,7 +180,7 @@ def _is_same(mine: Entry, theirs: Any) -> bool:
 
 
 def _speech(found: ModelSource) -> dict[str, Any]:
-    """What the recipe of SFT says of rendering; a template of its own is kept with its tokenizer."""
+    """Return the rendering options of the SFT recipe; a template of its own is kept with its tokenizer."""
     recipe = recipe_of(found)
     if not recipe:
         return {}
@@ -254,7 +255,7 @@ def _layers(recipe: str) -> list[list[Entry]]:
 
 
 def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entry]:
-    """One layer's entries under their canonical keys; `method` is what lower layers chose."""
+    """Bring one layer's entries under their canonical keys; `method` is what lower layers chose."""
     found: dict[str, Entry] = {}
     allowed, because = METHODS, []
     for entry in entries:

@@ -54,7 +54,7 @@ class LaunchPlan:
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """What runs on this machine."""
+        """The command of this machine."""
         return self.nodes[self.node_rank]
 
     def __str__(self) -> str:
@@ -66,17 +66,17 @@ class LaunchPlan:
         return variables + shlex.join(self.nodes[node])
 
     def text(self) -> str:
-        """Everything: the command of every machine, and the files."""
+        """Show the command of every machine, and the files."""
         commands = [f"# node {node}\n{self.command(node)}\n" for node in range(len(self.nodes))]
         return "\n".join([*commands, *(file_text(name, content) for name, content in self.files.items())])
 
     def packed(self) -> str:
-        """As one environment variable, of which Linux takes 128 KiB: the command of hundreds of machines."""
+        """Pack the plan into one environment variable, of at most 128 KiB on Linux, also for hundreds of machines."""
         return base64.b64encode(zlib.compress(json.dumps(asdict(self)).encode())).decode()
 
     @classmethod
     def unpacked(cls, text: str) -> LaunchPlan:
-        """What `packed` has made."""
+        """Read what `packed` has made."""
         values = json.loads(zlib.decompress(base64.b64decode(text)))
         return cls(**values | {"nodes": tuple(map(tuple, values["nodes"]))})
 

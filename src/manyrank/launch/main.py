@@ -1,4 +1,4 @@
-"""What a launch leaves open, decided from the plan: the strategy, and a micro-batch of `auto`; then launch.
+"""Launch a recipe: decide a strategy and a micro-batch of `auto` from the plan, then start the processes.
 
 On GPUs `strategy: auto` is the fastest strategy that fits. On CPUs it is single or ddp. A micro-batch of
 `auto` is the fastest that fits, or the largest where no speeds are known; where it does not fit after all, half is tried.
@@ -23,7 +23,7 @@ from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
 from ..topology import gpus
 from ..topology.gpus import Hardware
-from ..training.watchdog import Heart, Watchdog
+from ..training.watchdog import HeartbeatWriter, Watchdog
 from .command import LaunchPlan, choose_output_dir, choose_strategy, plan_launch, run_launch
 
 
@@ -49,7 +49,7 @@ class ResolvedLaunch:
         return replace(self, line=line, context=context)
 
     def summary(self) -> str:
-        """What will run, in a few lines."""
+        """Summarise what will run."""
         world = self.context.world_size
         batch, micro = self.config.batch(world), self.config.micro_batch
         accumulation = math.ceil(batch / (micro * world))
@@ -70,9 +70,9 @@ def train(line: CommandLine) -> int:
     Raises:
         UserError: something is wrong that can be known here.
     """
-    heart = Heart(0)
-    heart.beat(0, "checking the recipe, the model's files and the data")
-    with Watchdog(heart, patience=math.inf, notices=True):
+    heartbeat = HeartbeatWriter(0)
+    heartbeat.beat(0, "checking the recipe, the model's files and the data")
+    with Watchdog(heartbeat, patience=math.inf, notices=True):
         resolved = resolve_launch(line, gpus.probe())
         folder = choose_output_dir(resolved.config, line)
         check_output_dir(resolved.config, Path(folder))

@@ -30,7 +30,7 @@ BODY = "# From here on every job is the same;"  # in launch/slurm.sbatch
 
 @dataclass(frozen=True)
 class Job:
-    """What the machines of a job run, and its file."""
+    """The command of a job's machines, and its file."""
 
     launch: LaunchPlan
     file: Path
@@ -43,7 +43,7 @@ class Job:
         return ("sbatch", "--parsable", str(self.file))
 
     def text(self) -> str:
-        """Everything, as it will run."""
+        """Show the job as it will run."""
         shown = self.launch.text().replace(shlex.quote(ENDPOINT), f'"{ENDPOINT}"')
         return "\n".join([shown, file_text(str(self.file), self.content), f"# submit\n{shlex.join(self.argv)}\n"])
 
@@ -114,7 +114,7 @@ def prepare(line: CommandLine) -> Job:
 
 
 def _note(resolved: Resolved, line: CommandLine) -> str | None:
-    """What to say of a strategy of auto, which needs the GPUs to be decided."""
+    """Note that a strategy of auto is decided on the job's GPUs."""
     if resolved.config.strategy or line.job.gpus == 0 or line.where.nproc == line.where.nnodes == 1:
         return None
     advice = "`manyrank plan --gpu KIND` says what fits"

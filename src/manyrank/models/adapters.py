@@ -73,7 +73,7 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
         adapted = get_peft_model(model, lora)
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
-    if "lora" not in config.plain_parts:
+    if "lora" not in config.disable_fused:
         speed_up(adapted)
     for note in (coverage.of_adapters(adapted, reached), beyond):
         if note:

@@ -227,7 +227,7 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = sil
     """
     reached = reach(model)
     if config.packing != "none":
-        use_packed_attention(model, plain="attention" in config.plain_parts)
+        use_packed_attention(model, plain="attention" in config.disable_fused)
     _checkpoint_layers(model, config.gradient_checkpointing)
     if config.uses_lora:
         model = with_lora(model, config, reached, say)

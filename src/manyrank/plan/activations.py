@@ -9,7 +9,7 @@ For each token of a decoder layer, in the type of computation unless it says flo
     adapters        the thin product of each
     experts         rows for each of a token's experts, and the merged weights of adapted ones
 
-A checkpointed layer keeps its input alone. `tests/test_activations.py` counts what autograd really saves.
+A checkpointed layer keeps its input alone. `tests/plan/test_activations.py` counts what autograd really saves.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _learns(run: PlannedRun, layer: Layer, *names: str) -> int:
 def _inputs(run: PlannedRun, layer: Layer, width: int, *names: str) -> int:
     """Bytes of an input that these matrices share."""
     learn = _learns(run, layer, *names)
-    if "lora" in run.config.plain_parts and not run.full:  # peft casts the input of each adapter for itself
+    if "lora" in run.config.disable_fused and not run.full:  # peft casts the input of each adapter for itself
         mask = 1 if run.config.lora_dropout else 0
         return learn * width * (run.compute + mask)
     if run.config.lora_dropout and not run.full:  # each adapter has dropped inputs of its own, and their mask
@@ -118,7 +118,7 @@ def _attention(run: PlannedRun, layer: Layer) -> int:
     kept += _scores(run, layer)
     # On a GPU in 16 bits all documents are one call, whose output o_proj takes as it is; else those of each are joined.
     joined = not (run.gpu and run.bf16) or run.shape.soft_capped or bool(run.config.lora_dropout)
-    joined = joined or "lora" in run.config.plain_parts
+    joined = joined or "lora" in run.config.disable_fused
     return entries + kept + (_inputs(run, layer, width.output, "o_proj") if joined else 0)
 
 

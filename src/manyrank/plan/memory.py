@@ -270,7 +270,7 @@ def accumulates(run: PlannedRun) -> bool:
 
 
 def _fused(run: PlannedRun) -> bool:
-    return run.shape.head_as_is and "head" not in run.config.plain_parts
+    return run.shape.head_as_is and "lm_head" not in run.config.disable_fused
 
 
 def _head_gradient(run: PlannedRun) -> int:

@@ -260,7 +260,7 @@ def option_values(option: Option, *, tokens: int | None, price: float | None) ->
         "refused": option.refused,
         "per_gpu_bytes": found.peak,
         "parts": dict(found.parts),
-        "plain_per_gpu_bytes": option.plain,  # with --plain_parts head,lora
+        "plain_per_gpu_bytes": option.plain,  # with --disable_fused lm_head,lora
         "peak_moment": found.moment,
         "loading_bytes": found.loading,
         "host_bytes": found.host,

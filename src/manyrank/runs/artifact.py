@@ -1,4 +1,4 @@
-"""What can be named to be used: a base model, a run's folder, a checkpoint, an adapter or a merged model. No torch.
+"""Models by name: a base model, a run's folder, a checkpoint, an adapter or a merged model. No torch.
 
 output/run/               final_model/ of a run, or its newest complete checkpoint
 output/run/checkpoint-50  an adapter or a whole model
@@ -36,18 +36,18 @@ class ModelSource:
 
     @property
     def own_tokenizer(self) -> str | None:
-        """Where a tokenizer of its own is: with the model or the adapter, or in its run; None: it has the base's."""
+        """Folder of a tokenizer that is not the base's: with the model or adapter, or in its run; None: the base's is used."""
         places = [self.adapter or Path(self.base), *([self.run / run_folder.TOKENIZER] if self.run else [])]
         return next((str(place) for place in places if (place / "tokenizer_config.json").is_file()), None)
 
     @property
     def tokenizer(self) -> str:
-        """Where the tokenizer is."""
+        """Folder or name of the tokenizer."""
         return self.own_tokenizer or self.base
 
 
 def find(name: str, *, base: str | None = None) -> ModelSource:
-    """What a name stands for.
+    """Find the model that a name stands for.
 
     Args:
         base: for an adapter, another base than the one that it names.
@@ -78,7 +78,7 @@ def _in_folder(name: str, folder: Path, base: str | None) -> ModelSource:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run that has begun."""
+    """Return whether a folder is that of a run that has begun."""
     begun = ((folder / name).exists() for name in ("final_model", "launch.json"))
     return any(begun) or bool(run_folder.checkpoints(folder))
 
@@ -128,7 +128,7 @@ def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
 
 
 def _working_folders(run: Path | None) -> list[Path]:
-    """Where a run was started, as the output_dir in its config tells, where that is a relative path."""
+    """Yield the folders in which a run may have been started, by the relative output_dir in its config."""
     if not run or not (run / "config.yaml").is_file():
         return []
     config, folder = read_yaml(run / "config.yaml"), run.absolute()

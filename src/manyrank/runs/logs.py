@@ -1,9 +1,9 @@
-"""What a run has written down about itself in logs/, and how much memory it took. No torch unless a GPU is asked about.
+"""Files in a run's logs/, and the memory of this process. Imports torch only for a GPU.
 
 metrics.jsonl   a line for each logged step and each validation
 history.jsonl   started, resumed, preempted, failed, finished
 samples.json    the recipe's questions, with the answers before and after the training
-completions.jsonl   of grpo: some answers of each logged step, with their rewards
+completions.jsonl   some completions of each logged step, with their rewards
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 
 def read_history(output_dir: Path) -> list[dict]:
-    """What became of the run, oldest first; empty where nothing is written down."""
+    """Read the run's history, oldest first; empty where there is none."""
     file = output_dir / "logs" / "history.jsonl"
     return read_lines(file) if file.is_file() else []
 
 
 def read_completions(output_dir: Path) -> list[dict]:
-    """Answers of grpo with their rewards, oldest first; empty where the run has none."""
+    """Completions with their rewards, oldest first; empty where the run has none."""
     file = output_dir / "logs" / COMPLETIONS
     return read_lines(file) if file.is_file() else []
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: `run.lock` says whose it is, also on shared folders that know no flock. No torch.
+"""One run at a time in a folder: `run.lock` names the owner, also on shared folders without flock. No torch.
 
 The owner creates the file and writes a beat into it every BEAT seconds. Whether an owner is alive is told by the process
 table where it ran under the same kernel and in the same process namespace, else by whether its beat changes within DEAD
@@ -47,7 +47,7 @@ class Owner:
         return f"host {self.host}, pid {self.pid}, started {since}"
 
     def is_alive(self) -> bool | None:
-        """Whether it runs, by the process table; None where this process cannot see it."""
+        """Return whether it runs, by the process table; None where this process cannot see it."""
         if self.machine != _machine():
             return None
         import psutil
@@ -151,7 +151,7 @@ def _take_over(output_dir: Path, own: Owner) -> Owner:
 
 
 def _lives(owner: Owner, lock: Path) -> bool:
-    """Whether an owner gives signs of life; waits for one where it runs out of sight."""
+    """Return whether an owner lives; waits for a heartbeat where its process cannot be seen."""
     alive = owner.is_alive()
     if alive is not None:
         return alive
@@ -236,6 +236,6 @@ def _this_process() -> Owner:
 
 
 def _machine() -> str:
-    """What tells a kernel and a process namespace from others; two containers may have one host name."""
+    """Identify a kernel and a process namespace; two containers may have one host name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"

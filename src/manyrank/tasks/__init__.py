@@ -1,4 +1,4 @@
-"""What a run learns from: each task is a file or folder here, behind the interface of `training.task`."""
+"""Tasks: what a run learns from. Each is a file or folder here, behind the interface of `training.task`."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class SFT(Task):
     ) -> None:
         super().attach(engine, tokenizer, output_dir=output_dir, in_phase=in_phase)
         self.device = engine.accelerator.device
-        fused = "head" not in self.config.plain_parts
+        fused = "lm_head" not in self.config.disable_fused
         self.token_loss = TokenLoss(engine.wrapped, engine.model, fused=fused, function=self.objects.loss)
 
     def loader(self, examples: Examples, *, training: bool) -> StepLoader:

@@ -78,7 +78,7 @@ class Progress(ProgressCallback):
 
 
 def build_callbacks(config: TrainConfig, output_dir: Path) -> list[TrainerCallback]:
-    """Everything that listens to a run; trackers only where the recipe asks for them.
+    """Build the callbacks of a run; trackers only where the recipe asks for them.
 
     Raises:
         UserError: one of the recipe's own callbacks cannot be imported.

@@ -1,4 +1,4 @@
-"""One model on the rows of a data set: the loss of each row, and what it answers, with its scores.
+"""Evaluate one model on the rows of a data set: the loss of each row, and its completion with scores.
 
 The loss is the training's own (`data`, `loss`): the same tokens, the same mask. The rows are laid out in batches, longest
 first, and whole batches are dealt to the processes, so that a row is computed in the same company on any number of them.
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are put together, and which of them this process has."""
+    """Layout of rows in batches, and of batches on processes."""
 
     batch_size: int
     place: Topology
@@ -113,7 +113,7 @@ def _packed(model) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """How a model answers, and how its answers are scored."""
+    """Sampling, rendering and scores of an evaluation's completions."""
 
     sampling: Sampling
     options: RenderOptions

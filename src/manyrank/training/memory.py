@@ -1,4 +1,4 @@
-"""The plan inside a run: settle what the recipe leaves to it, and hold it against what was measured."""
+"""The plan inside a run: settle what the recipe leaves open, and compare planned with measured memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 def plan_run(
     config: TrainConfig, accelerator: Accelerator, place: Topology, model_config: dict, *, bf16: bool
 ) -> PlannedRun | None:
-    """What this run comes to; None where the model's config cannot be read.
+    """Plan this run; None where the model's config cannot be read.
 
     Args:
         model_config: the content of the model's config.json.
@@ -62,7 +62,7 @@ def _least_memory(accelerator: Accelerator) -> int:
 
 
 def describe_checkpointing(run: PlannedRun, config: TrainConfig) -> str | None:
-    """What was settled that the recipe left open."""
+    """Describe the recomputed layers that the plan has settled, if the recipe left them open."""
     found = run.config.gradient_checkpointing
     if config.gradient_checkpointing != "auto" or found == "off":
         return None
@@ -100,7 +100,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(run: PlannedRun, *, step: int, measured: int) -> OutOfMemory:
-    """What the plan said, what was there, and what to change.
+    """Make the error of a run that is out of memory: what was planned, what was used, and what to change.
 
     Args:
         measured: bytes that this process held at most.
@@ -120,7 +120,7 @@ def _most(planned: memory.Memory) -> str:
 
 
 def _ways(run: PlannedRun) -> list[str]:
-    """Changes that need less memory, with what the plan says of them."""
+    """List changes that need less memory, with their planned memory."""
     config, here = run.config, memory.estimate(run).peak
     changes = {}
     if config.per_device_train_batch_size > 1:

@@ -1,4 +1,4 @@
-"""What a line of metrics says beside loss and learning rate: rates, use of the GPU, padding, memory, time left."""
+"""Metrics beside loss and learning rate: rates, MFU, padding, memory, time left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..topology.gpus import GpuKind
 
 @dataclass
 class Window:
-    """What was done since the last line of metrics. Counts are over all ranks, `seconds` of whole steps."""
+    """Sums since the last line of metrics. Counts are over all ranks, `seconds` of whole steps."""
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -40,7 +40,7 @@ class Meter:
         self.window = Window()
 
     def add(self, step: Step, loss: float, seconds: float) -> None:
-        """One step, its mean loss, and how long it took."""
+        """Add a step with its mean loss and its seconds."""
         window = self.window
         window.losses.append(loss)
         window.seconds += seconds
@@ -52,11 +52,11 @@ class Meter:
 
     @property
     def loss(self) -> float:
-        """Mean over the steps since the last line."""
+        """Mean loss of the steps since the last line."""
         return sum(self.window.losses) / len(self.window.losses)
 
     def rates(self, *, steps_left: int) -> dict[str, float]:
-        """Since the last line; then a new one begins.
+        """Return the rates since the last line, and begin a new window.
 
         Returns:
             Rates a second over all ranks; `mfu`, the share of the GPUs' rate that went into needed operations, where the
@@ -88,7 +88,7 @@ class Meter:
         return {"mfu": round(operations / window.seconds / rate, 4)}
 
     def state(self) -> dict:
-        """What a checkpoint keeps, for JSON."""
+        """Return the window as JSON values, for a checkpoint."""
         return asdict(self.window)
 
     def restore(self, state: dict) -> None:

@@ -81,7 +81,7 @@ def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _sensitivity(wrapped: torch.nn.Module, base: PreTrainedModel, ids: torch.Tensor, wanted: torch.Tensor) -> float:
-    """How far the logits move when embeddings are rounded once more; experts that change make it much."""
+    """Measure how far the logits move when embeddings are rounded once more; a change of experts makes it large."""
 
     def rounded(module, given, out: torch.Tensor) -> torch.Tensor:
         sign = 1 - 2 * (torch.arange(out.numel(), device=out.device).view(out.shape) % 2)

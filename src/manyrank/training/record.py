@@ -1,4 +1,4 @@
-"""What a session writes down for its report, on rank 0: what came up, the data, the versions, and how it ended."""
+"""The facts that rank 0 writes for the report: the active strategy, the data, versions, and how the run ended."""
 
 from __future__ import annotations
 

@@ -1,266 +1,211 @@
-"""A recipe to a run: start the strategy, read the data, load and wrap the model, and set up its trainer."""
+"""Train one run to its final_model, and tell the user what happened. `build` makes the run from a recipe."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint.resume import Start, base_fingerprint, find_start
-from ..config.identity import batch_per_process, identity, refuse_changes
+from ..chat_template.render import render_options
+from ..checkpoint.resume import Start, broadcast_from_rank0
+from ..checkpoint.state import save_weights
 from ..config.resolve import TrainConfig
-from ..data.dataset import Examples, prepare
-from ..models.adapters import remove_adapters
-from ..models.load import (
-    fitted,
-    load_model,
-    load_tokenizer,
-    plan_load,
-    read_config,
-    resolve_name,
-    with_adapters,
-)
-from ..parallel import compile_locks
-from ..parallel.accelerator import start_accelerator
-from ..parallel.engine import prepare_engine
+from ..errors import Preempted, SaveError
+from ..models.generate import generate_completions
+from ..models.load import evaluation_mode
+from ..parallel.engine import Engine, StrategyInfo
 from ..plan.planned_run import PlannedRun
-from ..runs import artifact
-from ..topology.ranks import Topology
-from . import trackers
-from .memory import describe_checkpointing, plan_run
-from .metrics import Meter, kind_of
-from .optim import build_optimizer
-from .session import TrainingRun
-from .task import Task, UserObjects
+from ..rules.check import warnings_of_length
+from ..runs import logs, run_folder
+from . import record, trackers
+from .memory import compare_with_measured, is_out_of_memory, out_of_memory
 from .trainer import Trainer
-from .watchdog import Heart
 
 
-def build_run(
-    config: TrainConfig,
-    place: Topology,
-    kind: type[Task],
-    *,
-    output_dir: Path,
-    bf16: bool,
-    objects: UserObjects | None = None,
-    heart: Heart | None = None,
-) -> TrainingRun:
-    """Start the strategy, read the data, load and wrap the model.
+@dataclass
+class TrainingRun:
+    """One run on one rank: engine, trainer and what they were made from."""
 
-    Args:
-        kind: what the run learns from (`tasks.find_task`).
-        heart: of a run that has `output_dir` for itself; its signs of life are written there once all ranks have met.
+    config: TrainConfig
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    trainer: Trainer
+    output_dir: Path
+    start: Start
+    planned: PlannedRun | None
+    own_tokenizer: bool  # a script has brought it
+    give_back: Callable[[], None]  # what a script has brought, as it was
 
-    Raises:
-        UserError: something that only shows now is wrong: a row, the model, a checkpoint.
-    """
-    objects = objects or UserObjects()
-    with _restored_on_failure(objects.model):
-        return _build(config, place, kind, output_dir, objects, heart, bf16=bf16)
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.engine.accelerator
 
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, flush=True)
 
-def _build(
-    config: TrainConfig,
-    place: Topology,
-    kind: type[Task],
-    output_dir: Path,
-    objects: UserObjects,
-    heart: Heart | None,
-    *,
-    bf16: bool,
-) -> TrainingRun:
-    _prepare_environment(config, place, output_dir)
-    own_folder, heart = output_dir if heart and not config.dry_run else None, heart or Heart(place.rank)
-    heart.beat(0, "loading the tokenizer")
-    tokenizer = _tokenizer(config, objects)
-    accelerator = _meet(config, place, heart, own_folder, bf16=bf16)
-    start = find_start(config, output_dir, accelerator)
-    per_process = batch_per_process(config)
-    config, needed = _amounts(config, kind, start, accelerator.num_processes)
-    config, planned = _plan(config, accelerator, place, objects.model, bf16=bf16)
-    task = kind(config, objects)
-    heart.beat(0, "reading and tokenising the data")
-    train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
-    if accelerator.is_main_process:
-        _tell(config, train, evaluation)
-    base, give_back = _fingerprint(objects.model), _lent(objects.model)
-    heart.beat(0, "loading the model")
-    model = _model(config, accelerator, objects.model, bf16=bf16)
-    task.prepare_model(model, accelerator, tokenizer, bf16=bf16)
-    _check_alike(model, accelerator)
-    with heart.waiting("distributing the model and the optimizer", compile_locks.explain):
-        engine = prepare_engine(accelerator, model, build_optimizer(model, config))
-    torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
-    commit = getattr(model.config, "_commit_hash", None)
-    run = identity(
-        config,
-        **task.identity(),
-        model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
-        loss=objects.loss and f"{objects.loss.__module__}.{objects.loss.__qualname__}",
-        data=train.fingerprint,
-        global_batch_size=config.batch(accelerator.num_processes),
-        # What stands beside a global batch is only how it is laid out.
-        batch_per_process=per_process or start.run.get("batch_per_process"),
-        needed=needed,
-        examples=len(train),
-        tokens=int(train.lengths.sum()),
-        bf16=bf16,
-    )
-    meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
-    given = {"output_dir": output_dir, "callbacks": objects.callbacks, "heart": heart}
-    trainer = Trainer(config, engine, tokenizer, task, train, evaluation, run=run, meter=meter, **given)
-    heart.beat(0, "trying the loss on a small example")
-    task.check(bf16=bf16)
-    start = _with_changes(start, trainer.run, config)
-    if accelerator.is_main_process and (line := task.describe(trainer.loader)):
-        print(line, flush=True)
-    own_tokenizer = objects.tokenizer is not None
-    return TrainingRun(config, engine, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
+    def _starts(self, phase: str) -> None:
+        """A sign of life before the first step."""
+        if self.trainer.heartbeat:
+            self.trainer.heartbeat.beat(0, phase)
 
+    def dry_run(self) -> None:
+        """Load everything, one step forward and backward, save nothing."""
+        for warning in warnings_of_length(self.config, self.trainer.total_steps):
+            self.say(warning)
+        started = time.perf_counter()
+        result = self.trainer.dry_step()
+        facts = self.engine.facts()
+        peak = logs.peak_memory(self.accelerator.device.type)
+        self.say(
+            f"dry run: strategy came up as {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
+            f"{self.trainer.total_steps} steps of {self.config.batch(facts.world_size)} examples would follow\n"
+            f"dry run: one step, {result.tokens:,} tokens, loss {result.loss:.4f}, {time.perf_counter() - started:.1f} s, "
+            f"peak memory {peak / 2**30:.2f} GiB a process; nothing was saved"
+        )
 
-def _amounts(config: TrainConfig, kind: type[Task], start: Start, processes: int) -> tuple[TrainConfig, int | None]:
-    """The recipe with the batch that a resumed run is bound to, and the examples that the run needs."""
-    if not start.folder:
-        return config, _needed(config, kind, processes)
-    if config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
-        config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
-    return config, start.run["needed"]
+    def run(self, report: Callable[[Path], Path | None] = lambda folder: None) -> None:
+        """Train, save final_model, show the answers to the recipe's questions before and after.
 
+        Args:
+            report: makes the page of a run that has ended, in its folder.
+        """
+        for note in (*self.start.notes, *warnings_of_length(self.config, self.trainer.total_steps)):
+            self.say(note)
+        if self.start.folder:
+            self._starts(f"resuming from {self.start.folder}")
+            self.trainer.resume(self.start.folder)
+            self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
+        facts = self._write_facts()
+        with self._recorded(facts, report):
+            try:
+                with self._explained():
+                    before = self._before()
+                    self.trainer.train()
+                    final = self.save_final_model()
+                    after = self._answers()
+            except Preempted:
+                self._compare()
+                raise
+            self._tell(before, after, final)
+            self._compare()
+        if self.accelerator.is_main_process and (page := report(self.output_dir)):
+            self.say(f"report: {page}")
+        self.accelerator.wait_for_everyone()
 
-def _meet(config: TrainConfig, place: Topology, heart: Heart, folder: Path | None, *, bf16: bool) -> Accelerator:
-    """Start the strategy; from then on the signs of life are written into the folder, if this run has one for itself."""
-    with heart.waiting(f"waiting for all {place.world_size} processes to meet", compile_locks.explain):
-        accelerator = start_accelerator(config, place, bf16=bf16)
-    if folder:
-        heart.attach(folder)
-    heart.beat(0, "looking for a checkpoint")
-    return accelerator
+    def _tell(self, before: list[str], after: list[str], final: Path) -> None:
+        for question, old, new in zip(self.config.sample_questions, before, after):
+            self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
+        self.say(f"\nfinal model: {final}")
+        if self.accelerator.is_main_process and before:
+            with logs.warn_on_write_error():
+                logs.write_samples(self.output_dir, self.config.sample_questions, before, after)
 
+    def _compare(self) -> None:
+        with logs.warn_on_write_error():
+            if (
+                self.planned
+                and self.accelerator.is_main_process
+                and (line := compare_with_measured(self.planned, self.output_dir))
+            ):
+                self.say(line)
 
-def _with_changes(start: Start, run: dict, config: TrainConfig) -> Start:
-    """With what a resumed run has otherwise than its checkpoint, as it may."""
-    if not start.folder:
-        return start
-    changed = refuse_changes(start.folder, run, allowed=config.resume_changes)
-    return replace(start, notes=(*start.notes, *(f"changed, as allowed: {change}" for change in changed)))
+    def _recorded(self, facts: StrategyInfo, report: Callable[[Path], object]) -> contextlib.AbstractContextManager:
+        """The run's history, on rank 0."""
+        if not self.accelerator.is_main_process:
+            return contextlib.nullcontext()
+        return record.history(
+            self.output_dir,
+            step=lambda: self.trainer.state.global_step,
+            event="resumed" if self.start.folder else "started",
+            failed=report,
+            processes=self.accelerator.num_processes,
+            total_steps=self.trainer.total_steps,
+            wrapper=facts.wrapper,
+        )
 
+    @contextlib.contextmanager
+    def _explained(self):
+        """Being out of memory, with what the plan says of it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.planned is None or not is_out_of_memory(error):
+                raise
+            held = logs.peak_memory(self.accelerator.device.type)
+            raise out_of_memory(self.planned, step=self.trainer.state.global_step + 1, measured=held) from None
 
-def _tell(config: TrainConfig, train: Examples, evaluation: Examples | None) -> None:
-    print(f"training data: {train.describe()}", flush=True)
-    if evaluation:
-        print(f"validation data: {evaluation.describe()}", flush=True)
-    if config.trust_remote_code:
-        print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
+    def save_final_model(self) -> Path:
+        """Write final_model/, complete or not at all."""
+        final, partial = self.output_dir / "final_model", self.output_dir / "final_model.partial"
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        bf16 = self.engine.facts().precision == "bf16"
+        dtype = torch.bfloat16 if self.config.method == "full" and bf16 else None
+        try:
+            save_weights(self.engine, partial, dtype=dtype, also=lambda: self.tokenizer.save_pretrained(partial))
+        except SaveError as error:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise SaveError(f"final_model could not be written: {error}") from None
+        if main:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        self.accelerator.wait_for_everyone()
+        return final
 
+    def close(self) -> None:
+        """Leave the process group; after an error, without waiting for the others."""
+        self.give_back()
+        self.trainer.task.close()
+        self.accelerator.end_training()
 
-def _plan(
-    config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, bf16: bool
-) -> tuple[TrainConfig, PlannedRun | None]:
-    """The recipe with the recomputed layers that the plan settles, and the plan where there is one."""
-    shape = own.config.to_dict() if own else read_config(config)
-    planned = plan_run(config, accelerator, place, shape, bf16=bf16)
-    if planned is None:
-        return config, None
-    if accelerator.is_main_process and (note := describe_checkpointing(planned, config)):
-        print(note, flush=True)
-    settled = planned.config.gradient_checkpointing
-    return config.model_copy(update={"gradient_checkpointing": settled}), planned
+    def _before(self) -> list[str]:
+        """The answers before the training; a resumed run has them from its first start."""
+        questions, main = self.config.sample_questions, self.accelerator.is_main_process
+        kept = broadcast_from_rank0(self.accelerator, lambda: logs.read_samples(self.output_dir) or [])
+        if kept and self.start.folder and [entry["question"] for entry in kept] == questions:
+            return [entry["before"] for entry in kept]
+        self._starts("answering the sample questions")
+        found = self._answers()
+        if main and found:
+            with logs.warn_on_write_error():
+                logs.write_samples(self.output_dir, questions, found)
+        return found
 
+    def _answers(self) -> list[str]:
+        if not self.config.sample_questions:
+            return []
+        with evaluation_mode(self.engine.wrapped):
+            return generate_completions(
+                self.engine.wrapped,
+                self.engine.model,
+                self.tokenizer,
+                self.config.sample_questions,
+                options=render_options(self.config),
+                max_new_tokens=self.config.sample_max_new_tokens,
+            )
 
-def _model(
-    config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, bf16: bool
-) -> torch.nn.Module:
-    def say(line: str) -> None:
-        if accelerator.is_main_process:
-            print(line, flush=True)
-
-    if own:
-        return with_adapters(fitted(own, config, bf16=bf16, say=say), config, say=say)
-    return load_model(plan_load(config, accelerator, bf16=bf16), config, say=say)
-
-
-def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Raise where ranks train other parameters: each has looked by itself at what a text reaches."""
-    names = "\n".join(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    digests = gather_object([hashlib.sha256(names.encode()).hexdigest()])
-    if len(set(digests)) > 1:
-        raise RuntimeError(f"ranks have other trained parameters than rank {accelerator.process_index}: {digests}")
-
-
-def _tokenizer(config: TrainConfig, objects: UserObjects) -> PreTrainedTokenizerBase:
-    """That of the recipe's model, or of the run that this one begins from."""
-    own = artifact.find(config.sft_model).own_tokenizer if config.sft_model else None
-    return load_tokenizer(config.model_copy(update={"model_name_or_path": own}) if own else config, objects.tokenizer)
-
-
-def _fingerprint(own: PreTrainedModel | None) -> str | None:
-    """Of a model that a script brings: its shape, and the first values of each tensor. It has no files to tell it by."""
-    if own is None:
-        return None
-    digest = hashlib.sha256(own.config.to_json_string().encode())
-    for parameter in own.parameters():
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
-    """Return what gives a script's model its attention back; the training's knows no key-value cache."""
-    if own is None:
-        return lambda: None
-    before = own.config._attn_implementation
-    return lambda: own.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def _restored_on_failure(own: PreTrainedModel | None) -> Iterator[None]:
-    """If the session cannot be opened, a script's model has no adapters and its own attention again."""
-    if own is None or hasattr(own, "peft_config"):  # which is refused as it is
-        yield
-        return
-    give_back = _lent(own)
-    trained = [(parameter, parameter.requires_grad) for parameter in own.parameters()]
-    try:
-        yield
-    except BaseException:
-        give_back()
-        remove_adapters(own)
-        vars(own.get_output_embeddings() or own).pop("forward", None)  # the fused one
-        for parameter, before in trained:
-            parameter.requires_grad_(before)
-        raise
+    def _write_facts(self) -> StrategyInfo:
+        facts = self.engine.facts()
+        if self.accelerator.is_main_process:
+            evaluation = self.trainer.eval_loader and self.trainer.eval_loader.examples
+            with run_folder.writable(self.output_dir):
+                record.write_tokenizer(self.tokenizer if self.own_tokenizer else None, self.output_dir)
+                record.write_facts(self.config, self.output_dir, facts, self.trainer.loader.examples, evaluation)
+                trackers.continue_run(self.config, self.output_dir)
+                logs.rewind(self.output_dir, self.trainer.state.global_step)
+        return facts
 
 
-def _needed(config: TrainConfig, kind: type[Task], world: int) -> int | None:
-    """The examples that a short run will see: it does not tokenise more. None: all."""
-    whole = config.eval_split or config.packing == "dataset" or config.max_steps <= 0
-    return None if whole else kind.rows_needed(config, config.max_steps * config.batch(world))
-
-
-def _data(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None
-) -> tuple[Examples, Examples | None]:
-    """The examples to train on and to validate with."""
-    train, evaluation = prepare(config.data_path, tokenizer, config, needed=needed), None
-    if config.eval_split:
-        train, evaluation = train.split(config.eval_split)
-    elif config.eval_data_path:
-        evaluation = prepare(config.eval_data_path, tokenizer, config)
-    return train, evaluation
-
-
-def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:
-    transformers_logging.disable_progress_bar()  # of reading weights, once for each rank
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
-    if not place.is_main:
-        transformers_logging.set_verbosity_error()  # what all ranks would say alike
-    trackers.prepare(config, output_dir)
+def _one_line(text: str) -> str:
+    return " / ".join(line for line in text.splitlines() if line.strip())

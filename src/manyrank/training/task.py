@@ -1,4 +1,4 @@
-"""What a run learns from, as the loop knows it. `tasks` holds the kinds; their methods are called in this order:
+"""The interface between the training loop and a task; `tasks` holds the tasks. Methods are called in this order:
 
 select_examples -> prepare_model -> (the strategy wraps the model) -> attach -> loader -> check
 a step          forward_backward        a line of metrics   metrics
@@ -64,7 +64,7 @@ class StepLoss:
 
 
 class Task(ABC):
-    """One run's task.
+    """Base class of tasks: what a run learns from.
 
     Args:
         config: the recipe, with everything settled that a launch decides.
@@ -81,7 +81,7 @@ class Task(ABC):
 
     @staticmethod
     def rows_needed(config: TrainConfig, batch: int) -> int:
-        """How many rows of data fill so many places of a batch."""
+        """Count the rows of data that fill so many places of a batch."""
         return batch
 
     @abstractmethod
@@ -138,7 +138,7 @@ class Task(ABC):
         return {}
 
     def state(self) -> dict:
-        """What a checkpoint keeps of the task between two lines of metrics, as JSON values."""
+        """Return the task's state for a checkpoint, as JSON values."""
         return {}
 
     def restore(self, state: dict) -> None:

@@ -1,4 +1,4 @@
-"""Where transformers' tracker callbacks write: they look it up in the environment. No torch.
+"""The environment from which transformers' tracker callbacks read where to write. No torch.
 
 W&B        its files in the run's folder, project and tags from the recipe; a resumed run goes on as the same W&B run
 MLflow     where MLFLOW_TRACKING_URI says, else where MLflow itself would write; a resumed run goes on as the same one

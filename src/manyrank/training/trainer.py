@@ -31,7 +31,7 @@ from .metrics import Meter
 from .non_finite import name_rows
 from .optim import advance, build_schedule, total_steps
 from .task import StepLoss, Task
-from .watchdog import Heart
+from .watchdog import HeartbeatWriter
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Trainer:
         output_dir: the run's folder; made when the training begins.
         run: the values that a resumed run must share with this one.
         meter: measures the steps.
-        callbacks: of a script, beside those of the recipe. heart: gives this rank's signs of life.
+        callbacks: of a script, beside those of the recipe. heartbeat: gives this rank's signs of life.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Trainer:
         run: dict,
         meter: Meter,
         callbacks: Sequence[TrainerCallback] = (),
-        heart: Heart | None = None,
+        heartbeat: HeartbeatWriter | None = None,
     ) -> None:
         self.config, self.engine, self.task = config, engine, task
-        self.output_dir, self.meter, self.heart = output_dir, meter, heart
+        self.output_dir, self.meter, self.heartbeat = output_dir, meter, heartbeat
         self.has_own_callbacks = bool(config.callbacks or callbacks)
         accelerator = engine.accelerator
         self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
@@ -115,8 +115,8 @@ class Trainer:
 
     def _in_phase(self, phase: str) -> None:
         """A sign of life. Each rank gives the same ones, one at the latest before it waits for the others."""
-        if self.heart:
-            self.heart.beat(self.state.global_step + 1, phase)
+        if self.heartbeat:
+            self.heartbeat.beat(self.state.global_step + 1, phase)
 
     def _loop(self) -> None:
         steps = Prefetcher(self.loader)
@@ -146,7 +146,7 @@ class Trainer:
         return self.state.global_step >= self.total_steps or self.control.should_training_stop
 
     def train_step(self, step: Step) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
+        """Take one optimizer step over this rank's micro-batches."""
         loss = self.task.forward_backward(step, number=self.state.global_step)
         local = torch.stack(loss.losses).sum()
         wishes = local.new_tensor([float(STOP.requested), float(self.main and self.saver.wished)])
@@ -233,7 +233,7 @@ class Trainer:
         self.control = getattr(self.handler, name)(self.args, self.state, self.control, **kwargs)
 
     def _agree(self) -> None:
-        """What one rank's callback asks for, all do: a user's callback may look at the clock."""
+        """Let all ranks do what one rank's callback asks for: a user's callback may look at the clock."""
         self._in_phase("after the callbacks")
         if self.has_own_callbacks:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")

@@ -1,4 +1,4 @@
-"""Which prompts a step of GRPO has, and which rank completes them."""
+"""The prompts of a GRPO step, and the ranks that complete them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...data.loader import MicroBatch, epoch_order
 
 @dataclass
 class PromptStep:
-    """One optimizer step: the questions that this rank answers, and counts over all ranks, known once it has.
+    """One optimizer step: the questions of this rank, and counts over all ranks that are known after generation.
 
     Attributes:
         numbers: of the questions, once for each completion.

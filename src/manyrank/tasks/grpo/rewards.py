@@ -32,7 +32,7 @@ def reward_functions(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> list[Callable]:
-    """In the form that trl calls: token ids of completions and the numbers of their questions, to a score each."""
+    """Make the functions that trl calls: token ids of completions and the numbers of their questions, to a score each."""
     scores = scorers(rewards)
     return [
         _with_model(reward, config, questions, tokenizer, device)
@@ -94,7 +94,7 @@ def _with_model(
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, completions: list[list[int]]) -> list[str]:
-    """With their thinking, which trl takes out of what it calls completions for some tokenizers."""
+    """Decode completions with their thinking, which trl removes for some tokenizers."""
     return [text.strip() for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
 
 

@@ -127,7 +127,7 @@ class TrlStep(GRPOTrainer):
         return self.compute_loss(self.model_wrapped, inputs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
-        """As SFT renders them; trl would read special tokens in a user's words as such."""
+        """Render prompts as SFT does; trl would read special tokens in a user's words as such."""
         return [prompt_ids(self._tokenizer, prompt, options=self.rendering) for prompt in prompts], None, {}
 
     @contextlib.contextmanager
@@ -152,7 +152,7 @@ class TrlStep(GRPOTrainer):
 
     @property
     def unmeasured(self) -> dict[str, list[float]]:
-        """What the next call of `measured` takes the means of; a checkpoint keeps it."""
+        """The values whose means the next call of `measured` returns; a checkpoint keeps them."""
         return dict(self._metrics["train"])
 
     @unmeasured.setter
@@ -161,7 +161,7 @@ class TrlStep(GRPOTrainer):
         self._metrics["train"].update(values)
 
     def validated(self, completions: int) -> dict[str, list[float]]:
-        """By name, the rewards of the first completions of the last step, over all ranks; trl's means of it are dropped."""
+        """Return the rewards of the last step's first completions over all ranks, by name, and drop trl's means."""
         self._metrics["eval"].clear()
         return {name: list(values)[:completions] for name, values in self._logs["rewards"].items()}
 
@@ -183,7 +183,7 @@ class TrlStep(GRPOTrainer):
 
 
 def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, *, bf16: bool) -> dict:
-    """The recipe in trl's words."""
+    """Translate the recipe into trl's options."""
     vllm = {
         "use_vllm": True,
         "vllm_mode": config.use_vllm,

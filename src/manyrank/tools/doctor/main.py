@@ -32,7 +32,7 @@ from ...runs.run_folder import HEARTBEATS
 from ...runs.versions import software
 from ...topology.gpus import probe
 from ...topology.strategies import EngineKind
-from ...training.watchdog import DONE, Beat, beats
+from ...training.watchdog import DONE, Heartbeat, beats
 from . import machine, recipe
 from .checks import Check, State, counted, failed, ok
 from .launch import LAUNCHER_LOG, Ended, run
@@ -228,7 +228,7 @@ def _of_ranks(ended: Ended, folder: Path, *, ranks: int, machines: int) -> Itera
         yield Check("not reached", State.WARNING, ", ".join(later))
 
 
-def _why(ended: Ended, stage: str, behind: Sequence[Beat], problem: dict[str, str] | None) -> tuple[str, str]:
+def _why(ended: Ended, stage: str, behind: Sequence[Heartbeat], problem: dict[str, str] | None) -> tuple[str, str]:
     """What a stage failed by, and the fix.
 
     Args:

@@ -25,7 +25,7 @@ from ...signals import end_with_parent
 from ...topology import gpus, ranks
 from ...topology.ranks import Topology
 from ...topology.strategies import default_strategy
-from ...training.exits import guarded, leave
+from ...training.exits import exit_now, run_with_exit_codes
 from . import lm_eval
 from .plan import DATA_KEYS, Weights, plan_evaluation, recipes_of, resolve_data
 
@@ -124,7 +124,7 @@ def rank_main(argv: Sequence[str]) -> int:
     place = ranks.from_environment()
     before_imports(gpus.probe())
     options = parse(json.loads(argv[0]))
-    return guarded(lambda: evaluate(options, place, options.output), place)
+    return run_with_exit_codes(lambda: evaluate(options, place, options.output), place)
 
 
 def evaluate(options: argparse.Namespace, place: Topology, output: Path) -> None:
@@ -289,4 +289,4 @@ def _number(kind: type, least: float):
 
 
 if __name__ == "__main__":
-    leave(rank_main(sys.argv[1:]))
+    exit_now(rank_main(sys.argv[1:]))

@@ -31,7 +31,7 @@ class RunRecord:
         config: by key, the value as YAML and where it came from.
         lines: of metrics.jsonl. history: what became of the run.
         data, memory, versions: what logs/ has of these; empty where it has none.
-        samples: question, before, after. completions: of grpo, some answers of each logged step.
+        samples: question, before, after. completions: some of each logged step, with their rewards.
         command, plan: how it was launched; the plan with every file.
         unread: files that are there and cannot be read.
     """
