@@ -28,7 +28,7 @@ from manyrank.models.spec import from_config
 from manyrank.plan import memory
 from manyrank.plan.planned_run import PlannedRun
 from manyrank.rules.context import RunContext
-from manyrank.topology.gpus import Gpu, Hardware, probe
+from manyrank.topology.gpus import planned_hardware, probe
 from manyrank.topology.strategies import default_strategy
 
 MARK = "CASE "
@@ -250,9 +250,7 @@ class Bench:
             }
         )
         shape = from_config(self._shape(), name=self.case.model)
-        gpus = () if self.toy else (Gpu("this one", 0, (9, 0)),)
-        machine = Hardware(gpus, cpu_cores=1, cpu_bf16=True)
-        context = RunContext(Resolved(config), default_strategy(1), 1, 1, machine)
+        context = RunContext(Resolved(config), default_strategy(1), 1, 1, planned_hardware(0 if self.toy else 1))
         parts = memory.estimate(PlannedRun(context, shape)).parts
         return sum(size for name, size in parts.items() if name not in ("context", "slack"))
 

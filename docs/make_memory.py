@@ -12,7 +12,7 @@ from manyrank.models.catalog import read
 from manyrank.plan.memory import estimate
 from manyrank.plan.planned_run import PlannedRun
 from manyrank.rules.context import RunContext
-from manyrank.topology.gpus import Gpu, Hardware
+from manyrank.topology.gpus import planned_hardware
 from manyrank.topology.strategies import STRATEGIES
 
 FILE = Path(__file__).with_name("memory.md")
@@ -75,8 +75,7 @@ def _planned(row: dict[str, str]) -> int:
         values["lora_target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     config = resolve(None, [Entry(key, value, "published_memory.csv") for key, value in values.items()]).config
     nproc = int(row["nproc"])
-    machine = Hardware((Gpu("of the source", 0, (9, 0)),) * nproc, cpu_cores=nproc, cpu_bf16=True)
-    context = RunContext(Resolved(config), STRATEGIES[row["strategy"]], nproc, nproc, machine)
+    context = RunContext(Resolved(config), STRATEGIES[row["strategy"]], nproc, nproc, planned_hardware(nproc))
     return estimate(PlannedRun(context, read(row["model"]))).peak
 
 

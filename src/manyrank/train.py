@@ -26,7 +26,7 @@ from .runs.run_folder import LAUNCH_FOLDER, writable
 from .runs.run_lock import claimed
 from .topology import gpus, ranks, strategy_files
 from .topology.ranks import Topology
-from .topology.strategies import STRATEGIES, default_strategy
+from .topology.strategies import default_strategy, named_strategy
 from .training.exits import exit_now, final_exit_code, for_good, run_with_exit_codes, say_stopped
 from .training.watchdog import HeartbeatWriter, Watchdog
 
@@ -141,8 +141,8 @@ def _train_checked(
 
 def _check_before_torch(resolved: Resolved, place: Topology, machine: gpus.Hardware, output_dir: Path) -> None:
     launched = strategy_files.from_environment()
-    named = resolved.config.strategy
-    strategy = STRATEGIES[named] if named else (launched and launched.strategy) or default_strategy(place.world_size)
+    named = named_strategy(resolved.config.strategy) or (launched and launched.strategy)
+    strategy = named or default_strategy(place.world_size)
     context = RunContext(
         resolved,
         strategy,

@@ -236,7 +236,7 @@ def test_most_of_a_base_in_full_precision_is_refused(tmp_path):
     skip = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["gate_proj", "up_proj", "down_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=skip, device_map="cpu")
     with pytest.raises(UserError, match="of the weights are not quantised"):
-        check_quantised(model, asked="method qlora", where="method", fix="use lora")
+        check_quantised(model, method="method qlora", where="method", fix="use lora", say=print)
 
 
 def test_a_model_to_use_is_looked_at_too(tmp_path, embedded_model):

@@ -155,10 +155,7 @@ def _processes(source: Source) -> int:
 
 
 def _fingerprint(source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | None) -> str:
-    state = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    digest = hashlib.sha256(state.encode())
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     what = [
         fingerprint(source),
         source.path,

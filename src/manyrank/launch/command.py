@@ -30,7 +30,7 @@ from ..project_files import asset
 from ..signals import become, die_with_parent, pass_on_while
 from ..topology.allocator import allocator
 from ..topology.gpus import Hardware
-from ..topology.strategies import STRATEGIES, EngineKind, Strategy, default_strategy
+from ..topology.strategies import EngineKind, Strategy, default_strategy, named_strategy
 
 LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the packed plan, which the run writes into its folder
 
@@ -92,7 +92,7 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
     Raises:
         UserError: several processes without GPUs, and nobody said how many.
     """
-    named, gpus = STRATEGIES[config.strategy] if config.strategy else None, len(hardware.gpus)
+    named, gpus = named_strategy(config.strategy), len(hardware.gpus)
     alone = named.engine is EngineKind.SINGLE if named else gpus < 2
     nproc = where.nproc or (1 if alone else gpus)
     if nproc == 0:

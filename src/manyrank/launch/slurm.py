@@ -21,7 +21,7 @@ from ..project_files import asset
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
 from ..runs.run_folder import LAUNCH_FOLDER, write
-from ..topology.gpus import Gpu, Hardware
+from ..topology.gpus import Hardware, planned_hardware
 from .command import LaunchPlan, check_elastic, choose_output_dir, choose_strategy, file_text, lay_out, train_arguments
 
 ENDPOINT = "$ENDPOINT"  # the job knows its first machine
@@ -153,8 +153,8 @@ def _check_resume(given: Resolved, folder: Path) -> None:
 def _requested(line: CommandLine) -> Hardware:
     """A machine as the job asks for it. The kind of its GPUs is checked again when it runs there."""
     job, nproc = line.job, line.where.nproc or 1
-    gpu = Gpu("of the cluster", memory=0, compute_capability=(9, 0))
-    return Hardware((gpu,) * (nproc if job.gpus is None else job.gpus), cpu_cores=job.cpus or nproc, cpu_bf16=True)
+    machine = planned_hardware(nproc if job.gpus is None else job.gpus)
+    return replace(machine, cpu_cores=job.cpus or nproc)
 
 
 def _passed_on(options: Where) -> list[str]:

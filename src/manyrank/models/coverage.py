@@ -7,7 +7,7 @@ as they are after loading, whatever the reason for what is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -76,14 +76,12 @@ def _plain(path: str) -> str:
     return ".".join(part for part in path.removeprefix("base_model.model.").split(".") if part != "base_layer")
 
 
-def check_quantised(model: torch.nn.Module, *, asked: str, where: str, fix: str) -> str | None:
+def check_quantised(model: torch.nn.Module, *, method: str, where: str, fix: str, say: Callable[[str], None]) -> None:
     """See after loading that a quantised base is one.
 
     Args:
-        asked: what should have quantised it.
-
-    Returns:
-        A note on what stays in full precision, where that is more than a small share.
+        method: what should have quantised it.
+        say: takes a line on what stays in full precision, where that is more than a small share.
 
     Raises:
         UserError: nothing is quantised, or less than half of what bitsandbytes can hold.
@@ -96,11 +94,10 @@ def check_quantised(model: torch.nn.Module, *, asked: str, where: str, fix: str)
     if left and (len(left) == len(found) or of_flat > 0.5):
         classes = dict.fromkeys(matrix.kind for matrix in sorted(left, key=lambda m: -m.weights))
         much = "nothing is quantised" if len(left) == len(found) else f"{of_flat:.0%} of the weights are not quantised"
-        what = f"{asked}, and {much}: bitsandbytes knows no layers of class {', '.join(list(classes)[:3])}"
+        what = f"{method}, and {much}: bitsandbytes knows no layers of class {', '.join(list(classes)[:3])}"
         raise UserError(what, where=where, fix=fix)
-    if share <= SMALL:
-        return None
-    return f"{share:.0%} of the weights of the layers are not quantised: {_largest(left)}"
+    if share > SMALL:
+        say(f"{method}: {share:.0%} of the weights of the layers are not quantised: {_largest(left)}")
 
 
 def of_adapters(model: torch.nn.Module, reached: Reach | None) -> str | None:

@@ -21,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -107,7 +108,7 @@ def generate(
     stops = {token for token in stops if token is not None}  # some tokenizers have no end of text
     room = _room(model, prompts, numbers, sampling.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), numbers[row]))
-    for rows in _batches(order, prompts, room, batch_size, _context(model)):
+    for rows in _batches(order, prompts, room, batch_size, context_length(model.config)):
         said = _batch(
             model,
             [prompts[row] for row in rows],
@@ -167,9 +168,9 @@ class _Asks(StoppingCriteria):
         return torch.full((len(input_ids),), self.stopped(), dtype=torch.bool, device=input_ids.device)
 
 
-def _context(model) -> int | None:
-    """The most tokens that the model has positions for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model reads at once, where its config says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _batches(order: list[int], prompts, room: list[int], size: int, context: int | None) -> Iterator[list[int]]:
@@ -186,7 +187,7 @@ def _batches(order: list[int], prompts, room: list[int], size: int, context: int
 
 def _room(model, prompts: Sequence[Sequence[int]], numbers: Sequence[int], wanted: int) -> list[int]:
     """The most tokens of each answer."""
-    context = _context(model)
+    context = context_length(model.config)
     room = [min(wanted, context - len(prompt)) if context else wanted for prompt in prompts]
     for prompt, number, left in zip(prompts, numbers, room):
         if not len(prompt):

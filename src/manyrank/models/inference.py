@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from typing import Literal
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..chat_template.render import RenderOptions, render_options
@@ -19,7 +20,8 @@ from ..errors import UserError
 from ..runs.artifact import ModelSource, find
 from ..topology import gpus
 from . import coverage
-from .load import LoadPlan, base_model, load_tokenizer, read_config, resolve_name
+from .generation import context_length
+from .load import LoadPlan, base_model, load_config, load_tokenizer, resolve_name
 
 QUANTIZATION = {"4bit": "nf4", "8bit": "int8"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -73,27 +75,21 @@ def load_model(
         compute_dtype=DTYPES[dtype],
         quantization=QUANTIZATION.get(quantization),
         device_map={"": device},
-        skeleton=False,
         trust_remote_code=trust_remote_code,
     )
     model = base_model(plan)
     if plan.quantization:
-        _check_quantised(model, quantization, found)
+        coverage.check_quantised(
+            model,
+            method=f"quantization {quantization}",
+            where=f"quantization, of {found.base}",
+            fix="leave quantization out",
+            say=partial(print, file=sys.stderr, flush=True),
+        )
     if found.adapter:
         model = with_adapter(model, found)
         model = model.merge_and_unload() if merge else model
     return model.eval(), tokenizer_of(found, chat_template=chat_template, trust_remote_code=trust_remote_code)
-
-
-def _check_quantised(model: PreTrainedModel, quantization: str, found: ModelSource) -> None:
-    note = coverage.check_quantised(
-        model,
-        asked=f"quantization {quantization}",
-        where=f"quantization, of {found.base}",
-        fix="leave quantization out",
-    )
-    if note:
-        print(f"quantization {quantization}: {note}", file=sys.stderr, flush=True)
 
 
 def load_stored(
@@ -105,21 +101,14 @@ def load_stored(
         UserError: it cannot be found or loaded, or is stored in 8 or 4 bits.
     """
     found = find(name) if isinstance(name, str) else name
-    source, cpu = resolve_name(found.base), torch.device("cpu")
-    config = TrainConfig(model_name_or_path=source, data_path="none", trust_remote_code=trust_remote_code)
-    if read_config(config).get("quantization_config"):
+    source = resolve_name(found.base)
+    if load_config(source, trust_remote_code=trust_remote_code).to_dict().get("quantization_config"):
         what = f"the weights of {found.base} are quantised"
         raise UserError(what, where=found.name, fix="name the same model in full precision with --base")
-    plan = LoadPlan(
-        name=source,
-        dtype="auto",
-        compute_dtype=torch.float32,
-        quantization=None,
-        device_map={"": cpu},
-        skeleton=False,
-        trust_remote_code=trust_remote_code,
+    device_map = {"": torch.device("cpu")}
+    model = base_model(
+        LoadPlan(source, "auto", torch.float32, device_map=device_map, trust_remote_code=trust_remote_code)
     )
-    model = base_model(plan)
     model = with_adapter(model, found) if found.adapter else model
     return model.eval(), tokenizer_of(found, trust_remote_code=trust_remote_code)
 
@@ -151,10 +140,7 @@ def rendering_of(found: ModelSource) -> RenderOptions:
 
 def context_of(found: ModelSource, *, trust_remote_code: bool = False) -> int | None:
     """The most tokens that an artifact's base reads at once, where its config says so; loads no weights."""
-    name = resolve_name(found.base)
-    read_config(TrainConfig(model_name_or_path=name, data_path="none", trust_remote_code=trust_remote_code))
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context_length(load_config(resolve_name(found.base), trust_remote_code=trust_remote_code))
 
 
 def tokenizer_of(

@@ -27,7 +27,7 @@ from ..config.resolve import TrainConfig
 from ..errors import UserError
 from ..project_files import asset
 from ..topology.ranks import Topology
-from ..topology.strategies import STRATEGIES, EngineKind, Strategy, default_strategy
+from ..topology.strategies import EngineKind, Strategy, default_strategy, named_strategy
 from . import compile_locks
 from .fsdp_on_cpu import promote_to_fsdp
 
@@ -69,7 +69,7 @@ def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) ->
     Raises:
         UserError: the strategy needs a launcher or a GPU, or another one was started than asked for.
     """
-    strategy = STRATEGIES[config.strategy] if config.strategy else None
+    strategy = named_strategy(config.strategy)
     if not launched_by_accelerate():
         strategy = strategy or default_strategy(topology.world_size)
         os.environ.update(config_environment(strategy, topology.world_size))

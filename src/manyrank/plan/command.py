@@ -23,7 +23,7 @@ from ..models.tiny import EMBEDDED, ensure
 from ..rules.check import find_violations
 from ..rules.context import RunContext
 from ..topology import gpus
-from ..topology.gpus import Gpu, Hardware
+from ..topology.gpus import GpuKind
 from ..topology.strategies import default_strategy
 from .planner import Plan, make_plan, scaling, with_micro_batch
 from .view import as_text, as_values
@@ -244,7 +244,7 @@ def _context(asked: PlanOptions, resolved: Resolved) -> RunContext:
     own, here, nproc = asked.own, gpus.probe(), asked.line.where.nproc
     if own.gpu or not here.gpus or own.gpu_memory:
         nproc = nproc or 1
-        here = Hardware((_planned_gpu(own),) * nproc, cpu_cores=nproc, cpu_bf16=False)
+        here = gpus.planned_hardware(nproc, _kind(own), memory=own.gpu_memory)
     nproc = nproc or len(here.gpus)
     smallest = here.smallest_gpu
     if own.network and smallest and smallest.kind:
@@ -254,14 +254,12 @@ def _context(asked: PlanOptions, resolved: Resolved) -> RunContext:
     return RunContext(resolved, default_strategy(nproc * asked.nodes[0]), nproc, nproc * asked.nodes[0], here)
 
 
-def _planned_gpu(own: argparse.Namespace) -> Gpu:
-    if not own.gpu:
-        return Gpu("planned", own.gpu_memory or 0, (9, 0))
-    kind = gpus.find_kind(own.gpu, own.gpu_memory)
-    if kind is None:
+def _kind(own: argparse.Namespace) -> GpuKind | None:
+    kind = gpus.find_kind(own.gpu, own.gpu_memory) if own.gpu else None
+    if own.gpu and kind is None:
         fix = f"one of {_kinds()}; or --gpu_memory 24GiB"
         raise UserError(f"no GPU {own.gpu!r} is known", where="--gpu", fix=fix)
-    return Gpu(kind.name, own.gpu_memory or kind.memory, (9, 0) if kind.has_bf16 else (7, 0), planned=kind)
+    return kind
 
 
 def _tokens(config: TrainConfig, plan: Plan, given: int | None) -> int | None:

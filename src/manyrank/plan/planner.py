@@ -10,7 +10,7 @@ from enum import StrEnum
 from ..models.spec import ModelSpec
 from ..rules.context import RunContext
 from ..rules.strategy import HSDP_RULES, ONE_PROCESS, SHARDING_RULES
-from ..topology.strategies import STRATEGIES, EngineKind, Strategy
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy, named_strategy
 from . import memory, speed
 from .memory import Memory
 from .planned_run import PlannedRun
@@ -78,8 +78,8 @@ def make_plan(context: RunContext, shape: ModelSpec, *, searched: bool = True) -
     Args:
         searched: whether to look for the largest micro-batches and lengths.
     """
-    named = context.config.strategy
-    strategies = [STRATEGIES[named]] if named else candidates(context)
+    named = named_strategy(context.config.strategy)
+    strategies = [named] if named else candidates(context)
     options = [_option(PlannedRun(context.on(strategy), shape), searched=searched) for strategy in strategies]
     chosen, why = _choose(options, context, given=bool(named))
     return Plan(context, tuple(options), chosen, why)

@@ -153,12 +153,13 @@ class ChatModel:
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         from ..chat_template.render import prompt_ids
+        from ..models.generation import context_length
 
         try:
             prompt = prompt_ids(self.tokenizer, messages, options=self.rendering)
         except BadRow as error:
             raise UserError(str(error), where="the conversation", fix="/reset, or another /system") from None
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         if context and len(prompt) >= context:
             what = f"the conversation has {len(prompt):,} tokens, and the model's context is {context:,}"
             raise UserError(what, where="the conversation", fix="/reset begins a new one; /save FILE keeps this one")

@@ -67,6 +67,11 @@ STRATEGIES = {
 }
 
 
+def named_strategy(name: str | None) -> Strategy | None:
+    """The strategy of a name; None where a recipe gives none."""
+    return STRATEGIES[name] if name else None
+
+
 def default_strategy(world_size: int) -> Strategy:
     """What a recipe without a strategy runs on."""
     engine = EngineKind.SINGLE if world_size == 1 else EngineKind.DDP

@@ -21,7 +21,7 @@ from ..data.questions import Key, Question, prompt_of
 from ..data.scores import SCORES, RowScore, scored, spoken
 from ..errors import UserError
 from ..models.attention import use_packed_attention
-from ..models.generation import Sampling, generate
+from ..models.generation import Sampling, context_length, generate
 from ..topology.ranks import Topology
 from .loss import TokenLoss
 from .packing_trial import prove_packing
@@ -138,7 +138,7 @@ def add_answers(
     """
     prompts = [prompt_of(question, tokenizer, request.options) for question in questions]
     rows = [row for batch in layout.batches(list(map(len, prompts))) for row in batch]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = context_length(model.config) or math.inf
     fitting = [row for row in rows if len(prompts[row]) < context]
     for row in set(rows) - set(fitting):
         _add_answer(entries, questions[row], "", "no room", request)

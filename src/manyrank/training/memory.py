@@ -19,7 +19,7 @@ from ..plan.planned_run import PlannedRun
 from ..rules.context import RunContext
 from ..topology import gpus, strategy_files
 from ..topology.ranks import Topology
-from ..topology.strategies import STRATEGIES, EngineKind, Strategy, find_strategy
+from ..topology.strategies import EngineKind, Strategy, find_strategy, named_strategy
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +37,7 @@ def plan_run(
     except UserError as error:
         logger.warning("nothing is planned: %s", error.what)
         return None
-    strategy = STRATEGIES[config.strategy] if config.strategy else _active_strategy(accelerator)
+    strategy = named_strategy(config.strategy) or _active_strategy(accelerator)
     resolved = Resolved(config.model_copy(update={"bf16": bf16}))
     nproc, launched = place.local_world_size, strategy_files.from_environment()
     context = RunContext(resolved, strategy, nproc, place.world_size, gpus.probe(), launched=launched)
