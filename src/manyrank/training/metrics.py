@@ -102,5 +102,5 @@ def kind_of(device: torch.device) -> GpuKind | None:
     """The kind of GPU that a device is; None for a CPU, an unknown kind, or a part of a GPU."""
     if device.type != "cuda":
         return None
-    found = torch.cuda.get_device_properties(device)
-    return gpus.find_kind(found.name, found.total_memory)
+    device_facts = torch.cuda.get_device_properties(device)
+    return gpus.find_kind(device_facts.name, device_facts.total_memory)
