@@ -35,9 +35,9 @@ merge: setup  ## RUN's adapter into its base: ARGS="--dtype bfloat16"
 	manyrank merge $(RUN) $(ARGS)
 
 test: setup  ## every test that needs no GPU; JOBS= processes, a core each
-	pytest -n $(JOBS) --dist loadfile -m "not nightly" $(ARGS)
+	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not nightly" $(ARGS)
 
-test-nightly: setup  ## what takes minutes each: random kills, stories, benchmarks
+test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks
 	pytest -m nightly $(ARGS)
 
 test-slurm: setup  ## a real SLURM job over two nodes on this machine; as root on Debian, it installs SLURM first

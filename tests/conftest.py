@@ -5,11 +5,40 @@ import sys
 from pathlib import Path
 
 import pytest
-from launches import Run, launch
+from launches import ROOT, Run, launch
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported; spinning threads starve the launched runs
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+
+SLOW = (
+    "launchers/test_hosts.py",
+    "equivalence/test_resume_anywhere.py",
+    "training/test_train.py",
+    "launchers/test_start.py",
+    "launchers/test_preemption.py",
+    "equivalence/test_verify.py",
+    "tasks/test_grpo.py",
+    "checkpoint/test_resume.py",
+    "checkpoint/test_faults.py",
+    "launchers/test_slurm.py",
+    "tools/test_doctor.py",
+    "plan/test_memory.py",
+    "parallel/test_hsdp.py",
+    "launchers/test_launch_scripts.py",
+    "tools/test_merge.py",
+    "tools/test_evaluate.py",
+    "tools/test_report.py",
+    "test_api.py",
+    "test_docs.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow files where several processes share them; one that comes last leaves the others idle."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {ROOT / "tests" / name: place for place, name in enumerate(SLOW)}
+        items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+import warm
 from launches import ROOT, launch
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +32,7 @@ def same(one: dict, other: dict) -> bool:
 def test_a_save_that_is_killed_anywhere(embedded_model, tmp_path):
     """At every write, fsync, rename and removal of it."""
     argv = [sys.executable, str(ROOT / "tests" / "support" / "fault_worker.py"), str(tmp_path / "run")]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    done = warm.run(argv, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     points = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     operations = [line.split()[0] for line in done.stderr.splitlines()]

@@ -8,12 +8,12 @@ import time
 
 import pytest
 import warm
-from launches import ROOT, launch
+from launches import ROOT, launch, nightly
 
 from manyrank.runs import run_folder
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["single", "fsdp", *nightly("ddp", "zero2", "zero3")])
 def test_resume_on_the_same_strategy_is_exact(strategy, whole_run, tmp_path):
     """Also across strategies for losses: each must continue the losses of the one-process run."""
     common = (
@@ -40,8 +40,8 @@ def test_resume_on_the_same_strategy_is_exact(strategy, whole_run, tmp_path):
     ("strategy", "more"),
     [
         ("single", ["--nproc=1"]),
-        ("hsdp", ["--nproc=4", "--hsdp_shard_size=2"]),
-        *((strategy, ["--nproc=2"]) for strategy in ("ddp", "fsdp", "zero2", "zero3")),
+        *((strategy, ["--nproc=2"]) for strategy in ("ddp", "fsdp", "zero3")),
+        *nightly(("zero2", ["--nproc=2"]), ("hsdp", ["--nproc=4", "--hsdp_shard_size=2"])),
     ],
 )
 def test_dropout_resumes_bit_identically(strategy, more, embedded_model, tmp_path):

@@ -7,9 +7,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import warm
 
 ROOT = Path(__file__).parents[2]
+
+
+def nightly(*cases: object) -> list:
+    """Cases of `pytest.mark.parametrize` for the nightly tier; tuples are several arguments."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly) for case in cases]
 
 
 @dataclass
