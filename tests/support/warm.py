@@ -42,30 +42,42 @@ LIBRARIES = (
     "torch.distributed.run",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
     "torch.nn.attention.flex_attention",
+    "torch.nn.attention.varlen",
     "transformers",
     "transformers.models.auto.modeling_auto",
     "transformers.trainer_callback",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.qwen2.tokenization_qwen2",
     "transformers.integrations",
+    "transformers.integrations.bitsandbytes",
+    "transformers.integrations.integration_utils",
     "transformers.optimization",
     "transformers.modelcard",
     "peft",
+    "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion",
     "bitsandbytes",
     "accelerate",
     "accelerate.commands.launch",
     "deepspeed",
+    "deepspeed.launcher.runner",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.ops.adam",
     "deepspeed.ops.op_builder",
     "torch.utils.cpp_extension",
     "torch.profiler",
     "datasets",
+    "datasets.io.generator",
     "datasets.packaged_modules",
     "pyarrow.parquet",
     "pydantic",
     "psutil",
+    "scipy.io",
     "numpy.ctypeslib",
     "jinja2",
     "matplotlib.backends.backend_svg",
@@ -223,6 +235,9 @@ def serve() -> None:
     os.dup2(2, 1)  # what libraries print
     for name in LIBRARIES:
         importlib.import_module(name)
+    _rehearse()
+    bytecode = tempfile.TemporaryDirectory(prefix="warm-bytecode-")
+    sys.dont_write_bytecode, sys.pycache_prefix = False, bytecode.name  # the first process compiles manyrank for all
     threads = {task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")}
     # jemalloc, in pyarrow, takes its locks around a fork and needs no thread in the child.
     assert threads <= {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}, (
@@ -255,6 +270,23 @@ def serve() -> None:
                     _become(request)
                 running[pid] = request["number"]
                 print(json.dumps({"number": request["number"], "pid": pid}), file=answers, flush=True)
+
+
+def _rehearse() -> None:
+    """Fill what libraries keep for a process: patterns of names, dispatch of fake tensors. No backward: its engine breaks in a fork."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch._subclasses import FakeTensorMode
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    config = Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+        model = Qwen3ForCausalLM.from_pretrained(folder)
+        get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(folder)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        Qwen3ForCausalLM(config)(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False)
 
 
 def _become(request: dict) -> None:

@@ -52,10 +52,10 @@ def _start(output_dir: Path, places: list[str], *, dry_run: bool) -> Start:
     if places and not dry_run:  # without them the folder is new
         notes += run_folder.tidy(output_dir)
     for place in places:
-        found = run_folder.find(output_dir, place)
-        notes += [f"passed over: {problem}" for problem in found.passed_over]
-        if found.folder:
-            return Start(found.folder, tuple(notes), json.loads((found.folder / "run.json").read_text()))
+        checkpoint = run_folder.find(output_dir, place)
+        notes += [f"passed over: {problem}" for problem in checkpoint.passed_over]
+        if checkpoint.folder:
+            return Start(checkpoint.folder, tuple(notes), json.loads((checkpoint.folder / "run.json").read_text()))
     if places:
         notes.append(f"{output_dir} has no checkpoint yet: starting from the beginning")
     return Start(None, tuple(notes))
@@ -63,16 +63,16 @@ def _start(output_dir: Path, places: list[str], *, dry_run: bool) -> Start:
 
 def broadcast_from_rank0(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result on every rank; a UserError is raised on every rank."""
-    told: list = [None]
+    results: list = [None]
     if accelerator.is_main_process:
         try:
-            told = [work()]
+            results = [work()]
         except UserError as error:
-            told = [error]
-    broadcast_object_list(told)
-    if isinstance(told[0], UserError):
-        raise told[0]
-    return told[0]
+            results = [error]
+    broadcast_object_list(results)
+    if isinstance(results[0], UserError):
+        raise results[0]
+    return results[0]
 
 
 def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerator) -> None:

@@ -126,12 +126,12 @@ def _write_weights(
     # A frozen second adapter, with which a task compares, is no part of the result.
     more = {"save_embedding_layers": False, "selected_adapters": ["default"]}
     more = more if adapter else {"save_original_format": portable}
-    wanted = sum(tensor.numel() for tensor in state.values())  # saving empties the dictionary
+    elements = sum(tensor.numel() for tensor in state.values())  # saving empties the dictionary
     attempt.run(lambda: model.save_pretrained(folder, state_dict=state, **more))
     if not attempt.problem:
         written = _elements(folder)
-        if written != wanted:
-            raise RuntimeError(f"{folder} has weights of {written} elements, not {wanted}")
+        if written != elements:
+            raise RuntimeError(f"{folder} has weights of {written} elements, not {elements}")
 
 
 def _elements(folder: Path) -> int:
@@ -145,8 +145,8 @@ def _elements(folder: Path) -> int:
 
 def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that belong to a model's weights, such as the biases that balance DeepSeek-V3's experts."""
-    buffers, kept = dict(model.named_buffers()), model.state_dict().keys()
-    return {name: buffer.detach().cpu().clone() for name, buffer in buffers.items() if name in kept}
+    buffers, names = dict(model.named_buffers()), model.state_dict().keys()
+    return {name: buffer.detach().cpu().clone() for name, buffer in buffers.items() if name in names}
 
 
 def load_weights(engine: Engine, folder: Path) -> None:
@@ -192,9 +192,9 @@ def save_checkpoint(engine: Engine, output_dir: Path, step: int, *, state: dict,
 
 
 def _seal(partial: Path, ranks: int) -> None:
-    found = len(list(partial.glob("rng-*.safetensors")))
-    if found != ranks:  # of another machine, and not seen here
-        raise OSError(f"{found} of the files of {ranks} ranks can be seen in {partial}")
+    files = len(list(partial.glob("rng-*.safetensors")))
+    if files != ranks:  # of another machine, and not seen here
+        raise OSError(f"{files} of the files of {ranks} ranks can be seen in {partial}")
     run_folder.seal(partial)
 
 
@@ -219,9 +219,9 @@ def load_checkpoint(engine: Engine, folder: Path, dry_step) -> dict:
             name, _, moment = key.rpartition("|")
             states[name][moment] = tensor
     engine.set_optimizer_state(states, dry_step)
-    mine = folder / f"rng-{engine.accelerator.process_index:05d}.safetensors"
-    if mine.exists():  # more processes than before: the new ones keep their fresh generators
-        _set_generators(load_file(mine))
+    rng_file = folder / f"rng-{engine.accelerator.process_index:05d}.safetensors"
+    if rng_file.exists():  # more processes than before: the new ones keep their fresh generators
+        _set_generators(load_file(rng_file))
     return json.loads((folder / "trainer_state.json").read_text())
 
 

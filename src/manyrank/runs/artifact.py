@@ -56,20 +56,20 @@ def find(name: str, *, base: str | None = None) -> ModelSource:
         UserError: a folder that is none of these, a run that has saved nothing, or a base for what is no adapter.
     """
     folder = Path(name).expanduser()
-    found = _in_folder(name, folder, base) if folder.is_dir() else ModelSource(name, name)
-    if base and not found.adapter:
+    source = _in_folder(name, folder, base) if folder.is_dir() else ModelSource(name, name)
+    if base and not source.adapter:
         raise UserError(f"a base for {name}, which is no adapter", where="--base", fix="leave it out")
-    return found
+    return source
 
 
 def _in_folder(name: str, folder: Path, base: str | None) -> ModelSource:
-    chosen = _of_run(name, folder)
-    run = chosen.parent if chosen != folder or run_folder.NAME.fullmatch(folder.name) else None
+    source = _of_run(name, folder)
+    run = source.parent if source != folder or run_folder.NAME.fullmatch(folder.name) else None
     run = folder.parent if folder.name == "final_model" else run
-    if (chosen / "adapter_config.json").is_file():
-        return ModelSource(name, base or _base(chosen, run), chosen, run)
-    if (chosen / "config.json").is_file():
-        return ModelSource(name, str(chosen), None, run)
+    if (source / "adapter_config.json").is_file():
+        return ModelSource(name, base or _base(source, run), source, run)
+    if (source / "config.json").is_file():
+        return ModelSource(name, str(source), None, run)
     raise UserError(
         "neither a model, an adapter nor a run",
         where=name,
@@ -100,13 +100,13 @@ def _of_run(name: str, folder: Path) -> Path:
 def _base(adapter: Path, run: Path | None) -> str:
     file = adapter / "adapter_config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name_of_base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
-    if not found:
+    if not name_of_base:
         fix = "write it there as base_model_name_or_path; `manyrank merge` also takes --base NAME"
         raise UserError("names no base model", where=str(file), fix=fix)
-    return _from_anywhere(str(found), run, file)
+    return _from_anywhere(str(name_of_base), run, file)
 
 
 def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
@@ -115,12 +115,12 @@ def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
     Raises:
         UserError: it can be no hub name, and the folder is not there.
     """
-    given = Path(base).expanduser()
-    if given.is_absolute():
-        return str(given)
+    path = Path(base).expanduser()
+    if path.is_absolute():
+        return str(path)
     for folder in [*_working_folders(run), Path.cwd()]:
-        if (folder / given / "config.json").is_file():
-            return str((folder / given).absolute())
+        if (folder / path / "config.json").is_file():
+            return str((folder / path).absolute())
     if base.count("/") > 1 or base.startswith("."):
         fix = "go to the folder in which it was trained, or write the base's whole path there"
         raise UserError(f"names its base {base}, and there is no such folder here", where=str(file), fix=fix)
@@ -132,6 +132,6 @@ def _working_folders(run: Path | None) -> list[Path]:
     if not run or not (run / "config.yaml").is_file():
         return []
     config, folder = read_yaml(run / "config.yaml"), run.absolute()
-    given = Path(str((config.get("output_dir") if isinstance(config, dict) else None) or f"output/{folder.name}"))
-    inside = not given.is_absolute() and folder.parts[-len(given.parts) :] == given.parts
-    return [folder.parents[len(given.parts) - 1]] if inside and given.parts else []
+    path = Path(str((config.get("output_dir") if isinstance(config, dict) else None) or f"output/{folder.name}"))
+    inside = not path.is_absolute() and folder.parts[-len(path.parts) :] == path.parts
+    return [folder.parents[len(path.parts) - 1]] if inside and path.parts else []

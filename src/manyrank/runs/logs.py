@@ -48,15 +48,15 @@ def note(output_dir: Path, event: str, *, step: int, **facts: object) -> None:
 def read_lines(file: Path) -> list[dict]:
     """The objects of a file with one in each line; what is no whole object is left out."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [found for line in lines if (found := _object(line)) is not None]
+    return [value for line in lines if (value := _object(line)) is not None]
 
 
 def _object(line: str) -> dict | None:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def read_samples(output_dir: Path) -> list[dict] | None:
@@ -100,9 +100,9 @@ def rewind(output_dir: Path, step: int) -> None:
     """Forget the lines after `step`: a resumed run writes them again."""
     for file in (output_dir / "logs" / "metrics.jsonl", output_dir / "logs" / COMPLETIONS):
         if file.exists():
-            kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
+            lines = [line for line in read_lines(file) if line.get("step", 0) <= step]
             partial = file.with_suffix(".partial")  # a signal may end the start here
-            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             partial.replace(file)
 
 

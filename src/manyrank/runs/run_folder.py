@@ -211,11 +211,11 @@ def write_atomically(file: Path, content: str) -> None:
 
 def retain(output_dir: Path, limit: int | None, *, keep: Iterable[Path]) -> None:
     """Remove checkpoints over `limit`: first those without a manifest, then the oldest; never one of `keep`."""
-    kept = {path.name for path in keep}
-    found = checkpoints(output_dir)
-    removable = [path for path in found if path.name not in kept]
+    names = {path.name for path in keep}
+    folders = checkpoints(output_dir)
+    removable = [path for path in folders if path.name not in names]
     removable.sort(key=lambda path: ((path / MANIFEST).is_file(), step_of(path)))
-    for path in removable[: max(0, len(found) - limit) if limit else 0]:
+    for path in removable[: max(0, len(folders) - limit) if limit else 0]:
         _remove(path)
 
 

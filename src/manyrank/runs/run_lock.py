@@ -78,13 +78,13 @@ def claimed(output_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another run has it, or the lock cannot be written.
     """
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         with writable(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             own = _claim(output_dir)
     except BaseException:
-        _remove_if_empty(output_dir, *made)
+        _remove_if_empty(output_dir, *new_folders)
         raise
     over = threading.Event()
     beats = threading.Thread(target=_keep, args=(output_dir, own, over), daemon=True, name="run lock")
@@ -95,13 +95,13 @@ def claimed(output_dir: Path) -> Iterator[None]:
         over.set()
         beats.join(BEAT)  # else it might write into the lock of the next owner
         _release(output_dir, own)
-        _remove_if_empty(output_dir, *made)
+        _remove_if_empty(output_dir, *new_folders)
 
 
 def _release(output_dir: Path, own: Owner) -> None:
     """Give the folder up if it is still this owner's."""
-    found = _read(output_dir / LOCK)
-    if found and found.token == own.token:
+    owner = _read(output_dir / LOCK)
+    if owner and owner.token == own.token:
         (output_dir / LOCK).unlink(missing_ok=True)
 
 
@@ -170,12 +170,12 @@ def _keep(output_dir: Path, own: Owner, over: threading.Event) -> None:
     """Write beats until it is over."""
     lock, number = output_dir / LOCK, 0
     while not over.wait(BEAT):
-        found = _read(lock)
-        if found and found.token != own.token:
-            print(f"stopped: {output_dir} was taken over by another run ({found})", file=sys.stderr, flush=True)
+        owner = _read(lock)
+        if owner and owner.token != own.token:
+            print(f"stopped: {output_dir} was taken over by another run ({owner})", file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)
         number += 1
-        if found and not over.is_set():
+        if owner and not over.is_set():
             with contextlib.suppress(OSError):  # a full disk takes nothing from what is written already
                 _write(lock, replace(own, beat=number))
 

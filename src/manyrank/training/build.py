@@ -117,8 +117,8 @@ def _build(
         bf16=bf16,
     )
     meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
-    given = {"output_dir": output_dir, "callbacks": objects.callbacks, "heartbeat": heartbeat}
-    trainer = Trainer(config, engine, tokenizer, task, train, evaluation, run=run, meter=meter, **given)
+    options = {"output_dir": output_dir, "callbacks": objects.callbacks, "heartbeat": heartbeat}
+    trainer = Trainer(config, engine, tokenizer, task, train, evaluation, run=run, meter=meter, **options)
     heartbeat.beat(0, "trying the loss on a small example")
     task.check(bf16=bf16)
     start = _with_changes(start, trainer.run, config)

@@ -57,16 +57,16 @@ def _active_strategy(accelerator: Accelerator) -> Strategy:
 
 def _least_memory(accelerator: Accelerator) -> int:
     """Bytes of the smallest GPU: all ranks must decide alike."""
-    mine = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
-    return int(accelerator.gather(mine).min())
+    memory = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
+    return int(accelerator.gather(memory).min())
 
 
 def describe_checkpointing(run: PlannedRun, config: TrainConfig) -> str | None:
     """Describe the recomputed layers that the plan has settled, if the recipe left them open."""
-    found = run.config.gradient_checkpointing
-    if config.gradient_checkpointing != "auto" or found == "off":
+    settled = run.config.gradient_checkpointing
+    if config.gradient_checkpointing != "auto" or settled == "off":
         return None
-    layers = run.shape.depth if found == "full" else found
+    layers = run.shape.depth if settled == "full" else settled
     needed = memory.estimate(run).needed / GiB
     return (
         f"gradient checkpointing: {layers} of {run.shape.depth} layers, with which a GPU needs about {needed:.1f} GiB"
@@ -78,12 +78,12 @@ def compare_with_measured(run: PlannedRun, folder: Path) -> str | None:
     if not run.gpu:
         return None
     planned = memory.estimate(run)
-    held, free, total = torch.cuda.max_memory_reserved(), *torch.cuda.mem_get_info()
+    reserved, free, total = torch.cuda.max_memory_reserved(), *torch.cuda.mem_get_info()
     facts = {
         "planned_bytes": planned.peak,
         "parts": dict(planned.parts),
         "allocated_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": held,
+        "reserved_bytes": reserved,
         "in_use_bytes": total - free,
     }
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def compare_with_measured(run: PlannedRun, folder: Path) -> str | None:
     around = planned.parts.get("context", 0)
     return (
         f"memory of a GPU: planned {planned.peak / GiB:.1f} GiB ({around / GiB:.1f} of it CUDA's own); "
-        f"measured {held / GiB:.1f} GiB held by torch, {(total - free) / GiB:.1f} in use"
+        f"measured {reserved / GiB:.1f} GiB held by torch, {(total - free) / GiB:.1f} in use"
     )
 
 

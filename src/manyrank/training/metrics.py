@@ -13,6 +13,8 @@ from ..runs.logs import peak_memory
 from ..topology import gpus
 from ..topology.gpus import GpuKind
 
+FORMER_NAMES = {"slots": "computed_tokens", "squares": "sum_squared_lengths"}
+
 
 @dataclass
 class Window:
@@ -92,12 +94,13 @@ class Meter:
         return asdict(self.window)
 
     def restore(self, state: dict) -> None:
-        self.window = Window(**state)
+        """Take back what `state` gave, also under the names of older checkpoints."""
+        self.window = Window(**{FORMER_NAMES.get(key, key): value for key, value in state.items()})
 
 
 def kind_of(device: torch.device) -> GpuKind | None:
     """The kind of GPU that a device is; None for a CPU, an unknown kind, or a part of a GPU."""
     if device.type != "cuda":
         return None
-    found = torch.cuda.get_device_properties(device)
-    return gpus.find_kind(found.name, found.total_memory)
+    device_facts = torch.cuda.get_device_properties(device)
+    return gpus.find_kind(device_facts.name, device_facts.total_memory)

@@ -49,12 +49,19 @@ def write_tokenizer(own: PreTrainedTokenizerBase | None, output_dir: Path) -> No
 
 
 def _versions() -> dict[str, str]:
-    found, machine = software(), probe()
-    libraries = {name: version for name, version in found.libraries.items() if version}
+    versions, machine = software(), probe()
+    libraries = {name: version for name, version in versions.libraries.items() if version}
     gpus = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
-    cuda = {"CUDA": found.cuda} if found.cuda else {}
+    cuda = {"CUDA": versions.cuda} if versions.cuda else {}
     where = {"GPUs": f"{len(machine.gpus)} x {gpus}"} if gpus else {"CPU cores": str(machine.cpu_cores)}
-    return {"manyrank": __version__, "python": found.python, **libraries, **cuda, **where, "host": os.uname().nodename}
+    return {
+        "manyrank": __version__,
+        "python": versions.python,
+        **libraries,
+        **cuda,
+        **where,
+        "host": os.uname().nodename,
+    }
 
 
 @contextlib.contextmanager

@@ -139,8 +139,8 @@ class TrainingRun:
         except RuntimeError as error:
             if self.planned is None or not is_out_of_memory(error):
                 raise
-            held = logs.peak_memory(self.accelerator.device.type)
-            raise out_of_memory(self.planned, step=self.trainer.state.global_step + 1, measured=held) from None
+            peak = logs.peak_memory(self.accelerator.device.type)
+            raise out_of_memory(self.planned, step=self.trainer.state.global_step + 1, measured=peak) from None
 
     def save_final_model(self) -> Path:
         """Write final_model/, complete or not at all."""
@@ -172,15 +172,15 @@ class TrainingRun:
     def _before(self) -> list[str]:
         """The answers before the training; a resumed run has them from its first start."""
         questions, main = self.config.sample_questions, self.accelerator.is_main_process
-        kept = broadcast_from_rank0(self.accelerator, lambda: logs.read_samples(self.output_dir) or [])
-        if kept and self.start.folder and [entry["question"] for entry in kept] == questions:
-            return [entry["before"] for entry in kept]
+        samples = broadcast_from_rank0(self.accelerator, lambda: logs.read_samples(self.output_dir) or [])
+        if samples and self.start.folder and [entry["question"] for entry in samples] == questions:
+            return [entry["before"] for entry in samples]
         self._starts("answering the sample questions")
-        found = self._answers()
-        if main and found:
+        completions = self._answers()
+        if main and completions:
             with logs.warn_on_write_error():
-                logs.write_samples(self.output_dir, questions, found)
-        return found
+                logs.write_samples(self.output_dir, questions, completions)
+        return completions
 
     def _answers(self) -> list[str]:
         if not self.config.sample_questions:

@@ -237,8 +237,8 @@ class Trainer:
         self._in_phase("after the callbacks")
         if self.has_own_callbacks:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
-            asked = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
-            vars(self.control).update(zip(flags, (self.engine.sum(asked) > 0).tolist()))
+            requests = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
+            vars(self.control).update(zip(flags, (self.engine.sum(requests) > 0).tolist()))
         if self.control.should_epoch_stop:
             raise UserError("a callback ends the epoch early", where="callbacks", fix="use should_training_stop")
 
@@ -277,10 +277,10 @@ class Trainer:
         state = load_checkpoint(self.engine, folder, lambda: self.task.zero_step(self.loader.step(0)))
         saved = state.pop("callbacks")
         for callback in exportable(self.handler):  # those of one class in their order
-            mine = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)
-            if mine:
-                saved.remove(mine)
-                vars(callback).update(mine["attributes"])
+            entry_of_callback = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)
+            if entry_of_callback:
+                saved.remove(entry_of_callback)
+                vars(callback).update(entry_of_callback["attributes"])
         self.meter.restore(state.pop("window"))
         self.stopped = state.pop("stopped")
         self.task.restore(state.pop("task", {}))

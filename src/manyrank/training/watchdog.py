@@ -150,9 +150,9 @@ class Watchdog(threading.Thread):
             if self.notices and self._starting and (notice := self._notice()):
                 print(notice, file=sys.stderr, flush=True)
             folder = self.heartbeat.folder
-            found = beats(folder) if folder else [self.heartbeat.last]
-            found = [beat for beat in found if beat.phase != DONE and beat.time >= self.started]
-            if found and (report := self._report(found)):
+            heartbeats = beats(folder) if folder else [self.heartbeat.last]
+            heartbeats = [beat for beat in heartbeats if beat.phase != DONE and beat.time >= self.started]
+            if heartbeats and (report := self._report(heartbeats)):
                 print(report, file=sys.stderr, flush=True)
 
     @property
@@ -171,22 +171,22 @@ class Watchdog(threading.Thread):
         reason = self.heartbeat.explain()
         return f"still {beat.phase} after {waited:.0f} s{f': {reason}' if reason else ''}"
 
-    def _report(self, found: list[Heartbeat]) -> str | None:
+    def _report(self, heartbeats: list[Heartbeat]) -> str | None:
         """Describe a rank that hangs, once on each machine, and ask for its stacks."""
-        least, now = min(beat.count for beat in found), time.time()
-        named = [beat for beat in found if beat.count == least]  # of several none can be told from the others
+        least, now = min(beat.count for beat in heartbeats), time.time()
+        named = [beat for beat in heartbeats if beat.count == least]  # of several none can be told from the others
         last = max(named, key=lambda beat: beat.time)  # one that has just come there holds nobody up
         if now - last.time < self.patience or not self._first_to_say(last):
             return None
         who = " or ".join(f"rank {beat.rank} (host {beat.host}, pid {beat.pid})" for beat in named)
-        others = ", ".join(f"rank {beat.rank} in {beat.phase}" for beat in found if beat not in named)
+        others = ", ".join(f"rank {beat.rank} in {beat.phase}" for beat in heartbeats if beat not in named)
         where = f"step {last.step}" if last.step else "before the first step"
         return f"\nWARNING: {who} has given no sign of life for {now - last.time:.0f} s: {where}, {last.phase}." + (
-            f" Waiting: {others or 'nobody'}. {self._ask_for_stacks(found)}" if self.heartbeat.folder else ""
+            f" Waiting: {others or 'nobody'}. {self._ask_for_stacks(heartbeats)}" if self.heartbeat.folder else ""
         )
 
-    def _ask_for_stacks(self, found: list[Heartbeat]) -> str:
-        for beat in found:
+    def _ask_for_stacks(self, heartbeats: list[Heartbeat]) -> str:
+        for beat in heartbeats:
             if beat.host == self.heartbeat.host:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(beat.pid, signal.SIGUSR2)
@@ -208,10 +208,10 @@ class Watchdog(threading.Thread):
 
 def beats(folder: Path) -> list[Heartbeat]:
     """The last sign of life of each rank."""
-    found = []
+    heartbeats = []
     for file in sorted(folder.glob("rank-*.json")):
         try:
-            found.append(Heartbeat(**json.loads(file.read_text())))
+            heartbeats.append(Heartbeat(**json.loads(file.read_text())))
         except (OSError, ValueError, TypeError):  # being written for the first time
             continue
-    return found
+    return heartbeats

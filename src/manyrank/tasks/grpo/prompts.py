@@ -67,12 +67,12 @@ class PromptLoader:
         """The step of this number, counted from 0 over all epochs."""
         epoch, turn = divmod(number, self.steps_per_epoch)
         order = np.resize(self._order(epoch), self.steps_per_epoch * self.prompts)
-        chosen = np.repeat(order[turn * self.prompts : (turn + 1) * self.prompts], self.completions)
-        numbers = chosen.reshape(self.ranks, -1)[self.rank].tolist()
+        examples = np.repeat(order[turn * self.prompts : (turn + 1) * self.prompts], self.completions)
+        numbers = examples.reshape(self.ranks, -1)[self.rank].tolist()
         rows = [self.keys[at] for at in dict.fromkeys(numbers)]
         nothing = torch.empty(0, dtype=torch.long)
         accumulation = self.batch_size // (self.micro_batch_size * self.ranks)
-        return PromptStep(numbers, [MicroBatch({}, nothing, nothing, rows)] * accumulation, len(chosen))
+        return PromptStep(numbers, [MicroBatch({}, nothing, nothing, rows)] * accumulation, len(examples))
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.arange(len(self.examples)) if self.seed is None else epoch_order(self.examples, self.seed, epoch)

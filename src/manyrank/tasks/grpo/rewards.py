@@ -123,9 +123,9 @@ def _reward_model(
         "it has no weights for its score": bool(info["missing_keys"]),
         "its tokenizer has no chat template": not tokenizer.chat_template,
     }
-    if found := [problem for problem, is_there in problems.items() if is_there]:
+    if faults := [problem for problem, is_there in problems.items() if is_there]:
         fix = "give a trained classifier with one label, whose tokenizer has a chat template"
-        raise UserError(f"no reward model: {'; '.join(found)}", where=where, fix=fix)
+        raise UserError(f"no reward model: {'; '.join(faults)}", where=where, fix=fix)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read at the last token
     model = model.to(device).eval().requires_grad_(False)

@@ -68,19 +68,19 @@ class GRPO(Task):
 
     def _with_questions(self, examples: Examples, sources) -> Examples:
         keys = examples.keys()
-        known = read_questions(sources, self.config, keys)
+        questions = read_questions(sources, self.config, keys)
         first = {key: at for at, key in reversed(list(enumerate(keys)))}  # a row that was split is asked once
-        kept = [at for at, key in enumerate(keys) if key in known and first[key] == at]
-        if not kept:
+        numbers = [at for at, key in enumerate(keys) if key in questions and first[key] == at]
+        if not numbers:
             what = "no row has an answer in words, and something said before it"
             raise UserError(what, where="data_path", fix="give conversations, or questions with answers")
-        for question in (known[keys[at]] for at in kept):
+        for question in (questions[keys[at]] for at in numbers):
             if question.tools or question.documents:
                 what = "grpo answers no rows with tools or documents"
                 raise UserError(what, where=question.place, fix="leave such rows out")
             prompt = [{key: value for key, value in turn.items() if key != "weight"} for turn in question.prompt]
             self.questions.append(replace(question, prompt=prompt))
-        return examples.take(np.array(kept))
+        return examples.take(np.array(numbers))
 
     def _check_questions(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that each prompt has room for a completion, and each reference can be compared.
