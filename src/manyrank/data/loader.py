@@ -106,12 +106,12 @@ class StepLoader:
 
     def imbalance(self, steps: int = 20) -> float:
         """How much longer than the mean the longest rank works, over the first steps."""
-        found = []
+        shares = []
         for number in range(min(steps, self.steps_per_epoch)):
             items = self._items(0, slice(number * self.batch_size, (number + 1) * self.batch_size))
             lengths = [int(self.examples.lengths[item].sum()) for item in items]
-            found.append(imbalance(self._layout(lengths), lengths))
-        return float(np.mean(found))
+            shares.append(imbalance(self._layout(lengths), lengths))
+        return float(np.mean(shares))
 
     def _items(self, epoch: int, part: slice) -> list[np.ndarray]:
         if self.packing == "dataset":

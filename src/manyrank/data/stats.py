@@ -235,12 +235,12 @@ def _reading(name: str, sources: Sequence[DataSource], examples: Examples) -> So
     )
 
 
-def _source(number: int, given: DataSource, examples: Examples) -> SourceFacts:
+def _source(number: int, source: DataSource, examples: Examples) -> SourceFacts:
     own = examples.source == number
     return SourceFacts(
-        path=given.path,
+        path=source.path,
         format_type=examples.report.formats[number],
-        weight=given.weight,
+        weight=source.weight,
         rows=examples.report.rows[number],
         examples=int(own.sum()),
         tokens=int(examples.lengths[own].sum()),
@@ -354,13 +354,13 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]
     special |= set(tokenizer.all_special_ids)
     kinds = [(label != IGNORE, token in special) for token, label in zip(ids, labels)]
     edges = [0, *(at for at in range(1, len(ids)) if kinds[at] != kinds[at - 1]), len(ids)]
-    found = []
+    result = []
     for start, end in pairwise(edges):
         # Some decoders drop the blank in front of a text's first word, so a run is read after what comes before it.
         whole, before = _read(tokenizer, ids[:end]), _read(tokenizer, ids[:start])
         text = whole[len(before) :] if whole.startswith(before) else _read(tokenizer, ids[start:end])
-        found.append(Piece(text, *kinds[start]))
-    return found
+        result.append(Piece(text, *kinds[start]))
+    return result
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

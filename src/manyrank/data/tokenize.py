@@ -203,13 +203,13 @@ def _row_records(row: Row, source: Source, tokenizer, options: TokenizeOptions) 
         blank |= {note.kind: True for note in notes}
         pieces = list(_fitted(ids, labels, options))
     except BadRow as problem:
-        told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row)}
-        yield {**blank, "fate": RowStatus.BAD, "problem": json.dumps(told)}
+        problem_row = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row)}
+        yield {**blank, "fate": RowStatus.BAD, "problem": json.dumps(problem_row)}
         return
     for ids, labels, fate in pieces:
         learned = sum(label != IGNORE for label in labels)
-        found = {"input_ids": ids, "labels": labels, "tokens": _tokens_hash(ids, labels), "fate": fate}
-        yield {**blank, **found, "length": len(ids), "supervised": learned}
+        columns = {"input_ids": ids, "labels": labels, "tokens": _tokens_hash(ids, labels), "fate": fate}
+        yield {**blank, **columns, "length": len(ids), "supervised": learned}
 
 
 def _sample(row: Row, source: Source) -> Sample:

@@ -86,14 +86,14 @@ def check_quantised(model: torch.nn.Module, *, method: str, where: str, fix: str
     Raises:
         UserError: nothing is quantised, or less than half of what bitsandbytes can hold.
     """
-    found = list(matrices(model))
-    left = [matrix for matrix in found if not matrix.quantised]
-    share = sum(matrix.weights for matrix in left) / max(1, sum(matrix.weights for matrix in found))
-    flat = [matrix for matrix in found if not matrix.stacked]
+    every = list(matrices(model))
+    left = [matrix for matrix in every if not matrix.quantised]
+    share = sum(matrix.weights for matrix in left) / max(1, sum(matrix.weights for matrix in every))
+    flat = [matrix for matrix in every if not matrix.stacked]
     of_flat = sum(m.weights for m in flat if not m.quantised) / max(1, sum(m.weights for m in flat))
-    if left and (len(left) == len(found) or of_flat > 0.5):
+    if left and (len(left) == len(every) or of_flat > 0.5):
         classes = dict.fromkeys(matrix.kind for matrix in sorted(left, key=lambda m: -m.weights))
-        much = "nothing is quantised" if len(left) == len(found) else f"{of_flat:.0%} of the weights are not quantised"
+        much = "nothing is quantised" if len(left) == len(every) else f"{of_flat:.0%} of the weights are not quantised"
         what = f"{method}, and {much}: bitsandbytes knows no layers of class {', '.join(list(classes)[:3])}"
         raise UserError(what, where=where, fix=fix)
     if share > SMALL:
@@ -106,18 +106,18 @@ def of_adapters(model: torch.nn.Module, reached: Reach | None) -> str | None:
     Args:
         reached: what a text uses; what it does not is not counted.
     """
-    found = [m for m in matrices(model) if reached is None or f"{m.module}.{m.name}" in reached.parameters]
-    left = [matrix for matrix in found if not matrix.adapted]
-    share = 1 - sum(matrix.weights for matrix in left) / max(1, sum(matrix.weights for matrix in found))
+    reachable = [m for m in matrices(model) if reached is None or f"{m.module}.{m.name}" in reached.parameters]
+    left = [matrix for matrix in reachable if not matrix.adapted]
+    share = 1 - sum(matrix.weights for matrix in left) / max(1, sum(matrix.weights for matrix in reachable))
     if share >= NEARLY_ALL:
         return None
     return f"adapters reach {share:.0%} of the weights of the layers; without adapters: {_largest(left)}"
 
 
-def _largest(found: list[Matrix]) -> str:
+def _largest(matrices_left: list[Matrix]) -> str:
     """The kinds of some matrices, the largest first."""
     sizes: dict[str, int] = {}
-    for matrix in found:
+    for matrix in matrices_left:
         label = kinds([matrix.label])
         sizes[label] = sizes.get(label, 0) + matrix.weights
     return kinds(sorted(sizes, key=sizes.__getitem__, reverse=True))

@@ -109,7 +109,7 @@ def generate(
     room = _room(model, prompts, numbers, sampling.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), numbers[row]))
     for rows in _batches(order, prompts, room, batch_size, context_length(model.config)):
-        said = _batch(
+        outputs = _batch(
             model,
             [prompts[row] for row in rows],
             [numbers[row] for row in rows],
@@ -118,7 +118,7 @@ def generate(
             pad_token=pad_token,
             most=max(room[row] for row in rows),
         )
-        yield [_answer(numbers[row], tokens[: room[row]], stops) for row, tokens in zip(rows, said)]
+        yield [_answer(numbers[row], tokens[: room[row]], stops) for row, tokens in zip(rows, outputs)]
 
 
 def stream(
@@ -144,7 +144,7 @@ def stream(
     stops = {token for token in stops if token is not None}
     room = _room(model, [prompt], [number], sampling.max_new_tokens)[0]
     ending = StoppingCriteriaList([_Asks(stopped)])
-    said = _batch(
+    outputs = _batch(
         model,
         [prompt],
         [number],
@@ -155,7 +155,7 @@ def stream(
         streamer=streamer,
         stopping_criteria=ending,
     )
-    return _answer(number, said[0], stops)
+    return _answer(number, outputs[0], stops)
 
 
 class _Asks(StoppingCriteria):
@@ -223,14 +223,14 @@ def _batch(
         max_new_tokens=most, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=pad_token
     )
     with _own_settings_aside(model):
-        said = model.generate(
+        outputs = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
             logits_processor=_processors(sampling, numbers, width, device),
             **more,
         )
-    return said[:, width:].tolist()
+    return outputs[:, width:].tolist()
 
 
 def _answer(number: int, tokens: list[int], stops: Collection[int]) -> Completion:
@@ -256,13 +256,13 @@ def _processors(sampling: Sampling, numbers: list[int], width: int, device: torc
     """What turns scores into a draw; nothing for greedy answers."""
     if not sampling.temperature:
         return LogitsProcessorList()
-    made = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    processors = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
-        made.append(TopKLogitsWarper(sampling.top_k))
+        processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
-        made.append(TopPLogitsWarper(float(sampling.top_p)))
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
     draws = [np.random.default_rng([sampling.seed, number]).random(sampling.max_new_tokens) for number in numbers]
-    return LogitsProcessorList([*made, _Draw(torch.as_tensor(np.stack(draws)).to(device), width)])
+    return LogitsProcessorList([*processors, _Draw(torch.as_tensor(np.stack(draws)).to(device), width)])
 
 
 class _Draw(LogitsProcessor):

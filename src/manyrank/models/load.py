@@ -347,8 +347,8 @@ def loading(name: str):
             raise
         if needs_its_code(error):
             raise untrusted(name, where=f"model_name_or_path {name}") from None
-        said, there = " ".join(str(error).split())[:300], Path(name).is_dir()
-        what = f"cannot load the model: {'' if there else f'there is no folder {name} here, and of the hub: '}{said}"
+        problem, there = " ".join(str(error).split())[:300], Path(name).is_dir()
+        what = f"cannot load the model: {'' if there else f'there is no folder {name} here, and of the hub: '}{problem}"
         if Path(name).is_absolute() and not there:  # transformers takes it for a name on the hub
             what = f"there is no folder {name}"
         raise UserError(

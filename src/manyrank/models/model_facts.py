@@ -112,8 +112,8 @@ class ModelFacts:
 
     @property
     def ties_embeddings(self) -> bool:
-        if (said := self.whole.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))) is not None:
-            return bool(said)
+        if (tied := self.whole.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))) is not None:
+            return bool(tied)
         return bool(self.weights) and not any(weight.endswith("lm_head.weight") for weight in self.weights)
 
     @property
@@ -123,7 +123,7 @@ class ModelFacts:
             return file.read_text(encoding="utf-8")
         own = self._json("chat_template.json").get("chat_template") or self.tokenizer.get("chat_template")
         if isinstance(own, list):
-            return next((one["template"] for one in own if one.get("name") == "default"), None)
+            return next((entry["template"] for entry in own if entry.get("name") == "default"), None)
         return own
 
     @property
@@ -220,10 +220,10 @@ def _cached(name: str, file: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, file)
+        file_path = try_to_load_from_cache(name, file)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(file_path) if isinstance(file_path, str) else None
 
 
 def _header(file: Path) -> dict[str, Any]:

@@ -220,20 +220,20 @@ def _earlier_gradients(run: PlannedRun) -> int:
 
 
 def _moments(run: PlannedRun) -> dict[str, dict[str, int]]:
-    kept, gradients, before = activations.saved(run), _gradients(run), _earlier_gradients(run)
+    saved, gradients, before = activations.saved(run), _gradients(run), _earlier_gradients(run)
     layers = run.shape.layers
-    one = max(activations.again(run, layer) for layer in layers)
+    recomputed = max(activations.again(run, layer) for layer in layers)
     working = max(_working(run, layer) for layer in layers) + _dequantised(run)
     gathered = _gathered_layers(run)
     return {
         "loss": {
-            "activations": kept + activations.cached_casts(run),
+            "activations": saved + activations.cached_casts(run),
             "gradients": before,
             "head and loss": _head(run),
             "gathered": _gathered_outside(run),
         },
         "backward": {
-            "activations": kept + (one if run.checkpointed else 0),
+            "activations": saved + (recomputed if run.checkpointed else 0),
             "gradients": before + _buckets(run),
             "head and loss": _head_gradient(run),
             "working": working,
@@ -241,7 +241,7 @@ def _moments(run: PlannedRun) -> dict[str, dict[str, int]]:
         },
         # The first layer's backward: all others have given their gradients.
         "end of backward": {
-            "activations": one,
+            "activations": recomputed,
             "gradients": max(before, gradients) + _buckets(run),
             "head and loss": run.shape.embedding * FLOAT if run.full and not run.sharded else 0,
             "working": working,
@@ -319,8 +319,8 @@ def _step(run: PlannedRun) -> int:
     """What an optimizer needs for a moment: DeepSpeed's float32 copy of its gradients."""
     if run.strategy.engine is not EngineKind.DEEPSPEED or not run.bf16 or run.strategy.offload:
         return 0
-    mine = run.trainable // run.shards
-    return FLOAT * min(mine, 10**9 if run.sharded else mine)  # ZeRO-3 steps in groups of 1e9
+    own = run.trainable // run.shards
+    return FLOAT * min(own, 10**9 if run.sharded else own)  # ZeRO-3 steps in groups of 1e9
 
 
 # What sharding gathers
@@ -388,12 +388,12 @@ def _loading(run: PlannedRun) -> int:
     """Bytes on a GPU while the model is loaded."""
     weights, constants = base_weights(run)
     shards = run.shards if run.sharded else 1
-    kept = 0 if run.strategy.offload else weights // shards
+    held = 0 if run.strategy.offload else weights // shards
     if run.config.method in ("qlora", "int8"):
         # A quantised base comes whole to each GPU, and accelerate (1.15) keeps it while FSDP makes the shards beside it.
-        return weights + constants + (kept if run.strategy.engine is EngineKind.FSDP else 0) + _dequantised(run)
+        return weights + constants + (held if run.strategy.engine is EngineKind.FSDP else 0) + _dequantised(run)
     largest = max(run.shape.embedding * _element(run), *(layer_weights(run, layer) for layer in run.shape.layers))
-    return kept + (largest if run.sharded else 0)
+    return held + (largest if run.sharded else 0)
 
 
 def _offloaded(run: PlannedRun) -> int:

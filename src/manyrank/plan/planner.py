@@ -81,7 +81,7 @@ def make_plan(context: RunContext, shape: ModelSpec, *, searched: bool = True) -
     named = named_strategy(context.config.strategy)
     strategies = [named] if named else candidates(context)
     options = [_option(PlannedRun(context.on(strategy), shape), searched=searched) for strategy in strategies]
-    chosen, why = _choose(options, context, given=bool(named))
+    chosen, why = _choose(options, context, named=bool(named))
     return Plan(context, tuple(options), chosen, why)
 
 
@@ -130,18 +130,18 @@ def _needs(run: PlannedRun) -> int:
     return memory.estimate(run).needed
 
 
-def _option(given: PlannedRun, *, searched: bool) -> Option:
-    context = given.context
-    run = settled(given, context.memory)
-    found = memory.estimate(run)
+def _option(unsettled: PlannedRun, *, searched: bool) -> Option:
+    context = unsettled.context
+    run = settled(unsettled, context.memory)
+    needs = memory.estimate(run)
     # Layers that auto keeps fill the memory; what fits at most, fits with all of them recomputed.
-    automatic = given.config.gradient_checkpointing == "auto"
-    most = given.with_options(gradient_checkpointing="full") if automatic and given.gpu else run
+    automatic = unsettled.config.gradient_checkpointing == "auto"
+    most = unsettled.with_options(gradient_checkpointing="full") if automatic and unsettled.gpu else run
     return Option(
         run=run,
-        memory=found,
+        memory=needs,
         speed=speed.estimate(run, context.kind) if context.kind else None,
-        verdict=Verdict.TOO_BIG if exceeds_host(found, context) else verdict(found.needed, context.memory),
+        verdict=Verdict.TOO_BIG if exceeds_host(needs, context) else verdict(needs.needed, context.memory),
         largest_micro_batch=_largest_fitting(most, MICRO_BATCH, MOST_EXAMPLES) if searched else None,
         largest_max_length=_largest_fitting(most, "max_length", LONGEST, unit=64) if searched else None,
         refused=refusal(run),
@@ -149,9 +149,9 @@ def _option(given: PlannedRun, *, searched: bool) -> Option:
     )
 
 
-def exceeds_host(found: Memory, context: RunContext) -> bool:
+def exceeds_host(needs: Memory, context: RunContext) -> bool:
     """Whether one machine's host memory does not suffice."""
-    return context.host_memory is not None and max(found.host, found.host_loading) > context.host_memory
+    return context.host_memory is not None and max(needs.host, needs.host_loading) > context.host_memory
 
 
 def with_micro_batch(context: RunContext, shape: ModelSpec) -> RunContext:
@@ -161,13 +161,13 @@ def with_micro_batch(context: RunContext, shape: ModelSpec) -> RunContext:
     share = math.ceil(batch / context.world_size) if batch else MOST_EXAMPLES
     best, size = None, 1
     while True:
-        made = context.with_options(**{MICRO_BATCH: size})
-        chosen = make_plan(made, shape, searched=False).chosen
+        tried = context.with_options(**{MICRO_BATCH: size})
+        chosen = make_plan(tried, shape, searched=False).chosen
         if best is not None and chosen.verdict != Verdict.FITS:
             return best[1]
         rate = chosen.speed.tokens_per_second if chosen.speed else size
         if best is None or rate >= AS_FAST * best[0]:  # of two that are as fast the larger one has the larger products
-            best = max(rate, best[0] if best else 0), made
+            best = max(rate, best[0] if best else 0), tried
         if size == share:
             return best[1]
         size = min(2 * size, share)
@@ -194,8 +194,8 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _choose(options: list[Option], context: RunContext, *, given: bool) -> tuple[Option, str]:
-    if given:
+def _choose(options: list[Option], context: RunContext, *, named: bool) -> tuple[Option, str]:
+    if named:
         against = options[0].refused
         return options[0], f"as the recipe says, but refused: {against}" if against else "as the recipe says"
     # From host memory weights come slowly, and by a rate that is hard to tell: only where nothing else fits.

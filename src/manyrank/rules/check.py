@@ -71,8 +71,8 @@ def check_sources(resolved: Resolved) -> None:
     Raises:
         UserError: what is wrong.
     """
-    found = ((rule, rule.broken(_anywhere(resolved))) for rule in SOURCE_RULES)
-    _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in found if what])
+    results = ((rule, rule.broken(_anywhere(resolved))) for rule in SOURCE_RULES)
+    _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in results if what])
 
 
 def _anywhere(resolved: Resolved) -> RunContext:
@@ -86,8 +86,8 @@ def find_violations(context: RunContext) -> list[Violation]:
     Raises:
         UserError: a file that the rules look at cannot be read.
     """
-    found = ((rule, rule.broken(context)) for rule in RULES)
-    return [Violation(rule, what, context.where(*rule.keys)) for rule, what in found if what]
+    results = ((rule, rule.broken(context)) for rule in RULES)
+    return [Violation(rule, what, context.where(*rule.keys)) for rule, what in results if what]
 
 
 def check_rules(context: RunContext, *, warn: bool = True) -> None:
@@ -101,14 +101,14 @@ def check_rules(context: RunContext, *, warn: bool = True) -> None:
     """
     ignored = context.config.ignore_warnings
     problems = list(_unknown_warnings(context.resolved))
-    found: list[Violation] = []
+    violations: list[Violation] = []
     try:
-        found = find_violations(context)
+        violations = find_violations(context)
     except UserError as problem:
         problems.append(problem)
-    problems += [violation.error() for violation in found if violation.rule.severity == "error"]
+    problems += [violation.error() for violation in violations if violation.rule.severity == "error"]
     _raise([*problems, *_file_problems(context.resolved)])
-    for violation in found if warn else []:
+    for violation in violations if warn else []:
         if violation.rule.severity == "warning" and violation.rule.name not in ignored:
             print(f"{violation.warning()}\n", file=sys.stderr, flush=True)
 
@@ -118,10 +118,10 @@ def warnings_of_length(config: TrainConfig, total_steps: int) -> list[str]:
     if config.max_steps > 0:  # told before the start
         return []
     counted = Resolved(config.model_copy(update={"max_steps": total_steps}))
-    found = (
+    results = (
         (rule, rule.broken(_anywhere(counted))) for rule in LENGTH_RULES if rule.name not in config.ignore_warnings
     )
-    return [Violation(rule, what, f"{rule.keys[0]}, num_train_epochs").warning() for rule, what in found if what]
+    return [Violation(rule, what, f"{rule.keys[0]}, num_train_epochs").warning() for rule, what in results if what]
 
 
 def _raise(problems: Sequence[UserError]) -> None:
@@ -190,19 +190,19 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
         UserError: it cannot be read, or its first LOOKED_AT rows are all bad. Later bad rows are found by the run,
             which tells of all of them.
     """
-    found = known_format(source_of(source, config))
+    known = known_format(source_of(source, config))
     bad: list[tuple[str, BadRow]] = []
-    for row in islice(read_rows(found), LOOKED_AT):
+    for row in islice(read_rows(known), LOOKED_AT):
         try:
-            to_sample(row.readable(), found.format_type, found.columns)
-            return found.format_type
+            to_sample(row.readable(), known.format_type, known.columns)
+            return known.format_type
         except BadRow as problem:
             bad.append((row.place, problem))
     if config.on_bad_row == "error":
         reasons = Counter(problem.reason for _, problem in bad)
         first = ((place, str(problem)) for place, problem in bad)
         raise bad_rows_error(first, reasons, out_of=f"the first {len(bad):,} rows", fix=usual_fix(reasons))
-    return found.format_type
+    return known.format_type
 
 
 def _template_problems(resolved: Resolved) -> Iterator[UserError]:

@@ -117,10 +117,10 @@ class RunContext:
     def chats(self) -> bool:
         """Whether a source has conversations, which a template renders."""
         try:
-            found = [known_format(source_of(source, self.config)) for source in self.config.data_path]
+            sources = [known_format(source_of(source, self.config)) for source in self.config.data_path]
         except UserError:  # told by who checks the data
             return False
-        return any(needs_template(source.format_type) for source in found)
+        return any(needs_template(source.format_type) for source in sources)
 
     @cached_property
     def checkpoint(self) -> Path | None:

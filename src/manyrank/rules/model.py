@@ -25,8 +25,8 @@ def _of_model(look: Callable[[RunContext, ModelFacts], str | None]) -> Callable[
 
 def _adapter(s: RunContext) -> str | None:
     here = Path(s.config.model_name_or_path).expanduser() / "adapter_config.json"
-    found = here.is_file() or (s.model is not None and s.model.find("adapter_config.json") is not None)
-    return f"{s.config.model_name_or_path} is an adapter" if found else None
+    is_adapter = here.is_file() or (s.model is not None and s.model.find("adapter_config.json") is not None)
+    return f"{s.config.model_name_or_path} is an adapter" if is_adapter else None
 
 
 def _not_causal(s: RunContext, model: ModelFacts) -> str | None:
@@ -82,10 +82,10 @@ def _slow_attention(s: RunContext, model: ModelFacts) -> str | None:
     if not s.gpus or not s.bf16 or s.config.packing == "none":
         return None
     keys = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
-    found = [f"{key} {model.config[key]:g}" for key in keys if model.config.get(key)]
-    found += [f"heads of {width}" for width in sorted(set(model.head_widths)) if width % 8 or width > 256]
-    found += ["values as wide as no query"] if len(set(model.head_widths[:2])) > 1 else []
-    return f"{', '.join(found)} in {model.place('config.json')}" if found else None
+    obstacles = [f"{key} {model.config[key]:g}" for key in keys if model.config.get(key)]
+    obstacles += [f"heads of {width}" for width in sorted(set(model.head_widths)) if width % 8 or width > 256]
+    obstacles += ["values as wide as no query"] if len(set(model.head_widths[:2])) > 1 else []
+    return f"{', '.join(obstacles)} in {model.place('config.json')}" if obstacles else None
 
 
 def _head_targets(s: RunContext) -> list[str]:
@@ -100,13 +100,13 @@ def _is_tied(s: RunContext) -> bool:
 
 
 def _tied_target(s: RunContext, *, fsdp: bool) -> str | None:
-    found = _head_targets(s) if _is_tied(s) and (s.files.kind == EngineKind.FSDP) == fsdp else []
-    return f"adapters on {found[0]}, which shares its weights with the embeddings" if found else None
+    targets = _head_targets(s) if _is_tied(s) and (s.files.kind == EngineKind.FSDP) == fsdp else []
+    return f"adapters on {targets[0]}, which shares its weights with the embeddings" if targets else None
 
 
 def head_target(s: RunContext) -> str | None:
-    found = _head_targets(s)
-    return f"adapters on the head ({found[0]})" if found and not _is_tied(s) else None
+    targets = _head_targets(s)
+    return f"adapters on the head ({targets[0]})" if targets and not _is_tied(s) else None
 
 
 def _missing_targets(s: RunContext, model: ModelFacts) -> str | None:

@@ -77,8 +77,9 @@ def _tracker(s: RunContext) -> str | None:
     for name in s.config.report_to:
         if name not in TRACKERS:
             return f"there is no tracker {name!r}; known: none, {', '.join(TRACKERS)}"
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # without one it is a folder of that name, such as W&B's own wandb/
+        package = importlib.util.find_spec(name)
+        # Without an origin it is a folder of that name, such as W&B's own wandb/.
+        if package is None or package.origin is None:
             return f"tracker {name} needs the package {name}, which is not installed"
     return None
 
@@ -104,13 +105,13 @@ def _far_rate(s: RunContext) -> str | None:
 
 
 def _unused(s: RunContext) -> str | None:
-    found, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
+    unused, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
     for keys, counts, because in DEPENDENT:
         plain = type(s.config).model_fields
-        given = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != usual.get(k, plain[k].default)]
-        if given and not counts(s.config):
-            found.append(f"{', '.join(given)} with {because}")
-    return f"{'; '.join(found)}: nothing reads it" if found else None
+        unread = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != usual.get(k, plain[k].default)]
+        if unread and not counts(s.config):
+            unused.append(f"{', '.join(unread)} with {because}")
+    return f"{'; '.join(unused)}: nothing reads it" if unused else None
 
 
 def _validates_training_rows(s: RunContext) -> str | None:

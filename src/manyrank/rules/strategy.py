@@ -36,14 +36,14 @@ ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def _precision(s: RunContext) -> str | None:
-    asked = str(s.files.accelerate.get("mixed_precision") or "no").lower()
+    wanted = str(s.files.accelerate.get("mixed_precision") or "no").lower()
     computes = "bf16" if s.bf16 else "no"
-    if asked not in ("no", "fp16", computes):
-        return f"mixed_precision {asked} in {s.files.accelerate_file}, and the recipe computes in {_name(s)}"
+    if wanted not in ("no", "fp16", computes):
+        return f"mixed_precision {wanted} in {s.files.accelerate_file}, and the recipe computes in {_name(s)}"
     enabled = s.files.part("bf16").get("enabled", "auto")
     if enabled != "auto" and is_on(enabled) != s.bf16:
-        said = "on" if is_on(enabled) else "off"
-        return f"bf16 is {said} in {s.files.deepspeed_file}, and the recipe computes in {_name(s)}"
+        state = "on" if is_on(enabled) else "off"
+        return f"bf16 is {state} in {s.files.deepspeed_file}, and the recipe computes in {_name(s)}"
     return None
 
 
@@ -66,23 +66,23 @@ def _beside_json(s: RunContext) -> str | None:
         return None
     # In a process that accelerate has launched, its own default stands there.
     top = [] if s.launched else [key for key in BESIDE_JSON if key in s.files.accelerate]
-    found = top + [key for key in BESIDE_JSON if key in s.files.section("deepspeed_config")]
-    return f"{', '.join(found)} beside deepspeed_config_file in {s.files.accelerate_file}" if found else None
+    keys = top + [key for key in BESIDE_JSON if key in s.files.section("deepspeed_config")]
+    return f"{', '.join(keys)} beside deepspeed_config_file in {s.files.accelerate_file}" if keys else None
 
 
 def _node_facts(s: RunContext) -> str | None:
-    found = [key for key in NODE_FACTS if key in s.files.accelerate]
-    return f"{', '.join(found)} in {s.files.accelerate_file}" if found else None
+    keys = [key for key in NODE_FACTS if key in s.files.accelerate]
+    return f"{', '.join(keys)} in {s.files.accelerate_file}" if keys else None
 
 
 def _owned(s: RunContext) -> str | None:
-    found = [f"{key}: {s.files.deepspeed[key]}" for key in OWNED if s.files.deepspeed.get(key, "auto") != "auto"]
-    return f"{', '.join(found)} in {s.files.deepspeed_file}" if found else None
+    values = [f"{key}: {s.files.deepspeed[key]}" for key in OWNED if s.files.deepspeed.get(key, "auto") != "auto"]
+    return f"{', '.join(values)} in {s.files.deepspeed_file}" if values else None
 
 
 def _own_optimizer(s: RunContext) -> str | None:
-    found = [key for key in ("optimizer", "scheduler") if key in s.files.deepspeed]
-    return f"{' and '.join(found)} in {s.files.deepspeed_file}" if found else None
+    keys = [key for key in ("optimizer", "scheduler") if key in s.files.deepspeed]
+    return f"{' and '.join(keys)} in {s.files.deepspeed_file}" if keys else None
 
 
 def _stage(s: RunContext) -> str | None:

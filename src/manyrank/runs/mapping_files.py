@@ -20,14 +20,14 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"not valid YAML: {problem}", where=str(path), fix="fix the file") from None
 
 
-def read_json_object(path: Path, *, fix: str = "fix the file") -> dict[str, Any]:
-    """A file's content; a UserError where it cannot be read or is no JSON object."""
+def read_json_object(path: Path, *, where: str = "", fix: str = "fix the file") -> dict[str, Any]:
+    """A file's content; a UserError, with `where` for the path, if it cannot be read or is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"not a JSON file: {error}", where=str(path), fix=fix) from None
+        raise UserError(f"not a JSON file: {error}", where=where or str(path), fix=fix) from None
     if not isinstance(content, dict):
-        raise UserError("not a JSON object", where=str(path), fix=fix)
+        raise UserError("not a JSON object", where=where or str(path), fix=fix)
     return content
 
 

@@ -150,14 +150,14 @@ def find_kind(name: str, memory: int | None = None) -> GpuKind | None:
 
     words = _words(name)
     better = {end for end in ("ti", "super") if any(re.fullmatch(f"[0-9]*{end}", word) for word in words)}
-    found = []
+    candidates = []
     for order, kind in enumerate(GPU_KINDS):
         model, *rest = _words_of_kind(kind.name)
         missing = [word for word in rest if word not in words and not re.fullmatch("[0-9]+gb", word)]
         if model in words and not missing and better == {end for end in ("ti", "super") if model.endswith(end)}:
             near = abs(kind.memory - memory) if memory else 0
-            found.append((-sum(word in words for word in rest), near, order, kind))
-    best = min(found)[-1] if found else None
+            candidates.append((-sum(word in words for word in rest), near, order, kind))
+    best = min(candidates)[-1] if candidates else None
     far = best and memory and abs(best.memory - memory) > 0.12 * memory
     return None if far else best
 

@@ -83,8 +83,8 @@ def find_strategy(
 ) -> Strategy:
     """The strategy that such an engine belongs to; one without a row where a user's own config asks for it (ZeRO-1)."""
     for strategy in STRATEGIES.values():
-        found = (strategy.engine, strategy.zero_stage, strategy.offload, strategy.replicas)
-        if found == (engine, zero_stage, offload, replicas):
+        traits = (strategy.engine, strategy.zero_stage, strategy.offload, strategy.replicas)
+        if traits == (engine, zero_stage, offload, replicas):
             return strategy
     shards = {EngineKind.FSDP: _ALL, EngineKind.DEEPSPEED: (frozenset(), _OPTIMIZER, _GRADIENTS, _ALL)[zero_stage]}
     name = f"zero{zero_stage}" if engine is EngineKind.DEEPSPEED else engine.value.lower()

@@ -100,7 +100,7 @@ def read(strategy: str) -> StrategyFiles:
     named = _mapping(accelerate.get("deepspeed_config")).get("deepspeed_config_file")
     if not named:
         return StrategyFiles(accelerate, _shown(file))
-    return StrategyFiles(accelerate, _shown(file), read_json_object(asset(named)), _shown(asset(named)))
+    return StrategyFiles(accelerate, _shown(file), _read_deepspeed(asset(named)), _shown(asset(named)))
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> StrategyFiles | None:
@@ -118,7 +118,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> StrategyFiles |
     name, deepspeed = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), {}
     if accelerate["distributed_type"] == "DEEPSPEED":
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        deepspeed = read_json_object(Path(name)) if name else {"zero_optimization": {"stage": int(stage)}}
+        deepspeed = _read_deepspeed(Path(name)) if name else {"zero_optimization": {"stage": int(stage)}}
         accelerate["deepspeed_config"]["deepspeed_config_file"] = name
     return StrategyFiles(accelerate, "the accelerate config", deepspeed, name or "")
 
@@ -129,6 +129,10 @@ def _kind(environ: Mapping[str, str]) -> str:
     if is_on(environ.get("ACCELERATE_USE_DEEPSPEED")):
         return "DEEPSPEED"
     return "MULTI_GPU" if int(environ.get("WORLD_SIZE", 1)) > 1 else "NO"
+
+
+def _read_deepspeed(file: Path) -> dict[str, Any]:
+    return read_json_object(file, where=_shown(file))
 
 
 def _shown(file: Path) -> str:
