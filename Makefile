@@ -35,17 +35,17 @@ merge: setup  ## RUN's adapter into its base: ARGS="--dtype bfloat16"
 	manyrank merge $(RUN) $(ARGS)
 
 test: setup  ## every test that needs no GPU; JOBS= processes, a core each
-	pytest -n $(JOBS) --dist loadfile -m "not nightly" $(ARGS)
+	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not nightly" $(ARGS)
 
-test-nightly: setup  ## what takes minutes each: random kills, stories, benchmarks
+test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks
 	pytest -m nightly $(ARGS)
 
 test-slurm: setup  ## a real SLURM job over two nodes on this machine; as root on Debian, it installs SLURM first
 	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }
-	pytest -m hosts tests/test_slurm.py
+	pytest -m hosts tests/launchers/test_slurm.py
 
 test-faults: setup  ## a run of two processes that is killed KILLS times
-	MANYRANK_KILLS=$(KILLS) pytest -m "" tests/test_faults.py
+	MANYRANK_KILLS=$(KILLS) pytest -m "" tests/checkpoint/test_faults.py
 
 doctor: setup  ## examine this machine: NPROC=, ARGS="my.yaml --json"
 	manyrank doctor $(if $(NPROC),--nproc $(NPROC)) $(ARGS)

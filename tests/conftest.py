@@ -1,49 +1,44 @@
 """Shared pieces of the tests: the embedded model, real launches, and the runs that several tests look at."""
 
-import json
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import warm
+from launches import ROOT, Run, launch
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported; spinning threads starve the launched runs
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
-ROOT = Path(__file__).parents[1]
+SLOW = (
+    "launchers/test_hosts.py",
+    "equivalence/test_resume_anywhere.py",
+    "training/test_train.py",
+    "launchers/test_start.py",
+    "launchers/test_preemption.py",
+    "equivalence/test_verify.py",
+    "tasks/test_grpo.py",
+    "checkpoint/test_resume.py",
+    "checkpoint/test_faults.py",
+    "launchers/test_slurm.py",
+    "tools/test_doctor.py",
+    "plan/test_memory.py",
+    "parallel/test_hsdp.py",
+    "launchers/test_launch_scripts.py",
+    "tools/test_merge.py",
+    "tools/test_evaluate.py",
+    "tools/test_report.py",
+    "test_api.py",
+    "test_docs.py",
+)
 
 
-@dataclass
-class Run:
-    """A finished launch: its exit code, what it printed, and its folder."""
-
-    code: int
-    stdout: str
-    stderr: str
-    folder: Path
-
-    def metrics(self, key: str = "loss") -> list[float]:
-        lines = (self.folder / "logs" / "metrics.jsonl").read_text().splitlines()
-        return [entry[key] for entry in map(json.loads, lines) if key in entry]
-
-    def facts(self) -> dict:
-        return json.loads((self.folder / "logs" / "strategy.json").read_text())
-
-
-def launch(folder: Path, *args: str, recipe: str = "verify", cwd: Path = ROOT, cold: bool = False, **env: str) -> Run:
-    """`manyrank train` as a user runs it, with every step logged.
-
-    Args:
-        cold: in a new interpreter, see `warm`.
-    """
-    argv = [sys.executable, "-m", "manyrank.cli", "train", recipe, f"--output_dir={folder}", "--logging_steps=1", *args]
-    run = subprocess.run if cold else warm.run
-    done = run(argv, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=400)
-    return Run(done.returncode, done.stdout, done.stderr, folder)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow files where several processes share them; one that comes last leaves the others idle."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {ROOT / "tests" / name: place for place, name in enumerate(SLOW)}
+        items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,7 @@ import textwrap
 import pytest
 import torch
 import warm
-from conftest import ROOT, launch
+from launches import ROOT, launch
 from safetensors.torch import load_file
 from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, PreTrainedTokenizerFast, TrainerCallback

@@ -10,7 +10,7 @@ import sys
 import pytest
 import warm
 import yaml
-from conftest import ROOT
+from launches import ROOT
 
 from manyrank.project_files import asset
 

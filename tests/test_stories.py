@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from conftest import ROOT
+from launches import ROOT
 from transformers import AutoModelForCausalLM
 
 from manyrank.runs.logs import read_metrics

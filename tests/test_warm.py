@@ -8,8 +8,8 @@ import time
 
 import pytest
 import warm
-from conftest import launch
-from test_start import is_running
+from launches import launch
+from processes import is_running
 
 COMMAND = [sys.executable, "-m", "manyrank.cli"]
 

@@ -163,10 +163,10 @@ def _data(argv: Sequence[str]) -> int:
 
 def _rules(argv: Sequence[str]) -> int:
     from .config.args import no_options
-    from .rules import check as rules
+    from .rules.check import rules_as_markdown
 
     no_options(argv, prog="manyrank rules", about="Print every rule, as docs/rules.md.")
-    print(rules.as_markdown(), end="")
+    print(rules_as_markdown(), end="")
     return 0
 
 

@@ -5,7 +5,7 @@ turns a distributed type into FSDP for MULTI_GPU, MULTI_XPU, ... but not for MUL
 DDP, silently. This does after construction what that branch does for GPUs. A `ParallelismConfig` comes in here, too:
 given to `Accelerator.__init__`, it would be refused there, since that knows it with FSDP or GPUs only.
 
-It can go when that branch lists MULTI_CPU; tests/test_strategy.py fails on that day.
+It can go when that branch lists MULTI_CPU; tests/topology/test_strategy.py fails on that day.
 """
 
 from __future__ import annotations

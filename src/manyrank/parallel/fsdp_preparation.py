@@ -8,7 +8,7 @@ first name that it does not find. It can go when that skips such names.
 (https://github.com/huggingface/accelerate/issues/3898). Buffers that are in no state dict accelerate leaves as each rank
 has them. It can go when that issue is closed.
 
-tests/test_fsdp_preparation.py fails on those days.
+tests/parallel/test_fsdp_preparation.py fails on those days.
 """
 
 from __future__ import annotations

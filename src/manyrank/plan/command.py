@@ -20,12 +20,12 @@ from ..config.resolve import Entry, Resolved, TrainConfig, find_recipe, resolve
 from ..config.schema import Float
 from ..errors import UserError
 from ..models.catalog import read
-from ..models.spec import Architecture
+from ..models.spec import ModelSpec
 from ..models.tiny import EMBEDDED, ensure
-from ..rules.check import violations
+from ..rules.check import find_violations
 from ..rules.context import RunContext
-from ..topology import gpus as hardware
-from ..topology.gpus import Gpu, Hardware
+from ..topology import gpus
+from ..topology.gpus import GpuKind
 from ..topology.strategies import default_strategy
 from .planner import Plan, make_plan, scaling, with_micro_batch
 from .view import as_text, as_values
@@ -34,7 +34,7 @@ DECIMAL = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 UNITS = DECIMAL | {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 NO_DATA = "(none)"  # stands for the data of a plan without a recipe
 BYTES_A_TOKEN = 4  # of text in a data file, about
-KINDS = ", ".join(kind.name for kind in hardware.GPU_KINDS)
+KINDS = ", ".join(kind.name for kind in gpus.GPU_KINDS)
 
 
 def _size(text: str) -> int:
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_model(name: str) -> Architecture:
+def read_model(name: str) -> ModelSpec:
     """The shape of the model that a recipe names.
 
     Raises:
@@ -182,7 +182,7 @@ def _check_speeds(options: PlanOptions, context: RunContext) -> None:
 def _against(plan: Plan) -> list[str]:
     """What `manyrank train` would refuse of the recipe, as far as it can be told without its data."""
     run = plan.chosen.run
-    found = [v for v in violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
+    found = [v for v in find_violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
     if not run.trainable:
         raise UserError(
             "no matrix of the model has such a name", where="lora_target_modules", fix="name some, or all-linear"
@@ -192,29 +192,26 @@ def _against(plan: Plan) -> list[str]:
 
 def _context(options: PlanOptions, nproc: int | None, resolved: Resolved) -> RunContext:
     """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
-    here = hardware.probe()
+    here = gpus.probe()
     if options.gpu or not here.gpus or options.gpu_memory:
         nproc = nproc or 1
-        here = Hardware((_planned_gpu(options),) * nproc, cpu_cores=nproc, cpu_bf16=False)
+        here = gpus.planned_hardware(nproc, _kind(options), memory=options.gpu_memory)
     nproc = nproc or len(here.gpus)
     smallest = here.smallest_gpu
     if options.network and smallest and smallest.kind:
-        kind = hardware.with_network(smallest.kind, gbit=options.network, gpus=nproc)
+        kind = gpus.with_network(smallest.kind, gbit=options.network, gpus=nproc)
         here = replace(here, gpus=(replace(smallest, planned=kind),) * len(here.gpus))
     here = replace(here, memory=options.host_memory or here.memory)
     world_size = nproc * options.nnodes[0]
     return RunContext(resolved, default_strategy(world_size), nproc, world_size, here)
 
 
-def _planned_gpu(options: PlanOptions) -> Gpu:
-    memory = options.gpu_memory
-    if not options.gpu:
-        return Gpu("planned", memory or 0, (9, 0))
-    kind = hardware.find_kind(options.gpu, memory)
-    if kind is None:
+def _kind(options: PlanOptions) -> GpuKind | None:
+    kind = gpus.find_kind(options.gpu, options.gpu_memory) if options.gpu else None
+    if options.gpu and kind is None:
         fix = f"one of {KINDS}; or --gpu_memory 24GiB"
         raise UserError(f"no GPU {options.gpu!r} is known", where="--gpu", fix=fix)
-    return Gpu(kind.name, memory or kind.memory, (9, 0) if kind.has_bf16 else (7, 0), planned=kind)
+    return kind
 
 
 def _tokens(config: TrainConfig, plan: Plan, given: int | None) -> int | None:

@@ -26,19 +26,19 @@ from ..errors import EXIT_FAILED, UserError
 from ..project_files import asset
 from ..runs.logs import read_metrics
 from ..signals import die_with_parent
-from ..topology import gpus as hardware
-from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
+from ..topology import gpus
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy, default_strategy
 
-COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not Engine.SINGLE and not s.offload]
+COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not EngineKind.SINGLE and not s.offload]
 Compared = Literal[*COMPARED]
 Method = Literal["lora", "qlora", "full"]
 Launcher = Literal["accelerate", "torchrun"]
 METHODS, LAUNCHERS = get_args(Method), get_args(Launcher)
 WRAPPERS = {
-    Engine.SINGLE: "",
-    Engine.DDP: "DistributedDataParallel",
-    Engine.FSDP: "FSDP",
-    Engine.DEEPSPEED: "DeepSpeedEngine",
+    EngineKind.SINGLE: "",
+    EngineKind.DDP: "DistributedDataParallel",
+    EngineKind.FSDP: "FSDP",
+    EngineKind.DEEPSPEED: "DeepSpeedEngine",
 }
 TOLERANCE = {"no": 1e-5, "bf16": 2e-2}  # largest difference of losses and gradient norms; bf16 rounds at 4e-3
 SHARD_SLACK = 1.05  # padding of uneven shards
@@ -66,7 +66,7 @@ class Case:
     @property
     def mesh(self) -> list[int]:
         """The mesh on which FSDP's parameters are to lie."""
-        if self.strategy.engine is not Engine.FSDP:
+        if self.strategy.engine is not EngineKind.FSDP:
             return []
         return [2, self.shards] if self.strategy.replicas else [self.shards]
 
@@ -96,9 +96,11 @@ def processes(strategy: Strategy, nproc: int) -> int:
     return max(4, nproc // 2 * 2) if strategy.replicas else nproc
 
 
-def fitting(nproc: int, gpus: int) -> tuple[str, ...]:
+def fitting(nproc: int, gpu_count: int) -> tuple[str, ...]:
     """The strategies that a machine can run; on CPUs all."""
-    return tuple(name for name in COMPARED if not gpus or processes(STRATEGIES[name], nproc) <= max(nproc, gpus))
+    return tuple(
+        name for name in COMPARED if not gpu_count or processes(STRATEGIES[name], nproc) <= max(nproc, gpu_count)
+    )
 
 
 def batch_arguments(config: TrainConfig, nproc: int) -> list[str]:
@@ -158,7 +160,7 @@ def problems(case: Case, outcome: Outcome, single: Outcome) -> list[str]:
     facts, found = outcome.facts, []
     if not facts["wrapper"].startswith(WRAPPERS[case.strategy.engine]):
         found.append(f"wrapped as {facts['wrapper']}")
-    if facts["distributed_type"].replace("MULTI_CPU", Engine.DDP) != case.strategy.engine:
+    if facts["distributed_type"].replace("MULTI_CPU", EngineKind.DDP) != case.strategy.engine:
         found.append(f"came up as {facts['distributed_type']}")
     if facts["world_size"] != case.nproc:
         found.append(f"{facts['world_size']} processes")
@@ -208,12 +210,12 @@ def main(argv: Sequence[str]) -> int:
         0 if every case is right, else 1.
     """
     options = read_options(argv, VerifyOptions, prog="manyrank verify")
-    gpus = len(hardware.probe().gpus)
-    nproc = options.nproc or gpus or 2
+    gpu_count = len(gpus.probe().gpus)
+    nproc = options.nproc or gpu_count or 2
     if nproc < 2:
         what = "verify compares several processes with one"
         raise UserError(what, where="--nproc", fix="needs at least 2 GPUs, or CPUs")
-    strategies = options.strategies or fitting(nproc, gpus)
+    strategies = options.strategies or fitting(nproc, gpu_count)
     for name in set(COMPARED) - set(strategies) if not options.strategies else ():
         print(f"left out: {name}, which needs {processes(STRATEGIES[name], nproc)} GPUs")
     print(
@@ -226,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
         for case in cases(options.methods, strategies, options.via, nproc):
             batch = batch_arguments(recipe, nproc)
             outcome = run(case, options.recipe, folder, steps=options.steps, more=batch)
-            single = outcome if case.strategy.engine is Engine.SINGLE else single
+            single = outcome if case.strategy.engine is EngineKind.SINGLE else single
             bad = problems(case, outcome, single)
             wrong += bool(bad)
             print(_row(case, outcome, single, bad), flush=True)

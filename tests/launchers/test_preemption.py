@@ -1,0 +1,249 @@
+"""A run that is asked to stop saves at the step's end and says so with its exit code, whoever gets the signal."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launches import ROOT, launch
+from processes import running, wait_until, workers, workers_alive
+
+from manyrank.runs import run_folder
+from manyrank.training import watchdog
+
+
+def saved_step(folder) -> int:
+    (saved,) = run_folder.checkpoints(folder)
+    assert run_folder.damage(saved) is None
+    return json.loads((saved / "trainer_state.json").read_text())["global_step"]
+
+
+@pytest.mark.parametrize(
+    ("number", "receiver", "args"),
+    [
+        (signal.SIGTERM, "launcher", ("--strategy=ddp", "--nproc=2")),
+        (signal.SIGUSR1, "launcher", ("--strategy=zero3", "--nproc=2", "--via=torchrun")),
+        (signal.SIGINT, "launcher", ("--strategy=fsdp", "--nproc=2")),
+        (signal.SIGUSR1, "rank 1", ("--strategy=ddp", "--nproc=2")),
+        (signal.SIGINT, "launcher", ("--strategy=single",)),
+    ],
+)
+def test_a_signal_saves_and_exits_with_75(embedded_model, tmp_path, number, receiver, args):
+    folder = tmp_path / "run"
+    with running(folder, *args) as process:
+        if receiver == "launcher":
+            process.send_signal(number)
+        else:
+            workers(folder)[1].send_signal(number)
+        assert process.wait(60) == 75, process.communicate()
+        wait_until(lambda: not workers_alive(folder), seconds=5)
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    assert saved_step(folder) == len(lines) == json.loads(lines[-1])["step"]
+    assert not (folder / "final_model").exists()
+
+
+SLEEPER = """
+import os, time
+from transformers import TrainerCallback
+class Sleep(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and os.environ.get("RANK", "0") == os.environ["SLEEPER"]:
+            time.sleep(float(os.environ["SECONDS"]))
+"""
+
+
+@pytest.fixture
+def sleeper(tmp_path, monkeypatch):
+    """A callback in which one rank sleeps at the third step."""
+
+    def make(rank: int, seconds: float) -> str:
+        (tmp_path / "sleeping.py").write_text(SLEEPER)
+        for name, value in {"PYTHONPATH": tmp_path, "SLEEPER": rank, "SECONDS": seconds}.items():
+            monkeypatch.setenv(name, str(value))
+        return "--callbacks=sleeping:Sleep"
+
+    return make
+
+
+STUCK = """
+import os
+import torch
+from transformers import TrainerCallback
+class Stuck(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and os.environ["RANK"] == "1":
+            torch.distributed.recv(torch.zeros(1), src=0)
+"""
+
+
+def test_a_second_interrupt_stops_at_once(embedded_model, tmp_path, monkeypatch):
+    """Also ranks that wait in C++, where Python hears no signal."""
+    folder = tmp_path / "run"
+    (tmp_path / "stuck.py").write_text(STUCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with running(folder, "--strategy=ddp", "--nproc=2", "--callbacks=stuck:Stuck") as process:
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    assert not run_folder.checkpoints(folder)
+    wait_until(lambda: not workers_alive(folder), seconds=5)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 2.0])
+def test_a_signal_that_comes_early_is_not_lost(embedded_model, tmp_path, seconds):
+    """Before there are workers nothing was begun; workers that do not listen yet get it when they do."""
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}", "--max_steps=5000"]
+    process = subprocess.Popen(
+        [*argv, "--strategy=ddp", "--nproc=2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: listens(process.pid))
+    time.sleep(seconds)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(90) == 75, process.communicate()
+    for checkpoint in run_folder.checkpoints(folder):
+        assert run_folder.damage(checkpoint) is None
+
+
+def listens(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line for line in status if line.startswith("SigCgt")).split()[1]
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sleeper):
+    run = launch(tmp_path / "run", "--strategy=ddp", "--nproc=2", "--max_steps=4", "--hang_timeout=3", sleeper(1, 9))
+    assert run.code == 0, run.stderr  # a slow rank may come back, and did
+    (named,) = [line for line in run.stderr.splitlines() if "no sign of life" in line and "step 3" in line]
+    assert re.search(r"WARNING: rank 1 \(host .*\) has given no sign of life for \d+ s: step 3, callbacks", named)
+    assert "rank 0 in waiting for the others" in named or "rank 0 in forward and backward" in named
+    stacks = (run.folder / "logs" / "heartbeats" / "stacks-00001.txt").read_text()
+    assert "sleeping.py" in stacks and "in on_step_begin" in stacks
+    assert [beat.phase for beat in watchdog.beats(run.folder / "logs" / "heartbeats")] == ["done", "done"]
+
+
+ASKED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from manyrank.training.watchdog import HeartbeatWriter
+heartbeat = HeartbeatWriter(0)
+heartbeat.attach(Path(sys.argv[1]))
+def start_and_end():
+    while True:
+        thread = threading.Thread(target=time.time)
+        thread.start()
+        thread.join()
+for _ in range(2):
+    threading.Thread(target=start_and_end, daemon=True).start()
+for _ in range(500):
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(0.002)
+heartbeat.stop()
+os._exit(0)
+"""
+
+
+def test_asking_for_stacks_does_not_end_a_rank_whose_threads_come_and_go(tmp_path):
+    assert subprocess.run([sys.executable, "-c", ASKED, str(tmp_path)], timeout=120).returncode == 0
+    stacks = (tmp_path / "logs" / "heartbeats" / "stacks-00000.txt").read_text()
+    assert 250 < stacks.count("Stack (most recent call first)") <= 500  # one asked for during another is lost
+    assert "hread 0x" not in stacks  # those of other threads may end while they are read
+
+
+def test_save_now_saves_at_the_next_step(embedded_model, tmp_path):
+    folder = tmp_path / "run"
+    with running(folder, "--strategy=ddp", "--nproc=2"):
+        (folder / "SAVE_NOW").touch()
+        wait_until(lambda: run_folder.checkpoints(folder) and not (folder / "SAVE_NOW").exists())
+        step = saved_step(folder)
+        log = folder / "logs" / "metrics.jsonl"
+        wait_until(lambda: log.read_text().count("\n") > step)  # and goes on
+
+
+def test_a_preempted_run_ends_as_the_uninterrupted_one(whole_run, tmp_path):
+    """The stop comes from a callback that sends the signal, so that it is the same step every time."""
+    (tmp_path / "stopping.py").write_text(
+        "import os, signal\nfrom transformers import TrainerCallback\n"
+        "class Stop(TrainerCallback):\n"
+        "    def on_step_begin(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 3:\n            os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    common = ("--max_steps=6", "--strategy=ddp", "--nproc=2")
+    env = {"PYTHONPATH": str(tmp_path)}
+    first = launch(tmp_path / "run", *common, "--callbacks=stopping:Stop", **env)
+    assert first.code == 75, first.stderr
+    assert [path.name for path in run_folder.checkpoints(first.folder)] == ["checkpoint-4"]
+    again = launch(tmp_path / "run", *common, "--resume_from_checkpoint=auto")
+    assert again.code == 0, again.stderr
+    assert again.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+CRASH = """
+import os
+from transformers import TrainerCallback
+class Crash(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(9)
+"""
+
+
+def test_workers_that_are_started_anew_resume_by_themselves(whole_run, tmp_path):
+    (tmp_path / "crashing.py").write_text(CRASH)
+    common = ("--strategy=ddp", "--nproc=2", "--max_steps=6", "--save_steps=2", "--max_restarts=1")
+    refused = launch(tmp_path / "run", *common, "--via=accelerate")
+    assert refused.code == 2 and "use --via torchrun" in refused.stderr
+    run = launch(tmp_path / "run", *common, "--callbacks=crashing:Crash", PYTHONPATH=str(tmp_path))
+    assert run.code == 0, run.stderr
+    assert f"resumed from {run.folder / 'checkpoint-2'}, step 2" in run.stdout
+    assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+def test_a_run_that_was_told_to_stop_is_not_started_anew(embedded_model, tmp_path):
+    folder = tmp_path / "run"
+    with running(folder, "--strategy=ddp", "--nproc=2", "--max_restarts=3") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75, process.communicate()
+    log = folder / "logs" / "metrics.jsonl"
+    assert saved_step(folder) == log.read_text().count("\n")
+
+
+def test_a_users_error_is_not_tried_again(embedded_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c"}\n')
+    options = (f"--data_path={tmp_path / 'rows.jsonl'}", "--strategy=ddp", "--nproc=2", "--max_restarts=3")
+    run = launch(tmp_path / "run", *options)
+    assert run.code == 2 and run.stderr.count("error: 1 of 2 rows cannot be used") == 1, run.stderr
+
+
+def test_started_anew_from_a_named_checkpoint_it_goes_on_from_its_own(whole_run, tmp_path):
+    (tmp_path / "crashing.py").write_text(CRASH.replace("== 3", "== 5"))
+    common = ("--strategy=ddp", "--nproc=2", "--max_steps=6", "--save_steps=1", "--max_restarts=1")
+    named = whole_run.folder / "checkpoint-3"
+    options = ("--callbacks=crashing:Crash", f"--resume_from_checkpoint={named}")
+    run = launch(tmp_path / "run", *common, *options, PYTHONPATH=str(tmp_path))
+    assert run.code == 0, run.stderr
+    assert f"resumed from {named}, step 3" in run.stdout
+    assert f"resumed from {run.folder / 'checkpoint-5'}, step 5" in run.stdout
+    assert run.metrics() == pytest.approx(whole_run.metrics()[3:], abs=1e-5)
+
+
+NAN = """
+from transformers import TrainerCallback
+class Nan(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+"""
+
+
+def test_a_loss_that_is_not_finite_is_not_tried_again(embedded_model, tmp_path):
+    (tmp_path / "nan.py").write_text(NAN)
+    common = ("--strategy=ddp", "--nproc=2", "--max_steps=6", "--save_steps=1", "--max_restarts=2")
+    run = launch(tmp_path / "run", *common, "--callbacks=nan:Nan", PYTHONPATH=str(tmp_path))
+    assert run.code == 1 and run.stderr.count("stopped before the optimizer used it") == 1, run.stderr

@@ -1,0 +1,165 @@
+"""The plan's bytes against the tensors that are really there: those that last, and all that live at a step's peak."""
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+from planned import planned_run
+from small_models import CHECKPOINTED, FULL, LORA, TOKENS, made, packs, recipe
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from manyrank.models.load import LoadPlan, base_model
+from manyrank.plan import memory
+from manyrank.training.loss import TokenLoss
+from manyrank.training.optim import build_optimizer
+
+KINDS = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+    "phi3",
+    "starcoder2",
+    "qwen3_moe",
+    "mixtral",
+    "qwen2_moe",
+    "deepseek_v3",
+)
+QUANTISED = {"qlora": "nf4", "int8": "int8"}
+
+
+def nbytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method=lora",),
+        ("--method=full",),
+        ("--method=lora", "--lora_r=8", "--lora_target_modules=q_proj,gate_proj,up_proj,down_proj"),
+    ],
+)
+def test_weights_adapters_and_states_are_the_real_ones(kind, options):
+    config = recipe(*options)
+    model, shape = made(kind, config, torch.float32)
+    run = planned_run(config, shape, "single", bf16=False, gpu=False)
+    parts = memory.estimate(run).parts
+    adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
+    assert parts["weights"] == nbytes(p for name, p in model.named_parameters() if ".lora_" not in name)
+    assert parts.get("adapters", 0) == nbytes(adapters)
+    assert run.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert parts["optimizer"] == 2 * 4 * run.trainable
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
+def test_optimizer_states_are_those_after_a_step(optim):
+    config = recipe("--method=lora", f"--optim={optim}", "--lora_r=32")
+    model, shape = made("llama", config, torch.float32)
+    optimizer, some = build_optimizer(model, config), torch.arange(64)
+    TokenLoss(model, model)(packs(), some, some).backward()
+    optimizer.step()
+    # Steps are counters; the tables of 8-bit states are one for all tensors.
+    real = [
+        value
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key not in ("step", "qmap1", "qmap2") and value is not None
+    ]
+    assert memory.states(planned_run(config, shape, "single", bf16=False), optim) == nbytes(real)
+    assert real or optim == "sgd"
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma3_text", "qwen3_moe", "deepseek_v3"])
+def test_a_quantised_base_has_the_planned_bytes(kind, method, tmp_path):
+    config = recipe(f"--method={method}")
+    bare, shape = made(kind, recipe("--method=full"), torch.bfloat16)
+    bare.save_pretrained(tmp_path)
+    plan = LoadPlan(str(tmp_path), torch.bfloat16, torch.bfloat16, QUANTISED[method], {"": "cpu"}, False, False)
+    model = base_model(plan)
+    constants = []
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            constants += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        elif getattr(parameter, "SCB", None) is not None:
+            constants += [parameter.SCB]
+    weights, planned = memory.base_weights(planned_run(config, shape, "single", bf16=True))
+    assert constants and planned == nbytes(constants)
+    assert weights == nbytes(model.parameters())
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all storages that live, those inside one operation left out."""
+
+    def __init__(self, parameters) -> None:
+        super().__init__()
+        self.seen, self.now, self.peak = weakref.WeakSet(), 0, 0
+        self._count(parameters)
+
+    def _count(self, tensors) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self._count(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3", "starcoder2", "qwen3_moe"])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("method", [LORA, FULL, (*LORA, "--lora_dropout=0.1")], ids=["lora", "full", "dropout"])
+@pytest.mark.parametrize("again", [(), CHECKPOINTED], ids=["kept", "checkpointed"])
+def test_a_step_takes_what_is_planned(kind, bf16, method, again):
+    if kind == "qwen3_moe" and "--lora_dropout=0.1" in method:
+        pytest.skip("peft has no dropout for experts")
+    config = recipe(*method, *again)
+    model, shape = made(kind, config, torch.bfloat16 if bf16 and method != FULL else torch.float32)
+    run = planned_run(config, shape, "single", bf16=bf16, gpu=False)
+    optimizer, loss, some = build_optimizer(model, config), TokenLoss(model, model), torch.arange(TOKENS)
+    with Living(model.parameters()) as living:
+        for _ in range(2):  # the optimizer makes its states in the first
+            living.peak = 0
+            with torch.autocast("cpu", torch.bfloat16) if run.autocast else contextlib.nullcontext():
+                value = loss(packs(), some, some % 300)
+            value.backward()
+            del value
+            optimizer.step()
+            optimizer.zero_grad()
+    planned = sum(size for part, size in memory.estimate(run).parts.items() if part != "slack")
+    assert 0.95 <= planned / living.peak <= 1.15
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_what_answers_of_grpo_keep_is_what_a_cache_holds(kind):
+    answers = 256
+    more = {
+        "task": "grpo",
+        "rewards": {"f1": 1},
+        "packing": "none",
+        "global_batch_size": answers,
+        "gradient_checkpointing": "full",
+    }
+    config = recipe("--method=lora").model_copy(update={**more, "per_device_train_batch_size": 1})
+    length = config.max_length
+    model, shape = made(kind, config, torch.float32)
+    found = memory.estimate(planned_run(config, shape, "single", bf16=False, gpu=False))
+    with torch.no_grad():
+        kept = model.eval()(
+            input_ids=torch.zeros(2, length, dtype=torch.long), use_cache=True, logits_to_keep=1
+        ).past_key_values
+    assert found.moment == "answers"
+    assert found.parts["cache"] == answers // 2 * nbytes(t for layer in kept.layers for t in (layer.keys, layer.values))
+    adapters = nbytes(p for name, p in model.named_parameters() if ".lora_" in name)
+    assert found.parts["adapters"] == 2 * adapters  # and those of the reference

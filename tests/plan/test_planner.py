@@ -1,0 +1,311 @@
+"""The plan: what it answers, against published figures, and what it chooses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launches import ROOT
+from planned import planned_context, planned_run
+
+from manyrank import cli
+from manyrank.config.args import parse
+from manyrank.config.resolve import resolve
+from manyrank.models import catalog
+from manyrank.plan import memory, planner, speed
+from manyrank.plan.command import _nodes
+from manyrank.plan.memory import GiB
+from manyrank.plan.planner import Verdict, make_plan
+from manyrank.topology.gpus import GPU_KINDS, find_kind
+
+
+def config(*argv: str):
+    line = parse(["--model=x", "--data_path=x", *argv], prog="test", launch=False)
+    return resolve(line.recipe, line.overrides).config
+
+
+def planned(model: str, gpu: str, *argv: str, nproc: int = 1, nnodes: int = 1, host=None) -> planner.Plan:
+    context = planned_context(config(*argv), nproc=nproc, nnodes=nnodes, gpu=find_kind(gpu), host=host)
+    return make_plan(context, catalog.read(model))
+
+
+QLORA = ("--method=qlora", "--gradient_checkpointing=full")
+SEVENTY = (*QLORA, "--lora_r=8", "--lora_dropout=0.1", "--max_length=2048", "--micro_batch=2")
+PUBLISHED = [  # model, strategy, processes, recipe, GB as published, how far off
+    ("llama-2-70b", "fsdp", 2, SEVENTY, 35.6, 0.1),
+    ("llama-2-70b", "zero3", 2, SEVENTY, 36.6, 0.15),
+    ("llama-2-70b", "fsdp_offload", 2, SEVENTY, 19.6, 0.3),
+    ("llama-2-7b", "single", 1, (*QLORA, "--max_length=1024", "--micro_batch=4"), 8, 0.1),
+    ("deepseek-r1-distill-qwen-32b", "single", 1, (*QLORA, "--max_length=2048", "--micro_batch=1"), 27.5, 0.15),
+]
+
+
+@pytest.mark.parametrize(("model", "strategy", "nproc", "recipe", "gigabytes", "off"), PUBLISHED)
+def test_published_figures(model, strategy, nproc, recipe, gigabytes, off):
+    found = memory.estimate(planned_run(config(*recipe), catalog.read(model), strategy, nproc))
+    assert found.peak / 1e9 == pytest.approx(gigabytes, rel=off)
+
+
+def test_the_parts_are_the_peak_and_the_peak_is_the_greatest_moment():
+    for option in planned("llama-3.1-8b", "H100", "--max_length=4096", nproc=8).options:
+        assert sum(option.memory.parts.values()) == option.memory.peak
+        assert option.memory.moment in ("loss", "backward", "step") and min(option.memory.parts.values()) > 0
+
+
+def test_more_of_anything_needs_more():
+    shape = catalog.read("qwen2.5-7b")
+
+    def peak(*argv: str, strategy: str = "fsdp", nproc: int = 4) -> int:
+        return memory.estimate(planned_run(config(*argv), shape, strategy, nproc)).peak
+
+    assert peak("--max_length=2048") > peak("--max_length=1024")
+    assert peak("--micro_batch=8") > peak("--micro_batch=4")
+    assert (
+        peak("--gradient_checkpointing=off")
+        > peak("--gradient_checkpointing=14")
+        > peak("--gradient_checkpointing=full")
+    )
+    assert peak("--method=full") > peak("--method=lora") > peak("--method=qlora")
+    assert peak(nproc=2) > peak(nproc=8)
+    assert peak(strategy="ddp") > peak(strategy="fsdp") > peak(strategy="fsdp_offload")
+    assert (
+        peak("--optim=adamw_torch", strategy="ddp")
+        > peak("--optim=adamw_8bit", strategy="ddp")
+        > peak("--optim=paged_adamw_8bit", strategy="ddp")
+    )
+
+
+def test_hsdp_shards_over_one_machine():
+    shape = catalog.read("llama-3-8b")
+    one, four = (
+        memory.estimate(planned_run(config("--method=full"), shape, "hsdp", 8, nodes)).parts["weights"]
+        for nodes in (1, 4)
+    )
+    assert one == four == memory.estimate(planned_run(config("--method=full"), shape, "fsdp", 8, 1)).parts["weights"]
+
+
+def test_auto_takes_the_simplest_of_the_fastest_that_fit():
+    assert planned("qwen2.5-7b", "H100", nproc=8).chosen.strategy.name == "ddp"
+    big = planned("llama-3.1-70b", "H100", "--gradient_checkpointing=full", nproc=8)
+    assert big.chosen.strategy.name == "fsdp" and "ddp needs" in big.why
+    assert planned("qwen2.5-0.5b", "RTX4090").chosen.strategy.name == "single"
+
+
+def test_auto_passes_over_what_the_rules_refuse():
+    plan = planned("llama-3.1-70b", "H100", "--method=int8", "--gradient_checkpointing=full", nproc=8)
+    assert {option.strategy.name for option in plan.options if option.refused} >= {"fsdp", "zero3"}
+    assert not plan.chosen.refused
+
+
+def test_host_memory_counts_where_it_is_known():
+    argv = ("--method=full", "--max_length=2048", "--micro_batch=1", "--gradient_checkpointing=full")
+    enough = planned("llama-3.1-8b", "RTX4090", *argv)
+    assert enough.chosen.strategy.name in ("fsdp_offload", "zero3_offload") and enough.chosen.usable
+    short = planned("llama-3.1-8b", "RTX4090", *argv, host=64 * GiB)
+    assert short.chosen.verdict == Verdict.TOO_BIG
+
+
+def test_where_nothing_fits_it_says_so():
+    plan = planned("llama-3.1-405b", "T4", nproc=2)
+    assert plan.why.startswith("none fits") and plan.chosen.verdict == Verdict.TOO_BIG
+    assert plan.chosen.largest_micro_batch == 0 and plan.chosen.largest_max_length == 0
+
+
+def test_the_largest_micro_batch_and_length_fit_and_more_do_not():
+    chosen = planned("llama-3.1-8b", "A100-80GB", "--gradient_checkpointing=full").chosen
+    room = planner.ROOMY * find_kind("A100-80GB").memory
+    for key, largest, step in (
+        ("per_device_train_batch_size", chosen.largest_micro_batch, 1),
+        ("max_length", chosen.largest_max_length, 64),
+    ):
+        assert largest > 0
+        assert memory.estimate(chosen.run.with_options(**{key: largest})).needed <= room
+        assert memory.estimate(chosen.run.with_options(**{key: largest + step})).needed > room
+
+
+@pytest.mark.parametrize(
+    ("gpu", "argv", "some"),
+    [("H100", (), False), ("A100-80GB", ("--max_length=4096",), True), ("RTX4090", ("--max_length=8192",), True)],
+)
+def test_auto_checkpoints_as_few_layers_as_fit(gpu, argv, some):
+    run = planned_run(config("--gradient_checkpointing=auto", *argv), catalog.read("llama-3.1-8b"), "single")
+    room = planner.ROOMY * find_kind(gpu).memory
+    found = planner.settled(run, find_kind(gpu).memory)
+    assert (found.config.gradient_checkpointing != "off") == some
+    if isinstance(found.config.gradient_checkpointing, int):
+        assert memory.estimate(found).needed <= room
+        assert memory.estimate(found.with_options(gradient_checkpointing=found.checkpointed - 1)).needed > room
+    elif some:
+        assert memory.estimate(found.with_options(gradient_checkpointing=found.shape.depth - 1)).needed > room
+
+
+def test_operations_are_4n_for_lora_and_6n_for_full():
+    shape = catalog.read("llama-3.1-8b")
+    short = ("--max_length=16",)  # next to no attention
+    lora, full = (
+        speed.needed(planned_run(config(f"--method={method}", *short), shape, "single")) for method in ("lora", "full")
+    )
+    weights = shape.active + speed.SUPERVISED * shape.embedding
+    assert full == pytest.approx(6 * weights, rel=0.01)
+    assert lora == pytest.approx(4 * weights, rel=0.02)
+
+
+def test_a_batch_of_fewer_examples_than_gpus_stops_scaling():
+    argv = ("--global_batch_size=64", "--micro_batch=1", "--max_length=2048")
+    context = planned_context(config(*argv), nproc=8, gpu=find_kind("H100"))
+    rows = planner.scaling(context, catalog.read("llama-3.1-8b"), [1, 8, 16, 32])
+    ddp = {row.nnodes: row for row in rows if row.option.strategy.name == "ddp"}
+    assert ddp[8].efficiency > 0.9 and ddp[16].efficiency < 0.6 and "batch" in ddp[16].waits_for
+    assert "hsdp" in {row.option.strategy.name for row in rows}
+
+
+def test_slow_links_are_named():
+    row = planned(
+        "llama-3.1-70b",
+        "RTX4090",
+        "--method=full",
+        "--max_length=512",
+        "--micro_batch=1",
+        "--strategy=fsdp",
+        nproc=8,
+        nnodes=4,
+    ).chosen
+    assert row.speed.exposed > 0.5 * row.speed.step and "links" in speed.why_slow(row.speed)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+        ("h100", "H100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("4090", "RTX4090"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX6000-Ada"),
+        ("RTX 4060 Ti", "RTX4060Ti"),
+        ("A100", "A100-80GB"),
+    ],
+)
+def test_kinds_by_the_names_that_drivers_give(name, kind):
+    assert find_kind(name).name == kind
+    assert len({kind.name for kind in GPU_KINDS}) == len(GPU_KINDS)
+
+
+@pytest.mark.parametrize(
+    "name", ["foo", "H", "GPU", "", "4", "A1", "T400", "NVIDIA H20", "RTX 4060", "RTX 3060 Ti", "NVIDIA RTX A4000"]
+)
+def test_what_is_no_kind(name):
+    assert find_kind(name) is None
+
+
+def test_lists_of_machines():
+    assert _nodes("1,2,4,...,128") == [1, 2, 4, 8, 16, 32, 64, 128] and _nodes("3") == [3]
+    for wrong in ("", "0", "2,1", "...,4", "1,...", "a", "1,,2"):
+        with pytest.raises(ValueError, match="rising list"):
+            _nodes(wrong)
+
+
+# The command
+
+
+def run(capsys, *argv: str) -> str:
+    assert cli.main(["plan", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_has_the_values(capsys):
+    out = json.loads(
+        run(
+            capsys,
+            "--model",
+            "meta-llama/Llama-3.1-8B",
+            "--method",
+            "qlora",
+            "--strategy",
+            "fsdp",
+            "--nproc",
+            "2",
+            "--gpu-memory",
+            "24GiB",
+            "--json",
+            "--micro-batch",
+            "1",
+        )
+    )
+    assert (
+        out["per_gpu_bytes"] == sum(out["parts"].values()) and out["strategy"] == "fsdp" and len(out["strategies"]) == 1
+    )
+    assert out["fits"] is True and out["gpu_memory_bytes"] == 24 * GiB and out["tokens_per_second"] is None
+    assert out["largest_micro_batch"] >= 1 and out["parameters"] == 8_030_261_248
+
+
+def test_the_tables(capsys):
+    out = run(
+        capsys,
+        "--model",
+        "llama-3.1-70b",
+        "--gpu",
+        "H100-80GB",
+        "--nproc",
+        "8",
+        "--nnodes",
+        "1,2,...,8",
+        "--gradient-checkpointing",
+        "full",
+        "--tokens",
+        "10M",
+    )
+    assert "*fsdp" in out and "fsdp: the simplest of the fastest that fit; ddp needs" in out and "hours, about $" in out
+    rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[:2] for row in rows] == [["1", "8"], ["2", "16"], ["4", "32"], ["8", "64"]]
+
+
+def test_a_recipe_and_the_embedded_model(capsys, embedded_model):
+    out = run(capsys, "quickstart", "--gpu", "L4")
+    assert out.startswith("embedded: 2.36 M parameters") and "*single" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "nothing-7b"], "nothing is known here"),
+        (["--model", "qwen3-8b", "--gpu", "X1"], "no GPU 'X1' is known"),
+        (["--model", "qwen3-8b", "--gpu-memory", "big"], "no size like"),
+        (["--model", "qwen3-8b", "--nnodes", "2,1"], "rising list"),
+        (["--model", "qwen3-8b", "--nnodes", "1,2"], "speeds need a kind"),
+        (["--model", "qwen3-8b", "--stratgy", "ddp"], "did you mean"),
+        (["--model", "qwen3-8b", "--strategy", "ddpp"], "strategy"),
+        ([], "model_name_or_path"),
+    ],
+)
+def test_wrong_command_lines(capsys, argv, message):
+    assert cli.main(["plan", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    argv = f"{sys.executable} -m manyrank.cli plan --model qwen3-8b --gpu L4 --json | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", argv], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+def test_no_torch_is_imported():
+    program = (
+        "import sys\nfrom manyrank import cli\n"
+        "assert cli.main(['plan', '--model', 'llama-3.1-8b', '--gpu', 'H100', '--nproc', '8']) == 0\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_choosing_is_what_the_planner_says():
+    program = "import make_choosing; print(make_choosing.text(), end='')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "docs", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (ROOT / "docs" / "choosing.md").read_text(), "python docs/make_choosing.py writes it anew"

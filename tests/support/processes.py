@@ -1,0 +1,49 @@
+"""Runs that are under way, and the processes of their ranks."""
+
+import sys
+import time
+from contextlib import contextmanager
+
+import psutil
+import warm
+from launches import ROOT
+
+from manyrank.training import watchdog
+
+
+@contextmanager
+def running(folder, *args, steps=2):
+    """`manyrank train` after its first steps."""
+    argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--output_dir={folder}", "--logging_steps=1"]
+    process = warm.start([*argv, "--max_steps=5000", *args], cwd=ROOT)
+    log = folder / "logs" / "metrics.jsonl"
+    try:
+        wait_until(lambda: (log.exists() and log.read_text().count("\n") >= steps) or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.communicate()
+
+
+def wait_until(true, seconds=90):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def workers(folder) -> dict[int, psutil.Process]:
+    """The processes of a run by rank, as their signs of life name them."""
+    beats = watchdog.beats(folder / "logs" / "heartbeats")
+    return {beat.rank: psutil.Process(beat.pid) for beat in beats if psutil.pid_exists(beat.pid)}
+
+
+def workers_alive(folder) -> list[psutil.Process]:
+    return [process for process in workers(folder).values() if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -1,0 +1,97 @@
+"""Small shapes of many architectures, and models of them with the adapters of a recipe."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from manyrank.config.args import parse
+from manyrank.config.resolve import resolve
+from manyrank.models import spec
+from manyrank.models.load import with_adapters
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+MOE = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2}
+LATENT = {
+    "q_lora_rank": 40,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+TOKENS, DOCUMENTS = 256, 4
+SHAPE = {**SMALL, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32}
+MODELS = {
+    "llama": {},
+    "qwen2": {"head_dim": None},
+    "qwen3": {},
+    "gemma": {},
+    "gemma3_text": {},
+    "phi3": {"head_dim": None},
+    "olmo2": {"head_dim": None},
+    "granite": {"head_dim": None},
+    "starcoder2": {"head_dim": None},
+    "qwen3_moe": {**MOE, "moe_intermediate_size": 160},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {**MOE, "moe_intermediate_size": 160, "shared_expert_intermediate_size": 320, "head_dim": None},
+    "deepseek_v3": {
+        **LATENT,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 48,
+        "v_head_dim": 32,
+        "head_dim": None,
+        "moe_intermediate_size": 160,
+    },
+}
+LORA, FULL = ("--method=lora",), ("--method=full",)
+CHECKPOINTED = ("--gradient_checkpointing=full",)
+
+
+def recipe(*argv: str):
+    # sdpa alone, as on a GPU: the plain products of short documents in bf16 are the CPU's.
+    common = [
+        "--model=x",
+        "--data_path=x",
+        "--disable_fused=attention",
+        "--per_device_train_batch_size=4",
+        f"--max_length={TOKENS // 4}",
+    ]
+    line = parse([*common, *argv], prog="test", launch=False)
+    return resolve(line.recipe, line.overrides).config
+
+
+def made(kind: str, config, dtype: torch.dtype):
+    values = {key: value for key, value in {**SHAPE, **MODELS[kind]}.items() if value is not None}
+    plain = AutoConfig.for_model(kind, **values)
+    model = with_adapters(AutoModelForCausalLM.from_config(plain, dtype=dtype), config)
+    return model.train(), spec.from_config(plain.to_dict(), name=kind)
+
+
+def packs() -> dict[str, torch.Tensor]:
+    each = TOKENS // DOCUMENTS
+    bounds = torch.arange(0, TOKENS + 1, each, dtype=torch.int32)
+    return {
+        "input_ids": torch.arange(TOKENS)[None] % 300,
+        "position_ids": torch.arange(TOKENS)[None] % each,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": each,
+        "max_length_k": each,
+    }
