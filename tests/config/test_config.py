@@ -95,7 +95,7 @@ def test_aliases_and_dashes(alias, key):
         "train_on_prompt": True,
         "num_generations": 2,
         "max_completion_length": 9,
-        "disable_fused": "lora",
+        "disable_fused": ["lora"],
     }.get(key, "0.5")
     given_key = alias.replace("_", "-")
     values = {name: text for name, text in REQUIRED.items() if name != key}
