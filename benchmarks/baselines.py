@@ -73,18 +73,19 @@ def config(folder: Path, **more):
 
 
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:
-    from manyrank.topology import ranks as topology
-    from manyrank.training.run import open_session
+    from manyrank.tasks.sft import SFT
+    from manyrank.topology import ranks
+    from manyrank.training.build import build_run
 
     chosen = config(folder, max_steps=steps, **more)
     bf16 = computes_in_bf16(chosen.bf16, probe())
     with tempfile.TemporaryDirectory() as output:
-        session = open_session(chosen, topology.from_environment(), output_dir=Path(output), bf16=bf16)
-        session.trainer.handler.add_callback(_timer(clock))
-        session.trainer.train()
-        main = session.accelerator.is_main_process  # these are the tokens of all processes
-        tokens = [session.trainer.loader.step(number).tokens if main else 0 for number in range(steps)]
-        return tokens, [line["loss"] for line in session.trainer.state.log_history]
+        run = build_run(chosen, ranks.from_environment(), SFT, output_dir=Path(output), bf16=bf16)
+        run.trainer.handler.add_callback(_timer(clock))
+        run.trainer.train()
+        main = run.accelerator.is_main_process  # these are the tokens of all processes
+        tokens = [run.trainer.loader.step(number).tokens if main else 0 for number in range(steps)]
+        return tokens, [line["loss"] for line in run.trainer.state.log_history]
 
 
 def trl(folder: Path, steps: int, clock: Clock, *, bf16: bool | str = "auto", **more) -> tuple[list[int], list[float]]:
@@ -241,10 +242,10 @@ Baseline = Callable[[Path, int, Clock], tuple[list[int], list[float]]]
 BASELINES: dict[str, Baseline] = {
     "dataset": partial(ours, packing="dataset"),
     "step": ours,
-    "step -head": partial(ours, plain_parts=["head"]),
-    "step -lora": partial(ours, plain_parts=["lora"]),
-    "step -attention": partial(ours, plain_parts=["attention"]),
-    "step -all": partial(ours, plain_parts=["head", "lora", "attention"]),
+    "step -head": partial(ours, disable_fused=["lm_head"]),
+    "step -lora": partial(ours, disable_fused=["lora"]),
+    "step -attention": partial(ours, disable_fused=["attention"]),
+    "step -all": partial(ours, disable_fused=["lm_head", "lora", "attention"]),
     "step fp32": partial(ours, bf16=False),
     "padded": partial(ours, packing="none"),
     "padded fp32": partial(ours, packing="none", bf16=False),

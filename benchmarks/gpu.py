@@ -28,7 +28,7 @@ from manyrank.models.spec import from_config
 from manyrank.plan import memory
 from manyrank.plan.planned_run import PlannedRun
 from manyrank.rules.context import RunContext
-from manyrank.topology.gpus import Gpu, Hardware, probe
+from manyrank.topology.gpus import planned_hardware, probe
 from manyrank.topology.strategies import default_strategy
 
 MARK = "CASE "
@@ -69,7 +69,7 @@ class Case:
 CASES = [
     Case("Llama-3.1-8B", "lora", 2, 4096),
     Case("Llama-3.1-8B", "lora", 2, 4096, by="trl"),
-    Case("Llama-3.1-8B", "lora", 2, 4096, plain=("head",)),
+    Case("Llama-3.1-8B", "lora", 2, 4096, plain=("lm_head",)),
     Case("Llama-3.1-8B", "lora", 2, 4096, plain=("lora",)),
     Case("Llama-3.1-8B", "lora", 2, 4096, "full"),
     Case("Qwen2.5-7B", "qlora", 4, 1024),
@@ -119,7 +119,7 @@ class Bench:
             "data_path": "random",
             "method": self.case.method,
             "gradient_checkpointing": self.case.checkpointing,
-            "plain_parts": list(self.case.plain),
+            "disable_fused": list(self.case.plain),
         }
         return resolve(None, [Entry(key, value, "bench") for key, value in given.items()]).config
 
@@ -153,21 +153,21 @@ class Bench:
 
         from manyrank.data.loader import side_by_side
         from manyrank.models.load import with_adapters
-        from manyrank.parallel.engine import prepare
+        from manyrank.parallel.engine import prepare_engine
         from manyrank.training.loss import TokenLoss
         from manyrank.training.optim import build_optimizer
 
         accelerator = Accelerator(mixed_precision="bf16", cpu=self.toy)
         model = with_adapters(base, self.config)
-        runtime = prepare(accelerator, model, build_optimizer(model, self.config))
-        token_loss = TokenLoss(runtime.wrapped, runtime.model, fused="head" not in self.case.plain)
+        engine = prepare_engine(accelerator, model, build_optimizer(model, self.config))
+        token_loss = TokenLoss(engine.wrapped, engine.model, fused="lm_head" not in self.case.plain)
         micro = side_by_side(rows).to(self.device)
         for _ in range(STEPS):
             started = self._now()
-            with runtime.forward_backward(last=True):
+            with engine.forward_backward(last=True):
                 loss = token_loss(micro.inputs, micro.positions, micro.targets)
-                runtime.backward(loss / len(micro.targets), last=True)
-            runtime.step(learning_rate=1e-4, max_grad_norm=1.0)
+                engine.backward(loss / len(micro.targets), last=True)
+            engine.step(learning_rate=1e-4, max_grad_norm=1.0)
             yield self._now() - started, loss.item() / len(micro.targets)
 
     def _trl(self, base, rows) -> Iterator[tuple[float, float]]:
@@ -250,9 +250,7 @@ class Bench:
             }
         )
         shape = from_config(self._shape(), name=self.case.model)
-        gpus = () if self.toy else (Gpu("this one", 0, (9, 0)),)
-        machine = Hardware(gpus, cpu_cores=1, cpu_bf16=True)
-        context = RunContext(Resolved(config), default_strategy(1), 1, 1, machine)
+        context = RunContext(Resolved(config), default_strategy(1), 1, 1, planned_hardware(0 if self.toy else 1))
         parts = memory.estimate(PlannedRun(context, shape)).parts
         return sum(size for name, size in parts.items() if name not in ("context", "slack"))
 

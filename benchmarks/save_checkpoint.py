@@ -19,10 +19,11 @@ import torch
 
 from manyrank.checkpoint.state import FullWriter
 from manyrank.config.resolve import Entry, resolve
-from manyrank.runs import folder as run_folder
-from manyrank.topology import ranks as topology
-from manyrank.training.exits import leave
-from manyrank.training.run import open_session
+from manyrank.runs import run_folder
+from manyrank.tasks.sft import SFT
+from manyrank.topology import ranks
+from manyrank.training.build import build_run
+from manyrank.training.exits import exit_now
 
 ROUNDS, STEPS = 5, 10
 HIDDEN, FEED_FORWARD, LAYERS, RANK = 4096, 11008, 32, 16
@@ -37,8 +38,8 @@ def timed(work, *args) -> float:
 def embedded(folder: Path) -> None:
     entries = [Entry("max_steps", 1000, "bench"), Entry("strategy", "single", "bench")]
     config = resolve("verify", entries).config
-    session = open_session(config, topology.from_environment(), output_dir=folder / "run", bf16=False)
-    trainer = session.trainer
+    run = build_run(config, ranks.from_environment(), SFT, output_dir=folder / "run", bf16=False)
+    trainer = run.trainer
     steps, saves = [], []
     for number in range(ROUNDS):
         for step in range(STEPS):
@@ -88,4 +89,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as folder:
         embedded(Path(folder))
         seven_billion(Path(folder))
-        leave(0)
+        exit_now(0)

@@ -10,7 +10,7 @@ from manyrank.plan.memory import GiB
 from manyrank.plan.planner import Verdict, make_plan
 from manyrank.plan.view import count
 from manyrank.rules.context import RunContext
-from manyrank.topology.gpus import Gpu, Hardware, find_kind
+from manyrank.topology.gpus import find_kind, planned_hardware
 from manyrank.topology.strategies import default_strategy
 
 FILE = Path(__file__).with_name("choosing.md")
@@ -75,7 +75,7 @@ def _cell(model: str, method: str, gpu: str, nproc: int, nnodes: int) -> str:
         "gradient_checkpointing": "auto",
     }
     resolved, kind = resolve(None, [Entry(key, value, "docs") for key, value in given.items()]), find_kind(gpu)
-    machine = Hardware((Gpu(gpu, kind.memory, (9, 0), planned=kind),) * nproc, cpu_cores=nproc, cpu_bf16=True)
+    machine = planned_hardware(nproc, kind)
     context = RunContext(resolved, default_strategy(nproc * nnodes), nproc, nproc * nnodes, machine)
     found = make_plan(context, read(model)).chosen
     if found.verdict == Verdict.TOO_BIG:

@@ -12,7 +12,7 @@ from manyrank.models.catalog import read
 from manyrank.plan.memory import estimate
 from manyrank.plan.planned_run import PlannedRun
 from manyrank.rules.context import RunContext
-from manyrank.topology.gpus import Gpu, Hardware
+from manyrank.topology.gpus import planned_hardware
 from manyrank.topology.strategies import STRATEGIES
 
 FILE = Path(__file__).with_name("memory.md")
@@ -24,7 +24,7 @@ and what `manyrank plan` says of the same model, method, strategy, lengths and a
 this page. Nothing was fitted to these figures, and none was measured with this project: no GPU was at hand.
 
 Most of that software computes whole logits and uses peft's own adapters. Against it stands the plan with
-`--plain_parts head,lora`, which `manyrank plan` also prints beside its own figure; against losses in chunks stands the
+`--disable_fused lm_head,lora`, which `manyrank plan` also prints beside its own figure; against losses in chunks stands the
 plan as it is. Where a source says that it does something else that takes or saves memory, the row says so and is not counted.
 
 """
@@ -67,7 +67,7 @@ def _planned(row: dict[str, str]) -> int:
         "per_device_train_batch_size": int(row["micro_batch"]),
         "gradient_checkpointing": row["checkpointing"],
         "optim": row["optim"],
-        "plain_parts": [] if row["head"] == "chunks" else ["head", "lora"],
+        "disable_fused": [] if row["head"] == "chunks" else ["lm_head", "lora"],
     }
     if row["method"] != "full":
         targets = row["lora_targets"].split(",")
@@ -75,8 +75,7 @@ def _planned(row: dict[str, str]) -> int:
         values["lora_target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     config = resolve(None, [Entry(key, value, "published_memory.csv") for key, value in values.items()]).config
     nproc = int(row["nproc"])
-    machine = Hardware((Gpu("of the source", 0, (9, 0)),) * nproc, cpu_cores=nproc, cpu_bf16=True)
-    context = RunContext(Resolved(config), STRATEGIES[row["strategy"]], nproc, nproc, machine)
+    context = RunContext(Resolved(config), STRATEGIES[row["strategy"]], nproc, nproc, planned_hardware(nproc))
     return estimate(PlannedRun(context, read(row["model"]))).peak
 
 

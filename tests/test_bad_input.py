@@ -10,9 +10,9 @@ from manyrank.config.resolve import Entry, resolve
 from manyrank.data.formats import to_sample
 from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
-from manyrank.launch import command as launcher
+from manyrank.launch.command import plan_launch
 from manyrank.project_files import asset
-from manyrank.rules import check as rules
+from manyrank.rules.check import check_output_dir, check_rules
 from manyrank.rules.context import RunContext
 from manyrank.topology.gpus import Hardware
 from manyrank.topology.strategies import STRATEGIES
@@ -27,7 +27,7 @@ def entries(**v):
 
 def check(**v):
     r = resolve(None, entries(**({"model_name_or_path": "embedded", "data_path": DATA} | v)))
-    rules.check(RunContext(r, STRATEGIES["single"], 1, 1, CPU))
+    check_rules(RunContext(r, STRATEGIES["single"], 1, 1, CPU))
 
 
 def write(p, t):
@@ -86,7 +86,7 @@ def test_07_rules_empty_data_path():
 def test_08_launcher_node_flags(flags):
     def f():
         line = parse(["quickstart", "--nproc=2", *flags], prog="", launch=True)
-        launcher.plan(line, strategy="ddp", nproc=2, output_dir="o", hardware=CPU)
+        plan_launch(line, strategy="ddp", nproc=2, output_dir="o", hardware=CPU)
 
     refused(f)
 
@@ -154,7 +154,7 @@ def test_20_infinite_numbers():
 
 def test_21_output_dir_under_a_file(tmp_path):
     (tmp_path / "f").write_text("")
-    refused(lambda: rules.check_output_dir(resolve("quickstart").config, tmp_path / "f" / "run"))
+    refused(lambda: check_output_dir(resolve("quickstart").config, tmp_path / "f" / "run"))
 
 
 def test_22_yaml_fix_names_a_file_that_is_there(tmp_path):

@@ -50,7 +50,7 @@ def test_gpu_cases_run_at_toy_size():
         return gpu.Bench(case, toy=True).measure().losses
 
     fast = losses(gpu.CASES[0])
-    plain = losses(gpu.Case("Llama-3.1-8B", "lora", 2, 4096, plain=("head", "lora", "attention")))
+    plain = losses(gpu.Case("Llama-3.1-8B", "lora", 2, 4096, plain=("lm_head", "lora", "attention")))
     recomputed = losses(gpu.Case("Llama-3.1-8B", "lora", 2, 4096, "full"))
     assert fast[0] > fast[-1]
     assert fast == pytest.approx(plain, abs=0.02) and fast == pytest.approx(recomputed, abs=1e-5)

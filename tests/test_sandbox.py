@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from manyrank import sandbox
-from manyrank.sandbox import Limits, Outcome, Refused, run
+from manyrank.sandbox import Limits, Outcome, Refused, run_limited
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are those of Linux")
 ROOT = os.geteuid() == 0
@@ -23,12 +23,12 @@ ROOT = os.geteuid() == 0
 
 def python(program: str, *, text: str = "", **limits) -> Outcome:
     files = {"program.py": textwrap.dedent(program), "text.txt": text}
-    return run(["python", "program.py"], files=files, limits=Limits(**limits))
+    return run_limited(["python", "program.py"], files=files, limits=Limits(**limits))
 
 
 def can_isolate() -> bool:
     try:
-        return run(["true"], files={}, limits=Limits()).code == 0
+        return run_limited(["true"], files={}, limits=Limits()).code == 0
     except Refused:
         return False
 
@@ -82,7 +82,7 @@ def test_a_failed_assertion_shows_its_line():
 @both
 def test_no_such_command(network):
     with pytest.raises(Refused, match="'no-such-command' cannot be run"):
-        run(["no-such-command"], files={}, limits=Limits(network=network))
+        run_limited(["no-such-command"], files={}, limits=Limits(network=network))
 
 
 def test_python_is_this_one():
@@ -166,7 +166,7 @@ def test_a_command_dies_with_its_caller(network, tmp_path, monkeypatch):
     mark = f"caller-{os.getpid()}-{time.monotonic_ns()}"
     limits = f"Limits(seconds=600, network={network})"
     command = ["sh", "-c", "sleep 600; true", mark]  # a shell with a child
-    program = f"from manyrank.sandbox import Limits, run; run({command}, files={{}}, limits={limits})"
+    program = f"from manyrank.sandbox import Limits, run_limited; run_limited({command}, files={{}}, limits={limits})"
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # for the folder that a killed caller cannot remove
     with subprocess.Popen([sys.executable, "-c", program]) as caller:
         try:
@@ -309,7 +309,7 @@ spec = importlib.util.spec_from_file_location("sandbox", sys.argv[1])
 sandbox = sys.modules["sandbox"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sandbox)
 try:
-    outcome = sandbox.run(["python3", "p.py"], files={"p.py": sys.argv[2]}, limits=sandbox.Limits(**json.loads(sys.argv[3])))
+    outcome = sandbox.run_limited(["python3", "p.py"], files={"p.py": sys.argv[2]}, limits=sandbox.Limits(**json.loads(sys.argv[3])))
     print(outcome.reason, outcome.output)
 except sandbox.Refused as error:
     print("refused:", error)

@@ -30,8 +30,8 @@ from .data.dataset import prepare
 from .errors import UserError
 from .models.load import load_tokenizer
 from .signals import STOP, end_with_parent
-from .topology import ranks as topology
-from .training.session import Brought
+from .topology import ranks
+from .training.task import UserObjects
 
 
 class SFTConfig(TrainConfig):
@@ -108,7 +108,7 @@ class SFTTrainer:
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.config = config if isinstance(config, SFTConfig) else SFTConfig(config)
-        self.brought = Brought(model, tokenizer, tuple(callbacks), loss)
+        self.objects = UserObjects(model, tokenizer, tuple(callbacks), loss)
         if self.config.per_device_train_batch_size == "auto":
             raise UserError(
                 "a micro-batch of auto is decided by `manyrank train`",
@@ -127,8 +127,8 @@ class SFTTrainer:
         folder = Path(self.config.output_dir or "output/run")
         end_with_parent()  # where torchrun or accelerate has started this script
         with STOP.listening(), _as_it_was():
-            session = train.train(self.config._resolved, topology.from_environment(), folder, self.brought)
-        state = session.trainer.state
+            run = train.train(self.config._resolved, ranks.from_environment(), folder, self.objects)
+        state = run.trainer.state
         return Trained(
             folder,
             None if self.config.dry_run else folder / "final_model",

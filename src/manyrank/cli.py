@@ -121,15 +121,15 @@ def _launch(line: CommandLine) -> int:
             from .launch import slurm
 
             return slurm.main(line)
-        from .launch import main as decision
+        from .launch import main as launch
 
-        return decision.train(line)
+        return launch.train(line)
 
 
 def _plan(argv: Sequence[str]) -> int:
-    from .plan import command as planning
+    from .plan import command
 
-    return planning.main(argv)
+    return command.main(argv)
 
 
 def _data(argv: Sequence[str]) -> int:
@@ -160,10 +160,10 @@ def _doctor(argv: Sequence[str]) -> int:
 def _rules(argv: Sequence[str]) -> int:
     import argparse
 
-    from .rules import check as rules
+    from .rules.check import rules_as_markdown
 
     argparse.ArgumentParser(prog="manyrank rules", description="Print every rule, as docs/rules.md.").parse_args(argv)
-    print(rules.as_markdown(), end="")
+    print(rules_as_markdown(), end="")
     return 0
 
 

@@ -75,7 +75,7 @@ class Outcome:
         return f"killed by {self.signal}" if self.signal else f"exit code {self.code}"
 
 
-def run(command: Sequence[str], *, files: Mapping[str, str], limits: Limits) -> Outcome:
+def run_limited(command: Sequence[str], *, files: Mapping[str, str], limits: Limits) -> Outcome:
     """Write `files` (name to content) into a new folder, run the command there, and remove the folder.
 
     The environment has PATH (led by this Python's folder, so that `python` is this one), HOME and TMPDIR (the new

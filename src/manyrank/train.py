@@ -16,27 +16,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import tasks
 from .config.args import parse
 from .config.resolve import Resolved, resolve
 from .errors import EXIT_USER, UserError
 from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
-from .rules import check as rules
+from .rules.check import check_new_folder, check_output_dir, check_rules
 from .rules.context import RunContext
-from .runs.folder import LAUNCH_FOLDER, writable
-from .runs.lock import claimed
-from .topology import gpus as hardware
-from .topology import ranks as topology
-from .topology import strategy_files
+from .runs.run_folder import LAUNCH_FOLDER, writable
+from .runs.run_lock import claimed
+from .topology import gpus, ranks, strategy_files
 from .topology.ranks import Topology
-from .topology.strategies import STRATEGIES, default_strategy
-from .training.exits import for_good, guarded, last_word, leave, say_stopped
-from .training.watchdog import Heart, Watchdog
+from .topology.strategies import default_strategy, named_strategy
+from .training.exits import exit_now, final_exit_code, for_good, run_with_exit_codes, say_stopped
+from .training.watchdog import HeartbeatWriter, Watchdog
 
 if TYPE_CHECKING:
-    from .training.session import Brought, Session
+    from .training.run import TrainingRun
+    from .training.task import UserObjects
 
-# The last session of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
+# The last run of several processes lives on: after the process group has ended, torch 2.13 sometimes hangs where it
 # takes DistributedDataParallel apart.
 _KEPT: list[object] = []
 
@@ -47,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 the user's input is wrong, 76 out of memory, 75 preempted after a complete checkpoint.
     """
-    if (code := last_word()) is not None:
+    if (code := final_exit_code()) is not None:
         return code
     try:
-        place = topology.from_environment()
+        place = ranks.from_environment()
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
-    return guarded(lambda: _train(argv or sys.argv[1:], place), place)
+    return run_with_exit_codes(lambda: _train(argv or sys.argv[1:], place), place)
 
 
 def _end_start(code: int) -> None:
@@ -74,76 +72,77 @@ def _train(argv: Sequence[str], place: Topology) -> None:
     train(resolved, place, Path(config.output_dir or default_output_dir(line)))
 
 
-def train(resolved: Resolved, place: Topology, output_dir: Path, brought: Brought | None = None) -> Session:
-    """Check everything, bring the session up, and run it.
+def train(resolved: Resolved, place: Topology, output_dir: Path, objects: UserObjects | None = None) -> TrainingRun:
+    """Check everything, set the run up, and train.
 
     Returns:
-        The session, closed.
+        The run, closed.
 
     Raises:
         UserError, NonFiniteError, SaveError, Preempted: see `main` for the exit codes they stand for.
     """
-    config, heart = resolved.config, Heart(place.rank)
-    with Watchdog(heart, patience=config.hang_timeout, notices=place.local_rank == 0):
+    config, heartbeat = resolved.config, HeartbeatWriter(place.rank)
+    with Watchdog(heartbeat, patience=config.hang_timeout, notices=place.local_rank == 0):
         try:
-            heart.beat(0, "checking the recipe, the model's files and the data")
-            machine = hardware.probe()
+            heartbeat.beat(0, "checking the recipe, the model's files and the data")
+            machine = gpus.probe()
             _check_before_torch(resolved, place, machine, output_dir)
-            heart.beat(0, "waiting for the lock of the run's folder")
+            heartbeat.beat(0, "waiting for the lock of the run's folder")
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
-                if place.is_main and not topology.restarts():
-                    rules.check_new(config, output_dir)  # another run may have ended there meanwhile
-                return _train_checked(resolved, place, machine, output_dir, heart, brought)
+                if place.is_main and not ranks.restarts():
+                    check_new_folder(config, output_dir)  # another run may have ended there meanwhile
+                return _train_checked(resolved, place, machine, output_dir, heartbeat, objects)
         finally:
-            heart.stop()
+            heartbeat.stop()
 
 
 def _train_checked(
     resolved: Resolved,
     place: Topology,
-    machine: hardware.Hardware,
+    machine: gpus.Hardware,
     output_dir: Path,
-    heart: Heart,
-    brought: Brought | None,
-) -> Session:
+    heartbeat: HeartbeatWriter,
+    objects: UserObjects | None,
+) -> TrainingRun:
     config = resolved.config
-    heart.beat(0, "importing torch and transformers")
+    heartbeat.beat(0, "importing torch and transformers")
     before_imports(machine, expandable=config.expandable_segments)
     import torch
 
+    from .tasks import find_task
     from .tools.report.main import make_report
-    from .training.run import open_session
+    from .training.build import build_run
 
     if machine.gpus and not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
         raise UserError("there are GPUs that torch cannot use", where=f"torch {torch.__version__}", fix=fix)
 
-    bf16 = hardware.computes_in_bf16(config.bf16, machine)
+    bf16 = gpus.computes_in_bf16(config.bf16, machine)
     try:
-        session = open_session(
-            config, place, output_dir=output_dir, bf16=bf16, task=tasks.of(config), brought=brought, heart=heart
+        run = build_run(
+            config, place, find_task(config), output_dir=output_dir, bf16=bf16, objects=objects, heartbeat=heartbeat
         )
     except BaseException:
-        heart.withdraw()
+        heartbeat.withdraw()
         raise
-    _KEPT[:] = [session] if place.world_size > 1 else []
+    _KEPT[:] = [run] if place.world_size > 1 else []
     try:
         if config.dry_run:
-            session.dry_run()
+            run.dry_run()
         else:
             if place.is_main:
                 with writable(output_dir):
                     _write_launch(output_dir, resolved)
-            session.run(make_report)
+            run.run(make_report)
     finally:
-        session.close()
-    return session
+        run.close()
+    return run
 
 
-def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.Hardware, output_dir: Path) -> None:
+def _check_before_torch(resolved: Resolved, place: Topology, machine: gpus.Hardware, output_dir: Path) -> None:
     launched = strategy_files.from_environment()
-    named = resolved.config.strategy
-    strategy = STRATEGIES[named] if named else (launched and launched.strategy) or default_strategy(place.world_size)
+    named = named_strategy(resolved.config.strategy) or (launched and launched.strategy)
+    strategy = named or default_strategy(place.world_size)
     context = RunContext(
         resolved,
         strategy,
@@ -153,9 +152,9 @@ def _check_before_torch(resolved: Resolved, place: Topology, machine: hardware.H
         output_dir=output_dir,
         launched=launched,
     )
-    rules.check(context, warn=place.is_main and LAUNCH_VARIABLE not in os.environ)
-    if place.is_main and not topology.restarts():
-        rules.check_output_dir(resolved.config, output_dir)
+    check_rules(context, warn=place.is_main and LAUNCH_VARIABLE not in os.environ)
+    if place.is_main and not ranks.restarts():
+        check_output_dir(resolved.config, output_dir)
 
 
 def _write_launch(output_dir: Path, resolved: Resolved) -> None:
@@ -170,4 +169,4 @@ def _write_launch(output_dir: Path, resolved: Resolved) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

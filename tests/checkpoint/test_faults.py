@@ -16,7 +16,7 @@ import warm
 from launches import ROOT, launch
 from safetensors.torch import load_file, save_file
 
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 
 KILLS = int(os.environ.get("MANYRANK_KILLS", "4"))  # `make test-faults` has 50
 

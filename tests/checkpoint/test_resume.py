@@ -10,7 +10,7 @@ import pytest
 import warm
 from launches import ROOT, launch, nightly
 
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 
 
 @pytest.mark.parametrize("strategy", ["single", "fsdp", *nightly("ddp", "zero2", "zero3")])

@@ -10,8 +10,7 @@ import pytest
 
 from manyrank.chat_template.types import IGNORE
 from manyrank.config.resolve import Entry, resolve
-from manyrank.data import formats
-from manyrank.data import tokenize as tokenise
+from manyrank.data import formats, tokenize
 from manyrank.data.dataset import prepare, write_quarantine
 from manyrank.data.loader import StepLoader, epoch_order
 from manyrank.data.sources import Source
@@ -421,8 +420,8 @@ def test_the_cache_is_used_until_something_changes(examples_of, file):
 
 def test_a_table_of_an_older_version_is_made_again(examples_of, file, monkeypatch):
     """Masks that an earlier version got wrong do not survive in the cache."""
-    assert tokenise.CACHE_VERSION > 9, "9 left the end of Cohere's turns out"
-    path, right = file(qa("a"), qa("b")), tokenise._ids_and_labels
+    assert tokenize.CACHE_VERSION > 9, "9 left the end of Cohere's turns out"
+    path, right = file(qa("a"), qa("b")), tokenize._ids_and_labels
 
     def wrong(*given):
         ids, labels, notes = right(*given)
@@ -430,9 +429,9 @@ def test_a_table_of_an_older_version_is_made_again(examples_of, file, monkeypatc
         return ids, [*labels[:last], IGNORE, *labels[last + 1 :]], notes
 
     with monkeypatch.context() as older:
-        older.setattr(tokenise, "CACHE_VERSION", tokenise.CACHE_VERSION - 1)
+        older.setattr(tokenize, "CACHE_VERSION", tokenize.CACHE_VERSION - 1)
         with older.context() as making:
-            making.setattr(tokenise, "_ids_and_labels", wrong)
+            making.setattr(tokenize, "_ids_and_labels", wrong)
             old = examples_of(data_path=path)
         assert list(examples_of(data_path=path).supervised) == list(old.supervised)  # read from the cache
     new = examples_of(data_path=path)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero2", "zero3")
 STEPS, SAVED = 6, 3
@@ -186,7 +186,7 @@ from transformers import TrainerCallback
 original = Trainer.train_step
 def train_step(self, step):
     rows = [row for micro in step.micro_batches if len(micro.targets) for _, row in micro.rows]
-    with open(f"{os.environ['SEEN']}-{self.world}-{self.runtime.accelerator.process_index}", "a") as file:
+    with open(f"{os.environ['SEEN']}-{self.world}-{self.engine.accelerator.process_index}", "a") as file:
         file.write(json.dumps({"step": self.state.global_step, "rows": rows}) + chr(10))
     return original(self, step)
 Trainer.train_step = train_step

@@ -10,7 +10,7 @@ import warm
 
 from manyrank import __version__, cli
 from manyrank.project_files import asset
-from manyrank.topology import gpus as hardware
+from manyrank.topology import gpus
 from manyrank.topology.gpus import Gpu, Hardware
 
 DATA = str(asset("data", "sample.jsonl"))
@@ -22,7 +22,7 @@ GPUS = Hardware(gpus=(Gpu("V100", 32 << 30, (7, 0)),) * 2, cpu_cores=8, cpu_bf16
 def machine(tmp_path, monkeypatch):
     """An empty folder on a machine without GPUs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hardware, "probe", lambda: CPU)
+    monkeypatch.setattr(gpus, "probe", lambda: CPU)
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_batch_that_does_not_divide(refused):
 
 
 def test_more_processes_than_gpus(refused, monkeypatch):
-    monkeypatch.setattr(hardware, "probe", lambda: GPUS)
+    monkeypatch.setattr(gpus, "probe", lambda: GPUS)
     error, _, fix = refused("quickstart", "--nproc=3")
     assert error == "3 processes on a machine with 2 GPUs"
     assert "--nproc" in fix
@@ -188,7 +188,7 @@ def test_more_processes_than_gpus(refused, monkeypatch):
 
 @pytest.mark.parametrize("found", [CPU, GPUS], ids=["CPU", "GPU"])
 def test_bf16_where_it_is_not_supported(refused, monkeypatch, found):
-    monkeypatch.setattr(hardware, "probe", lambda: found)
+    monkeypatch.setattr(gpus, "probe", lambda: found)
     error, where, fix = refused("quickstart", "--bf16")
     assert (error, where) == ("bf16 is not supported by this machine", "bf16 (command line, --bf16)")
     assert fix == "set bf16: false"

@@ -17,7 +17,14 @@ from launches import ROOT
 from manyrank.config.args import Where, parse
 from manyrank.config.resolve import TrainConfig, resolve
 from manyrank.errors import UserError
-from manyrank.launch.command import CPU_VARIABLES, LaunchPlan, before_imports, choose_strategy, output_dir, plan
+from manyrank.launch.command import (
+    CPU_VARIABLES,
+    LaunchPlan,
+    before_imports,
+    choose_output_dir,
+    choose_strategy,
+    plan_launch,
+)
 from manyrank.project_files import asset
 from manyrank.topology import allocator
 from manyrank.topology.gpus import Gpu, Hardware
@@ -58,7 +65,7 @@ def environment(monkeypatch):
 def make(*argv: str, hardware: Hardware = CPU, folder: str = "output/run") -> LaunchPlan:
     line = parse(argv, prog="manyrank train", launch=True)
     strategy, nproc = choose_strategy(resolve(line.recipe, line.overrides).config, line.where, hardware)
-    return plan(line, strategy=strategy, nproc=nproc, output_dir=folder, hardware=hardware)
+    return plan_launch(line, strategy=strategy, nproc=nproc, output_dir=folder, hardware=hardware)
 
 
 ALLOCATOR = {allocator.NAME: "expandable_segments:True"}
@@ -349,14 +356,16 @@ def test_output_dir(tmp_path, monkeypatch, argv, folder):
         (tmp_path / "output" / taken).mkdir(parents=True)
     (tmp_path / "latest").symlink_to(tmp_path / "output" / "other" / "checkpoint-5")
     line = parse(argv, prog="", launch=True)
-    assert output_dir(resolve(line.recipe, line.overrides).config, line) in (folder, str(tmp_path / folder))
+    assert choose_output_dir(resolve(line.recipe, line.overrides).config, line) in (folder, str(tmp_path / folder))
 
 
 # What is shown is what runs
 
 
 def launched(launch: LaunchPlan) -> subprocess.CompletedProcess:
-    program = f"import sys\nfrom manyrank.launch.command import LaunchPlan, run\nsys.exit(run({launch!r}))"
+    program = (
+        f"import sys\nfrom manyrank.launch.command import LaunchPlan, run_launch\nsys.exit(run_launch({launch!r}))"
+    )
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 from launches import ROOT, launch
 from processes import running, wait_until, workers, workers_alive
 
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 from manyrank.training import watchdog
 
 
@@ -131,9 +131,9 @@ def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sl
 ASKED = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from manyrank.training.watchdog import Heart
-heart = Heart(0)
-heart.attach(Path(sys.argv[1]))
+from manyrank.training.watchdog import HeartbeatWriter
+heartbeat = HeartbeatWriter(0)
+heartbeat.attach(Path(sys.argv[1]))
 def start_and_end():
     while True:
         thread = threading.Thread(target=time.time)
@@ -144,7 +144,7 @@ for _ in range(2):
 for _ in range(500):
     os.kill(os.getpid(), signal.SIGUSR2)
     time.sleep(0.002)
-heart.stop()
+heartbeat.stop()
 os._exit(0)
 """
 

@@ -11,7 +11,7 @@ import pytest
 import slurm_cluster
 from launches import ROOT, Run, launch
 
-from manyrank.runs import folder as run_folder
+from manyrank.runs import run_folder
 
 pytestmark = [
     pytest.mark.hosts,

@@ -19,9 +19,8 @@ from processes import is_running, running, wait_until, workers, workers_alive
 
 from manyrank.errors import UserError
 from manyrank.parallel import compile_locks
-from manyrank.runs import folder as run_folder
-from manyrank.runs import lock as run_lock
-from manyrank.training.watchdog import Heart, Watchdog
+from manyrank.runs import run_folder, run_lock
+from manyrank.training.watchdog import HeartbeatWriter, Watchdog
 
 # Workers and their launcher
 
@@ -191,7 +190,7 @@ def test_a_folder_is_given_back_and_the_lock_of_a_dead_owner_is_taken_over(tmp_p
 
 def claim_and_die(folder: Path) -> int:
     """The process id of an owner that was killed while it had the folder."""
-    code = f"import os; from pathlib import Path; from manyrank.runs import lock as run_lock\nwith run_lock.claimed(Path({str(folder)!r})): os.kill(os.getpid(), 9)"
+    code = f"import os; from pathlib import Path; from manyrank.runs import run_lock\nwith run_lock.claimed(Path({str(folder)!r})): os.kill(os.getpid(), 9)"
     process = subprocess.Popen([sys.executable, "-c", code])
     process.wait()
     assert (folder / run_folder.LOCK).exists()
@@ -276,7 +275,7 @@ def test_of_many_that_want_a_folder_at_once_one_has_it(tmp_path, stale):
 
 def test_an_owner_that_lost_its_lock_ends_itself(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from manyrank.runs import lock as run_lock; run_lock.BEAT = 0.1\n"
+        "import sys, time; from pathlib import Path; from manyrank.runs import run_lock; run_lock.BEAT = 0.1\n"
         "with run_lock.claimed(Path(sys.argv[1])): print('has it', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -392,13 +391,13 @@ def test_a_lock_on_a_shared_folder_stays_until_it_is_old(stale_lock, monkeypatch
 
 def test_a_start_says_what_it_waits_for(capsys, monkeypatch):
     monkeypatch.setattr("manyrank.training.watchdog.NOTICE", 0.5)
-    heart = Heart(0)
-    with Watchdog(heart, patience=1.2, notices=True):
-        with heart.waiting("distributing the model", lambda: "somebody compiles"):
+    heartbeat = HeartbeatWriter(0)
+    with Watchdog(heartbeat, patience=1.2, notices=True):
+        with heartbeat.waiting("distributing the model", lambda: "somebody compiles"):
             time.sleep(2.6)
-        heart.beat(0, "loading the model")
+        heartbeat.beat(0, "loading the model")
         time.sleep(0.3)
-        heart.beat(1, "callbacks")  # in a step nothing is said before the patience is over
+        heartbeat.beat(1, "callbacks")  # in a step nothing is said before the patience is over
         time.sleep(0.9)
     said = capsys.readouterr().err
     assert "still distributing the model after 0 s: somebody compiles" in said or "after 1 s: somebody compiles" in said
@@ -426,7 +425,7 @@ def hang():
     while True:
         time.sleep(0.1) if os.environ["HOW"] == "python" else __import__("ctypes").CDLL(None).sleep(1000)
 manyrank.parallel.compile_locks.remove_stale = hang
-from manyrank.train import leave, main
+from manyrank.train import exit_now, main
 leave(main(sys.argv[1:]))
 """
 

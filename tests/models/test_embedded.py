@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from manyrank.errors import UserError
-from manyrank.models import tiny as embedded
+from manyrank.models import tiny
 
 TEXTS = (
     "What is the mean of 1, 22 and 12345?",
@@ -33,7 +33,7 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def barely_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded") / "model"
-    embedded.build(folder, steps=2)
+    tiny.build(folder, steps=2)
     return folder
 
 
@@ -45,18 +45,18 @@ def fake_build(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def build(folder: Path) -> None:
         built.append(folder)
         folder.mkdir()
-        for name in embedded.FILES:
+        for name in tiny.FILES:
             time.sleep(0.01)
             (folder / name).touch()
 
-    monkeypatch.setattr(embedded, "build", build)
+    monkeypatch.setattr(tiny, "build", build)
     return built
 
 
 def test_loaded_tokenizer_gives_the_ids_of_the_trained_one(barely_trained: Path) -> None:
-    trained = embedded._train_tokenizer(embedded._lines()).backend_tokenizer
+    trained = tiny._train_tokenizer(tiny._lines()).backend_tokenizer
     loaded = AutoTokenizer.from_pretrained(barely_trained)
-    for text in (*TEXTS, *embedded._lines()):
+    for text in (*TEXTS, *tiny._lines()):
         assert loaded(text).input_ids == trained.encode(text).ids, text
 
 
@@ -110,18 +110,18 @@ def test_same_bytes_and_the_callers_state_stays(barely_trained: Path, tmp_path: 
     before = torch.get_rng_state(), random.getstate()
     torch.set_num_threads(1)
     try:
-        embedded.build(tmp_path / "again", steps=2)
+        tiny.build(tmp_path / "again", steps=2)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    for name in embedded.FILES:
+    for name in tiny.FILES:
         assert (tmp_path / "again" / name).read_bytes() == (barely_trained / name).read_bytes(), name
 
 
 def test_lines_never_join_a_question_with_its_answer() -> None:
-    lines = embedded._lines()
+    lines = tiny._lines()
     assert len(lines) == len(set(lines)) > 300
     assert not any("\n" in line or ("?" in line[:-1] and line.endswith(".")) for line in lines)
 
@@ -129,7 +129,7 @@ def test_lines_never_join_a_question_with_its_answer() -> None:
 def test_made_once_by_many(fake_build: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "cache" / "model"
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(embedded.ensure, [folder] * 4)) == {folder}
+        assert set(pool.map(tiny.ensure, [folder] * 4)) == {folder}
     assert len(fake_build) == 1
     out, err = capfd.readouterr()
     assert not out
@@ -140,7 +140,7 @@ def test_made_once_by_many(fake_build: list[Path], tmp_path: Path, capfd: pytest
 def test_failed_make_leaves_no_folder(
     fake_build: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    quick = embedded.build
+    quick = tiny.build
 
     def fails(folder: Path) -> None:
         quick(folder)
@@ -148,18 +148,18 @@ def test_failed_make_leaves_no_folder(
 
     folder = tmp_path / "model"
     with monkeypatch.context() as patch:
-        patch.setattr(embedded, "build", fails)
+        patch.setattr(tiny, "build", fails)
         with pytest.raises(error):
-            embedded.ensure(folder)
+            tiny.ensure(folder)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-    assert embedded.ensure(folder) == folder
+    assert tiny.ensure(folder) == folder
 
 
 def test_killed_make_is_made_again(fake_build: list[Path], tmp_path: Path) -> None:
     left = tmp_path / "model.part"  # a kill leaves it; its name is not the model's
     left.mkdir()
     (left / "config.json").write_text("half")
-    folder = embedded.ensure(tmp_path / "model")
+    folder = tiny.ensure(tmp_path / "model")
     assert (folder / "config.json").read_text() == ""
     assert not left.exists()
 
@@ -167,14 +167,14 @@ def test_killed_make_is_made_again(fake_build: list[Path], tmp_path: Path) -> No
 def test_other_files_are_not_touched(fake_build: list[Path], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="holds other files"):
-        embedded.ensure(tmp_path)
+        tiny.ensure(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "dear"
 
 
 def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MANYRANK_CACHE", str(tmp_path))
-    first = embedded.default_folder()
+    first = tiny.default_folder()
     assert first.parent == tmp_path
-    assert first == embedded.default_folder()
-    monkeypatch.setattr(embedded, "version", lambda name: "another")
-    assert embedded.default_folder() != first
+    assert first == tiny.default_folder()
+    monkeypatch.setattr(tiny, "version", lambda name: "another")
+    assert tiny.default_folder() != first

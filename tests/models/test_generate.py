@@ -6,14 +6,16 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from manyrank.chat_template.render import RenderOptions
 from manyrank.models.attention import PACKED, PACKED_PLAIN, use_packed_attention
-from manyrank.models.generate import answers
+from manyrank.models.generate import generate_completions
 
 QUESTION = ["How many beads are on the string?"]
 
 
 def said(model, tokenizer) -> list[str]:
     with torch.no_grad():
-        return answers(model.eval(), model, tokenizer, QUESTION, options=RenderOptions(), max_new_tokens=12)
+        return generate_completions(
+            model.eval(), model, tokenizer, QUESTION, options=RenderOptions(), max_new_tokens=12
+        )
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 
 from manyrank.chat_template.render import RenderOptions, stop_ids
 from manyrank.errors import UserError
-from manyrank.models.generation import Answer, Sampling, _processors, generate
+from manyrank.models.generation import Completion, Sampling, _processors, generate
 
 QUESTIONS = [
     "What is the variance of a Bernoulli variable with p = 0.3?",
@@ -30,7 +30,7 @@ def prompts(tokenizer):
     return [tokenizer.apply_chat_template(text, add_generation_prompt=True)["input_ids"] for text in texts]
 
 
-def answers(model, tokenizer, prompts, sampling, *, batch_size=5, numbers=None, stops=None) -> dict[int, Answer]:
+def answers(model, tokenizer, prompts, sampling, *, batch_size=5, numbers=None, stops=None) -> dict[int, Completion]:
     stops = stop_ids(tokenizer, RenderOptions()) if stops is None else stops
     found = generate(
         model,

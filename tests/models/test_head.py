@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from manyrank.models import fused_head as head
+from manyrank.models import fused_head
 from manyrank.models.fused_head import HeadLoss, fuse
 from manyrank.training.loss import TokenLoss
 
@@ -52,7 +52,7 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("chunk", [300 * 8 * 7, 2**20], ids=["many chunks", "one chunk"])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
 def test_value_and_gradients_are_those_of_cross_entropy(case, dtype, close, chunk, monkeypatch):
-    monkeypatch.setitem(head.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(fused_head.CHUNK, "cpu", chunk)
     *tensors, targets = case
     tensors = [tensor.to(dtype) for tensor in tensors]
     wanted, wanted_grads = gradients(
@@ -189,7 +189,7 @@ def test_a_kernel_that_fails_is_told_as_what_it_is(place, monkeypatch):
     model.place = place
     told = {"layer": "unexpected keyword", "head": "no kernel image", "after": "illegal memory access"}[place]
     if place == "head":
-        monkeypatch.setattr(head, "_loss_and_gradients", lambda *args: (_ for _ in ()).throw(RuntimeError(told)))
+        monkeypatch.setattr(fused_head, "_loss_and_gradients", lambda *args: (_ for _ in ()).throw(RuntimeError(told)))
     token_loss = TokenLoss(model)
     with pytest.raises(RuntimeError, match=told):
         token_loss.prove(*micro_batch())
@@ -206,8 +206,8 @@ def test_a_loss_that_is_not_a_number_is_no_reason():
 def test_without_gradients_none_are_computed(monkeypatch):
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     seen = []
-    inner = head._loss_and_gradients
-    monkeypatch.setattr(head, "_loss_and_gradients", lambda *args: seen.append(args[-1]) or inner(*args))
+    inner = fused_head._loss_and_gradients
+    monkeypatch.setattr(fused_head, "_loss_and_gradients", lambda *args: seen.append(args[-1]) or inner(*args))
     token_loss = TokenLoss(model)
     with torch.no_grad():
         token_loss(*micro_batch())

@@ -220,9 +220,9 @@ def test_layers_are_checkpointed_and_compiled_as_asked(embedded_model):
     assert all(layer._compiled_call_impl is not None for layer in layers)
 
 
-def test_plain_parts_are_plain(embedded_model):
+def test_disabled_fused_parts_are_plain(embedded_model):
     def attention_and_lora(*parts):
-        made = with_adapters(AutoModelForCausalLM.from_pretrained(embedded_model), config(plain_parts=list(parts)))
+        made = with_adapters(AutoModelForCausalLM.from_pretrained(embedded_model), config(disable_fused=list(parts)))
         layer = made.get_base_model().model.layers[0].self_attn
         return layer.config._attn_implementation, "forward" in vars(layer.q_proj)
 

@@ -17,7 +17,9 @@ from transformers import (
 from manyrank.config.resolve import Entry, resolve
 from manyrank.errors import UserError
 from manyrank.models.positions import check_lengths, table_of
-from manyrank.training.run import _data
+from manyrank.tasks.sft import SFT
+from manyrank.training.build import _data
+from manyrank.training.task import UserObjects
 
 SMALL = {"vocab_size": 1600, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 WIDE = {"n_embd": 32, "n_layer": 1, "n_head": 2}
@@ -90,7 +92,8 @@ def test_rows_of_training_and_of_validation_are_refused_with_the_data(long, tmp_
         rows = [{"question": "a", "answer": "b " * count} for count in (1, 90 if name == long else 2)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"data_path": str(paths["train"]), "eval_data_path": str(paths["eval"])}
+    long_rows, short_rows = config(tmp_path / "model", **given), config(tmp_path / "model", **given, max_length="48")
     with pytest.raises(UserError, match="a table of 48 positions"):
-        _data(config(tmp_path / "model", **given), tokenizer, None, None, None)
-    train, evaluation, _ = _data(config(tmp_path / "model", **given, max_length="48"), tokenizer, None, None, None)
+        SFT(long_rows, UserObjects()).select_examples(*_data(long_rows, tokenizer, None), tokenizer)
+    train, evaluation = SFT(short_rows, UserObjects()).select_examples(*_data(short_rows, tokenizer, None), tokenizer)
     assert max(train.lengths.max(), evaluation.lengths.max()) == 48

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from manyrank.checkpoint import state as checkpoint
+from manyrank.checkpoint.state import _Attempt, _write_weights, load_weights, save_weights
 from manyrank.config.resolve import TrainConfig
 from manyrank.errors import UserError
 from manyrank.models.coverage import check_quantised, matrices
@@ -15,7 +15,7 @@ from manyrank.models.inference import load_model as load_to_use
 from manyrank.models.load import LoadPlan, load_model, with_adapters
 from manyrank.models.reach import reach, unreached_modules
 from manyrank.parallel import first_look
-from manyrank.parallel.engine import prepare
+from manyrank.parallel.engine import prepare_engine
 from manyrank.training.optim import build_optimizer
 
 TEXT = {
@@ -236,7 +236,7 @@ def test_most_of_a_base_in_full_precision_is_refused(tmp_path):
     skip = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["gate_proj", "up_proj", "down_proj"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=skip, device_map="cpu")
     with pytest.raises(UserError, match="of the weights are not quantised"):
-        check_quantised(model, asked="method qlora", where="method", fix="use lora")
+        check_quantised(model, method="method qlora", where="method", fix="use lora", say=print)
 
 
 def test_a_model_to_use_is_looked_at_too(tmp_path, embedded_model):
@@ -251,11 +251,11 @@ def test_a_model_to_use_is_looked_at_too(tmp_path, embedded_model):
 def test_the_first_backward_tells_what_gets_no_gradient(capsys):
     model = tiny("llama")
     model.model.layers[1].mlp.forward = lambda x: x
-    runtime = prepare(Accelerator(cpu=True), model, build_optimizer(model, recipe(method="full")))
+    engine = prepare_engine(Accelerator(cpu=True), model, build_optimizer(model, recipe(method="full")))
     for _ in range(2):
-        with runtime.forward_backward(last=True):
-            runtime.backward(runtime.wrapped(input_ids=torch.arange(8)[None]).logits.sum(), last=True)
-        runtime.step(learning_rate=1e-3, max_grad_norm=1.0)
+        with engine.forward_backward(last=True):
+            engine.backward(engine.wrapped(input_ids=torch.arange(8)[None]).logits.sum(), last=True)
+        engine.step(learning_rate=1e-3, max_grad_norm=1.0)
     (line,) = capsys.readouterr().out.splitlines()
     share = 3 * 32 * 48 / sum(p.numel() for p in model.parameters())
     assert line.startswith(f"{share:.1%} of the trained weights get no gradient in the first step: ")
@@ -265,24 +265,24 @@ def test_the_first_backward_tells_what_gets_no_gradient(capsys):
 @pytest.mark.parametrize("kind", ["qwen2_moe", "glm4_moe"])
 def test_a_whole_model_with_experts_is_saved_and_read_again(kind, tmp_path):
     """transformers writes stacked experts one by one in a model for others, and a checkpoint has them as they are trained."""
-    runtime = prepared(tiny(kind))
-    before = {name: p.detach().clone() for name, p in runtime.model.named_parameters()}
-    checkpoint.save_weights(runtime, tmp_path / "final")
+    engine = prepared(tiny(kind))
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    save_weights(engine, tmp_path / "final")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
-    assert again.keys() == runtime.model.state_dict().keys()
-    assert all(torch.equal(again[name], value) for name, value in runtime.model.state_dict().items())
-    attempt = checkpoint._Attempt(runtime)
-    checkpoint._write_weights(runtime, tmp_path / "checkpoint", attempt)
+    assert again.keys() == engine.model.state_dict().keys()
+    assert all(torch.equal(again[name], value) for name, value in engine.model.state_dict().items())
+    attempt = _Attempt(engine)
+    _write_weights(engine, tmp_path / "checkpoint", attempt)
     with torch.no_grad():
-        for parameter in runtime.model.parameters():
+        for parameter in engine.model.parameters():
             parameter.zero_()
-    checkpoint.load_weights(runtime, tmp_path / "checkpoint")
-    assert all(torch.equal(p, before[name]) for name, p in runtime.model.named_parameters())
+    load_weights(engine, tmp_path / "checkpoint")
+    assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
 
 
 def prepared(model):
     model.requires_grad_(True)
-    return prepare(Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return prepare_engine(Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_ddp_is_refused_before_it_waits():

@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from manyrank.config.resolve import Entry, recipe_of, resolve
 from manyrank.errors import UserError
 from manyrank.runs.artifact import find
-from manyrank.tools import chat, inspect_data
-from manyrank.tools import generate as generation
+from manyrank.tools import chat, generate, inspect_data
 from manyrank.tools.evaluate import main as evaluate
 from manyrank.tools.merge import main as merge
 
@@ -74,7 +73,7 @@ def commands(run, rows, output) -> dict:
     fast = ["--max-new-tokens", "2"]
     return {
         "evaluate": (evaluate.main, [name, "--nproc", "1", "--output", str(output / "e"), *fast]),
-        "generate": (generation.main, [name, str(rows), str(output / "g.jsonl"), *fast]),
+        "generate": (generate.main, [name, str(rows), str(output / "g.jsonl"), *fast]),
         "merge": (merge.main, [name, "--output", str(output / "m")]),
         "chat": (chat.main, [name, *fast]),
     }

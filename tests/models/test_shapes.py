@@ -8,8 +8,7 @@ from small_models import LATENT, MOE, SMALL
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyrank.errors import UserError
-from manyrank.models import catalog as catalogue
-from manyrank.models import spec as shapes
+from manyrank.models import catalog, spec
 
 KINDS = {
     "llama": {},
@@ -56,7 +55,7 @@ def made(kind: str) -> tuple[torch.nn.Module, dict]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_are_those_of_the_modules(kind):
     model, config = made(kind)
-    shape = shapes.from_config(config, name=kind)
+    shape = spec.from_config(config, name=kind)
     assert not shape.guessed
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
 
@@ -70,7 +69,7 @@ def test_the_matrices_of_each_layer_are_those_of_the_modules(kind):
         kinds.append({name: (m.in_features, m.out_features, m.bias is not None) for name, m in linears.items()})
     read = [
         {name: (linear.inputs, linear.outputs, linear.bias) for name, linear in layer.linears.items()}
-        for layer in shapes.from_config(config, name=kind).layers
+        for layer in spec.from_config(config, name=kind).layers
         for _ in range(layer.count)
     ]
     assert sorted(map(repr, (dict(sorted(kind.items())) for kind in read))) == sorted(
@@ -96,28 +95,28 @@ PARAMETERS = {
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
 def test_known_names_have_the_published_number_of_parameters(name, parameters):
-    assert catalogue.read(name).parameters == parameters
+    assert catalog.read(name).parameters == parameters
 
 
 def test_every_known_name_can_be_read():
-    assert len(catalogue.known()) >= 30
-    for name in catalogue.known():
-        shape = catalogue.read(name)
+    assert len(catalog.known()) >= 30
+    for name in catalog.known():
+        shape = catalog.read(name)
         assert shape.depth > 0 and not shape.guessed, name
 
 
 def test_a_name_that_is_not_known_is_an_error_with_the_nearest():
     with pytest.raises(UserError, match=r"nothing is known(.|\n)*qwen2.5-7b"):
-        catalogue.read("qwen2.5-8b")
+        catalog.read("qwen2.5-8b")
     with pytest.raises(UserError, match="nothing is known"):
-        catalogue.read("Llama-2-7b-longer")
+        catalog.read("Llama-2-7b-longer")
 
 
 def test_a_type_that_is_not_known_is_read_as_a_llama_and_says_so():
     config = {**SMALL, "model_type": "brand_new"}
-    shape = shapes.from_config(config, name="x")
+    shape = spec.from_config(config, name="x")
     assert (
-        shape.guessed and shape.parameters == shapes.from_config({**config, "model_type": "llama"}, name="x").parameters
+        shape.guessed and shape.parameters == spec.from_config({**config, "model_type": "llama"}, name="x").parameters
     )
 
 
@@ -133,4 +132,4 @@ def test_a_type_that_is_not_known_is_read_as_a_llama_and_says_so():
 def test_what_is_no_config_is_an_error(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        catalogue.read(str(tmp_path))
+        catalog.read(str(tmp_path))

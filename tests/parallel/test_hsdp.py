@@ -28,7 +28,7 @@ def told(self, step):
     sums.clear()
     result = train_step(self, step)
     entry = {"sums": list(sums), "micro_batches": len(step.micro_batches)}
-    with open(f"{os.environ['COUNTED']}-{self.runtime.accelerator.process_index}", "a") as file:
+    with open(f"{os.environ['COUNTED']}-{self.engine.accelerator.process_index}", "a") as file:
         file.write(json.dumps(entry) + chr(10))
     return result
 Trainer.train_step = told

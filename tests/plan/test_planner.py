@@ -12,7 +12,7 @@ from manyrank import cli
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.errors import UserError
-from manyrank.models import catalog as catalogue
+from manyrank.models import catalog
 from manyrank.plan import memory, planner, speed
 from manyrank.plan.command import _nodes
 from manyrank.plan.memory import GiB
@@ -27,7 +27,7 @@ def config(*argv: str):
 
 def planned(model: str, gpu: str, *argv: str, nproc: int = 1, nnodes: int = 1, host=None) -> planner.Plan:
     context = planned_context(config(*argv), nproc=nproc, nnodes=nnodes, gpu=find_kind(gpu), host=host)
-    return make_plan(context, catalogue.read(model))
+    return make_plan(context, catalog.read(model))
 
 
 QLORA = ("--method=qlora", "--gradient_checkpointing=full")
@@ -43,7 +43,7 @@ PUBLISHED = [  # model, strategy, processes, recipe, GB as published, how far of
 
 @pytest.mark.parametrize(("model", "strategy", "nproc", "recipe", "gigabytes", "off"), PUBLISHED)
 def test_published_figures(model, strategy, nproc, recipe, gigabytes, off):
-    found = memory.estimate(planned_run(config(*recipe), catalogue.read(model), strategy, nproc))
+    found = memory.estimate(planned_run(config(*recipe), catalog.read(model), strategy, nproc))
     assert found.peak / 1e9 == pytest.approx(gigabytes, rel=off)
 
 
@@ -54,7 +54,7 @@ def test_the_parts_are_the_peak_and_the_peak_is_the_greatest_moment():
 
 
 def test_more_of_anything_needs_more():
-    shape = catalogue.read("qwen2.5-7b")
+    shape = catalog.read("qwen2.5-7b")
 
     def peak(*argv: str, strategy: str = "fsdp", nproc: int = 4) -> int:
         return memory.estimate(planned_run(config(*argv), shape, strategy, nproc)).peak
@@ -77,7 +77,7 @@ def test_more_of_anything_needs_more():
 
 
 def test_hsdp_shards_over_one_machine():
-    shape = catalogue.read("llama-3-8b")
+    shape = catalog.read("llama-3-8b")
     one, four = (
         memory.estimate(planned_run(config("--method=full"), shape, "hsdp", 8, nodes)).parts["weights"]
         for nodes in (1, 4)
@@ -129,7 +129,7 @@ def test_the_largest_micro_batch_and_length_fit_and_more_do_not():
     [("H100", (), False), ("A100-80GB", ("--max_length=4096",), True), ("RTX4090", ("--max_length=8192",), True)],
 )
 def test_auto_checkpoints_as_few_layers_as_fit(gpu, argv, some):
-    run = planned_run(config("--gradient_checkpointing=auto", *argv), catalogue.read("llama-3.1-8b"), "single")
+    run = planned_run(config("--gradient_checkpointing=auto", *argv), catalog.read("llama-3.1-8b"), "single")
     room = planner.ROOMY * find_kind(gpu).memory
     found = planner.settled(run, find_kind(gpu).memory)
     assert (found.config.gradient_checkpointing != "off") == some
@@ -141,7 +141,7 @@ def test_auto_checkpoints_as_few_layers_as_fit(gpu, argv, some):
 
 
 def test_operations_are_4n_for_lora_and_6n_for_full():
-    shape = catalogue.read("llama-3.1-8b")
+    shape = catalog.read("llama-3.1-8b")
     short = ("--max_length=16",)  # next to no attention
     lora, full = (
         speed.needed(planned_run(config(f"--method={method}", *short), shape, "single")) for method in ("lora", "full")
@@ -154,7 +154,7 @@ def test_operations_are_4n_for_lora_and_6n_for_full():
 def test_a_batch_of_fewer_examples_than_gpus_stops_scaling():
     argv = ("--global_batch_size=64", "--micro_batch=1", "--max_length=2048")
     context = planned_context(config(*argv), nproc=8, gpu=find_kind("H100"))
-    rows = planner.scaling(context, catalogue.read("llama-3.1-8b"), [1, 8, 16, 32])
+    rows = planner.scaling(context, catalog.read("llama-3.1-8b"), [1, 8, 16, 32])
     ddp = {row.nnodes: row for row in rows if row.option.strategy.name == "ddp"}
     assert ddp[8].efficiency > 0.9 and ddp[16].efficiency < 0.6 and "batch" in ddp[16].waits_for
     assert "hsdp" in {row.option.strategy.name for row in rows}

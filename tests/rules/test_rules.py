@@ -18,17 +18,16 @@ from manyrank.project_files import asset
 from manyrank.rules import recipe as recipe_rules
 from manyrank.rules.check import (
     RULES,
-    as_markdown,
-    check,
     check_data,
     check_output_dir,
-    violations,
+    check_rules,
+    find_violations,
+    rules_as_markdown,
     warnings_of_length,
 )
 from manyrank.rules.context import RunContext
-from manyrank.rules.recipe import TRACKERS, filesystem
-from manyrank.topology import gpus as hardware
-from manyrank.topology import strategy_files
+from manyrank.rules.recipe import filesystem
+from manyrank.topology import gpus, strategy_files
 from manyrank.topology.gpus import Gpu, Hardware
 from manyrank.topology.strategies import STRATEGIES
 
@@ -166,7 +165,7 @@ CASES = [
         {"bf16": False},
     ),
     (
-        "checkpointing-twice",
+        "fsdp-checkpointing",
         {"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_activation_checkpointing": True}, "gradient_checkpointing": 2},
         {"yaml": {}},
     ),
@@ -280,7 +279,6 @@ CASES = [
         {"model": quantised(), "method": "int8"},
         {"model": quantised(load_in_4bit=False, load_in_8bit=True)},
     ),
-    ("untried-quantisation", {"model": llama(quantization_config={"quant_method": "gptq"})}, {"model": llama()}),
     ("quant-storage-in-shards", {"model": quantised(), "method": "qlora", "strategy": "fsdp"}, {"strategy": "zero3"}),
     (
         "quant-storage-in-shards",
@@ -367,7 +365,6 @@ CASES = [
         {"model": llama(tie_word_embeddings=False)},
     ),
     ("adapters-on-head", {"lora_target_modules": ["lm_head", "q_proj"]}, {"lora_target_modules": ["q_proj"]}),
-    ("adapters-on-embeddings", {"lora_target_modules": ["embed_tokens"]}, {"lora_target_modules": "all-linear"}),
     (
         "unknown-targets",
         {"model": llama(), "lora_target_modules": ["q_proj", "v_prjo"]},
@@ -517,7 +514,7 @@ def test_every_rule_is_covered():
 @pytest.mark.parametrize("name, broken, repair", CASES, ids=IDS)
 def test_a_rule_broken_on_the_command_line(name, broken, repair, made, monkeypatch, capsys):
     places, values = made(broken)
-    monkeypatch.setattr(hardware, "probe", lambda: places["hardware"])
+    monkeypatch.setattr(gpus, "probe", lambda: places["hardware"])
     code = cli.main(arguments(places, values))
     printed, rule = capsys.readouterr(), BY_NAME[name]
     assert code == (2 if rule.severity == "error" else 0), printed.err
@@ -535,16 +532,16 @@ def told(printed: str) -> list[str]:
 @pytest.mark.parametrize("name, broken, repair", CASES, ids=IDS)
 def test_a_rule_repaired(name, broken, repair, made):
     places, values = made(broken)
-    assert name in names(violations(RunContext(resolved(**values), **placed(places))))
+    assert name in names(find_violations(RunContext(resolved(**values), **placed(places))))
     places, values = made(broken | repair, 1)
-    found = violations(RunContext(resolved(**values), **placed(places)))
+    found = find_violations(RunContext(resolved(**values), **placed(places)))
     assert name not in names(found)
     assert not [violation.what for violation in found if violation.rule.severity == "error"]
 
 
 def test_a_rule_says_where_its_values_came_from():
     with pytest.raises(UserError) as caught:
-        check(situation(optim="adamw_8bit", strategy="zero2"))
+        check_rules(situation(optim="adamw_8bit", strategy="zero2"))
     assert caught.value.what == "adamw_8bit under zero2"
     assert caught.value.where == "optim (command line, --optim), strategy (default)"
     lines = str(caught.value).splitlines()
@@ -554,7 +551,7 @@ def test_a_rule_says_where_its_values_came_from():
 
 def test_a_rule_names_the_file_and_key(made):
     places, values = made({"strategy": "fsdp", "yaml": {"fsdp_config.fsdp_version": 1}})
-    (violation,) = violations(RunContext(resolved(**values), **placed(places)))
+    (violation,) = find_violations(RunContext(resolved(**values), **placed(places)))
     assert violation.where == "accelerate_configs/fsdp.yaml, fsdp_config.fsdp_version"
 
 
@@ -562,7 +559,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "q", "answer": ""}\n')
     with pytest.raises(UserErrors) as caught:
-        check(
+        check_rules(
             situation(
                 method="int8", strategy="fsdp", optim="adamw_8bit", data_path=str(rows), model_name_or_path="./no"
             )
@@ -581,18 +578,18 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
 
 def test_warnings_are_switched_off_by_name(capsys):
     doubtful = {"learning_rate": 0.5, "warmup_steps": 9, "max_steps": 3}
-    check(situation(**doubtful))
+    check_rules(situation(**doubtful))
     assert [block.split("\n")[0] for block in told(capsys.readouterr().err)] == [
         "warning: warmup_steps 9, and the run has 3 steps",
         "warning: learning_rate 0.5, where method lora usually takes 1e-05 to 0.001",
     ]
-    check(situation(**doubtful, ignore_warnings="[unusual-learning-rate]"))
+    check_rules(situation(**doubtful, ignore_warnings="[unusual-learning-rate]"))
     printed = capsys.readouterr().err
     assert (
         "warmup" in printed and "ignore_warnings: [warmup-beyond-end]" in printed and "learning_rate 0.5" not in printed
     )
-    check(situation(**doubtful, ignore_warnings="unusual-learning-rate,warmup-beyond-end"))
-    check(situation(**doubtful), warn=False)
+    check_rules(situation(**doubtful, ignore_warnings="unusual-learning-rate,warmup-beyond-end"))
+    check_rules(situation(**doubtful), warn=False)
     assert capsys.readouterr().err == ""
 
 
@@ -626,15 +623,16 @@ def test_a_warning_that_cannot_be_ignored(name, what, fix):
 
 
 def test_docs_are_the_table(capsys):
-    assert (ROOT / "docs" / "rules.md").read_text(encoding="utf-8") == as_markdown()
+    assert (ROOT / "docs" / "rules.md").read_text(encoding="utf-8") == rules_as_markdown()
     assert cli.main(["rules"]) == 0
-    assert capsys.readouterr().out == as_markdown()
+    assert capsys.readouterr().out == rules_as_markdown()
 
 
 def test_a_tracker_whose_package_is_not_installed(monkeypatch):
-    monkeypatch.setitem(TRACKERS, "mlflow", "no_such_package")
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else there(name))
     problem = BY_NAME["unknown-tracker"].broken(situation(report_to="mlflow"))
-    assert problem == "tracker mlflow needs the package no_such_package, which is not installed"
+    assert problem == "tracker mlflow needs the package mlflow, which is not installed"
 
 
 def test_a_login_in_netrc(tmp_path, monkeypatch):
@@ -672,7 +670,7 @@ def test_shipped_recipes_are_quiet(recipe, strategy, embedded_model):
     if "model_name_or_path" in yaml.safe_load(asset("launch", "recipes", f"{recipe}.yaml").read_text()):
         given = resolve(recipe, [Entry("data_path", DATA, "test")])
     for name, machine in (("CPU", CPU), ("GPUS", GPUS)):
-        found = violations(RunContext(given, STRATEGIES[strategy], nproc, nproc, machine))
+        found = find_violations(RunContext(given, STRATEGIES[strategy], nproc, nproc, machine))
         intended = INTENDED.get((recipe, name), set())
         if recipe in ("qlora_fsdp", "grpo_low_memory") and strategy == "zero3_offload":
             intended = intended | {"qlora-under-zero-offload"}
@@ -684,7 +682,7 @@ def test_shipped_recipes_are_quiet(recipe, strategy, embedded_model):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3", "zero3_offload"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_what_the_table_does_not_name_is_allowed(strategy, method):
-    check(situation(strategy=strategy, method=method))
+    check_rules(situation(strategy=strategy, method=method))
 
 
 # Facts
@@ -702,7 +700,7 @@ def test_what_accelerate_launch_passes_on_says_what_the_files_say(strategy):
     named = {"single": None, "ddp": None, "hsdp": "fsdp"}.get(strategy, strategy)
     assert (found.strategy and found.strategy.name) == named
     launched = RunContext(resolved(), STRATEGIES[strategy], 2, 2, GPUS, launched=found)
-    assert not [violation for violation in violations(launched) if violation.rule in strategy_files_rules()]
+    assert not [violation for violation in find_violations(launched) if violation.rule in strategy_files_rules()]
     assert strategy_files.from_environment({}) is None
 
 
@@ -743,7 +741,7 @@ def test_a_file_that_is_no_config_is_told_with_the_rest(made):
     file = Path(strategy_files.asset("ds_configs", "zero2.json"))
     file.write_text("{")
     with pytest.raises(UserErrors) as caught:
-        check(RunContext(resolved(**values | {"model_name_or_path": "./no"}), **placed(places)))
+        check_rules(RunContext(resolved(**values | {"model_name_or_path": "./no"}), **placed(places)))
     assert caught.value.problems[0].where == "ds_configs/zero2.json"
 
 
@@ -765,7 +763,7 @@ def test_a_hub_name_in_the_cache_has_facts(tmp_path, monkeypatch):
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text(json.dumps(LLAMA))
-    found = violations(situation(model_name_or_path="some/model", gradient_checkpointing=3))
+    found = find_violations(situation(model_name_or_path="some/model", gradient_checkpointing=3))
     assert "layers-beyond-model" in names(found)
     assert situation(model_name_or_path="some/other").model is None
 
@@ -816,7 +814,7 @@ def data(tmp_path):
 
 def error(**values) -> UserError:
     with pytest.raises(UserError) as caught:
-        check(situation(**values))
+        check_rules(situation(**values))
     return caught.value
 
 
@@ -878,7 +876,7 @@ def model(tmp_path) -> Path:
 
 
 def test_a_whole_model_folder(model):
-    check(situation(model_name_or_path=str(model)))
+    check_rules(situation(model_name_or_path=str(model)))
 
 
 @pytest.mark.parametrize(
@@ -898,11 +896,11 @@ def test_a_model_folder_with_a_file_missing(model, missing, what):
 
 def test_plain_text_needs_no_template(model, data):
     (model / "tokenizer_config.json").write_text("{}")
-    check(situation(model_name_or_path=str(model), data_path=data('{"text": "some words"}')))
+    check_rules(situation(model_name_or_path=str(model), data_path=data('{"text": "some words"}')))
 
 
 def test_a_bad_first_row_may_be_put_aside(data):
-    check(situation(data_path=data('{"question": "q", "answer": ""}\n'), on_bad_row="skip"))
+    check_rules(situation(data_path=data('{"question": "q", "answer": ""}\n'), on_bad_row="skip"))
 
 
 def test_a_tokenizer_without_a_chat_template(model, tmp_path):
@@ -910,24 +908,24 @@ def test_a_tokenizer_without_a_chat_template(model, tmp_path):
     assert error(model_name_or_path=str(model)).fix == "give one: --chat_template chatml, or a file"
     own = tmp_path / "own.jinja"
     own.write_text("{{ messages }}")
-    check(situation(model_name_or_path=str(model), chat_template=str(own)))
+    check_rules(situation(model_name_or_path=str(model), chat_template=str(own)))
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
 def test_a_chat_template_in_its_own_file(model, name):
     (model / "tokenizer_config.json").unlink()
     (model / name).write_text("{}")
-    check(situation(model_name_or_path=str(model)))
+    check_rules(situation(model_name_or_path=str(model)))
 
 
 def test_older_weight_files(model):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    check(situation(model_name_or_path=str(model)))
+    check_rules(situation(model_name_or_path=str(model)))
 
 
 def test_a_model_folder_that_is_not_there(tmp_path):
     assert error(model_name_or_path=f"{tmp_path}/nowhere").what == f"there is no folder {tmp_path}/nowhere"
-    check(situation(model_name_or_path="someone/a-name-on-the-hub"))
+    check_rules(situation(model_name_or_path="someone/a-name-on-the-hub"))
 
 
 def test_a_chat_template_file_that_is_not_there():
@@ -970,5 +968,5 @@ def test_questions_need_a_template_too(tmp_path):
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"")
     given = {"data_path": str(rows), "model_name_or_path": str(folder)}
-    check(situation(**given))
+    check_rules(situation(**given))
     assert error(**given, sample_questions=["why?"]).what == "the tokenizer has no chat template"

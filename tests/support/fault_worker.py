@@ -17,11 +17,12 @@ import safetensors.torch
 import torch
 
 from manyrank.config.resolve import Entry, resolve
-from manyrank.runs import folder as run_folder
-from manyrank.topology import ranks as topology
-from manyrank.training.exits import leave
+from manyrank.runs import run_folder
+from manyrank.tasks.sft import SFT
+from manyrank.topology import ranks
+from manyrank.training.build import build_run
+from manyrank.training.exits import exit_now
 from manyrank.training.optim import advance
-from manyrank.training.run import open_session
 
 
 class Killer:
@@ -71,9 +72,9 @@ def main() -> None:
     entries = {"save_total_limit": 1, "max_steps": 4, "lora_dropout": 0.1, "strategy": "single"}
     entries |= {"global_batch_size": 2}  # of which hundreds of steps are made
     config = resolve("verify", [Entry(key, value, "test") for key, value in entries.items()]).config
-    session = open_session(config, topology.from_environment(), output_dir=output, bf16=False)
-    trainer = session.trainer
-    session._write_facts()
+    run = build_run(config, ranks.from_environment(), SFT, output_dir=output, bf16=False)
+    trainer = run.trainer
+    run._write_facts()
 
     def train_to(step: int) -> None:
         for number in range(trainer.state.global_step, step):
@@ -82,7 +83,7 @@ def main() -> None:
             trainer.state.global_step += 1
 
     def adapter() -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in trainer.runtime.trainable.items()}
+        return {name: parameter.detach().clone() for name, parameter in trainer.engine.trainable.items()}
 
     train_to(2)
     trainer._save()
@@ -117,4 +118,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_now(0)

@@ -12,10 +12,10 @@ import torch
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.models.inference import load_model
-from manyrank.tasks.grpo import task as grpo_task
-from manyrank.topology import ranks as topology
-from manyrank.training.exits import guarded, leave
-from manyrank.training.run import open_session
+from manyrank.tasks.grpo.task import GRPO
+from manyrank.topology import ranks
+from manyrank.training.build import build_run
+from manyrank.training.exits import exit_now, run_with_exit_codes
 
 ROWS, PROMPT, ANSWER = 16, 6, 5
 LOSSES = ("dapo", "grpo", "dr_grpo")  # bnpo divides by the micro-batch
@@ -39,19 +39,19 @@ def answers() -> dict[str, torch.Tensor]:
 def main() -> int:
     out, sft = map(Path, sys.argv[1:3])
     line = parse(sys.argv[3:], prog="grpo_worker", launch=False)
-    config, place = resolve(line.recipe, line.overrides).config, topology.from_environment()
+    config, place = resolve(line.recipe, line.overrides).config, ranks.from_environment()
 
     def work() -> None:
         own, _ = load_model(str(sft), dtype="float32")  # not after ZeRO-3 is there, which would have a part of it
-        session = open_session(config, place, output_dir=out.with_suffix(""), bf16=False, task=grpo_task)
-        trainer, runtime, policy = session.trainer, session.runtime, session.trainer.policy
+        run = build_run(config, place, GRPO, output_dir=out.with_suffix(""), bf16=False)
+        trainer, engine, policy = run.trainer, run.engine, run.trainer.task.trl
         whole = answers()
         ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1)
         with torch.no_grad():
             logits = own(input_ids=ids).logits[:, :-1].log_softmax(-1)
         expected = logits.gather(-1, ids[:, 1:, None])[:, -ANSWER:, 0]
-        with runtime.whole():
-            reference = policy.answer(trainer.loader.step(0).numbers, step=0)[0]
+        with engine.whole():
+            reference = policy.complete(trainer.loader.step(0).numbers, step=0)[0]
         said = torch.cat([reference["prompt_ids"], reference["completion_ids"]], 1)
         mask = torch.cat([reference["prompt_mask"], reference["completion_mask"]], 1)
         with torch.no_grad():
@@ -68,16 +68,16 @@ def main() -> int:
                 rows = slice(place.rank * each + at, place.rank * each + at + micro)
                 part = {key: value[rows] if value.ndim else value for key, value in whole.items()}
                 last = at + micro == each
-                with runtime.forward_backward(last=last):
-                    runtime.backward(policy.loss(part, micro_batches=each // micro), last=last)
-            norms[policy.loss_type] = runtime.step(learning_rate=0.0, max_grad_norm=1e9)
-        off = runtime.sum(off.reshape(1)).item()
+                with engine.forward_backward(last=last):
+                    engine.backward(policy.loss(part, micro_batches=each // micro), last=last)
+            norms[policy.loss_type] = engine.step(learning_rate=0.0, max_grad_norm=1e9)
+        off = engine.sum(off.reshape(1)).item()
         if place.is_main:
             out.write_text(json.dumps({"norms": norms, "reference": off}))
-        session.close()
+        run.close()
 
-    return guarded(work, place)
+    return run_with_exit_codes(work, place)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -3,7 +3,7 @@
 from manyrank.config.resolve import Resolved
 from manyrank.plan.planned_run import PlannedRun
 from manyrank.rules.context import RunContext
-from manyrank.topology.gpus import Gpu, GpuKind, Hardware
+from manyrank.topology.gpus import GpuKind, planned_hardware
 from manyrank.topology.strategies import STRATEGIES
 
 
@@ -12,8 +12,7 @@ def planned_context(
 ) -> RunContext:
     """A recipe on `nproc` processes of each machine; `gpu` is a kind, or whether there are GPUs of unknown memory."""
     kind = gpu if isinstance(gpu, GpuKind) else None
-    card = Gpu(kind.name if kind else "unknown", kind.memory if kind else 0, (9, 0) if bf16 else (7, 0), planned=kind)
-    machine = Hardware((card,) * nproc if gpu else (), cpu_cores=nproc, cpu_bf16=bf16, memory=host)
+    machine = planned_hardware(nproc if gpu else 0, kind, bf16=bf16, host=host)
     resolved = Resolved(config.model_copy(update={"bf16": bf16}))
     return RunContext(resolved, STRATEGIES[strategy], nproc, nproc * nnodes, machine)
 

@@ -9,21 +9,22 @@ from pathlib import Path
 
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
-from manyrank.topology import ranks as topology
-from manyrank.training.exits import guarded, leave
-from manyrank.training.run import open_session
+from manyrank.tasks.sft import SFT
+from manyrank.topology import ranks
+from manyrank.training.build import build_run
+from manyrank.training.exits import exit_now, run_with_exit_codes
 
 
 def main() -> int:
     cut = sys.argv.index("--")
     out, output_dir, *checkpoints = map(Path, sys.argv[1:cut])
     line = parse(sys.argv[cut + 1 :], prog="resume_worker", launch=False)
-    config, place = resolve(line.recipe, line.overrides).config, topology.from_environment()
+    config, place = resolve(line.recipe, line.overrides).config, ranks.from_environment()
 
     def work() -> None:
-        session = open_session(config, place, output_dir=output_dir, bf16=False)
-        trainer, found = session.trainer, {}
-        session._write_facts()
+        run = build_run(config, place, SFT, output_dir=output_dir, bf16=False)
+        trainer, found = run.trainer, {}
+        run._write_facts()
         for folder in checkpoints:
             trainer.resume(folder)
             first, results = trainer.state.global_step, []
@@ -33,10 +34,10 @@ def main() -> int:
             trainer.control.should_training_stop = False
         if place.is_main:
             out.write_text(json.dumps(found))
-        session.close()
+        run.close()
 
-    return guarded(work, place)
+    return run_with_exit_codes(work, place)
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

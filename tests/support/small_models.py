@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
-from manyrank.models import spec as shapes
+from manyrank.models import spec
 from manyrank.models.load import with_adapters
 
 SMALL = {
@@ -69,7 +69,7 @@ def recipe(*argv: str):
     common = [
         "--model=x",
         "--data_path=x",
-        "--plain_parts=attention",
+        "--disable_fused=attention",
         "--per_device_train_batch_size=4",
         f"--max_length={TOKENS // 4}",
     ]
@@ -81,7 +81,7 @@ def made(kind: str, config, dtype: torch.dtype):
     values = {key: value for key, value in {**SHAPE, **MODELS[kind]}.items() if value is not None}
     plain = AutoConfig.for_model(kind, **values)
     model = with_adapters(AutoModelForCausalLM.from_config(plain, dtype=dtype), config)
-    return model.train(), shapes.from_config(plain.to_dict(), name=kind)
+    return model.train(), spec.from_config(plain.to_dict(), name=kind)
 
 
 def packs() -> dict[str, torch.Tensor]:

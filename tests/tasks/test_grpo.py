@@ -21,9 +21,9 @@ from manyrank.errors import UserError
 from manyrank.models.inference import load_model
 from manyrank.project_files import asset
 from manyrank.runs.logs import read_completions, read_metrics
-from manyrank.tasks.grpo import task as grpo_task
-from manyrank.topology import ranks as topology
-from manyrank.training.run import open_session
+from manyrank.tasks.grpo.task import GRPO
+from manyrank.topology import ranks
+from manyrank.training.build import build_run
 
 SUMS = ROOT / "data" / "stories" / "sums.jsonl"
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
@@ -78,9 +78,7 @@ def session_of(folder: Path, *args: str):
     entries = [
         Entry(name, value, "test") for name, _, value in (a.partition("=") for a in last_wins(*SMALL, *BATCH, *args))
     ]
-    return open_session(
-        resolve(None, entries).config, topology.from_environment(), output_dir=folder, bf16=False, task=grpo_task
-    )
+    return build_run(resolve(None, entries).config, ranks.from_environment(), GRPO, output_dir=folder, bf16=False)
 
 
 def log_probs(model, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
@@ -95,11 +93,11 @@ def test_the_reference_is_the_sft_model(method, sft, tmp_path):
     session = session_of(tmp_path, f"--sft_model={sft.folder}", f"--method={method}")
     try:
         assert session.config.model_name_or_path and session.config.lora_r == 4
-        policy = session.trainer.policy
+        policy = session.trainer.task.trl
         with torch.no_grad():  # the policy has gone somewhere else since
-            for parameter in session.runtime.trainable.values():
+            for parameter in session.engine.trainable.values():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-        part = policy.answer(session.trainer.loader.step(0).numbers, step=0)[0]
+        part = policy.complete(session.trainer.loader.step(0).numbers, step=0)[0]
         ids = torch.cat([part["prompt_ids"], part["completion_ids"]], 1)
         mask = torch.cat([part["prompt_mask"], part["completion_mask"]], 1)
         said = part["completion_mask"].bool()
@@ -112,7 +110,7 @@ def test_the_reference_is_the_sft_model(method, sft, tmp_path):
         tolerance = 1e-4 if method == "lora" else 2e-2
         assert (found - expected)[said].abs().max() < tolerance
         assert (found - bare)[said].abs().max() > 0.5
-        assert not [name for name in session.runtime.trainable if ".ref." in name]
+        assert not [name for name in session.engine.trainable if ".ref." in name]
     finally:
         session.close()
 
@@ -131,8 +129,8 @@ def test_prompts_are_those_of_the_evaluation(tokenizer, tmp_path):
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     session = session_of(tmp_path / "run", f"--data_path={data}", "--thinking=strip")
     try:
-        policy = session.trainer.policy
-        part = policy.answer(session.trainer.loader.step(0).numbers, step=0)[0]
+        policy = session.trainer.task.trl
+        part = policy.complete(session.trainer.loader.step(0).numbers, step=0)[0]
         expected = prompt_ids(tokenizer, thought, options=RenderOptions(thinking="strip"))
         for ids, mask in zip(part["prompt_ids"], part["prompt_mask"]):
             assert ids[mask.bool()].tolist() == expected
@@ -342,10 +340,10 @@ def test_adapters_that_no_recipe_makes_are_refused(sft, tmp_path):
 def test_answering_leaves_no_hooks(tmp_path):
     session = session_of(tmp_path, "--gradient_checkpointing=2")
     try:
-        trainer, modules = session.trainer, list(session.runtime.model.modules())
+        trainer, modules = session.trainer, list(session.engine.model.modules())
         flags, counts = [getattr(module, "gradient_checkpointing", None) for module in modules], []
         for number in range(3):
-            trainer.policy.answer(trainer.loader.step(number).numbers, step=number)
+            trainer.task.trl.complete(trainer.loader.step(number).numbers, step=number)
             counts.append(sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules))
         assert len(set(counts)) == 1
         assert flags == [getattr(module, "gradient_checkpointing", None) for module in modules] and True in flags

@@ -15,15 +15,15 @@ from manyrank.chat_template.render import RenderOptions, prompt_ids, stop_ids
 from manyrank.data.prompts import read_prompts
 from manyrank.data.sources import Source
 from manyrank.errors import UserError
-from manyrank.tools import generate as generation
+from manyrank.tools import generate
 from manyrank.tools.generate import CompletionFile
 
 DATA = ROOT / "data" / "validation.jsonl"
 SHORT = ["--dtype=float32", "--max-new-tokens=16"]
 
 
-def generate(*argv) -> int:
-    return generation.main([str(word) for word in argv])
+def run_generate(*argv) -> int:
+    return generate.main([str(word) for word in argv])
 
 
 def rows(file) -> list[dict]:
@@ -36,7 +36,7 @@ def write(file, *values):
 
 
 def test_greedy_answers_are_those_of_single_prompts(embedded_model, tokenizer, tmp_path, capsys):
-    assert generate(embedded_model, DATA, tmp_path / "out.jsonl", "--limit=5", "--batch-size=2", *SHORT) == 0
+    assert run_generate(embedded_model, DATA, tmp_path / "out.jsonl", "--limit=5", "--batch-size=2", *SHORT) == 0
     model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32).eval()
     stops = stop_ids(tokenizer, RenderOptions())
     found = rows(tmp_path / "out.jsonl")
@@ -67,7 +67,7 @@ def test_a_killed_command_resumes_and_ends_as_one_that_was_left_alone(
     sampling, embedded_model, tmp_path, capsys, monkeypatch
 ):
     options = ["--dtype=float32", "--max-new-tokens=24", "--batch-size=2", "--limit=10", *sampling]
-    assert generate(embedded_model, DATA, tmp_path / "whole.jsonl", *options) == 0
+    assert run_generate(embedded_model, DATA, tmp_path / "whole.jsonl", *options) == 0
     out, partial, add = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", CompletionFile.add
 
     def killed(file, records):
@@ -77,20 +77,20 @@ def test_a_killed_command_resumes_and_ends_as_one_that_was_left_alone(
 
     monkeypatch.setattr(CompletionFile, "add", killed)
     with pytest.raises(Killed):
-        generate(embedded_model, DATA, out, *options)
+        run_generate(embedded_model, DATA, out, *options)
     monkeypatch.setattr(CompletionFile, "add", add)
     kept = partial.read_bytes()
     assert not out.exists() and kept.count(b"\n") == 5
     for end in (len(kept), len(kept) - 20):  # as it was killed, and with half a line
         partial.write_bytes(kept[:end])
         capsys.readouterr()
-        assert generate(embedded_model, DATA, out, *options) == 0
+        assert run_generate(embedded_model, DATA, out, *options) == 0
         assert f"{4 if end == len(kept) else 3} of 10 rows are there already" in capsys.readouterr().err
         assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not partial.exists()
         out.unlink()
     partial.write_bytes(kept)
     with pytest.raises(UserError, match="max_new_tokens: 24 -> 61"):
-        generate(embedded_model, DATA, out, *options, "--max-new-tokens=61")
+        run_generate(embedded_model, DATA, out, *options, "--max-new-tokens=61")
     assert partial.read_bytes() == kept
 
 
@@ -98,15 +98,15 @@ def test_completions_of_another_model_or_input_are_never_mixed(embedded_model, t
     model = tmp_path / "model"
     shutil.copytree(embedded_model, model)
     given, out = write(tmp_path / "in.jsonl", {"question": "How?"}), tmp_path / "out.jsonl"
-    options = generation._parser().parse_args([str(model), str(given), str(out)])
-    found = generation.find(str(model))
-    before = generation._settings(options, found)
-    assert generation._settings(options, found) == before
+    options = generate._parser().parse_args([str(model), str(given), str(out)])
+    found = generate.find(str(model))
+    before = generate._settings(options, found)
+    assert generate._settings(options, found) == before
     with given.open("a") as file:
         file.write('{"question": "Why?"}\n')
-    changed = generation._settings(options, found)
+    changed = generate._settings(options, found)
     (model / "model.safetensors").touch()
-    again = generation._settings(options, found)
+    again = generate._settings(options, found)
     assert before != changed != again != before
     CompletionFile(out, before).add([{"row": 1}])
     for settings in (changed, again):
@@ -133,7 +133,7 @@ def test_samples_differ_and_follow_the_seed(embedded_model, tmp_path):
     options = [DATA.with_name("validation.jsonl"), "--limit=2", "--temperature=1.5", "--num-samples=3", *SHORT]
     said = {}
     for name, more in {"a": ["--seed=1"], "b": ["--seed=1", "--batch-size=6"], "c": ["--seed=2"]}.items():
-        assert generate(embedded_model, options[0], tmp_path / f"{name}.jsonl", *options[1:], *more) == 0
+        assert run_generate(embedded_model, options[0], tmp_path / f"{name}.jsonl", *options[1:], *more) == 0
         said[name] = [[answer["text"] for answer in row["answers"]] for row in rows(tmp_path / f"{name}.jsonl")]
     assert said["a"] == said["b"] != said["c"]
     assert all(len(set(answers)) == 3 for answers in said["a"])
@@ -143,11 +143,11 @@ def test_rows_that_cannot_be_answered_are_all_told_or_said_in_the_output(embedde
     given = write(tmp_path / "in.jsonl", {"question": "How?"}, {"question": " "}, {"question": "mean " * 3000})
     out = tmp_path / "out.jsonl"
     with pytest.raises(UserError) as caught:
-        generate(embedded_model, given, out, *SHORT)
+        run_generate(embedded_model, given, out, *SHORT)
     assert caught.value.what == "2 of 3 rows cannot be answered"
     assert "line 2: 'question' is empty" in caught.value.where and "context of 2,048" in caught.value.where
     assert not out.exists() and not out.with_name("out.jsonl.partial").exists()
-    assert generate(embedded_model, given, out, "--on-bad-row=skip", *SHORT) == 0
+    assert run_generate(embedded_model, given, out, "--on-bad-row=skip", *SHORT) == 0
     good, empty, long = rows(out)
     assert len(good["answers"]) == 1 and "is empty" in empty["error"] and "leaves no room" in long["error"]
 
@@ -165,7 +165,7 @@ def test_rows_that_cannot_be_answered_are_all_told_or_said_in_the_output(embedde
 )
 def test_wrong_options_are_refused(argv, what, embedded_model, tmp_path):
     with pytest.raises(UserError, match=what):
-        generate(embedded_model, DATA, tmp_path / "out.jsonl", *argv)
+        run_generate(embedded_model, DATA, tmp_path / "out.jsonl", *argv)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,8 +177,8 @@ def test_an_output_is_never_replaced_by_mistake(embedded_model, tmp_path):
         "a/out.jsonl": "cannot be written",
     }.items():
         with pytest.raises(UserError, match=what):
-            generate(embedded_model, DATA, tmp_path / name)
-    assert generate(embedded_model, DATA, tmp_path / "out.jsonl", "--overwrite", "--limit=1", *SHORT) == 0
+            run_generate(embedded_model, DATA, tmp_path / name)
+    assert run_generate(embedded_model, DATA, tmp_path / "out.jsonl", "--overwrite", "--limit=1", *SHORT) == 0
     assert len(rows(tmp_path / "out.jsonl")) == 1
 
 

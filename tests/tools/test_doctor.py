@@ -18,19 +18,19 @@ from launches import ROOT
 from manyrank import cli
 from manyrank.errors import UserError
 from manyrank.tools.doctor import main as doctor
-from manyrank.topology import gpus as hardware
+from manyrank.topology import gpus
 from manyrank.training.watchdog import beats
 
-GPUS = len(hardware.probe().gpus)
+GPUS = len(gpus.probe().gpus)
 
 
-def examine(tmp_path: Path, *args: str, gpus: str = "", **env: str) -> subprocess.CompletedProcess:
+def examine(tmp_path: Path, *args: str, visible: str = "", **env: str) -> subprocess.CompletedProcess:
     """Run `manyrank doctor --json` with a temporary folder of its own, on the CPU unless told which GPUs."""
     (tmp_path / "temporary").mkdir(exist_ok=True)
     argv = [sys.executable, "-m", "manyrank.cli", "doctor", "verify", "--json", "--limit=250", *args]
     env = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT / "src"), **env}
-    run = subprocess.run if gpus else warm.run
-    env["CUDA_VISIBLE_DEVICES"] = gpus
+    run = subprocess.run if visible else warm.run
+    env["CUDA_VISIBLE_DEVICES"] = visible
     return run(argv, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=400)
 
 
@@ -89,7 +89,7 @@ def test_two_processes(strategy, type_, tmp_path):
 
 @pytest.mark.skipif(not GPUS, reason="there is no GPU")
 def test_the_gpus_of_this_machine(tmp_path):
-    found = report(examine(tmp_path, gpus=",".join(map(str, range(GPUS)))), tmp_path, 0)
+    found = report(examine(tmp_path, visible=",".join(map(str, range(GPUS)))), tmp_path, 0)
     assert sum(found["GPUs"]["figures"]["kinds"].values()) == GPUS
     assert {f"GPU {number}" for number in range(GPUS)} <= set(found)
     assert found["step"]["figures"]["world_size"] == GPUS

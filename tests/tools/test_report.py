@@ -20,7 +20,7 @@ from launches import Run, launch
 from manyrank import cli
 from manyrank.config.resolve import Entry, resolve
 from manyrank.errors import NonFiniteError, Preempted, UserError
-from manyrank.runs import logs as metrics
+from manyrank.runs import logs
 from manyrank.tools.report import main as report
 from manyrank.tools.report.run_record import read_run
 from manyrank.training import record, trackers
@@ -104,7 +104,7 @@ def log_entries(data: bytes, block: int = 32768) -> Iterator[bytes]:
 
 
 def test_every_line_says_how_fast_how_full_and_how_long(stopped, whole_run):
-    lines = [line for line in metrics.read_metrics(stopped[1].folder) if "loss" in line]
+    lines = [line for line in logs.read_metrics(stopped[1].folder) if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         assert set(line) == KEYS and all(math.isfinite(value) for value in line.values())  # no MFU on a CPU
@@ -133,7 +133,7 @@ def test_a_resumed_run_goes_on_as_the_same_wandb_run(stopped):
             values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in entry.item}
             if "train/loss" in values:
                 logged[values["train/global_step"]] = values
-    lines = {line["step"]: line for line in metrics.read_metrics(folder) if "loss" in line}
+    lines = {line["step"]: line for line in logs.read_metrics(folder) if "loss" in line}
     assert sorted(logged) == sorted(lines) == [1, 2, 3, 4, 5, 6]
     for step, line in lines.items():
         assert {key: logged[step][f"train/{key}"] for key in ("loss", *RATES)} == {
@@ -242,7 +242,7 @@ def test_what_the_user_has_set_for_wandb_stands(tmp_path, monkeypatch):
 
 
 def test_the_history_is_written_down(stopped):
-    found = metrics.read_history(stopped[1].folder)
+    found = logs.read_history(stopped[1].folder)
     assert [(entry["event"], entry["step"]) for entry in found] == [
         ("started", 0),
         ("preempted", 3),
@@ -255,15 +255,15 @@ def test_the_history_is_written_down(stopped):
 
 
 def test_the_answers_before_are_those_of_the_first_start(stopped):
-    (entry,) = metrics.read_samples(stopped[1].folder)
+    (entry,) = logs.read_samples(stopped[1].folder)
     assert entry["question"] == "What is 1 < 2 <b>?" and entry["before"] and entry["after"] is not None
     shown = stopped[1].stdout.split("  before  ")[1].split("\n")[0]
     assert shown.split() == " / ".join(line for line in entry["before"].splitlines() if line.strip()).split()
 
 
 def test_data_and_versions_are_written_down(stopped, tokenizer):
-    logs = stopped[1].folder / "logs"
-    data, versions = (json.loads((logs / name).read_text()) for name in ("data.json", "versions.json"))
+    folder = stopped[1].folder / "logs"
+    data, versions = (json.loads((folder / name).read_text()) for name in ("data.json", "versions.json"))
     training, validation = data["parts"]
     assert validation["examples"] == 16 and training["lengths"]["longest"] <= 256
     assert sum(bar["count"] for bar in training["lengths"]["bars"]) == training["examples"]
@@ -283,7 +283,7 @@ def test_figures_on_the_page_are_those_of_the_run(stopped, tmp_path):
     assert dom.title == "Run <i>stopped</i>" and not dom.tags & {"script", "img", "iframe", "link", "b"}
     training = json.loads((run.folder / "logs" / "data.json").read_text())["parts"][0]
     assert dom.figures["training-examples"][:2] == [repr(training["examples"]), repr(training["tokens"])]
-    (entry,) = metrics.read_samples(run.folder)
+    (entry,) = logs.read_samples(run.folder)
     assert dom.samples[:2] == [entry["before"], entry["after"]] and entry["question"] in dom.texts["sample"]
     assert all(event in dom.texts["history"] for event in ("started", "preempted", "resumed", "finished"))
     assert "manyrank.train verify" in dom.texts["launch"] and "single.yaml" in "".join(dom.samples)
@@ -472,7 +472,7 @@ def test_a_report_that_cannot_be_made_is_a_warning(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(report, "write_report", lambda folders: 1 / 0)
     assert report.make_report(folder) is None
     assert "ZeroDivisionError: division by zero. `manyrank report" in capsys.readouterr().err
-    assert [entry["event"] for entry in metrics.read_history(folder)] == ["started", "finished"]
+    assert [entry["event"] for entry in logs.read_history(folder)] == ["started", "finished"]
 
 
 def test_a_history_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
@@ -501,5 +501,5 @@ def test_how_a_run_ends_is_written_down_and_raised_again(tmp_path, error, event,
     ):
         raise error
     assert caught.value is error
-    assert [entry["event"] for entry in metrics.read_history(folder)] == ["resumed", event]
+    assert [entry["event"] for entry in logs.read_history(folder)] == ["resumed", event]
     assert status in Page((folder / "report.html").read_text()).texts["figures"]

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from manyrank.topology import gpus as hardware
-from manyrank.topology import ranks as topology
+from manyrank.topology import gpus, ranks
 from manyrank.topology.gpus import Gpu, Hardware
 from manyrank.topology.ranks import Topology
 
@@ -19,7 +18,7 @@ class NVMLError(Exception):
     pass
 
 
-def nvml(*gpus: Gpu, driver: bool = True) -> SimpleNamespace:
+def nvml(*devices: Gpu, driver: bool = True) -> SimpleNamespace:
     """The part of NVML's Python module that a probe uses."""
 
     def init():
@@ -30,8 +29,8 @@ def nvml(*gpus: Gpu, driver: bool = True) -> SimpleNamespace:
         NVMLError=NVMLError,
         nvmlInit=init,
         nvmlShutdown=lambda: None,
-        nvmlDeviceGetCount=lambda: len(gpus),
-        nvmlDeviceGetHandleByIndex=lambda index: gpus[index],
+        nvmlDeviceGetCount=lambda: len(devices),
+        nvmlDeviceGetHandleByIndex=lambda index: devices[index],
         nvmlDeviceGetName=lambda gpu: gpu.name,
         nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(total=gpu.memory),
         nvmlDeviceGetCudaComputeCapability=lambda gpu: list(gpu.compute_capability),
@@ -42,18 +41,18 @@ def nvml(*gpus: Gpu, driver: bool = True) -> SimpleNamespace:
 def machine(monkeypatch):
     """Give this machine other GPUs."""
 
-    def install(*gpus: Gpu, visible: str | None = None, driver: bool = True):
-        monkeypatch.setitem(sys.modules, "pynvml", nvml(*gpus, driver=driver))
+    def install(*devices: Gpu, visible: str | None = None, driver: bool = True):
+        monkeypatch.setitem(sys.modules, "pynvml", nvml(*devices, driver=driver))
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        return hardware.probe().gpus
+        return gpus.probe().gpus
 
     return install
 
 
 def test_this_machine():
-    found = hardware.probe()
+    found = gpus.probe()
     assert found.cpu_cores == len(os.sched_getaffinity(0))
     assert all(gpu.memory > 1 << 30 and gpu.name for gpu in found.gpus)
 
@@ -87,28 +86,28 @@ def test_devices_by_uuid_are_counted(machine):
 
 
 @pytest.mark.parametrize(
-    "gpus, cpu_bf16, expected",
+    "devices, cpu_bf16, expected",
     [((A100,), False, True), ((V100,), True, False), ((A100, V100), True, False), ((), True, True), ((), False, False)],
 )
-def test_bf16(gpus, cpu_bf16, expected):
-    assert Hardware(gpus, cpu_cores=4, cpu_bf16=cpu_bf16).has_bf16 is expected
+def test_bf16(devices, cpu_bf16, expected):
+    assert Hardware(devices, cpu_cores=4, cpu_bf16=cpu_bf16).has_bf16 is expected
 
 
 # Topology
 
 
 def test_one_process():
-    place = topology.from_environment({})
+    place = ranks.from_environment({})
     assert place == Topology(rank=0, local_rank=0, world_size=1, local_world_size=1)
     assert (place.is_main, place.nnodes) == (True, 1)
 
 
 def test_a_rank_on_the_second_machine():
     environ = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-    place = topology.from_environment(environ)
+    place = ranks.from_environment(environ)
     assert place == Topology(rank=5, local_rank=1, world_size=8, local_world_size=4)
     assert (place.is_main, place.nnodes) == (False, 2)
 
 
 def test_one_machine_where_the_launcher_tells_no_local_world_size():
-    assert topology.from_environment({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}).nnodes == 1
+    assert ranks.from_environment({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}).nnodes == 1

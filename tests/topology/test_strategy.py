@@ -126,7 +126,7 @@ def test_a_new_strategy_is_a_yaml_and_a_row(tmp_path, embedded_model):
     (zero / "zero1.json").write_text((zero / "zero2.json").read_text().replace('"stage": 2', '"stage": 1'))
     table = tmp_path / "src" / "manyrank" / "topology" / "strategies.py"
     above = '        Strategy("zero2", '
-    row = '        Strategy("zero1", Engine.DEEPSPEED, _OPTIMIZER),\n'
+    row = '        Strategy("zero1", EngineKind.DEEPSPEED, _OPTIMIZER),\n'
     assert table.read_text().count(above) == 1
     table.write_text(table.read_text().replace(above, row + above))
 

@@ -35,7 +35,13 @@ def config(**values):
 
 
 def step(**counts) -> Step:
-    counts = {"examples": 4, "supervised": 300, "tokens": 600, "slots": 800, "squares": 120_000} | counts
+    counts = {
+        "examples": 4,
+        "supervised": 300,
+        "tokens": 600,
+        "computed_tokens": 800,
+        "sum_squared_lengths": 120_000,
+    } | counts
     return Step(micro_batches=[], **counts)
 
 
@@ -61,24 +67,24 @@ def test_the_counts_of_a_step_are_those_of_its_tensors(tokenizer, packing, ranks
     ]
     steps = [loader.step(1) for loader in loaders]
     micros = [micro for step in steps for micro in step.micro_batches]
-    assert {(s.examples, s.tokens, s.slots, s.squares) for s in steps} == {
-        (steps[0].examples, steps[0].tokens, steps[0].slots, steps[0].squares)
+    assert {(s.examples, s.tokens, s.computed_tokens, s.sum_squared_lengths) for s in steps} == {
+        (steps[0].examples, steps[0].tokens, steps[0].computed_tokens, steps[0].sum_squared_lengths)
     }
-    assert steps[0].slots == sum(micro.inputs["input_ids"].numel() for micro in micros)
+    assert steps[0].computed_tokens == sum(micro.inputs["input_ids"].numel() for micro in micros)
     if packing == "none" and batch >= ranks:
         lengths = torch.cat([micro.inputs["attention_mask"].sum(1) for micro in micros])
-        assert steps[0].examples == len(lengths) and steps[0].tokens == lengths.sum() < steps[0].slots
-        assert steps[0].squares == lengths.square().sum()
+        assert steps[0].examples == len(lengths) and steps[0].tokens == lengths.sum() < steps[0].computed_tokens
+        assert steps[0].sum_squared_lengths == lengths.square().sum()
     if packing != "none":
         lengths = torch.cat([micro.inputs["cu_seq_lens_q"].diff() for micro in micros])
-        assert steps[0].tokens == steps[0].slots == lengths.sum() and steps[0].examples == len(lengths)
-        assert steps[0].squares == lengths.square().sum()
+        assert steps[0].tokens == steps[0].computed_tokens == lengths.sum() and steps[0].examples == len(lengths)
+        assert steps[0].sum_squared_lengths == lengths.square().sum()
 
 
 def test_rates_are_counts_over_seconds_and_begin_anew():
     meter = Meter("cpu")
     meter.add(step(), 2.0, 0.5)
-    meter.add(step(tokens=400, slots=400, supervised=100), 4.0, 1.5)
+    meter.add(step(tokens=400, computed_tokens=400, supervised=100), 4.0, 1.5)
     assert meter.loss == 3.0
     rates = meter.rates(steps_left=10)
     memory = rates.pop("memory_gib")
@@ -91,7 +97,7 @@ def test_rates_are_counts_over_seconds_and_begin_anew():
         "step_seconds": 1.0,
         "eta_seconds": 10.0,
     }
-    meter.add(step(slots=600), 1.0, 2.0)
+    meter.add(step(computed_tokens=600), 1.0, 2.0)
     rates = meter.rates(steps_left=0)
     assert (rates["tokens_per_second"], rates["padding"], rates["eta_seconds"]) == (300.0, 0.0, 0.0)
 
@@ -101,7 +107,9 @@ def test_a_window_goes_on_from_a_checkpoint():
     for meter in (whole, part):
         meter.add(step(), 2.0, 0.5)
     after = Meter("cpu")
-    after.restore(part.state())
+    state = part.state()
+    former = {"computed_tokens": "slots", "sum_squared_lengths": "squares"}  # as checkpoints had them until 0.1
+    after.restore({former.get(key, key): value for key, value in state.items()})
     for meter in (whole, after):
         meter.add(step(tokens=1), 4.0, 0.25)
     assert whole.loss == after.loss and whole.window == after.window
@@ -131,7 +139,7 @@ def test_float32_is_held_against_the_rate_of_float32():
     kind = find_kind("A100-80GB")
     run = planned_run(config(method="full"), SHAPE, "single", bf16=False)
     meter = Meter("cpu", run, kind)
-    meter.add(step(tokens=6_000_000, supervised=3_000_000, squares=1_200_000_000), 1.0, 1.0)
+    meter.add(step(tokens=6_000_000, supervised=3_000_000, sum_squared_lengths=1_200_000_000), 1.0, 1.0)
     expected = 6_000_000 * speed.needed(run, supervised=0.5, length=200.0) / kind.float32_flops
     assert meter.rates(steps_left=0)["mfu"] == pytest.approx(expected, rel=1e-3)
 

@@ -22,7 +22,7 @@ from transformers.models.llama import modeling_llama
 from manyrank.data.loader import side_by_side
 from manyrank.errors import UserError
 from manyrank.models.attention import PACKED, own_attention, packed_attention, use_packed_attention
-from manyrank.training.packing_trial import prove
+from manyrank.training.packing_trial import prove_packing
 
 SMALL = dict(
     vocab_size=128,
@@ -112,12 +112,12 @@ def test_a_kind_is_packed_as_one_by_one_or_refused(kind):
     if refused:
         with pytest.raises(UserError, match=f"packing does not know {refused}.* of a {kind} model"):
             use_packed_attention(model)
-            prove(model, model, exact=True)
+            prove_packing(model, model, exact=True)
         return
     alone = torch.cat([losses(model, [row]) for row in rows])
     wanted = gradients(model, alone.sum())
     use_packed_attention(model)
-    prove(model, model, exact=True)
+    prove_packing(model, model, exact=True)
     assert model.config._attn_implementation == PACKED
     packed = losses(model, rows)
     found = gradients(model, packed.sum())
@@ -167,9 +167,9 @@ class Sharp(modeling_llama.LlamaAttention):
 def test_documents_that_see_each_other_are_found(kind, told, dtype):
     exact = dtype == torch.float32
     sound, model = small(kind.__base__).to(dtype), small(kind).to(dtype)
-    prove(sound, sound, exact=exact)
+    prove_packing(sound, sound, exact=exact)
     with pytest.raises(UserError, match=told) as caught:
-        prove(model, model, exact=exact)
+        prove_packing(model, model, exact=exact)
     assert caught.value.where == "packing" and "packing: none" in caught.value.fix
     assert model.config._attn_implementation == PACKED
 
@@ -180,7 +180,7 @@ def test_another_attention_than_the_models_own_is_found(dtype):
     for layer in model.model.layers:
         layer.self_attn.__class__ = Sharp
     with pytest.raises(UserError, match="some part of the attention"):
-        prove(model, model, exact=dtype == torch.float32)
+        prove_packing(model, model, exact=dtype == torch.float32)
 
 
 def test_windows_that_are_only_in_the_mask_are_found_and_configs_are_left_as_they_were():
@@ -188,9 +188,9 @@ def test_windows_that_are_only_in_the_mask_are_found_and_configs_are_left_as_the
     told, untold = MistralForCausalLM(MistralConfig(**shape)), PhimoeForCausalLM(PhimoeConfig(**shape))
     for model in (told, untold):
         use_packed_attention(model)
-    prove(told.eval(), told, exact=True)
+    prove_packing(told.eval(), told, exact=True)
     with pytest.raises(UserError, match="window of 2 attention layers"):
-        prove(untold.eval(), untold, exact=True)
+        prove_packing(untold.eval(), untold, exact=True)
     assert told.config.sliding_window == untold.config.sliding_window == 4096
 
 
@@ -199,7 +199,7 @@ def test_a_model_that_rounds_in_each_layer_is_packed(kind, layers):
     """In bf16; experts are chosen otherwise after another kernel's rounding, and logits move far."""
     model = make(kind, **KINDS[kind][0], num_hidden_layers=layers).bfloat16()
     use_packed_attention(model)
-    prove(model, model, exact=False)
+    prove_packing(model, model, exact=False)
 
 
 # What attention is handed.

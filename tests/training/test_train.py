@@ -11,7 +11,7 @@ from small_models import made, recipe
 
 from manyrank.launch.command import LaunchPlan
 from manyrank.project_files import asset
-from manyrank.topology import gpus as hardware
+from manyrank.topology import gpus
 
 
 def plain_loss(model, tokenizer, path) -> float:
@@ -252,7 +252,7 @@ def test_a_bad_row_in_the_middle_is_three_lines_from_two_processes(embedded_mode
     assert f"{file}, line 4" in run.stderr and not run.folder.exists()
 
 
-@pytest.mark.skipif(not hardware.probe().cpu_bf16 or hardware.probe().gpus, reason="no native bf16 on this CPU")
+@pytest.mark.skipif(not gpus.probe().cpu_bf16 or gpus.probe().gpus, reason="no native bf16 on this CPU")
 @pytest.mark.parametrize("strategy", ["single", "fsdp", "zero2"])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_bf16_follows_float32(strategy, method, whole_run, tmp_path):

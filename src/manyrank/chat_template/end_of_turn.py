@@ -41,14 +41,14 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Endings:
+class EndOfTurn:
     """What ends turns, longest first, and what has to be added to a last turn that the template leaves open."""
 
     stops: tuple[str, ...]
     closing: str = ""
 
 
-def find_endings(probe: Probe, tokens: re.Pattern, eos: str) -> Endings | None:
+def find_endings(probe: Probe, tokens: re.Pattern, eos: str) -> EndOfTurn | None:
     """None where nothing ends a turn, or where it could as well be the header of the next.
 
     Args:
@@ -79,7 +79,7 @@ def find_endings(probe: Probe, tokens: re.Pattern, eos: str) -> Endings | None:
             break
         refuse_unlearned(last, token[0])
     stops = {last} | _inner_stops(probe, tokens, eos)
-    return Endings(tuple(sorted(stops, key=len, reverse=True)))
+    return EndOfTurn(tuple(sorted(stops, key=len, reverse=True)))
 
 
 def ending_tokens(stops: Iterable[str], opening: tuple[str, ...], tokens: re.Pattern, eos: str) -> frozenset[str]:
@@ -117,7 +117,7 @@ def refuse_unlearned(ending: str, token: str) -> None:
     )
 
 
-def _of_open_turns(probe: Probe, tokens: re.Pattern, opening: tuple[str, ...]) -> Endings | None:
+def _of_open_turns(probe: Probe, tokens: re.Pattern, opening: tuple[str, ...]) -> EndOfTurn | None:
     """The last turn may be continued: an inner turn tells, less the header of the question after it."""
     start = len(probe.inner) - common(probe.inner[::-1], probe.before[::-1])
     start = next((t.end() for t in tokens.finditer(probe.inner) if t.start() < start < t.end()), start)
@@ -129,7 +129,7 @@ def _of_open_turns(probe: Probe, tokens: re.Pattern, opening: tuple[str, ...]) -
     # What stands in front of the question, too, may end the system's turn and the assistant's.
     if len(first) > 1 and first[0] not in opening:
         refuse_unlearned(last, first[0])
-    return Endings((last,), own.rstrip())
+    return EndOfTurn((last,), own.rstrip())
 
 
 def _before_header(probe: Probe, shared: str, opening: tuple[str, ...], tokens: re.Pattern, eos: str) -> str:

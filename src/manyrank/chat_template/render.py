@@ -329,9 +329,6 @@ class Tokens:
 
 def _tokens(tokenizer, text: str, learned: list[tuple[int, int, int]], plain: list[tuple[int, int]]):
     """The tokens of the text, and the ranges to learn in whole tokens."""
-    if not tokenizer.is_fast:
-        spans = [(start, end) for start, end, _ in learned]
-        return _encoded_pieces(tokenizer, text, {edge for span in spans for edge in span}, plain), spans
     tokens = _encoded_pieces(tokenizer, text, set(), plain)
     spans = [_with_blanks(tokens, text, *turn) for turn in learned]
     cuts = {edge for span in spans for edge in span if tokens.across(edge) or text[edge - 1 : edge + 1].isspace()}
@@ -375,12 +372,6 @@ def _halves(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
 def _encoded(tokenizer, text: str, *, plain: bool, first: bool = True):
     """Ids and ranges. A later piece is encoded after a newline, so that no blank is added in front as for a new text."""
     lead = "" if first else "\n"
-    if not tokenizer.is_fast:
-        alone = tokenizer.encode(lead, add_special_tokens=False) if lead else []
-        ids = tokenizer.encode(lead + text, add_special_tokens=False, split_special_tokens=plain)
-        if ids[: len(alone)] != alone:
-            alone, ids = [], tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
-        return ids[len(alone) :], [(0, len(text))] * (len(ids) - len(alone))
     encoded = tokenizer(lead + text, add_special_tokens=False, split_special_tokens=plain)[0]
     if first:
         return encoded.ids, encoded.offsets
@@ -396,7 +387,7 @@ def _read_back(tokenizer, ids: list[int], meant: str) -> str:
     if read == meant:
         return read
     # The tokenizer's own normalisation (NFC, for instance), and blanks that its decoder adds or drops.
-    if tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer:
+    if tokenizer.backend_tokenizer.normalizer:
         meant = tokenizer.backend_tokenizer.normalizer.normalize_str(meant).replace("▁", " ")
     if "".join(read.split()) != "".join(meant.split()):
         raise BadRow(

@@ -23,7 +23,7 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerBase
 
-from .end_of_turn import Endings, Probe, adjacent, ending_tokens, find_endings, opening_tokens, refuse_unlearned
+from .end_of_turn import EndOfTurn, Probe, adjacent, ending_tokens, find_endings, opening_tokens, refuse_unlearned
 from .placeholders import (
     CHANGED,
     MARK,
@@ -91,7 +91,7 @@ class Template:
         probe = self._probes(tools)
         self.prompt, self.prompts = probe.prompt, probe.prompt != probe.alone
         self.eos = tokenizer.eos_token or ""
-        endings = Endings(tuple(stops), stops[0]) if stops else find_endings(probe, self.tokens, self.eos)
+        endings = EndOfTurn(tuple(stops), stops[0]) if stops else find_endings(probe, self.tokens, self.eos)
         if not endings:
             raise BadRow(
                 "the chat template ends the assistant's turn without an end-of-turn token (stop_tokens can name one)",

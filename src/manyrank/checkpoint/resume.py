@@ -1,4 +1,4 @@
-"""Whether and where a run goes on: rank 0 looks, every rank hears the same."""
+"""Where a run resumes: rank 0 looks, and every rank gets the same answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..config.resolve import TrainConfig
 from ..errors import UserError
-from ..runs import folder as run_folder
+from ..runs import run_folder
 from ..topology.ranks import restarts
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: None at its first step. `notes` are for the user, `run` is the checkpoint's identity."""
+    """The checkpoint that a run starts from, None for a new run. `notes` are for the user, `run` is its identity."""
 
     folder: Path | None
     notes: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Start:
 
 
 def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) -> Start:
-    """Clear away what a killed run left, and find the checkpoint to go on from. All ranks together.
+    """Remove what a killed run left, and find the checkpoint to resume from. All ranks together.
 
     A run that a launcher has started anew after a failure goes on from its newest checkpoint without being told.
 
@@ -42,7 +42,7 @@ def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) 
     places = [config.resume_from_checkpoint] if config.resume_from_checkpoint else []
     if any(gather_object([restarts()])) and places != ["auto"]:
         places = ["auto", *places]  # what this run has saved itself comes before where it began
-    start = from_main(accelerator, lambda: _start(output_dir, places, dry_run=config.dry_run))
+    start = broadcast_from_rank0(accelerator, lambda: _start(output_dir, places, dry_run=config.dry_run))
     _check_shared(output_dir, start.folder, accelerator)
     return start
 
@@ -52,27 +52,27 @@ def _start(output_dir: Path, places: list[str], *, dry_run: bool) -> Start:
     if places and not dry_run:  # without them the folder is new
         notes += run_folder.tidy(output_dir)
     for place in places:
-        found = run_folder.find(output_dir, place)
-        notes += [f"passed over: {problem}" for problem in found.passed_over]
-        if found.folder:
-            return Start(found.folder, tuple(notes), json.loads((found.folder / "run.json").read_text()))
+        checkpoint = run_folder.find(output_dir, place)
+        notes += [f"passed over: {problem}" for problem in checkpoint.passed_over]
+        if checkpoint.folder:
+            return Start(checkpoint.folder, tuple(notes), json.loads((checkpoint.folder / "run.json").read_text()))
     if places:
         notes.append(f"{output_dir} has no checkpoint yet: starting from the beginning")
     return Start(None, tuple(notes))
 
 
-def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives on rank 0, on every rank; a UserError too."""
-    told: list = [None]
+def broadcast_from_rank0(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its result on every rank; a UserError is raised on every rank."""
+    results: list = [None]
     if accelerator.is_main_process:
         try:
-            told = [work()]
+            results = [work()]
         except UserError as error:
-            told = [error]
-    broadcast_object_list(told)
-    if isinstance(told[0], UserError):
-        raise told[0]
-    return told[0]
+            results = [error]
+    broadcast_object_list(results)
+    if isinstance(results[0], UserError):
+        raise results[0]
+    return results[0]
 
 
 def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerator) -> None:
@@ -81,7 +81,7 @@ def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerato
     Raises:
         UserError: one of them does not; on every rank.
     """
-    token = output_dir / f".shared-{from_main(accelerator, lambda: secrets.token_hex(8))}"
+    token = output_dir / f".shared-{broadcast_from_rank0(accelerator, lambda: secrets.token_hex(8))}"
     several = accelerator.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     if not several:
         return
@@ -99,7 +99,7 @@ def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerato
 
 
 def base_fingerprint(name: str, commit: str | None) -> str:
-    """What tells a base model from others, wherever it lies: its config, and a piece of each file of weights.
+    """Fingerprint a base model, wherever it lies: its config, and a piece of each file of weights.
 
     Args:
         name: a folder, or a name on the hub.

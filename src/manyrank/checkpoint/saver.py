@@ -1,4 +1,4 @@
-"""When a run saves: on its steps, on a wish, before it stops; and what happens when that fails."""
+"""Saves of a run: at its steps, on request, before it stops; and what follows when one fails."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from ..errors import SaveError
-from ..parallel.engine import Runtime
-from ..runs import folder as run_folder
-from . import state as checkpoint
+from ..parallel.engine import Engine
+from ..runs import run_folder
+from .state import save_checkpoint
 
 FAILURES = 2  # in a row, after which a run stops
 
@@ -22,14 +22,14 @@ class Saver:
         limit: checkpoints to keep; None keeps all.
     """
 
-    def __init__(self, runtime: Runtime, output_dir: Path, *, run: dict, limit: int | None) -> None:
-        self.runtime, self.output_dir, self.run, self.limit = runtime, output_dir, run, limit
+    def __init__(self, engine: Engine, output_dir: Path, *, run: dict, limit: int | None) -> None:
+        self.engine, self.output_dir, self.run, self.limit = engine, output_dir, run, limit
         self.saved: int | None = None  # the step of the last one
         self.failures = 0
 
     @property
     def wished(self) -> bool:
-        """Whether there is a file SAVE_NOW in the run's folder."""
+        """Whether the run's folder has a file SAVE_NOW."""
         return (self.output_dir / run_folder.SAVE_NOW).exists()
 
     def save(self, step: int, state: dict, *, best: Path | None, must: bool = False) -> bool:
@@ -43,9 +43,9 @@ class Saver:
         Raises:
             SaveError: it is the second one in a row, or it must not fail.
         """
-        main = self.runtime.accelerator.is_main_process
+        main = self.engine.accelerator.is_main_process
         try:
-            folder = checkpoint.save(self.runtime, self.output_dir, step, state=state, run=self.run)
+            folder = save_checkpoint(self.engine, self.output_dir, step, state=state, run=self.run)
         except SaveError as error:
             if must:
                 raise
@@ -63,7 +63,7 @@ class Saver:
         self.failures += 1
         if self.failures == FAILURES:
             raise SaveError(f"checkpoint-{step} could not be written, nor the one before it: {error}") from None
-        if self.runtime.accelerator.is_main_process:
+        if self.engine.accelerator.is_main_process:
             print(
                 f"WARNING: checkpoint-{step} could not be written: {error}. The training goes on; one more failure "
                 "and it stops",

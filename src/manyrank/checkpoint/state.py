@@ -1,4 +1,4 @@
-"""Checkpoints that any strategy can read: full tensors by name. How they become complete is in `runs.folder`.
+"""Checkpoints that any strategy can read: full tensors by name. How they become complete is in `runs.run_folder`.
 
     checkpoint-100/
     ├── adapter_config.json, adapter_model.safetensors    or the whole model, when all of it is trained
@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import SaveError
-from ..parallel.engine import OptimizerState, Runtime
-from ..runs import folder as run_folder
+from ..parallel.engine import Engine, OptimizerState
+from ..runs import run_folder
 
 FILE_BYTES = 2 * 1024**3  # host memory that rank 0 needs while it writes
 
@@ -34,17 +34,17 @@ FILE_BYTES = 2 * 1024**3  # host memory that rank 0 needs while it writes
 class _Attempt:
     """Writes that may fail on one rank while all ranks go on to meet in the next collective."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.problem = runtime, None
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.problem = engine, None
 
     def run(self, work: Callable, *args, only_main: bool = False):
         """Do it, unless something has failed here before."""
-        if self.problem or (only_main and not self.runtime.accelerator.is_main_process):
+        if self.problem or (only_main and not self.engine.accelerator.is_main_process):
             return None
         try:
             return work(*args)
         except (OSError, SafetensorError) as error:
-            self.problem = f"rank {self.runtime.accelerator.process_index}: {error}"
+            self.problem = f"rank {self.engine.accelerator.process_index}: {error}"
         return None
 
     def agree(self) -> None:
@@ -84,7 +84,7 @@ class FullWriter:
 
 
 def save_weights(
-    runtime: Runtime, folder: Path, *, dtype: torch.dtype | None = None, also: Callable[[], object] | None = None
+    engine: Engine, folder: Path, *, dtype: torch.dtype | None = None, also: Callable[[], object] | None = None
 ) -> None:
     """Write what was trained, as a folder that peft or transformers load. All ranks together; rank 0 writes.
 
@@ -96,15 +96,15 @@ def save_weights(
         SaveError: the disk is full, or something of the kind; on every rank.
         RuntimeError: tensors are missing in the written file; some wrappers of some versions lose them silently.
     """
-    attempt = _Attempt(runtime)
-    _write_weights(runtime, folder, attempt, dtype, portable=True)
+    attempt = _Attempt(engine)
+    _write_weights(engine, folder, attempt, dtype, portable=True)
     if also:
         attempt.run(also, only_main=True)
     attempt.agree()
 
 
 def _write_weights(
-    runtime: Runtime, folder: Path, attempt: _Attempt, dtype: torch.dtype | None = None, *, portable: bool = False
+    engine: Engine, folder: Path, attempt: _Attempt, dtype: torch.dtype | None = None, *, portable: bool = False
 ) -> None:
     """Write adapters, or a whole model.
 
@@ -112,26 +112,26 @@ def _write_weights(
         portable: write a whole model under the names of the hub's files, which other software reads; else under those of
             the parameters. They differ where transformers stacks experts.
     """
-    model, main = runtime.model, runtime.accelerator.is_main_process
+    model, main = engine.model, engine.accelerator.is_main_process
     adapter = hasattr(model, "peft_config")
     # A whole model has also what is not trained: a vision tower under texts.
-    names, state = list(runtime.trainable if adapter else dict(model.named_parameters())), {}
-    for name, tensor in runtime.full_parameters(names):
+    names, state = list(engine.trainable if adapter else dict(model.named_parameters())), {}
+    for name, tensor in engine.full_parameters(names):
         if main:
             state[name] = tensor.to(dtype) if dtype else tensor.clone()
     if not main:
         return
     if not adapter:
         state |= _buffers(model)
-    # A frozen second adapter, against which GRPO compares, is none of the result.
+    # A frozen second adapter, with which a task compares, is no part of the result.
     more = {"save_embedding_layers": False, "selected_adapters": ["default"]}
     more = more if adapter else {"save_original_format": portable}
-    wanted = sum(tensor.numel() for tensor in state.values())  # saving empties the dictionary
+    elements = sum(tensor.numel() for tensor in state.values())  # saving empties the dictionary
     attempt.run(lambda: model.save_pretrained(folder, state_dict=state, **more))
     if not attempt.problem:
         written = _elements(folder)
-        if written != wanted:
-            raise RuntimeError(f"{folder} has weights of {written} elements, not {wanted}")
+        if written != elements:
+            raise RuntimeError(f"{folder} has weights of {written} elements, not {elements}")
 
 
 def _elements(folder: Path) -> int:
@@ -145,21 +145,21 @@ def _elements(folder: Path) -> int:
 
 def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that belong to a model's weights, such as the biases that balance DeepSeek-V3's experts."""
-    buffers, kept = dict(model.named_buffers()), model.state_dict().keys()
-    return {name: buffer.detach().cpu().clone() for name, buffer in buffers.items() if name in kept}
+    buffers, names = dict(model.named_buffers()), model.state_dict().keys()
+    return {name: buffer.detach().cpu().clone() for name, buffer in buffers.items() if name in names}
 
 
-def load_weights(runtime: Runtime, folder: Path) -> None:
+def load_weights(engine: Engine, folder: Path) -> None:
     """Read what `save_weights` wrote into the running model. All ranks together; each reads the files."""
-    adapter = hasattr(runtime.model, "peft_config")
+    adapter = hasattr(engine.model, "peft_config")
     tensors = {name: file for file in folder.glob("*model*.safetensors") for name in safe_open(file, "pt").keys()}
-    for name in runtime.trainable:
+    for name in engine.trainable:
         key = name.replace(".default.", ".") if adapter else name
         with safe_open(tensors[key], "pt") as file:
-            runtime.set_parameter(name, file.get_tensor(key))
+            engine.set_parameter(name, file.get_tensor(key))
 
 
-def save(runtime: Runtime, output_dir: Path, step: int, *, state: dict, run: dict) -> Path:
+def save_checkpoint(engine: Engine, output_dir: Path, step: int, *, state: dict, run: dict) -> Path:
     """Write checkpoint-STEP, complete or not at all. All ranks together.
 
     Args:
@@ -169,59 +169,59 @@ def save(runtime: Runtime, output_dir: Path, step: int, *, state: dict, run: dic
     Raises:
         SaveError: it could not be written; on every rank.
     """
-    attempt = _Attempt(runtime)
+    attempt = _Attempt(engine)
     partial = output_dir / f"checkpoint-{step}{run_folder.PARTIAL}"
     try:
         attempt.run(run_folder.begin, output_dir, step, only_main=True)
         attempt.agree()
-        _write_weights(runtime, partial, attempt)
-        _write_optimizer(runtime, partial, attempt)
-        own = partial / f"rng-{runtime.accelerator.process_index:05d}.safetensors"
+        _write_weights(engine, partial, attempt)
+        _write_optimizer(engine, partial, attempt)
+        own = partial / f"rng-{engine.accelerator.process_index:05d}.safetensors"
         attempt.run(save_file, _generators(), own)
         attempt.run(run_folder.sync, own)  # by the rank that wrote it: the machine of rank 0 may be another one
         for name, content in {"trainer_state.json": state, "run.json": run}.items():
             attempt.run(run_folder.write, partial / name, json.dumps(content, indent=1), only_main=True)
         attempt.agree()
-        attempt.run(_seal, partial, runtime.accelerator.num_processes, only_main=True)
+        attempt.run(_seal, partial, engine.accelerator.num_processes, only_main=True)
         attempt.agree()
     except SaveError:
-        if runtime.accelerator.is_main_process:
+        if engine.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return output_dir / f"checkpoint-{step}"
 
 
 def _seal(partial: Path, ranks: int) -> None:
-    found = len(list(partial.glob("rng-*.safetensors")))
-    if found != ranks:  # of another machine, and not seen here
-        raise OSError(f"{found} of the files of {ranks} ranks can be seen in {partial}")
+    files = len(list(partial.glob("rng-*.safetensors")))
+    if files != ranks:  # of another machine, and not seen here
+        raise OSError(f"{files} of the files of {ranks} ranks can be seen in {partial}")
     run_folder.seal(partial)
 
 
-def _write_optimizer(runtime: Runtime, partial: Path, attempt: _Attempt) -> None:
+def _write_optimizer(engine: Engine, partial: Path, attempt: _Attempt) -> None:
     writer = FullWriter(partial, "optimizer")
-    for name, moments in runtime.optimizer_state():
+    for name, moments in engine.optimizer_state():
         for key, tensor in moments.items():
             attempt.run(writer.add, f"{name}|{key}", tensor, only_main=True)
     attempt.run(writer.flush, only_main=True)
 
 
-def load(runtime: Runtime, folder: Path, dry_step) -> dict:
+def load_checkpoint(engine: Engine, folder: Path, dry_step) -> dict:
     """Read a checkpoint into the running model and optimizer. All ranks together.
 
     Returns:
         The trainer's state.
     """
-    load_weights(runtime, folder)
-    states: dict[str, OptimizerState] = {name: {} for name in runtime.trainable}
+    load_weights(engine, folder)
+    states: dict[str, OptimizerState] = {name: {} for name in engine.trainable}
     for file in sorted(folder.glob("optimizer-*.safetensors")):
         for key, tensor in load_file(file).items():
             name, _, moment = key.rpartition("|")
             states[name][moment] = tensor
-    runtime.set_optimizer_state(states, dry_step)
-    mine = folder / f"rng-{runtime.accelerator.process_index:05d}.safetensors"
-    if mine.exists():  # more processes than before: the new ones keep their fresh generators
-        _set_generators(load_file(mine))
+    engine.set_optimizer_state(states, dry_step)
+    rng_file = folder / f"rng-{engine.accelerator.process_index:05d}.safetensors"
+    if rng_file.exists():  # more processes than before: the new ones keep their fresh generators
+        _set_generators(load_file(rng_file))
     return json.loads((folder / "trainer_state.json").read_text())
 
 

@@ -1,1 +1,1 @@
-"""What a recipe may say, and how YAML, presets and the command line become one typed value. No torch."""
+"""Recipes: the keys, and how YAML, presets and the command line become one typed value. No torch."""

@@ -1,11 +1,11 @@
-"""What makes a run the one that it is: the values that a resumed run must share with its checkpoint. No torch."""
+"""The identity of a run: the values that a resumed run must share with its checkpoint. No torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..errors import UserError
-from ..runs import folder as run_folder
+from ..runs import run_folder
 from .resolve import FIELDS, TrainConfig
 
 # What shapes the result; a resumed run must not differ in it.
@@ -61,7 +61,7 @@ FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim")  # the shap
 
 
 def identity(config: TrainConfig, **facts: object) -> dict:
-    """What must be the same when the run is resumed."""
+    """Collect the values that must be the same when the run is resumed."""
     own = {key: getattr(config, key) for key in OF_GRPO} if config.is_grpo else {}
     return {"task": config.task} | {key: getattr(config, key) for key in IDENTITY} | own | facts
 
@@ -74,7 +74,7 @@ def batch_per_process(config: TrainConfig) -> int | None:
 
 
 def early_changes(folder: Path, config: TrainConfig, *, bf16: bool) -> list[str]:
-    """What a resume would change and may not, as far as the recipe alone tells, as `shown` writes it."""
+    """List what a resume would change and may not, as far as the recipe alone tells, as `shown` writes it."""
     batch = {"batch_per_process": batch_per_process(config), "global_batch_size": config.global_batch_size}
     run = identity(config, bf16=bf16, **{key: value for key, value in batch.items() if value})
     return shown(run_folder.changes(folder, run, allowed=allowed_names(config.resume_changes)))
@@ -99,7 +99,7 @@ def _shown(change: str, name: str) -> str:
 
 
 def allowed_names(keys: list[str]) -> set[str]:
-    """What a run's identity calls the keys that may differ."""
+    """Translate keys that may differ into the names of a run's identity."""
     return {name for key in keys for name in CALLED.get(key, (key,))}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..runs.yaml_file import read_yaml
+from ..runs.mapping_files import read_yaml
 
 # What these group is not changed by their names; `eval: {batch_size: 1}` would be something else than batch_size.
 SECTIONS = (
@@ -35,7 +35,7 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One value as it was given, and where."""
+    """One value as it was given, with its place."""
 
     key: str
     value: Any
@@ -53,7 +53,7 @@ class Known:
         return self.spellings.get(normal(key)) in self.mappings
 
     def inside(self, section: str, key: str) -> set[str]:
-        """What a key of a section can stand for: itself, or with the section's name in front."""
+        """Return what a key of a section can stand for: itself, or with the section's name in front."""
         names = (normal(key), f"{normal(section)}_{normal(key)}")
         return {self.spellings[name] for name in names if name in self.spellings}
 
@@ -124,14 +124,14 @@ def _refused(section: Entry, meant: Mapping[str, set[str]], known: Known) -> Use
 
 
 def _inner(section: str, value: Any, known: Known) -> list[str]:
-    """How the keys of a section inside a section are written."""
+    """Name the keys of a section inside a section."""
     if not isinstance(value, dict) or known.takes_mappings(section):
         return []
     return [_flat(section, str(key), known.inside(section, str(key)), known) for key in value]
 
 
 def _flat(section: str, key: str, keys: set[str], known: Known) -> str:
-    """How a key of a section is written without it."""
+    """Name a key of a section without the section."""
     if keys:
         return " or ".join(sorted(keys))
     close = difflib.get_close_matches(f"{normal(section)}_{normal(key)}", known.spellings, 1, cutoff=0.6)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from ..errors import UserError, UserErrors
 from ..project_files import asset
 from ..runs import artifact
-from ..runs.artifact import Artifact
+from ..runs.artifact import ModelSource
 from .recipe_file import Entry, Known, normal, read_entries
 from .schema import DataSource, Method, TrainConfig
 
@@ -50,6 +50,7 @@ ALIASES = {
     "resume_from": "resume_from_checkpoint",
     "num_samples": "num_generations",
     "max_new_tokens": "max_completion_length",
+    "plain_parts": "disable_fused",
 }
 
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
@@ -96,7 +97,7 @@ class Resolved:
     origin: dict[str, str] = field(default_factory=dict)
 
     def where(self, *keys: str) -> str:
-        """Where these keys were given, for an error."""
+        """Name the places where these keys were given, for an error."""
         return ", ".join(f"{key} ({self.origin.get(key, 'default')})" for key in keys)
 
     def as_yaml(self) -> str:
@@ -139,14 +140,14 @@ def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bo
     return Resolved(_validate(merged), {key: entry.where for key, entry in merged.items()})
 
 
-def recipe_of(found: Artifact) -> TrainConfig | None:
+def recipe_of(found: ModelSource) -> TrainConfig | None:
     """The recipe of the run that an artifact comes from."""
     file = found.run / "config.yaml" if found.run else None
     return resolve(str(file), finished=True).config if file and file.is_file() else None
 
 
 def _gone_on_from(entry: Entry, merged: dict[str, Entry]) -> dict[str, Entry]:
-    """With the base of what SFT has made, how it was spoken to, and the shape of its adapter, which cannot be another."""
+    """Add the base of the SFT model, its rendering options, and the shape of its adapter, which cannot change."""
     if not Path(str(entry.value)).expanduser().is_dir():
         fix = "give a run's folder, a checkpoint, an adapter or a merged model"
         raise UserError(f"there is no folder {entry.value!r}", where=entry.where, fix=fix)
@@ -169,7 +170,7 @@ def _gone_on_from(entry: Entry, merged: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _is_same(mine: Entry, theirs: Any) -> bool:
-    """Whether a value fits the adapter; a preset's is for other models, too, and all-linear has come to a list in it."""
+    """Return whether a value fits the adapter. A preset's is for other models, too, and all-linear became a list in it."""
     if mine.where.startswith(str(asset("launch", "recipes"))) or mine.value == "all-linear":
         return True
     if isinstance(theirs, list):
@@ -178,8 +179,8 @@ def _is_same(mine: Entry, theirs: Any) -> bool:
     return str(mine.value) == str(theirs) or mine.value == theirs
 
 
-def _speech(found: Artifact) -> dict[str, Any]:
-    """What the recipe of SFT says of rendering; a template of its own is kept with its tokenizer."""
+def _speech(found: ModelSource) -> dict[str, Any]:
+    """Return the rendering options of the SFT recipe; a template of its own is kept with its tokenizer."""
     recipe = recipe_of(found)
     if not recipe:
         return {}
@@ -254,7 +255,7 @@ def _layers(recipe: str) -> list[list[Entry]]:
 
 
 def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entry]:
-    """One layer's entries under their canonical keys; `method` is what lower layers chose."""
+    """Bring one layer's entries under their canonical keys; `method` is what lower layers chose."""
     found: dict[str, Entry] = {}
     allowed, because = METHODS, []
     for entry in entries:

@@ -1,4 +1,4 @@
-"""What a recipe may say: every key with its type, default and description. `resolve` reads recipes into this."""
+"""The keys of a recipe, with type, default and description. `resolve` reads recipes into `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _number(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """One string may stand for a list: a YAML list in brackets, or items between commas."""
+    """Read a string as a list: YAML in brackets, or items between commas."""
     if not isinstance(value, str):
         return value
     if not value.startswith("["):
@@ -56,7 +56,7 @@ def _listed(value: Any) -> Any:
 
 
 def _mapped(value: Any) -> Any:
-    """A mapping may come as YAML text, as on the command line."""
+    """Read YAML text, as on the command line, as a mapping."""
     if not isinstance(value, str):
         return value
     try:
@@ -65,22 +65,28 @@ def _mapped(value: Any) -> Any:
         raise ValueError("not a mapping like {a: b}") from None
 
 
+def _parts(value: Any) -> Any:
+    """The lm_head was called head; old recipes still say so."""
+    items = _listed(value)
+    return ["lm_head" if item == "head" else item for item in items] if isinstance(items, list) else items
+
+
 def _dates_as_text(value: Any) -> Any:
-    """YAML makes dates of what templates want as text."""
+    """Turn the dates that YAML makes back into text."""
     if isinstance(value, dict):
         return {key: _dates_as_text(inner) for key, inner in value.items()}
     return value.isoformat() if isinstance(value, date) else value
 
 
 def _sources(value: Any) -> Any:
-    """One path stands for itself; text in brackets is a YAML list of paths and sources."""
+    """Read one path, or text in brackets as a YAML list of paths and sources."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
         value = _mapped(value)
     return [value] if isinstance(value, str | dict) else value
 
 
 def _layers(value: Any) -> Any:
-    """A yes/no value stands for all layers or none."""
+    """Read a yes/no value as all layers or none."""
     text = str(value).strip().lower()
     return {"true": "full", "yes": "full", "on": "full", "false": "off", "no": "off"}.get(text, text)
 
@@ -102,7 +108,7 @@ def _strategy(value: str) -> str:
 
 
 def _vllm(value: Any) -> Any:
-    """A yes/no value stands for a vLLM on the training's GPUs, or none."""
+    """Read a yes/no value as a vLLM on the training's GPUs, or none."""
     text = str(value).strip().lower()
     return {"true": "colocate", "yes": "colocate", "on": "colocate", "false": "off", "no": "off"}.get(text, text)
 
@@ -129,7 +135,7 @@ Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)],
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
-Parts = Annotated[list[Literal["head", "lora", "attention"]], BeforeValidator(_listed)]
+Parts = Annotated[list[Literal["lm_head", "lora", "attention"]], BeforeValidator(_parts)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
 Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
 Format = Annotated[str, AfterValidator(_format)]
@@ -137,7 +143,7 @@ Strategy = Annotated[str, AfterValidator(_strategy)]
 
 
 class DataSource(BaseModel):
-    """One source of rows. What is not given is the recipe's."""
+    """One source of rows. Keys that are left out are the recipe's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -146,7 +152,7 @@ class DataSource(BaseModel):
     name: str | None = Field(None, description="the configuration of a hub name that has several")
     format_type: Format | None = Field(None, description="as the recipe's format_type")
     columns: Columns | None = Field(None, description="as the recipe's columns")
-    weight: Float = Field(1.0, gt=0, description="how often a row is seen in an epoch; 0.5: another half each epoch")
+    weight: Float = Field(1.0, gt=0, description="how often a row is used in an epoch; 0.5: another half each epoch")
     max_rows: Int | None = Field(None, gt=0, description="at most so many rows, chosen by the seed")
 
 
@@ -159,12 +165,15 @@ Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_sources)
 
 
 class TrainConfig(BaseModel):
-    """Everything that one run needs to know. Frozen; batch counts are in examples, lengths in tokens."""
+    """A whole recipe, typed and frozen. Batch sizes count examples, lengths count tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     # Task
-    task: Task = Field("sft", description="sft: learn the answers of the data; grpo: answer, and learn from rewards")
+    task: Task = Field(
+        "sft",
+        description="sft: learn the assistant's turns of the data; grpo: learn from the rewards of sampled completions",
+    )
 
     # Model
     model_name_or_path: str = Field(
@@ -173,7 +182,7 @@ class TrainConfig(BaseModel):
     sft_model: str | None = Field(
         None,
         min_length=1,
-        description="what grpo goes on from: a run, a checkpoint, an adapter or a merged model; it brings its base along",
+        description="where grpo starts: a run, a checkpoint, an adapter or a merged model; its base need not be named",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: Method = Field("lora", description="full, lora, qlora (NF4, double quantisation) or int8 (8-bit LoRA)")
@@ -181,102 +190,118 @@ class TrainConfig(BaseModel):
     lora_alpha: Float = Field(32, gt=0, description="adapters are scaled by lora_alpha / lora_r")
     lora_dropout: Float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
     lora_target_modules: Literal["all-linear"] | Strings = Field(
-        "all-linear", description="'all-linear' (every linear layer but the head) or a list of module names"
+        "all-linear", description="'all-linear' (every linear layer but the lm_head) or a list of module names"
     )
 
     # Data
     data_path: Sources = Field(description="training data: a file, folder or hub name, or a list of sources")
     eval_data_path: Sources | None = Field(None, description="validation data, used every eval_steps")
     eval_split: Float = Field(
-        0.0, ge=0, lt=1, description="part of the training data to validate with instead, by the hash of the content"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training data that is used for validation instead, chosen by a hash of the content",
     )
     format_type: Format = Field(
         "auto", description="how rows are read; 'auto' looks at the first row; or module:function"
     )
-    columns: Columns | None = Field(None, description="the format's fields by the names they have in the rows")
+    columns: Columns | None = Field(None, description="the format's fields, and the names that they have in the rows")
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="a row that cannot be used: stop, or put it aside"
+        "error", description="an invalid row: stop, or skip it and list it in logs/quarantine.jsonl"
     )
-    duplicates: Literal["keep", "drop"] = Field("keep", description="rows that are the same as an earlier one")
-    max_length: Int = Field(1024, gt=1, description="tokens of one example; longer ones are handled as `overlong` says")
+    duplicates: Literal["keep", "drop"] = Field("keep", description="rows that equal an earlier one")
+    max_length: Int = Field(1024, gt=1, description="most tokens of an example; for longer ones see `overlong`")
     overlong: Literal["truncate", "drop", "split", "error"] = Field(
-        "truncate", description="what to do with a longer example"
+        "truncate", description="what happens to a longer example"
     )
     packing: Literal["step", "dataset", "none"] = Field(
         "step",
-        description="'step': each step's examples side by side, no padding; 'dataset': examples put together into packs "
-        "of max_length, and a batch counts packs; 'none': padded rows",
+        description="'step': the examples of each step without padding; 'dataset': examples packed to max_length over the whole data "
+        "set, and a batch counts packs; 'none': padded rows",
     )
-    dataset_num_proc: Int | None = Field(None, gt=0, description="processes that tokenise; none: by rows and cores")
+    dataset_num_proc: Int | None = Field(
+        None, gt=0, description="processes that tokenise; none: decided by rows and cores"
+    )
 
     # What is learned
     chat_template: str | None = Field(
         None,
         min_length=1,
-        description="a Jinja file, a name out of chatml, llama3, gemma, mistral, zephyr, plain, or one of the tokenizer's names",
+        description="a Jinja file, one of chatml, llama3, gemma, mistral, zephyr, plain, or one of the tokenizer's own templates",
     )
     chat_template_kwargs: Mapping = Field(
         {}, description="variables for the template, such as {enable_thinking: false}"
     )
-    stop_tokens: Strings = Field([], description="what ends a turn, for templates (GLM's) that do not write it")
+    stop_tokens: Strings = Field([], description="tokens that end a turn, for templates (GLM's) that do not write one")
     thinking: Literal["keep", "strip"] = Field(
-        "keep", description="the assistant's thinking: as the template has it, or none"
+        "keep", description="the assistant's thinking: as the template writes it, or removed"
     )
     train_on_last_turn: bool = Field(False, description="learn only the last assistant turn of each conversation")
-    train_on_prompt: bool = Field(False, description="learn every token, the prompt's too")
+    train_on_prompt: bool = Field(False, description="learn every token, also those of the prompt")
     train_on_opening: bool = Field(
-        False, description="learn also what the template writes before the content, such as an empty thinking block"
+        False, description="learn also what the template writes before an answer, such as an empty thinking block"
     )
 
-    # Rewards and answers of grpo, whose batches count answers
+    # GRPO; a batch counts completions
     rewards: Mapping = Field(
         {},
         description="by name a weight, or {weight: 1, option: ...}: numeric, exact, normalised, f1, choice, format, length, "
         "repetition, command, model or module:function",
     )
     on_reward_error: Literal["error"] | Float = Field(
-        "error", description="an answer whose reward cannot be computed: stop and name the row, or give it this score"
+        "error",
+        description="a completion whose reward cannot be computed: stop and name the row, or give it this score",
     )
-    num_generations: Int = Field(4, gt=1, description="answers to each prompt, which are compared with each other")
-    max_completion_length: Int = Field(256, gt=0, description="most tokens of an answer")
-    beta: Float = Field(0.04, ge=0, description="weight of the KL divergence from the model that grpo began with")
-    temperature: Float = Field(1.0, gt=0, description="of the answers' draws")
-    top_p: Float = Field(1.0, gt=0, le=1, description="answers are drawn from the likeliest tokens of this probability")
+    num_generations: Int = Field(4, gt=1, description="completions of each prompt, which are compared with each other")
+    max_completion_length: Int = Field(256, gt=0, description="most tokens of a completion")
+    beta: Float = Field(0.04, ge=0, description="weight of the KL divergence from the model at the start")
+    temperature: Float = Field(1.0, gt=0, description="sampling temperature")
+    top_p: Float = Field(
+        1.0, gt=0, le=1, description="nucleus sampling: the likeliest tokens of this total probability"
+    )
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = Field(
         "dapo",
-        description="how token losses are averaged: over the step, each answer, the micro-batch, or a fixed length",
+        description="how token losses are averaged: over the step, each completion, the micro-batch, or a fixed length",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="by whose standard deviation the advantages are divided"
+        "group",
+        description="advantages are divided by the standard deviation of the group, of the batch, or not at all",
     )
-    mask_truncated_completions: bool = Field(False, description="learn nothing from answers that are cut off")
-    use_vllm: Vllm = Field("off", description="answer with vLLM: on the training's GPUs (colocate), or a server's")
-    vllm_server_base_url: str | None = Field(None, min_length=1, description="of the vLLM server, as http://host:8000")
+    mask_truncated_completions: bool = Field(False, description="leave completions that are cut off out of the loss")
+    use_vllm: Vllm = Field("off", description="generate with vLLM: on the training's GPUs (colocate), or on a server")
+    vllm_server_base_url: str | None = Field(
+        None, min_length=1, description="address of the vLLM server, as http://host:8000"
+    )
     vllm_gpu_memory_utilization: Float = Field(
-        0.3, gt=0, lt=1, description="share of a GPU that a colocated vLLM takes"
+        0.3, gt=0, lt=1, description="share of a GPU's memory that a colocated vLLM takes"
     )
 
     # Batch
     per_device_train_batch_size: MicroBatch = Field(
-        4, description="examples of max_length that one process holds; auto: as many as fit, with a global_batch_size"
+        4,
+        description="examples of max_length that a process forwards at once; auto: as many as fit, with a global_batch_size",
     )
     gradient_accumulation_steps: Int | None = Field(None, gt=0, description="micro-batches to one optimizer step")
     global_batch_size: Int | None = Field(None, gt=0, description="examples to one optimizer step, over all processes")
-    per_device_eval_batch_size: Int | None = Field(None, gt=0, description="as for training, unless given")
+    per_device_eval_batch_size: Int | None = Field(
+        None, gt=0, description="the same for validation (default: as for training)"
+    )
 
     # Optimisation
     learning_rate: Float = Field(2e-4, ge=0, description="peak learning rate")
-    lr_scheduler_type: Schedule = Field("cosine", description="shape of the learning rate")
-    warmup_steps: Int = Field(0, ge=0, description="steps from 0 to learning_rate")
-    num_train_epochs: Float = Field(3.0, gt=0, description="passes over the data")
+    lr_scheduler_type: Schedule = Field("cosine", description="shape of the learning rate's schedule")
+    warmup_steps: Int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
+    num_train_epochs: Float = Field(3.0, gt=0, description="epochs")
     max_steps: Int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
     optim: Optimizer = Field("adamw_torch", description="optimizer")
-    weight_decay: Float = Field(0.0, ge=0, description="decay of matrices (not of biases and norms)")
+    weight_decay: Float = Field(0.0, ge=0, description="weight decay of matrices (not of biases and norms)")
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
     adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
     adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW's epsilon")
     max_grad_norm: Float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
-    seed: Int = Field(42, ge=0, lt=2**32, description="seed of the adapter's start, data order and dropout")
+    seed: Int = Field(
+        42, ge=0, lt=2**32, description="seed of the adapters' initial weights, the data's order and dropout"
+    )
 
     # Precision and memory
     bf16: bool | Literal["auto"] = Field(
@@ -290,8 +315,9 @@ class TrainConfig(BaseModel):
 
     # Speed
     torch_compile: bool = Field(False, description="compile each layer; takes a minute or two at the start")
-    plain_parts: Parts = Field(
-        [], description="parts to run as the libraries have them, to compare: head, lora, attention (of CPUs in bf16)"
+    disable_fused: Parts = Field(
+        [],
+        description="parts to run without this project's kernels, to compare: lm_head, lora, attention (on CPUs in bf16)",
     )
 
     # Where it runs
@@ -299,13 +325,13 @@ class TrainConfig(BaseModel):
         None, description="an accelerate_configs/ name, or auto: on GPUs the fastest that fits, else single or ddp"
     )
     hsdp_shard_size: Int | None = Field(
-        None, gt=1, description="processes that share one copy of the model under hsdp; none: those of a machine"
+        None, gt=1, description="processes that share one copy of the model under hsdp; none: those of one machine"
     )
-    elastic: bool = Field(False, description="go on with the machines that are left when others are gone")
+    elastic: bool = Field(False, description="continue with the machines that are left when others fail")
 
     # Logging, validation, saving
     output_dir: str | None = Field(
-        None, min_length=1, description="the run's folder; made from the recipe's name when not given"
+        None, min_length=1, description="the run's folder (default: output/ and the recipe's name)"
     )
     run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
     logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
@@ -313,27 +339,31 @@ class TrainConfig(BaseModel):
     wandb_project: str | None = Field(None, min_length=1, description="W&B project")
     wandb_tags: Tags = Field([], description="tags of the W&B run")
     eval_steps: Int | None = Field(None, gt=0, description="steps between two validations; needs eval_data_path")
-    save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints; none when not given")
+    save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints (default: no checkpoints)")
     save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
     load_best_model_at_end: bool = Field(False, description="final_model is the checkpoint with the best metric")
-    metric_for_best_model: str = Field("eval_loss", description="validation metric that decides which is best")
+    metric_for_best_model: str = Field(
+        "eval_loss", description="validation metric that decides which checkpoint is best"
+    )
     greater_is_better: bool = Field(False, description="whether a greater metric is better")
-    early_stopping_patience: Int | None = Field(None, gt=0, description="validations without a better metric to stop")
+    early_stopping_patience: Int | None = Field(
+        None, gt=0, description="validations without a better metric after which the run stops"
+    )
     resume_from_checkpoint: str | None = Field(
         None, min_length=1, description="a checkpoint folder, or 'auto' for the run's newest"
     )
     resume_changes: Strings = Field(
         [],
-        description="what a resumed run may have otherwise than its checkpoint: learning_rate, max_steps, data_path, ...",
+        description="keys that may differ from the checkpoint on a resume: learning_rate, max_steps, data_path, ...",
     )
     hang_timeout: Float = Field(
-        600, gt=0, description="seconds without a sign of life after which a rank is named and its stacks are written"
+        600, gt=0, description="seconds without progress after which a rank is named and its stacks are written"
     )
     callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
-    sample_questions: Strings = Field([], description="questions answered before and after the training")
-    sample_max_new_tokens: Int = Field(64, gt=0, description="tokens of such an answer")
-    ignore_warnings: Strings = Field([], description="warnings not to print, by the names in docs/rules.md")
-    dry_run: bool = Field(False, description="load everything, one step forward and backward, save nothing")
+    sample_questions: Strings = Field([], description="prompts that are completed before and after the training")
+    sample_max_new_tokens: Int = Field(64, gt=0, description="most tokens of these completions")
+    ignore_warnings: Strings = Field([], description="names of warnings (docs/rules.md) that are not printed")
+    dry_run: bool = Field(False, description="load everything, run one step forward and backward, save nothing")
 
     @property
     def is_grpo(self) -> bool:
@@ -341,7 +371,7 @@ class TrainConfig(BaseModel):
 
     @property
     def expandable_segments(self) -> bool:
-        """Whether the run works with segments of GPU memory that grow, see `topology.allocator`."""
+        """Whether torch may use expandable segments of GPU memory, see `topology.allocator`."""
         return not (self.is_grpo and self.use_vllm == "colocate")
 
     def plain(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Sources to examples: tables of tokens, less what is bad, double or not wanted.
 
-    sources -> tables (tokenise) -> bad rows, duplicates, caps -> Examples -> training | validation part
+    sources -> tables (tokenize) -> bad rows, duplicates, caps -> Examples -> training | validation part
 
 Only the small columns are in memory; tokens are read from the cache when a batch needs them.
 """
@@ -25,7 +25,7 @@ from ..errors import UserError
 from .formats import needs_template
 from .messages import bad_rows_error, usual_fix
 from .sources import Source, known_format, source_of
-from .tokenize import TABLE, USED, RowStatus, Subsample, TokeniseOptions, count_rows, tokenise
+from .tokenize import TABLE, USED, RowStatus, Subsample, TokenizeOptions, count_rows, tokenize
 
 DESCRIPTIONS = {
     RowStatus.CUT: "cut at max_length",
@@ -155,21 +155,21 @@ def prepare(
     Raises:
         UserError: a source cannot be read, a row is bad and `on_bad_row` is error, or no example is left.
     """
-    found = [known_format(source_of(source, config)) for source in sources]
-    chats = [source.path for source in found if needs_template(source.format_type)]
+    known = [known_format(source_of(source, config)) for source in sources]
+    chats = [source.path for source in known if needs_template(source.format_type)]
     if chats and not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template", where=chats[0], fix="give one: --chat_template chatml, or a file"
         )
-    rows = [count_rows(source) if needed or source.max_rows else None for source in found]
-    most = [count and min(count, source.max_rows or count) for source, count in zip(found, rows)]
+    rows = [count_rows(source) if needed or source.max_rows else None for source in known]
+    most = [count and min(count, source.max_rows or count) for source, count in zip(known, rows)]
     share, subsamples, examples = 1.1, None, None  # some more than needed, for those that will be left out
     while examples is None or (needed and len(examples) < needed):
         wanted = min(1.0, share * needed / sum(most)) if needed else 1.0
         before, subsamples = subsamples, [_subsample(*pair, wanted, config.seed) for pair in zip(rows, most)]
         if subsamples == before:
             break
-        examples, share = _examples(found, subsamples, tokenizer, config), 2 * share
+        examples, share = _examples(known, subsamples, tokenizer, config), 2 * share
     if not len(examples):
         raise _nothing_left(examples)
     read = sum(examples.report.rows)
@@ -185,9 +185,9 @@ def _subsample(rows: int | None, most: int | None, wanted: float, seed: int) -> 
 
 
 def _examples(sources: list[Source], subsamples: list[Subsample | None], tokenizer, config: TrainConfig) -> Examples:
-    options = TokeniseOptions(config.max_length, config.overlong, render_options(config))
+    options = TokenizeOptions(config.max_length, config.overlong, render_options(config))
     tables = [
-        tokenise(source, tokenizer, options, subsample=subsample, processes=config.dataset_num_proc)
+        tokenize(source, tokenizer, options, subsample=subsample, processes=config.dataset_num_proc)
         for source, subsample in zip(sources, subsamples)
     ]
     whole = concatenate_datasets(tables)

@@ -10,8 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..chat_template.types import BadRow
 from ..config.schema import Float, Int
 from ..errors import UserError
-from ..sandbox import Limits, Refused
-from ..sandbox import run as run_program
+from ..sandbox import Limits, Refused, run_limited
 
 
 def find(row: dict[str, Any], path: str) -> Any:
@@ -59,7 +58,7 @@ class Program(BaseModel):
         limits = Limits(seconds=self.timeout, memory_mb=self.memory_mb, network=self.network)
         command = [part.replace("{file}", self.file) for part in self.run]
         try:
-            outcome = run_program(command, files={self.file: text}, limits=limits)
+            outcome = run_limited(command, files={self.file: text}, limits=limits)
         except UnicodeEncodeError:
             raise BadRow("the content has half a surrogate pair, which is no text", "half a surrogate pair") from None
         except Refused as error:

@@ -76,13 +76,13 @@ def _conversation(row: Values, messages: list[Message]) -> Conversation:
     system = optional(row.get("system"), "'system'")
     messages = [{"role": "system", "content": system}, *messages] if system else messages
     name_answers(messages)
-    said = [message for message in messages if message["role"] == "assistant"]
-    if not said:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise BadRow("no assistant turn, so there is nothing to learn", "no assistant turn")
-    if not any(message.get("weight", 1) for message in said):
+    if not any(message.get("weight", 1) for message in answers):
         raise BadRow("every assistant turn has weight 0, so there is nothing to learn", "nothing to learn")
-    given = row.get("documents") or []
-    documents = [json_object(document, "a document") for document in (listed(given, "'documents'") if given else [])]
+    raw = row.get("documents") or []
+    documents = [json_object(document, "a document") for document in (listed(raw, "'documents'") if raw else [])]
     return Conversation(messages, read_tools(row.get("tools")), documents or None)
 
 
@@ -99,8 +99,8 @@ def _question_answer(row: Values) -> Conversation:
 
 def _alpaca(row: Values) -> Conversation:
     instruction, more = text(row.get("instruction"), "'instruction'"), optional(row.get("input"), "'input'")
-    asked = f"{instruction}\n\n{more}" if more else instruction
-    return _conversation(row, _history(row) + _exchange(asked, text(row.get("output"), "'output'")))
+    question = f"{instruction}\n\n{more}" if more else instruction
+    return _conversation(row, _history(row) + _exchange(question, text(row.get("output"), "'output'")))
 
 
 def _history(row: Values) -> list[Message]:
@@ -126,10 +126,10 @@ def _prompt_completion(row: Values) -> Conversation:
     prompt, completion = row.get("prompt"), row.get("completion")
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         return _conversation(row, _exchange(text(prompt, "'prompt'"), text(completion, "'completion'")))
-    asked = read_turns(prompt, "prompt")
-    for message in asked:  # what stands in a prompt is never learned
+    messages = read_turns(prompt, "prompt")
+    for message in messages:  # what stands in a prompt is never learned
         message |= {"weight": 0} if message["role"] == "assistant" else {}
-    return _conversation(row, asked + read_turns(completion, "completion"))
+    return _conversation(row, messages + read_turns(completion, "completion"))
 
 
 # Rows without
@@ -226,8 +226,8 @@ def detect(row: Values, *, where: str, columns: Columns | None = None) -> str:
 
 
 def _known() -> str:
-    told = {name: " or ".join(", ".join(sorted(keys)) for keys in form.told_by) for name, form in FORMATS.items()}
-    return "known formats and their keys: " + "; ".join(f"{name}: {keys}" for name, keys in told.items())
+    fields = {name: " or ".join(", ".join(sorted(keys)) for keys in form.told_by) for name, form in FORMATS.items()}
+    return "known formats and their keys: " + "; ".join(f"{name}: {keys}" for name, keys in fields.items())
 
 
 def needs_template(format_type: str) -> bool:
@@ -288,7 +288,7 @@ def load_function(format_type: str) -> Callable[[Values], Any]:
     here = str(Path.cwd())
     try:
         sys.path.insert(0, here)
-        found = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the module's own code runs here
         problem = f"{type(error).__name__}: {error}"
         raise UserError(
@@ -296,9 +296,9 @@ def load_function(format_type: str) -> Callable[[Values], Any]:
         ) from error
     finally:
         sys.path.remove(here)
-    if not callable(found):
+    if not callable(function):
         raise UserError(f"{format_type} is no function", where="format_type", fix="write module:function")
-    return found
+    return function
 
 
 def _by_function(row: Values, format_type: str, columns: Columns | None) -> Sample:
@@ -308,7 +308,7 @@ def _by_function(row: Values, format_type: str, columns: Columns | None) -> Samp
         )
     function = load_function(format_type)
     try:
-        made = function(deepcopy(row))  # what it does to the row stays there
+        result = function(deepcopy(row))  # what it does to the row stays there
     except BadRow:
         raise
     except ValueError as error:
@@ -318,7 +318,7 @@ def _by_function(row: Values, format_type: str, columns: Columns | None) -> Samp
         what = f"{format_type} fails with {type(error).__name__}: {error}"
         fix = "fix the function; for a row to be left out it raises ValueError"
         raise UserError(what, where=f"{last.filename}, line {last.lineno}", fix=fix) from error
-    if not isinstance(made, dict):
-        what = f"{format_type} returned {type(made).__name__}, not a dict"
+    if not isinstance(result, dict):
+        what = f"{format_type} returned {type(result).__name__}, not a dict"
         raise UserError(what, where="format_type", fix='return {"messages": [...]} or a row of another known format')
-    return to_sample(made, detect(made, where=f"what {format_type} returned"))
+    return to_sample(result, detect(result, where=f"what {format_type} returned"))

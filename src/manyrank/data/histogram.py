@@ -32,7 +32,7 @@ def bars(lengths: np.ndarray) -> tuple[Bar, ...]:
     step = next(step for step in steps if usual // step - lengths.min() // step < BARS - 1)
     numbers = range(int(lengths.min() // step), usual // step + 1)
     counts = np.bincount(np.minimum(lengths // step, numbers.stop), minlength=numbers.stop + 1)
-    found = [Bar(k * step, (k + 1) * step - 1, int(counts[k])) for k in numbers]
+    result = [Bar(k * step, (k + 1) * step - 1, int(counts[k])) for k in numbers]
     if counts[numbers.stop]:
-        found.append(Bar(numbers.stop * step, longest, int(counts[numbers.stop])))
-    return tuple(found)
+        result.append(Bar(numbers.stop * step, longest, int(counts[numbers.stop])))
+    return tuple(result)

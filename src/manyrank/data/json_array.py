@@ -64,11 +64,11 @@ class _Window:
                 return self.buffer[self.at : self.at + 1]
 
     def take(self, expected: str) -> str:
-        found = self.next_character()
-        if not found or found not in expected:
+        character = self.next_character()
+        if not character or character not in expected:
             raise self.error(f"expecting {' or '.join(expected)}")
         self.at += 1
-        return found
+        return character
 
     def value(self) -> tuple[Any, str]:
         """The next value, and its text."""

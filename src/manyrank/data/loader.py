@@ -1,8 +1,8 @@
 """Examples to batches: which examples a step has, and who forwards them with whom.
 
-    step k -> batch_size units -> rank -> micro-batches          `StepLoader`, a pure function of (seed, k)
+    step k -> batch_size items -> rank -> micro-batches          `StepLoader`, a pure function of (seed, k)
 
-A unit is an example, or with `packing: dataset` a pack of examples. The order depends on the seed and the epoch only,
+An item is an example, or with `packing: dataset` a pack of examples. The order depends on the seed and the epoch only,
 so any number of processes sees the same steps, and the step number is all that a resumed run has to know.
 """
 
@@ -46,16 +46,16 @@ class Step:
     """One optimizer step: this rank's micro-batches, and counts over *all* ranks.
 
     Attributes:
-        slots: tokens that are computed: also padding, and what a rank without an example forwards.
-        squares: the squared lengths of the examples, added up.
+        computed_tokens: tokens that are computed: also padding, and what a rank without an example forwards.
+        sum_squared_lengths: the squared lengths of the examples, added up.
     """
 
     micro_batches: list[MicroBatch]
     examples: int
     supervised: int
     tokens: int
-    slots: int
-    squares: int
+    computed_tokens: int
+    sum_squared_lengths: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class StepLoader:
     """Deals the examples of each step to ranks and micro-batches.
 
     Attributes:
-        batch_size: units to one step, over all ranks.
+        batch_size: items to one step, over all ranks.
         max_length: most tokens of an example, and of a pack.
         micro_batch_size: examples of max_length that one process may hold; times max_length, its token budget.
         seed: of the order of examples; None for the order of the file.
@@ -82,36 +82,38 @@ class StepLoader:
     @cached_property
     def steps_per_epoch(self) -> int:
         """Steps of every epoch; a UserError where the weight of a source leaves nothing of it to one."""
-        units = len(self._packs(0)) if self.packing == "dataset" else len(self._order(0))
-        return -(-units // self.batch_size)
+        items = len(self._packs(0)) if self.packing == "dataset" else len(self._order(0))
+        return -(-items // self.batch_size)
 
     def step(self, number: int) -> Step:
         """The step of this number, counted from 0 over all epochs; an epoch's last step takes what is left."""
         epoch, turn = divmod(number, self.steps_per_epoch)
-        units = self._units(epoch, slice(turn * self.batch_size, (turn + 1) * self.batch_size))
-        chosen = np.concatenate(units)
+        items = self._items(epoch, slice(turn * self.batch_size, (turn + 1) * self.batch_size))
+        chosen = np.concatenate(items)
         build = self._padded if self.packing == "none" else side_by_side
-        dealt = self._deal(units)
+        dealt = self._deal(items)
         lengths = self.examples.lengths[chosen]
         return Step(
             micro_batches=[build(self._read(chosen[0], members)) for members in dealt[self.rank]],
             examples=len(chosen),
             supervised=int(self.examples.supervised[chosen].sum()),
             tokens=int(lengths.sum()),
-            slots=sum(self._slots(members or [chosen[0]]) for micro_batches in dealt for members in micro_batches),
-            squares=int((lengths**2).sum()),
+            computed_tokens=sum(
+                self._computed_tokens(members or [chosen[0]]) for micro_batches in dealt for members in micro_batches
+            ),
+            sum_squared_lengths=int((lengths**2).sum()),
         )
 
     def imbalance(self, steps: int = 20) -> float:
         """How much longer than the mean the longest rank works, over the first steps."""
-        found = []
+        shares = []
         for number in range(min(steps, self.steps_per_epoch)):
-            units = self._units(0, slice(number * self.batch_size, (number + 1) * self.batch_size))
-            lengths = [int(self.examples.lengths[unit].sum()) for unit in units]
-            found.append(imbalance(self._layout(lengths), lengths))
-        return float(np.mean(found))
+            items = self._items(0, slice(number * self.batch_size, (number + 1) * self.batch_size))
+            lengths = [int(self.examples.lengths[item].sum()) for item in items]
+            shares.append(imbalance(self._layout(lengths), lengths))
+        return float(np.mean(shares))
 
-    def _units(self, epoch: int, part: slice) -> list[np.ndarray]:
+    def _items(self, epoch: int, part: slice) -> list[np.ndarray]:
         if self.packing == "dataset":
             packs = self._packs(epoch)
             return [packs[int(pack)] for pack in _permutation(self.seed, epoch, len(packs))[part]]
@@ -124,11 +126,11 @@ class StepLoader:
         """The same number of packs in every epoch: the lengths are the same, only equal ones change places."""
         return _packs_of(self.examples, self.seed, epoch, self.max_length)
 
-    def _deal(self, units: list[np.ndarray]) -> list[list[list[int]]]:
+    def _deal(self, items: list[np.ndarray]) -> list[list[list[int]]]:
         """[rank][micro-batch] -> examples."""
-        layout = self._layout([int(self.examples.lengths[unit].sum()) for unit in units])
+        layout = self._layout([int(self.examples.lengths[item].sum()) for item in items])
         return [
-            [[int(example) for unit in members for example in units[unit]] for members in micro_batches]
+            [[int(example) for item in members for example in items[item]] for members in micro_batches]
             for micro_batches in layout
         ]
 
@@ -137,7 +139,7 @@ class StepLoader:
             return padded_layout(len(lengths), ranks=self.ranks, batch_size=self.micro_batch_size)
         return step_layout(lengths, ranks=self.ranks, token_budget=self.micro_batch_size * self.max_length)
 
-    def _slots(self, members: list[int]) -> int:
+    def _computed_tokens(self, members: list[int]) -> int:
         lengths = self.examples.lengths[members]
         return int(lengths.max()) * len(members) if self.packing == "none" else int(lengths.sum())
 

@@ -209,8 +209,8 @@ def _call(value: Any, name: str) -> dict[str, Any]:
     _only(function, {"name", "arguments"}, name)
     arguments = function.get("arguments")
     arguments = {} if arguments in (None, "") else json_object(arguments, f"the arguments of {name}")
-    made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return made if call.get("id") is None else made | {"id": text(call["id"], f"the id of {name}")}
+    result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return result if call.get("id") is None else result | {"id": text(call["id"], f"the id of {name}")}
 
 
 def name_answers(messages: list[Message]) -> None:
@@ -224,8 +224,8 @@ def name_answers(messages: list[Message]) -> None:
         if message["role"] != "tool":
             waiting = list(message.get("tool_calls", ()))
             continue
-        given = message.get("tool_call_id")
-        fitting = [call for call in waiting if given is None or call.get("id", given) == given]
+        call_id = message.get("tool_call_id")
+        fitting = [call for call in waiting if call_id is None or call.get("id", call_id) == call_id]
         if not fitting:
             raise BadRow(f"message {number} is a tool's answer to no call before it", "answer without a call")
         waiting.remove(fitting[0])
@@ -263,11 +263,11 @@ def _message(turn: Any, name: str) -> tuple[Message, bool]:
     turn = {key: value for key, value in turn.items() if value is not None}
     role_key = "role" if "role" in turn else "from"
     content_key = "content" if "content" in turn else "value"
-    said = turn.get(role_key)
-    role = ROLES.get(said) if isinstance(said, str) else None
+    role_name = turn.get(role_key)
+    role = ROLES.get(role_name) if isinstance(role_name, str) else None
     if role is None:
-        raise BadRow(f"{name} has the role {said!r}, which is none of {', '.join(ROLES)}", "unknown role")
-    is_call = said == "function_call"
+        raise BadRow(f"{name} has the role {role_name!r}, which is none of {', '.join(ROLES)}", "unknown role")
+    is_call = role_name == "function_call"
     filled = [key for key, value in turn.items() if key == "weight" or value not in ("", [], {})]
     _only(filled, {role_key, content_key, *(("weight",) if is_call else KEYS[role])}, name)
     message: Message = {"role": role, "content": "" if is_call else _content(turn.get(content_key), name)}

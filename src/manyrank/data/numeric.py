@@ -18,7 +18,7 @@ def number(text: str) -> Decimal | None:
     Commas between thousands, currency and percent signs do not count: "$1,218.00" is 1218.
     """
     _, marked, result = text.rpartition(FINAL)
-    found = NUMBER.findall(CURRENCY.sub("", result if marked else text))
-    if not found:
+    numbers = NUMBER.findall(CURRENCY.sub("", result if marked else text))
+    if not numbers:
         return None
-    return Decimal(found[0 if marked else -1].replace(",", "").replace("\u2212", "-"))
+    return Decimal(numbers[0 if marked else -1].replace(",", "").replace("\u2212", "-"))

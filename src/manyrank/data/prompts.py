@@ -52,22 +52,22 @@ def read_prompts(source: Source, *, system: str = "", limit: int | None = None) 
     Raises:
         UserError: the source cannot be read, or has no rows with prompts.
     """
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     lines = Path(source.path).suffix.lower() == ".txt" and not _is_json(Path(source.path))
     form = source.format_type
     for row in _lines(Path(source.path)) if lines else read_rows(source):
-        if len(found) == limit:
+        if len(prompts) == limit:
             break
         try:
             value = _with_answer(row.readable(), source.columns or {})
             if form == "auto":
                 form = detect(value, where=row.place, columns=source.columns)
-            found.append(_prompt(row, value, form, source, system))
+            prompts.append(_prompt(row, value, form, source, system))
         except BadRow as error:
-            found.append(Prompt(row.number, row.place, [], problem=str(error)))
-    if not found:
+            prompts.append(Prompt(row.number, row.place, [], problem=str(error)))
+    if not prompts:
         raise UserError("there are no prompts in it", where=source.path, fix="give a file with rows")
-    return found
+    return prompts
 
 
 def _prompt(row: Row, value: dict[str, Any], form: str, source: Source, system: str) -> Prompt:

@@ -50,13 +50,13 @@ def read_questions(sources: Sequence[DataSource], config: TrainConfig, wanted: I
     Raises:
         UserError: a source cannot be read.
     """
-    wanted, found = set(wanted), {}
+    wanted, questions = set(wanted), {}
     for source in (known_format(source_of(source, config)) for source in sources):
         for row in read_rows(source):
             key = (source.path, row.number)
             if key in wanted and (question := _question(key, row, source)):
-                found[key] = question
-    return found
+                questions[key] = question
+    return questions
 
 
 def prompt_of(question: Question, tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> list[int]:

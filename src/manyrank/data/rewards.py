@@ -90,8 +90,8 @@ class Repetition(BaseModel):
     words: Int = Field(4, gt=0)
 
     def score(self, answer: str) -> float:
-        said = answer.lower().split()
-        groups = Counter(tuple(said[at : at + self.words]) for at in range(len(said) - self.words + 1))
+        words = answer.lower().split()
+        groups = Counter(tuple(words[at : at + self.words]) for at in range(len(words) - self.words + 1))
         return (len(groups) - groups.total()) / groups.total() if groups else 0.0
 
 
@@ -165,18 +165,18 @@ def read_rewards(rewards: Mapping[str, Any], *, where: str = WHERE) -> list[Rewa
 
 def _reward(name: str, value: Any, where: str) -> Reward:
     options = dict(value) if isinstance(value, Mapping) else {"weight": value}
-    kind, given = str(options.pop("reward", name)), options.pop("weight", 1.0)
+    kind, raw_weight = str(options.pop("reward", name)), options.pop("weight", 1.0)
     if ":" not in kind and kind not in OPTIONS:
         close = difflib.get_close_matches(kind, OPTIONS, 1)
         fix = (f"did you mean {close[0]}? " if close else "") + f"one of {', '.join(OPTIONS)}, or module:function"
         raise UserError(f"there is no reward {kind!r}", where=f"{where}, {name}", fix=fix)
     try:
-        weight = math.nan if isinstance(given, bool) else float(given)
+        weight = math.nan if isinstance(raw_weight, bool) else float(raw_weight)
     except (TypeError, ValueError):
         weight = math.nan
     if not math.isfinite(weight):
         fix = "give a number; 0 logs the reward and learns nothing from it"
-        raise UserError(f"the weight {given!r} is no number", where=f"{where}, {name}", fix=fix)
+        raise UserError(f"the weight {raw_weight!r} is no number", where=f"{where}, {name}", fix=fix)
     wanted = OPTIONS.get(kind, Metric)
     try:
         return Reward(name, kind, weight, wanted.model_validate(options))

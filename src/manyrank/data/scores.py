@@ -54,8 +54,8 @@ def normal_text(text: str) -> str:
     digits, except for commas: "1/3" is not "13", and "1,000" is "1000".
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
-    kept = (letter if _is_kept(text, at) else "" for at, letter in enumerate(text))
-    return " ".join(ARTICLES.sub(" ", "".join(kept)).split())
+    letters = (letter if _is_kept(text, at) else "" for at, letter in enumerate(text))
+    return " ".join(ARTICLES.sub(" ", "".join(letters)).split())
 
 
 def _is_kept(text: str, at: int) -> bool:
@@ -98,19 +98,18 @@ def letter(text: str) -> str | None:
     letter in brackets, else the last capital by itself. "A" and "I" as words of a sentence are no choice.
     """
     whole = WHOLE.search(text)
-    for found in (SAID.findall(text), [whole["letter"]] if whole else [], BRACKETED.findall(text), ALONE.findall(text)):
-        if found:
-            return found[-1].upper()
-    return None
+    first = [whole["letter"]] if whole else []
+    readings = (SAID.findall(text), first, BRACKETED.findall(text), ALONE.findall(text))
+    return next((letters[-1].upper() for letters in readings if letters), None)
 
 
 def f1(answer: str, reference: str) -> float:
     """The harmonic mean of precision and recall of the words after `normal_text`, as SQuAD counts them."""
-    said, right = normal_text(answer).split(), normal_text(reference).split()
-    if not said or not right:
-        return float(said == right)
-    common = (Counter(said) & Counter(right)).total()
-    return 2 * common / (len(said) + len(right))
+    words, right = normal_text(answer).split(), normal_text(reference).split()
+    if not words or not right:
+        return float(words == right)
+    common = (Counter(words) & Counter(right)).total()
+    return 2 * common / (len(words) + len(right))
 
 
 SCORES: dict[str, Score] = {

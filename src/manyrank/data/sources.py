@@ -55,16 +55,16 @@ class Source:
             raise UserError("the path is empty", where=WHERE, fix="give a file, a folder or a name on the hub")
 
 
-def source_of(given: DataSource, config: TrainConfig) -> Source:
+def source_of(source: DataSource, config: TrainConfig) -> Source:
     """The source as the recipe gives it; what is not given is the recipe's."""
     return Source(
-        given.path,
-        split=given.split,
-        name=given.name,
-        format_type=given.format_type or config.format_type,
-        columns=config.columns if given.columns is None else given.columns,
-        weight=given.weight,
-        max_rows=given.max_rows,
+        source.path,
+        split=source.split,
+        name=source.name,
+        format_type=source.format_type or config.format_type,
+        columns=config.columns if source.columns is None else source.columns,
+        weight=source.weight,
+        max_rows=source.max_rows,
     )
 
 
@@ -74,15 +74,15 @@ def read_rows(source: Source) -> Iterator[Row]:
     Raises:
         UserError: the source is not there, has no rows, or cannot be read from some place on.
     """
-    path, found = Path(source.path), False
+    path, any_row = Path(source.path), False
     try:
         rows = _one_file(source, path) if path.is_file() else _dataset_rows(source, path)
         for row in rows:
-            found = True
+            any_row = True
             yield row
     except OSError as error:
         raise _unreadable(source, error) from None
-    if not found:
+    if not any_row:
         raise UserError("there are no rows in it", where=source.path, fix="give a file with rows")
 
 
@@ -198,13 +198,13 @@ def _is_saved(path: Path) -> bool:
 def _saved(source: Source) -> Iterable[dict[str, Any]]:
     from datasets import Dataset, load_from_disk
 
-    found = load_from_disk(source.path)
-    lone = isinstance(found, Dataset)
-    splits = [str(found.split)] if lone else list(found)
+    stored = load_from_disk(source.path)
+    lone = isinstance(stored, Dataset)
+    splits = [str(stored.split)] if lone else list(stored)
     wanted = source.split or (splits[0] if lone else "train")
     if wanted not in splits:
         raise UserError(f"there is no split {wanted!r}", where=source.path, fix=f"its splits: {', '.join(splits)}")
-    return (found if lone else found[wanted]).with_format(None)
+    return (stored if lone else stored[wanted]).with_format(None)
 
 
 def _loaded(source: Source) -> Iterable[dict[str, Any]]:

@@ -52,7 +52,7 @@ class BadFacts:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SourceReport:
     """Sources that were read together.
 
     Attributes:
@@ -85,7 +85,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Balance:
-    """How much longer than the mean the longest of `ranks` works, in tokens; `batch` units to a step."""
+    """How much longer than the mean the longest of `ranks` works, in tokens; `batch` items to a step."""
 
     ranks: int
     batch: int
@@ -133,7 +133,7 @@ class SampleFacts:
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitReport:
     """The examples of one side. `duplicates` are rows that say the same as an earlier one."""
 
     name: str
@@ -148,17 +148,17 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Survey:
+class DataReport:
     """Everything. `overlap`: validation examples that are also in the training part; None without validation."""
 
     recipe: str
     settings: dict[str, str]
-    readings: tuple[Reading, ...]
-    parts: tuple[Part, ...]
+    readings: tuple[SourceReport, ...]
+    parts: tuple[SplitReport, ...]
     overlap: int | None
 
 
-def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: str, samples: int) -> Survey:
+def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: str, samples: int) -> DataReport:
     """Tokenise the recipe's data, or load what was tokenised before, and look at it. Bad rows are quarantined.
 
     Args:
@@ -179,11 +179,11 @@ def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: s
     if evaluation:
         parts.append(_part("validation", evaluation, tokenizer, config, seed=None, samples=samples))
     overlap = int(np.isin(evaluation.content, train.content).sum()) if evaluation else None
-    return Survey(recipe, _settings(config), tuple(readings), tuple(parts), overlap)
+    return DataReport(recipe, _settings(config), tuple(readings), tuple(parts), overlap)
 
 
 def of_run(config: TrainConfig, train: Examples, evaluation: Examples | None) -> dict:
-    """What a run learns from, for JSON: readings and parts as in a survey, without what only an inspection asks."""
+    """What a run learns from, for JSON: readings and parts as in a DataReport, without what only an inspection asks."""
     readings = [_reading("data_path", config.data_path, train)]
     if evaluation and not config.eval_split:
         readings.append(_reading("eval_data_path", config.eval_data_path or (), evaluation))
@@ -224,8 +224,8 @@ def _prepared(sources: Sequence[DataSource], tokenizer, config: TrainConfig) -> 
 # What was read
 
 
-def _reading(name: str, sources: Sequence[DataSource], examples: Examples) -> Reading:
-    return Reading(
+def _reading(name: str, sources: Sequence[DataSource], examples: Examples) -> SourceReport:
+    return SourceReport(
         name=name,
         sources=tuple(_source(number, source, examples) for number, source in enumerate(sources)),
         rows=sum(examples.report.rows),
@@ -235,12 +235,12 @@ def _reading(name: str, sources: Sequence[DataSource], examples: Examples) -> Re
     )
 
 
-def _source(number: int, given: DataSource, examples: Examples) -> SourceFacts:
+def _source(number: int, source: DataSource, examples: Examples) -> SourceFacts:
     own = examples.source == number
     return SourceFacts(
-        path=given.path,
+        path=source.path,
         format_type=examples.report.formats[number],
-        weight=given.weight,
+        weight=source.weight,
         rows=examples.report.rows[number],
         examples=int(own.sum()),
         tokens=int(examples.lengths[own].sum()),
@@ -251,9 +251,11 @@ def _source(number: int, given: DataSource, examples: Examples) -> SourceFacts:
 # What is learned from
 
 
-def _part(name: str, examples: Examples, tokenizer, config: TrainConfig, *, seed: int | None, samples: int) -> Part:
+def _part(
+    name: str, examples: Examples, tokenizer, config: TrainConfig, *, seed: int | None, samples: int
+) -> SplitReport:
     rows = _row_count(examples)
-    return Part(
+    return SplitReport(
         name=name,
         examples=len(examples),
         rows=rows,
@@ -352,13 +354,13 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]
     special |= set(tokenizer.all_special_ids)
     kinds = [(label != IGNORE, token in special) for token, label in zip(ids, labels)]
     edges = [0, *(at for at in range(1, len(ids)) if kinds[at] != kinds[at - 1]), len(ids)]
-    found = []
+    result = []
     for start, end in pairwise(edges):
         # Some decoders drop the blank in front of a text's first word, so a run is read after what comes before it.
         whole, before = _read(tokenizer, ids[:end]), _read(tokenizer, ids[:start])
         text = whole[len(before) :] if whole.startswith(before) else _read(tokenizer, ids[start:end])
-        found.append(Piece(text, *kinds[start]))
-    return found
+        result.append(Piece(text, *kinds[start]))
+    return result
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

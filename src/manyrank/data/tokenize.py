@@ -66,7 +66,7 @@ TABLE = [name for name in FEATURES if name not in ("input_ids", "labels", "probl
 
 
 @dataclass(frozen=True)
-class TokeniseOptions:
+class TokenizeOptions:
     """The options that decide how a row becomes tokens, besides the tokenizer."""
 
     max_length: int
@@ -87,10 +87,10 @@ class Subsample:
         return np.random.default_rng([self.seed, self.rows]).permutation(self.rows) < self.count
 
 
-def tokenise(
+def tokenize(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    options: TokeniseOptions,
+    options: TokenizeOptions,
     *,
     subsample: Subsample | None = None,
     processes: int | None = None,
@@ -154,11 +154,8 @@ def _processes(source: Source) -> int:
     return 1 if size < PARALLEL_BYTES else min(8, len(os.sched_getaffinity(0)))
 
 
-def _fingerprint(source: Source, tokenizer, options: TokeniseOptions, subsample: Subsample | None) -> str:
-    state = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    digest = hashlib.sha256(state.encode())
+def _fingerprint(source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | None) -> str:
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     what = [
         fingerprint(source),
         source.path,
@@ -184,7 +181,7 @@ def _code(format_type: str) -> str:
 
 
 def _records(
-    source: Source, tokenizer, options: TokeniseOptions, subsample: Subsample | None, shards: list
+    source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | None, shards: list
 ) -> Iterator[dict]:
     for part, parts in shards:
         for order, row in enumerate(_chosen(source, subsample)):
@@ -196,7 +193,7 @@ def _chosen(source: Source, subsample: Subsample | None) -> Iterator[Row]:
     return compress(read_rows(source), subsample.mask()) if subsample else read_rows(source)
 
 
-def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) -> Iterator[dict]:
+def _row_records(row: Row, source: Source, tokenizer, options: TokenizeOptions) -> Iterator[dict]:
     blank = {"input_ids": [], "labels": [], "length": 0, "supervised": 0, "row": row.number, "content": 0, "tokens": 0}
     blank |= {"fate": 0, "problem": ""} | dict.fromkeys(Notice, False)
     try:
@@ -206,13 +203,13 @@ def _row_records(row: Row, source: Source, tokenizer, options: TokeniseOptions) 
         blank |= {note.kind: True for note in notes}
         pieces = list(_fitted(ids, labels, options))
     except BadRow as problem:
-        told = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row)}
-        yield {**blank, "fate": RowStatus.BAD, "problem": json.dumps(told)}
+        problem_row = {"reason": problem.reason, "detail": str(problem), "place": row.place, "row": _writable(row)}
+        yield {**blank, "fate": RowStatus.BAD, "problem": json.dumps(problem_row)}
         return
     for ids, labels, fate in pieces:
         learned = sum(label != IGNORE for label in labels)
-        found = {"input_ids": ids, "labels": labels, "tokens": _tokens_hash(ids, labels), "fate": fate}
-        yield {**blank, **found, "length": len(ids), "supervised": learned}
+        columns = {"input_ids": ids, "labels": labels, "tokens": _tokens_hash(ids, labels), "fate": fate}
+        yield {**blank, **columns, "length": len(ids), "supervised": learned}
 
 
 def _sample(row: Row, source: Source) -> Sample:
@@ -242,7 +239,7 @@ def _ids_and_labels(sample: Sample, tokenizer, options: RenderOptions) -> tuple[
 
 
 def _fitted(
-    ids: list[int], labels: list[int], options: TokeniseOptions
+    ids: list[int], labels: list[int], options: TokenizeOptions
 ) -> Iterator[tuple[list[int], list[int], RowStatus]]:
     """The row in at most max_length tokens, as `overlong` says."""
     limit = options.max_length

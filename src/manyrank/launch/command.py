@@ -30,7 +30,7 @@ from ..project_files import asset
 from ..signals import become, die_with_parent, pass_on_while
 from ..topology.allocator import allocator
 from ..topology.gpus import Hardware
-from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
+from ..topology.strategies import EngineKind, Strategy, default_strategy, named_strategy
 
 LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the packed plan, which the run writes into its folder
 
@@ -54,7 +54,7 @@ class LaunchPlan:
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """What runs on this machine."""
+        """The command of this machine."""
         return self.nodes[self.node_rank]
 
     def __str__(self) -> str:
@@ -66,17 +66,17 @@ class LaunchPlan:
         return variables + shlex.join(self.nodes[node])
 
     def text(self) -> str:
-        """Everything: the command of every machine, and the files."""
+        """Show the command of every machine, and the files."""
         commands = [f"# node {node}\n{self.command(node)}\n" for node in range(len(self.nodes))]
         return "\n".join([*commands, *(file_text(name, content) for name, content in self.files.items())])
 
     def packed(self) -> str:
-        """As one environment variable, of which Linux takes 128 KiB: the command of hundreds of machines."""
+        """Pack the plan into one environment variable, of at most 128 KiB on Linux, also for hundreds of machines."""
         return base64.b64encode(zlib.compress(json.dumps(asdict(self)).encode())).decode()
 
     @classmethod
     def unpacked(cls, text: str) -> LaunchPlan:
-        """What `packed` has made."""
+        """Read what `packed` has made."""
         values = json.loads(zlib.decompress(base64.b64decode(text)))
         return cls(**values | {"nodes": tuple(map(tuple, values["nodes"]))})
 
@@ -92,8 +92,8 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
     Raises:
         UserError: several processes without GPUs, and nobody said how many.
     """
-    named, gpus = STRATEGIES[config.strategy] if config.strategy else None, len(hardware.gpus)
-    alone = named.engine is Engine.SINGLE if named else gpus < 2
+    named, gpus = named_strategy(config.strategy), len(hardware.gpus)
+    alone = named.engine is EngineKind.SINGLE if named else gpus < 2
     nproc = where.nproc or (1 if alone else gpus)
     if nproc == 0:
         raise UserError(
@@ -104,7 +104,7 @@ def choose_strategy(config: TrainConfig, where: Where, hardware: Hardware) -> tu
     return named or default_strategy(nproc * where.nnodes), nproc
 
 
-def plan(
+def plan_launch(
     line: CommandLine,
     *,
     strategy: Strategy,
@@ -144,7 +144,7 @@ def plan(
 
 def _via(where: Where, strategy: Strategy, nproc: int, *, elastic: bool) -> str:
     usual = "torchrun" if elastic or where.max_restarts else "accelerate"
-    alone = strategy.engine is Engine.SINGLE and nproc * where.nnodes == 1
+    alone = strategy.engine is EngineKind.SINGLE and nproc * where.nnodes == 1
     via = where.via or ("python" if alone else usual)
     if elastic and via != "torchrun":
         raise UserError(f"via {via} with elastic", where="via", fix="use torchrun, which can go on with fewer machines")
@@ -296,7 +296,7 @@ def _torchrun(nproc: int, where: Where, node: int, *, elastic: bool) -> list[str
     ]
 
 
-def run(launch: LaunchPlan, *, stay: bool = False) -> int:
+def run_launch(launch: LaunchPlan, *, stay: bool = False) -> int:
     """Run a plan in this process; `python` replaces it, unless it is to `stay`.
 
     Returns:
@@ -386,7 +386,7 @@ def default_output_dir(line: CommandLine) -> Path:
     return Path("output") / (Path(line.recipe).stem if line.recipe else "run")
 
 
-def output_dir(config: TrainConfig, line: CommandLine) -> str:
+def choose_output_dir(config: TrainConfig, line: CommandLine) -> str:
     """The run's folder: as given, else that of the resumed checkpoint, else output/NAME, output/NAME-2, ... that is free,
     or with auto the last one that is there."""
     if config.output_dir:

@@ -1,4 +1,4 @@
-"""What a launch leaves open, decided from the plan: the strategy, and a micro-batch of `auto`; then launch.
+"""Launch a recipe: decide a strategy and a micro-batch of `auto` from the plan, then start the processes.
 
 On GPUs `strategy: auto` is the fastest strategy that fits. On CPUs it is single or ddp. A micro-batch of
 `auto` is the fastest that fits, or the largest where no speeds are known; where it does not fit after all, half is tried.
@@ -15,17 +15,16 @@ from ..config.args import CommandLine
 from ..config.resolve import ALIASES, Entry, normal, resolve
 from ..config.schema import TrainConfig
 from ..errors import EXIT_MEMORY, UserError
-from ..models.spec import Architecture
+from ..models.spec import ModelSpec
 from ..plan.command import read_model
 from ..plan.planner import MICRO_BATCH, Plan, Verdict, make_plan, with_micro_batch
 from ..plan.view import summary
-from ..rules import check as rules
+from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
-from ..topology import gpus as hardware
+from ..topology import gpus
 from ..topology.gpus import Hardware
-from ..training.watchdog import Heart, Watchdog
-from . import command as launcher
-from .command import LaunchPlan
+from ..training.watchdog import HeartbeatWriter, Watchdog
+from .command import LaunchPlan, choose_output_dir, choose_strategy, plan_launch, run_launch
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ResolvedLaunch:
         return replace(self, line=line, context=context)
 
     def summary(self) -> str:
-        """What will run, in a few lines."""
+        """Summarise what will run."""
         world = self.context.world_size
         batch, micro = self.config.batch(world), self.config.micro_batch
         accumulation = math.ceil(batch / (micro * world))
@@ -71,12 +70,12 @@ def train(line: CommandLine) -> int:
     Raises:
         UserError: something is wrong that can be known here.
     """
-    heart = Heart(0)
-    heart.beat(0, "checking the recipe, the model's files and the data")
-    with Watchdog(heart, patience=math.inf, notices=True):
-        resolved = resolve_launch(line, hardware.probe())
-        folder = launcher.output_dir(resolved.config, line)
-        rules.check_output_dir(resolved.config, Path(folder))
+    heartbeat = HeartbeatWriter(0)
+    heartbeat.beat(0, "checking the recipe, the model's files and the data")
+    with Watchdog(heartbeat, patience=math.inf, notices=True):
+        resolved = resolve_launch(line, gpus.probe())
+        folder = choose_output_dir(resolved.config, line)
+        check_output_dir(resolved.config, Path(folder))
         launch = _checked(resolved, folder)
     if line.where.print:
         print(launch.text(), end="")
@@ -84,18 +83,18 @@ def train(line: CommandLine) -> int:
     print(f"{resolved.summary()}\n{launch}", flush=True)
     if line.where.check:
         return 0
-    code = launcher.run(launch, stay=resolved.retries)
+    code = run_launch(launch, stay=resolved.retries)
     while code == EXIT_MEMORY and resolved.retries and resolved.config.micro_batch > 1:
         resolved = resolved.with_half_micro_batch()
         print(f"trying again with micro-batch {resolved.config.micro_batch}", file=sys.stderr, flush=True)
-        code = launcher.run(_checked(resolved, folder), stay=True)
+        code = run_launch(_checked(resolved, folder), stay=True)
     return code
 
 
 def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
     context = replace(resolved.context, output_dir=Path(folder))
-    rules.check(context)
-    return launcher.plan(
+    check_rules(context)
+    return plan_launch(
         resolved.line,
         strategy=context.strategy,
         nproc=context.nproc,
@@ -114,7 +113,7 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
     """
     resolved = resolve(line.recipe, line.overrides)
     config = resolved.config
-    strategy, nproc = launcher.choose_strategy(config, line.where, machine)
+    strategy, nproc = choose_strategy(config, line.where, machine)
     context = RunContext(resolved, strategy, nproc, nproc * line.where.nnodes, machine)
     automatic = config.per_device_train_batch_size == "auto"
     if automatic and not config.global_batch_size:
@@ -135,7 +134,7 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
     return ResolvedLaunch(line, context.on(plan.chosen.strategy), plan, notes, retries)
 
 
-def _with_micro_batch(line: CommandLine, context: RunContext, shape: Architecture) -> tuple[CommandLine, RunContext]:
+def _with_micro_batch(line: CommandLine, context: RunContext, shape: ModelSpec) -> tuple[CommandLine, RunContext]:
     """The micro-batch that fits, on the strategy that will run, or on the best where the GPUs' kind is known."""
     named = context.config.strategy or (None if context.kind else context.strategy.name)
     made = with_micro_batch(context.with_options(strategy=named), shape)
@@ -143,7 +142,7 @@ def _with_micro_batch(line: CommandLine, context: RunContext, shape: Architectur
     return line, replace(context, resolved=resolve(line.recipe, line.overrides))
 
 
-def _shape(config: TrainConfig, *, needed: bool, wanted: bool) -> tuple[Architecture | None, tuple[str, ...]]:
+def _shape(config: TrainConfig, *, needed: bool, wanted: bool) -> tuple[ModelSpec | None, tuple[str, ...]]:
     """The model's shape, or None and why nothing is planned."""
     if not wanted:
         return None, ()

@@ -18,12 +18,11 @@ from ..config.args import CommandLine, Where
 from ..config.resolve import Entry, Resolved, resolve
 from ..errors import UserError
 from ..project_files import asset
-from ..rules import check as rules
+from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
-from ..runs.folder import LAUNCH_FOLDER, write
-from ..topology.gpus import Gpu, Hardware
-from . import command as launcher
-from .command import LaunchPlan, file_text
+from ..runs.run_folder import LAUNCH_FOLDER, write
+from ..topology.gpus import Hardware, planned_hardware
+from .command import LaunchPlan, check_elastic, choose_output_dir, choose_strategy, file_text, lay_out, train_arguments
 
 ENDPOINT = "$ENDPOINT"  # the job knows its first machine
 BODY = "# From here on every job is the same;"  # in launch/slurm.sbatch
@@ -31,7 +30,7 @@ BODY = "# From here on every job is the same;"  # in launch/slurm.sbatch
 
 @dataclass(frozen=True)
 class Job:
-    """What the machines of a job run, and its file."""
+    """The command of a job's machines, and its file."""
 
     launch: LaunchPlan
     file: Path
@@ -44,7 +43,7 @@ class Job:
         return ("sbatch", "--parsable", str(self.file))
 
     def text(self) -> str:
-        """Everything, as it will run."""
+        """Show the job as it will run."""
         shown = self.launch.text().replace(shlex.quote(ENDPOINT), f'"{ENDPOINT}"')
         return "\n".join([shown, file_text(str(self.file), self.content), f"# submit\n{shlex.join(self.argv)}\n"])
 
@@ -89,18 +88,18 @@ def prepare(line: CommandLine) -> Job:
     if given.config.per_device_train_batch_size == "auto":
         what, where = "a micro-batch of auto is decided on a machine with the GPUs", "per_device_train_batch_size"
         raise UserError(what, where=given.where(where), fix="give a number; see `manyrank plan`")
-    folder = Path(launcher.output_dir(given.config, line))
-    rules.check_output_dir(given.config, folder)
+    folder = Path(choose_output_dir(given.config, line))
+    check_output_dir(given.config, folder)
     _check_resume(given, folder)
     if not given.config.resume_from_checkpoint:  # a job that is queued again goes on where it was
         line = replace(line, overrides=[*line.overrides, Entry("resume_from_checkpoint", "auto", "--via slurm")])
     resolved, machine = resolve(line.recipe, line.overrides), _requested(line)
-    strategy, nproc = launcher.choose_strategy(resolved.config, options, machine)
-    rules.check(RunContext(resolved, strategy, nproc, nproc * options.nnodes, machine, output_dir=folder))
-    launcher.check_elastic(options, elastic=resolved.config.elastic)
-    command = [*launcher.train_arguments(line, strategy, str(folder)), "--via=torchrun", f"--nproc={nproc}"]
+    strategy, nproc = choose_strategy(resolved.config, options, machine)
+    check_rules(RunContext(resolved, strategy, nproc, nproc * options.nnodes, machine, output_dir=folder))
+    check_elastic(options, elastic=resolved.config.elastic)
+    command = [*train_arguments(line, strategy, str(folder)), "--via=torchrun", f"--nproc={nproc}"]
     command += _passed_on(options)
-    launch = launcher.lay_out(
+    launch = lay_out(
         replace(line, where=replace(options, rdzv_endpoint=ENDPOINT if options.nnodes > 1 else None)),
         "torchrun",
         strategy=strategy,
@@ -115,7 +114,7 @@ def prepare(line: CommandLine) -> Job:
 
 
 def _note(resolved: Resolved, line: CommandLine) -> str | None:
-    """What to say of a strategy of auto, which needs the GPUs to be decided."""
+    """Note that a strategy of auto is decided on the job's GPUs."""
     if resolved.config.strategy or line.job.gpus == 0 or line.where.nproc == line.where.nnodes == 1:
         return None
     advice = "`manyrank plan --gpu KIND` says what fits"
@@ -154,8 +153,8 @@ def _check_resume(given: Resolved, folder: Path) -> None:
 def _requested(line: CommandLine) -> Hardware:
     """A machine as the job asks for it. The kind of its GPUs is checked again when it runs there."""
     job, nproc = line.job, line.where.nproc or 1
-    gpu = Gpu("of the cluster", memory=0, compute_capability=(9, 0))
-    return Hardware((gpu,) * (nproc if job.gpus is None else job.gpus), cpu_cores=job.cpus or nproc, cpu_bf16=True)
+    machine = planned_hardware(nproc if job.gpus is None else job.gpus)
+    return replace(machine, cpu_cores=job.cpus or nproc)
 
 
 def _passed_on(options: Where) -> list[str]:

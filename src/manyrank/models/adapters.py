@@ -73,7 +73,7 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
         adapted = get_peft_model(model, lora)
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
-    if "lora" not in config.plain_parts:
+    if "lora" not in config.disable_fused:
         speed_up(adapted)
     for note in (coverage.of_adapters(adapted, reached), beyond):
         if note:
@@ -105,13 +105,13 @@ def _refused(model: torch.nn.Module) -> list[str]:
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check  # peft 0.21; no public name
     except ImportError:
         return []
-    found = []
+    patterns = []
     for name in _linear_names(model):
         try:
             check(LoraConfig(), model, name)
         except ValueError:
-            found.append(rf"(?:.*\.)?{re.escape(name)}")
-    return found
+            patterns.append(rf"(?:.*\.)?{re.escape(name)}")
+    return patterns
 
 
 def _linear_names(model: torch.nn.Module, excluded: str | None = None) -> list[str]:
@@ -133,6 +133,6 @@ def _fix_of_targets(model: torch.nn.Module, config: TrainConfig, excluded: str |
     known = _linear_names(model, refused)
     if not known:
         return "use method: full; the model has no linear layers of its own"
-    asked = [] if isinstance(config.lora_target_modules, str) else config.lora_target_modules
-    names = [name for name in asked if name.rpartition(".")[2] in known] or known
+    targets = [] if isinstance(config.lora_target_modules, str) else config.lora_target_modules
+    names = [name for name in targets if name.rpartition(".")[2] in known] or known
     return f"give --lora_target_modules '[{','.join(names)}]', or all-linear"

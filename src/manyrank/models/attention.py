@@ -185,7 +185,7 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None
 
     Raises:
         UserError: the architecture mixes tokens in a way that document bounds do not stop. (What only a forward shows
-            is found by `training.packing_trial.prove`.)
+            is found by `training.packing_trial.prove_packing`.)
     """
     config = model.config.get_text_config()
     kinds = set(map(str, getattr(config, "layer_types", None) or [])) - ATTENTION_LAYERS

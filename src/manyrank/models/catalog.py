@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -14,11 +13,15 @@ from typing import Any
 
 from ..errors import UserError
 from ..project_files import asset
-from .spec import Architecture, from_config
+from ..runs.mapping_files import read_json_object
+from .model_facts import find_facts
+from .spec import ModelSpec, from_config
+
+FIX = "give a model's config.json"
 
 
-def read(model: str) -> Architecture:
-    """The architecture of a shipped name, a model folder or a config.json; hub names from the local cache.
+def read(model: str) -> ModelSpec:
+    """The shape of a shipped name, a model folder or a config.json; hub names from the local cache.
 
     Raises:
         UserError: it is none of these, or not a language model's config.
@@ -26,13 +29,13 @@ def read(model: str) -> Architecture:
     path = Path(model).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        return from_config(_json(path), name=model, where=str(path))
+        return from_config(read_json_object(path, fix=FIX), name=model, where=str(path))
     shipped = known()
     key = _short(model, shipped)
     if key in shipped:
         return from_config(shipped[key], name=model, where=f"data/architectures.json, {key}")
-    if cached := _cached(model):
-        return from_config(_json(cached), name=model, where=str(cached))
+    if facts := find_facts(model):
+        return from_config(facts.whole, name=model, where=facts.place("config.json"))
     close = difflib.get_close_matches(key, shipped, 3, 0.5)
     raise UserError(
         f"nothing is known here of the model {model}",
@@ -43,7 +46,7 @@ def read(model: str) -> Architecture:
 
 def known() -> dict[str, dict[str, Any]]:
     """The shipped configs by their short names."""
-    shipped = _json(asset("data", "architectures.json"))
+    shipped = read_json_object(asset("data", "architectures.json"))
 
     def whole(entry: dict[str, Any]) -> dict[str, Any]:
         return {**whole(shipped[entry["like"]]), **entry} if "like" in entry else entry
@@ -66,21 +69,3 @@ def _short(model: str, names: Collection[str]) -> str:
         if not re.fullmatch(r"v[0-9.]+|[0-9]{4}|[0-9]+k", parts[end - 1]):
             break  # a size or a family: another model
     return "-".join(parts)
-
-
-def _cached(model: str) -> Path | None:
-    """config.json of a hub name that was downloaded before."""
-    from huggingface_hub import constants
-
-    folders = sorted(Path(constants.HF_HUB_CACHE).glob(f"models--{model.replace('/', '--')}/snapshots/*/config.json"))
-    return folders[-1] if folders else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"not a JSON file: {error}", where=str(path), fix="give a model's config.json") from None
-    if not isinstance(found, dict):
-        raise UserError("not a JSON object", where=str(path), fix="give a model's config.json")
-    return found

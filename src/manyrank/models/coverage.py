@@ -7,7 +7,7 @@ as they are after loading, whatever the reason for what is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -76,31 +76,28 @@ def _plain(path: str) -> str:
     return ".".join(part for part in path.removeprefix("base_model.model.").split(".") if part != "base_layer")
 
 
-def check_quantised(model: torch.nn.Module, *, asked: str, where: str, fix: str) -> str | None:
+def check_quantised(model: torch.nn.Module, *, method: str, where: str, fix: str, say: Callable[[str], None]) -> None:
     """See after loading that a quantised base is one.
 
     Args:
-        asked: what should have quantised it.
-
-    Returns:
-        A note on what stays in full precision, where that is more than a small share.
+        method: what should have quantised it.
+        say: takes a line on what stays in full precision, where that is more than a small share.
 
     Raises:
         UserError: nothing is quantised, or less than half of what bitsandbytes can hold.
     """
-    found = list(matrices(model))
-    left = [matrix for matrix in found if not matrix.quantised]
-    share = sum(matrix.weights for matrix in left) / max(1, sum(matrix.weights for matrix in found))
-    flat = [matrix for matrix in found if not matrix.stacked]
+    every = list(matrices(model))
+    left = [matrix for matrix in every if not matrix.quantised]
+    share = sum(matrix.weights for matrix in left) / max(1, sum(matrix.weights for matrix in every))
+    flat = [matrix for matrix in every if not matrix.stacked]
     of_flat = sum(m.weights for m in flat if not m.quantised) / max(1, sum(m.weights for m in flat))
-    if left and (len(left) == len(found) or of_flat > 0.5):
+    if left and (len(left) == len(every) or of_flat > 0.5):
         classes = dict.fromkeys(matrix.kind for matrix in sorted(left, key=lambda m: -m.weights))
-        much = "nothing is quantised" if len(left) == len(found) else f"{of_flat:.0%} of the weights are not quantised"
-        what = f"{asked}, and {much}: bitsandbytes knows no layers of class {', '.join(list(classes)[:3])}"
+        much = "nothing is quantised" if len(left) == len(every) else f"{of_flat:.0%} of the weights are not quantised"
+        what = f"{method}, and {much}: bitsandbytes knows no layers of class {', '.join(list(classes)[:3])}"
         raise UserError(what, where=where, fix=fix)
-    if share <= SMALL:
-        return None
-    return f"{share:.0%} of the weights of the layers are not quantised: {_largest(left)}"
+    if share > SMALL:
+        say(f"{method}: {share:.0%} of the weights of the layers are not quantised: {_largest(left)}")
 
 
 def of_adapters(model: torch.nn.Module, reached: Reach | None) -> str | None:
@@ -109,18 +106,18 @@ def of_adapters(model: torch.nn.Module, reached: Reach | None) -> str | None:
     Args:
         reached: what a text uses; what it does not is not counted.
     """
-    found = [m for m in matrices(model) if reached is None or f"{m.module}.{m.name}" in reached.parameters]
-    left = [matrix for matrix in found if not matrix.adapted]
-    share = 1 - sum(matrix.weights for matrix in left) / max(1, sum(matrix.weights for matrix in found))
+    reachable = [m for m in matrices(model) if reached is None or f"{m.module}.{m.name}" in reached.parameters]
+    left = [matrix for matrix in reachable if not matrix.adapted]
+    share = 1 - sum(matrix.weights for matrix in left) / max(1, sum(matrix.weights for matrix in reachable))
     if share >= NEARLY_ALL:
         return None
     return f"adapters reach {share:.0%} of the weights of the layers; without adapters: {_largest(left)}"
 
 
-def _largest(found: list[Matrix]) -> str:
+def _largest(matrices_left: list[Matrix]) -> str:
     """The kinds of some matrices, the largest first."""
     sizes: dict[str, int] = {}
-    for matrix in found:
+    for matrix in matrices_left:
         label = kinds([matrix.label])
         sizes[label] = sizes.get(label, 0) + matrix.weights
     return kinds(sorted(sizes, key=sizes.__getitem__, reverse=True))

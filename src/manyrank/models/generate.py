@@ -10,7 +10,7 @@ from ..chat_template.render import RenderOptions, stop_ids
 from .attention import own_attention
 
 
-def answers(
+def generate_completions(
     wrapped: torch.nn.Module,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -25,7 +25,7 @@ def answers(
     is the loop itself, through the same forward as the training.
 
     Args:
-        wrapped: what the runtime forwards.
+        wrapped: what the engine forwards.
         model: the same model without its wrapper.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -45,12 +45,12 @@ def _answer(
     inputs = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options.template_kwargs
     )
-    ids, cache, said = inputs["input_ids"].to(device), None, []
-    while len(said) < max_new_tokens:
+    ids, cache, tokens = inputs["input_ids"].to(device), None, []
+    while len(tokens) < max_new_tokens:
         out = wrapped(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # Rank 0 decides, so that all ranks stop together.
         ids, cache = broadcast(out.logits[:, -1].argmax(-1, keepdim=True)), out.past_key_values
         if ids.item() in stops:
             break
-        said.append(ids.item())
-    return tokenizer.decode(said, skip_special_tokens=True).strip()
+        tokens.append(ids.item())
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -21,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -66,7 +67,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """What a row was answered.
 
     Attributes:
@@ -89,7 +90,7 @@ def generate(
     pad_token: int,
     batch_size: int,
     numbers: Sequence[int] | None = None,
-) -> Iterator[list[Answer]]:
+) -> Iterator[list[Completion]]:
     """Answer every prompt, and yield each batch as it is done, longest prompts first.
 
     Args:
@@ -107,8 +108,8 @@ def generate(
     stops = {token for token in stops if token is not None}  # some tokenizers have no end of text
     room = _room(model, prompts, numbers, sampling.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), numbers[row]))
-    for rows in _batches(order, prompts, room, batch_size, _context(model)):
-        said = _batch(
+    for rows in _batches(order, prompts, room, batch_size, context_length(model.config)):
+        outputs = _batch(
             model,
             [prompts[row] for row in rows],
             [numbers[row] for row in rows],
@@ -117,7 +118,7 @@ def generate(
             pad_token=pad_token,
             most=max(room[row] for row in rows),
         )
-        yield [_answer(numbers[row], tokens[: room[row]], stops) for row, tokens in zip(rows, said)]
+        yield [_answer(numbers[row], tokens[: room[row]], stops) for row, tokens in zip(rows, outputs)]
 
 
 def stream(
@@ -130,7 +131,7 @@ def stream(
     streamer: BaseStreamer,
     stopped: Callable[[], bool],
     number: int = 0,
-) -> Answer:
+) -> Completion:
     """Answer one prompt, as `generate` does, and hand every token over as it comes.
 
     Args:
@@ -143,7 +144,7 @@ def stream(
     stops = {token for token in stops if token is not None}
     room = _room(model, [prompt], [number], sampling.max_new_tokens)[0]
     ending = StoppingCriteriaList([_Asks(stopped)])
-    said = _batch(
+    outputs = _batch(
         model,
         [prompt],
         [number],
@@ -154,7 +155,7 @@ def stream(
         streamer=streamer,
         stopping_criteria=ending,
     )
-    return _answer(number, said[0], stops)
+    return _answer(number, outputs[0], stops)
 
 
 class _Asks(StoppingCriteria):
@@ -167,9 +168,9 @@ class _Asks(StoppingCriteria):
         return torch.full((len(input_ids),), self.stopped(), dtype=torch.bool, device=input_ids.device)
 
 
-def _context(model) -> int | None:
-    """The most tokens that the model has positions for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model reads at once, where its config says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _batches(order: list[int], prompts, room: list[int], size: int, context: int | None) -> Iterator[list[int]]:
@@ -186,7 +187,7 @@ def _batches(order: list[int], prompts, room: list[int], size: int, context: int
 
 def _room(model, prompts: Sequence[Sequence[int]], numbers: Sequence[int], wanted: int) -> list[int]:
     """The most tokens of each answer."""
-    context = _context(model)
+    context = context_length(model.config)
     room = [min(wanted, context - len(prompt)) if context else wanted for prompt in prompts]
     for prompt, number, left in zip(prompts, numbers, room):
         if not len(prompt):
@@ -222,19 +223,19 @@ def _batch(
         max_new_tokens=most, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=pad_token
     )
     with _own_settings_aside(model):
-        said = model.generate(
+        outputs = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
             logits_processor=_processors(sampling, numbers, width, device),
             **more,
         )
-    return said[:, width:].tolist()
+    return outputs[:, width:].tolist()
 
 
-def _answer(number: int, tokens: list[int], stops: Collection[int]) -> Answer:
+def _answer(number: int, tokens: list[int], stops: Collection[int]) -> Completion:
     end = next((place for place, token in enumerate(tokens) if token in stops), None)
-    return Answer(number, tokens[:end], "length" if end is None else "stop")
+    return Completion(number, tokens[:end], "length" if end is None else "stop")
 
 
 @contextlib.contextmanager
@@ -255,13 +256,13 @@ def _processors(sampling: Sampling, numbers: list[int], width: int, device: torc
     """What turns scores into a draw; nothing for greedy answers."""
     if not sampling.temperature:
         return LogitsProcessorList()
-    made = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    processors = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
-        made.append(TopKLogitsWarper(sampling.top_k))
+        processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
-        made.append(TopPLogitsWarper(float(sampling.top_p)))
+        processors.append(TopPLogitsWarper(float(sampling.top_p)))
     draws = [np.random.default_rng([sampling.seed, number]).random(sampling.max_new_tokens) for number in numbers]
-    return LogitsProcessorList([*made, _Draw(torch.as_tensor(np.stack(draws)).to(device), width)])
+    return LogitsProcessorList([*processors, _Draw(torch.as_tensor(np.stack(draws)).to(device), width)])
 
 
 class _Draw(LogitsProcessor):

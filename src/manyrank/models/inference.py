@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from typing import Literal
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..chat_template.render import RenderOptions, render_options
 from ..config.resolve import TrainConfig, recipe_of
 from ..errors import UserError
-from ..runs.artifact import Artifact, find
-from ..topology import gpus as hardware
+from ..runs.artifact import ModelSource, find
+from ..topology import gpus
 from . import coverage
-from .load import LoadPlan, base_model, load_tokenizer, read_config, resolve_name
+from .generation import context_length
+from .load import LoadPlan, base_model, load_config, load_tokenizer, resolve_name
 
 QUANTIZATION = {"4bit": "nf4", "8bit": "int8"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -30,12 +32,12 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
-    if not hardware.probe().gpus:
+    if not gpus.probe().gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, once imported, writes to stdout
 
 
 def load_model(
-    name: str | Artifact,
+    name: str | ModelSource,
     *,
     quantization: Literal["4bit", "8bit"] | None = None,
     merge: bool = False,
@@ -56,118 +58,102 @@ def load_model(
     Raises:
         UserError: it cannot be found or loaded, or an option does not go with it.
     """
-    found = find(name) if isinstance(name, str) else name
-    if merge and (quantization or not found.adapter):
+    source = find(name) if isinstance(name, str) else name
+    if merge and (quantization or not source.adapter):
         what = "merging into a quantised base" if quantization else "there is no adapter to merge"
-        raise UserError(what, where=found.name, fix="leave merge out")
+        raise UserError(what, where=source.name, fix="leave merge out")
     for value, known in ((quantization or "4bit", QUANTIZATION), (dtype, ("auto", *DTYPES))):
         if value not in known:
-            raise UserError(f"{value!r} is not known", where=found.name, fix=f"one of {', '.join(known)}")
-    machine = hardware.probe()
+            raise UserError(f"{value!r} is not known", where=source.name, fix=f"one of {', '.join(known)}")
+    machine = gpus.probe()
     device = torch.device(device or ("cuda:0" if machine.gpus else "cpu"))
     if dtype == "auto":
-        dtype = "bfloat16" if hardware.computes_in_bf16("auto", machine) else "float32"
+        dtype = "bfloat16" if gpus.computes_in_bf16("auto", machine) else "float32"
     plan = LoadPlan(
-        name=resolve_name(found.base),
+        name=resolve_name(source.base),
         dtype=DTYPES[dtype],
         compute_dtype=DTYPES[dtype],
         quantization=QUANTIZATION.get(quantization),
         device_map={"": device},
-        skeleton=False,
         trust_remote_code=trust_remote_code,
     )
     model = base_model(plan)
     if plan.quantization:
-        _check_quantised(model, quantization, found)
-    if found.adapter:
-        model = with_adapter(model, found)
+        coverage.check_quantised(
+            model,
+            method=f"quantization {quantization}",
+            where=f"quantization, of {source.base}",
+            fix="leave quantization out",
+            say=partial(print, file=sys.stderr, flush=True),
+        )
+    if source.adapter:
+        model = with_adapter(model, source)
         model = model.merge_and_unload() if merge else model
-    return model.eval(), tokenizer_of(found, chat_template=chat_template, trust_remote_code=trust_remote_code)
-
-
-def _check_quantised(model: PreTrainedModel, quantization: str, found: Artifact) -> None:
-    note = coverage.check_quantised(
-        model,
-        asked=f"quantization {quantization}",
-        where=f"quantization, of {found.base}",
-        fix="leave quantization out",
-    )
-    if note:
-        print(f"quantization {quantization}: {note}", file=sys.stderr, flush=True)
+    return model.eval(), tokenizer_of(source, chat_template=chat_template, trust_remote_code=trust_remote_code)
 
 
 def load_stored(
-    name: str | Artifact, *, trust_remote_code: bool = False
+    name: str | ModelSource, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A model in host memory, its weights in the type that they are stored in, and its tokenizer.
 
     Raises:
         UserError: it cannot be found or loaded, or is stored in 8 or 4 bits.
     """
-    found = find(name) if isinstance(name, str) else name
-    source, cpu = resolve_name(found.base), torch.device("cpu")
-    config = TrainConfig(model_name_or_path=source, data_path="none", trust_remote_code=trust_remote_code)
-    if read_config(config).get("quantization_config"):
-        what = f"the weights of {found.base} are quantised"
-        raise UserError(what, where=found.name, fix="name the same model in full precision with --base")
-    plan = LoadPlan(
-        name=source,
-        dtype="auto",
-        compute_dtype=torch.float32,
-        quantization=None,
-        device_map={"": cpu},
-        skeleton=False,
-        trust_remote_code=trust_remote_code,
+    source = find(name) if isinstance(name, str) else name
+    base = resolve_name(source.base)
+    if load_config(base, trust_remote_code=trust_remote_code).to_dict().get("quantization_config"):
+        what = f"the weights of {source.base} are quantised"
+        raise UserError(what, where=source.name, fix="name the same model in full precision with --base")
+    device_map = {"": torch.device("cpu")}
+    model = base_model(
+        LoadPlan(base, "auto", torch.float32, device_map=device_map, trust_remote_code=trust_remote_code)
     )
-    model = base_model(plan)
-    model = with_adapter(model, found) if found.adapter else model
-    return model.eval(), tokenizer_of(found, trust_remote_code=trust_remote_code)
+    model = with_adapter(model, source) if source.adapter else model
+    return model.eval(), tokenizer_of(source, trust_remote_code=trust_remote_code)
 
 
-def with_adapter(model: PreTrainedModel, found: Artifact) -> PeftModel:
+def with_adapter(model: PreTrainedModel, source: ModelSource) -> PeftModel:
     """The adapter on its base.
 
     Raises:
         UserError: the two do not fit, or the adapter is damaged.
     """
-    if not any(found.adapter.glob("adapter_model.*")):
+    if not any(source.adapter.glob("adapter_model.*")):
         fix = "give a whole adapter, as it was saved"
-        raise UserError("the adapter has no weights: no adapter_model.safetensors", where=str(found.adapter), fix=fix)
+        raise UserError("the adapter has no weights: no adapter_model.safetensors", where=str(source.adapter), fix=fix)
     try:
-        return PeftModel.from_pretrained(model, str(found.adapter))
+        return PeftModel.from_pretrained(model, str(source.adapter))
     except (SafetensorError, OSError, TypeError) as error:
         what = f"the adapter cannot be read: {str(error).splitlines()[0]}"
-        raise UserError(what, where=str(found.adapter), fix="give a whole adapter, as it was saved") from None
+        raise UserError(what, where=str(source.adapter), fix="give a whole adapter, as it was saved") from None
     except (ValueError, RuntimeError, KeyError) as error:
-        what = f"the adapter does not fit its base {found.base}: {str(error).splitlines()[0]}"
-        raise UserError(what, where=str(found.adapter), fix="name the base that it was trained on") from None
+        what = f"the adapter does not fit its base {source.base}: {str(error).splitlines()[0]}"
+        raise UserError(what, where=str(source.adapter), fix="name the base that it was trained on") from None
 
 
-def rendering_of(found: Artifact) -> RenderOptions:
+def rendering_of(source: ModelSource) -> RenderOptions:
     """How conversations were rendered when it was trained: the template's variables, and what ends a turn."""
-    recipe = recipe_of(found)
+    recipe = recipe_of(source)
     return render_options(recipe) if recipe else RenderOptions()
 
 
-def context_of(found: Artifact, *, trust_remote_code: bool = False) -> int | None:
+def context_of(source: ModelSource, *, trust_remote_code: bool = False) -> int | None:
     """The most tokens that an artifact's base reads at once, where its config says so; loads no weights."""
-    name = resolve_name(found.base)
-    read_config(TrainConfig(model_name_or_path=name, data_path="none", trust_remote_code=trust_remote_code))
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context_length(load_config(resolve_name(source.base), trust_remote_code=trust_remote_code))
 
 
 def tokenizer_of(
-    found: Artifact, *, chat_template: str | None = None, trust_remote_code: bool = False
+    source: ModelSource, *, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of an artifact, which pads on the left.
 
     Checkpoints have none: theirs is that of their run, else the base's with the chat template of the run's recipe.
     """
-    name = found.tokenizer
-    recipe = None if found.own_tokenizer else recipe_of(found)
+    name = source.tokenizer
+    recipe = None if source.own_tokenizer else recipe_of(source)
     if recipe:
-        name = found.base if found.adapter else recipe.model_name_or_path
+        name = source.base if source.adapter else recipe.model_name_or_path
         chat_template = chat_template or recipe.chat_template
     config = TrainConfig(
         model_name_or_path=name, data_path="none", chat_template=chat_template, trust_remote_code=trust_remote_code

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -51,10 +52,10 @@ class LoadPlan:
     name: str
     dtype: torch.dtype | Literal["auto"]
     compute_dtype: torch.dtype
-    quantization: str | None
-    device_map: dict | None
-    skeleton: bool
-    trust_remote_code: bool
+    quantization: str | None = None
+    device_map: dict | None = None
+    skeleton: bool = False
+    trust_remote_code: bool = False
 
 
 def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> LoadPlan:
@@ -194,14 +195,11 @@ def load_model(plan: LoadPlan, config: TrainConfig, *, say: Say = silent) -> tor
 
 
 def _check_quantised(model: torch.nn.Module, config: TrainConfig, say: Say) -> None:
-    note = coverage.check_quantised(
-        model,
-        asked=f"method {config.method}",
-        where=f"method, with {config.model_name_or_path}",
-        fix="use method: lora, or full; fsdp and zero3 shard what does not fit",
+    where, fix = (
+        f"method, with {config.model_name_or_path}",
+        "use method: lora, or full; fsdp and zero3 shard what does not fit",
     )
-    if note:
-        say(f"method {config.method}: {note}")
+    coverage.check_quantised(model, method=f"method {config.method}", where=where, fix=fix, say=say)
 
 
 def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool, say: Say = silent) -> torch.nn.Module:
@@ -229,7 +227,7 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = sil
     """
     reached = reach(model)
     if config.packing != "none":
-        use_packed_attention(model, plain="attention" in config.plain_parts)
+        use_packed_attention(model, plain="attention" in config.disable_fused)
     _checkpoint_layers(model, config.gradient_checkpointing)
     if config.uses_lora:
         model = with_lora(model, config, reached, say)
@@ -303,19 +301,27 @@ def base_model(plan: LoadPlan) -> torch.nn.Module:
 
 
 def _skeleton(plan: LoadPlan) -> torch.nn.Module:
-    with loading(plan.name):
-        config = AutoConfig.from_pretrained(plan.name, trust_remote_code=plan.trust_remote_code)
+    config = load_config(plan.name, trust_remote_code=plan.trust_remote_code)
     with init_empty_weights(include_buffers=False):  # buffers that are not in a checkpoint keep their values
         model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
     model.tie_weights()
     return model
 
 
+def load_config(name: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a model's folder or hub name.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    with loading(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
 def read_config(config: TrainConfig) -> dict:
     """The content of the model's config.json, with what its type adds."""
     name = resolve_name(config.model_name_or_path)
-    with loading(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).to_dict()
+    return load_config(name, trust_remote_code=config.trust_remote_code).to_dict()
 
 
 def _give_addresses(model: torch.nn.Module) -> None:
@@ -341,8 +347,8 @@ def loading(name: str):
             raise
         if needs_its_code(error):
             raise untrusted(name, where=f"model_name_or_path {name}") from None
-        said, there = " ".join(str(error).split())[:300], Path(name).is_dir()
-        what = f"cannot load the model: {'' if there else f'there is no folder {name} here, and of the hub: '}{said}"
+        problem, there = " ".join(str(error).split())[:300], Path(name).is_dir()
+        what = f"cannot load the model: {'' if there else f'there is no folder {name} here, and of the hub: '}{problem}"
         if Path(name).is_absolute() and not there:  # transformers takes it for a name on the hub
             what = f"there is no folder {name}"
         raise UserError(

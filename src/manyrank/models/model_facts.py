@@ -18,7 +18,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..runs.mapping_files import read_json_object
+from .spec import ConfigReader
 from .tiny import EMBEDDED, default_folder
 
 # Layers in which the bounds of documents hold: attention looks at them, and nothing else mixes tokens.
@@ -48,9 +49,13 @@ class ModelFacts:
         return self._json("config.json")
 
     @cached_property
+    def get(self) -> ConfigReader:
+        return ConfigReader(self.whole, self.place("config.json"))
+
+    @property
     def config(self) -> dict[str, Any]:
         """config.json, for a model of several parts that of its text."""
-        return {**self.whole, **_mapping(self.whole.get("text_config"))}
+        return self.get.config
 
     @cached_property
     def generation(self) -> dict[str, Any]:
@@ -68,17 +73,17 @@ class ModelFacts:
     @property
     def dtype(self) -> str:
         """Of the weights, as config.json has it: bfloat16, float16, float32; empty where it does not say."""
-        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "").removeprefix("torch.")
+        return str(self.get("dtype", "torch_dtype", default="")).removeprefix("torch.")
 
     @property
     def layers(self) -> int | None:
-        return self.config.get("num_hidden_layers") or self.config.get("n_layer")
+        return self.get("num_hidden_layers", "n_layer")
 
     @property
     def positions(self) -> int | None:
         """Tokens that the model has positions for, stretched as its rope says."""
-        most = self.config.get("max_position_embeddings") or self.config.get("n_positions")
-        rope = _mapping(self.config.get("rope_parameters") or self.config.get("rope_scaling"))
+        most = self.get("max_position_embeddings", "n_positions")
+        rope = _mapping(self.get("rope_parameters", "rope_scaling"))
         original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
         if isinstance(factor, int | float) and (original or rope.get("type", rope.get("rope_type")) != "default"):
             # Some write the stretched number into max_position_embeddings, some the original one.
@@ -88,11 +93,11 @@ class ModelFacts:
     @property
     def head_widths(self) -> tuple[int, ...]:
         """Of queries, of values, and of heads that some layers have instead; empty where the files do not say."""
-        get = self.config.get
+        get = self.get
         if get("kv_lora_rank") and get("v_head_dim"):  # latent attention
             return (get("qk_nope_head_dim") or 0) + (get("qk_rope_head_dim") or 0), get("v_head_dim")
-        heads = get("num_attention_heads") or get("n_head")
-        width = get("head_dim") or (heads and (get("hidden_size") or get("n_embd") or 0) // heads)
+        heads = get("num_attention_heads", "n_head")
+        width = get("head_dim") or (heads and (get("hidden_size", "n_embd") or 0) // heads)
         others = [get("global_head_dim")] if get("global_head_dim") else []
         return (width, get("v_head_dim") or width, *others) if width else ()
 
@@ -107,8 +112,8 @@ class ModelFacts:
 
     @property
     def ties_embeddings(self) -> bool:
-        if (said := self.whole.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))) is not None:
-            return bool(said)
+        if (tied := self.whole.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))) is not None:
+            return bool(tied)
         return bool(self.weights) and not any(weight.endswith("lm_head.weight") for weight in self.weights)
 
     @property
@@ -118,7 +123,7 @@ class ModelFacts:
             return file.read_text(encoding="utf-8")
         own = self._json("chat_template.json").get("chat_template") or self.tokenizer.get("chat_template")
         if isinstance(own, list):
-            return next((one["template"] for one in own if one.get("name") == "default"), None)
+            return next((entry["template"] for entry in own if entry.get("name") == "default"), None)
         return own
 
     @property
@@ -191,7 +196,7 @@ class ModelFacts:
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.find(name)
-        return _read(file) if file else {}
+        return read_json_object(file, fix="give the files of a whole model") if file else {}
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -215,20 +220,10 @@ def _cached(name: str, file: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, file)
+        file_path = try_to_load_from_cache(name, file)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError("not a JSON object", where=str(file), fix="give the files of a whole model")
-    return content
+    return Path(file_path) if isinstance(file_path, str) else None
 
 
 def _header(file: Path) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from accelerate import init_empty_weights
 from accelerate.state import AcceleratorState
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.integrations import unset_hf_deepspeed_config
 
 from ..config.resolve import TrainConfig
 from ..errors import UserError
-from .load import loading, resolve_name
+from .generation import context_length
+from .load import load_config, loading, resolve_name
 
 OFFSETS = 16  # rows of a table that stand for no position; OPT and BART have two
 
@@ -39,9 +40,8 @@ def check_lengths(config: TrainConfig, lengths: Sequence[int], own: torch.nn.Mod
     if own is not None:
         positions = table_of(own)
     else:
-        with loading(name):
-            shape = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        known = _positions(shape)
+        shape = load_config(name, trust_remote_code=config.trust_remote_code)
+        known = context_length(shape)
         if known is None or longest <= known:  # no need to look
             return
         with loading(name), _apart():
@@ -55,15 +55,11 @@ def check_lengths(config: TrainConfig, lengths: Sequence[int], own: torch.nn.Mod
 
 def table_of(model: torch.nn.Module) -> int | None:
     """The positions of a model's table; None where it has none, or its config does not say how many it has."""
-    positions = _positions(model.config)
+    positions = context_length(model.config)
     if positions is None:
         return None
     sizes = {*_embeddings(model), *_looked_up(model)}
     return positions if any(0 <= size - positions <= OFFSETS for size in sizes) else None
-
-
-def _positions(config) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _embeddings(model: torch.nn.Module) -> Iterator[int]:

@@ -41,11 +41,11 @@ def reach(model: torch.nn.Module) -> Reach | None:
     Args:
         model: without adapters; its weights may be quantised, sharded by DeepSpeed, or on the meta device.
     """
-    found = _first(model, SHORT)
-    if found and not all(name in found.parameters for name, _ in model.named_parameters(remove_duplicate=False)):
+    short = _first(model, SHORT)
+    if short and not all(name in short.parameters for name, _ in model.named_parameters(remove_duplicate=False)):
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return _first(model, min(LONG, positions) if isinstance(positions, int) else LONG)
-    return found
+    return short
 
 
 def _first(model: torch.nn.Module, tokens: int) -> Reach | None:
@@ -105,16 +105,16 @@ def _forward(sketch: torch.nn.Module, tokens: int, attention: str | None) -> Rea
 
 def _leaves(tensor: torch.Tensor) -> set[int]:
     """Ids of the parameters that a tensor depends on, read from its graph."""
-    seen, found, waiting = set(), set(), [tensor.grad_fn]
+    seen, leaves, waiting = set(), set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            leaves.add(id(node.variable))
         waiting += [following for following, _ in node.next_functions]
-    return found
+    return leaves
 
 
 def unreached_modules(model: torch.nn.Module, reached: Reach) -> list[str]:
@@ -129,7 +129,7 @@ def unreached_modules(model: torch.nn.Module, reached: Reach) -> list[str]:
     holders = {part for name, parameters in own.items() if parameters for part in _ancestry(name)}
     top = [name for name in own if name in holders - alive and name.rpartition(".")[0] not in holders - alive]
     patterns = {name: _pattern(name) for name in top}
-    clash = {p for p in set(patterns.values()) if any(re.fullmatch(p, other) for other in alive)}
+    clash = {p for p in set(patterns.values()) if any(re.fullmatch(p, alive_name) for alive_name in alive)}
     # Where layers of one name differ, each is named.
     return list(dict.fromkeys(re.escape(name) if p in clash else p for name, p in patterns.items()))
 
@@ -153,5 +153,5 @@ def within(names: Iterable[str], model: torch.nn.Module) -> str:
 
 def kinds(names: Iterable[str]) -> str:
     """Names for people: those that differ by numbers only as one."""
-    found = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
-    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    distinct = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+    return ", ".join(distinct[:4]) + (f" and {len(distinct) - 4} more" if len(distinct) > 4 else "")

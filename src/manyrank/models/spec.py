@@ -96,7 +96,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModelSpec:
     """A causal language model. Widths are in elements; `head_as_is` says that logits are a plain product."""
 
     name: str
@@ -190,11 +190,12 @@ FAMILIES = {
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-class _Reader:
-    """The keys of a config under their several names."""
+class ConfigReader:
+    """The keys of a config.json under their several names; for a model of several parts those of its text count."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.config, self.where = config, where
+        text = config.get("text_config")
+        self.config, self.where = {**config, **(text if isinstance(text, dict) else {})}, where
 
     def __call__(self, *names: str, default: Any = None) -> Any:
         for name in names:
@@ -210,7 +211,7 @@ class _Reader:
         return value
 
 
-def from_config(config: Mapping[str, Any], *, name: str, where: str = "config.json") -> Architecture:
+def from_config(config: Mapping[str, Any], *, name: str, where: str = "config.json") -> ModelSpec:
     """Read a config.json's content.
 
     Raises:
@@ -223,9 +224,8 @@ def from_config(config: Mapping[str, Any], *, name: str, where: str = "config.js
         raise UserError(what, where=where, fix="give the config.json of a causal language model") from None
 
 
-def _from_config(config: Mapping[str, Any], *, name: str, where: str) -> Architecture:
-    config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
-    get = _Reader(config, where)
+def _from_config(config: Mapping[str, Any], *, name: str, where: str) -> ModelSpec:
+    get = ConfigReader(config, where)
     model_type = get("model_type", default="")
     model_type = model_type if model_type in FAMILIES else model_type.removesuffix("_text")
     model_type = "gemma3_text" if model_type == "gemma3" else model_type
@@ -234,7 +234,7 @@ def _from_config(config: Mapping[str, Any], *, name: str, where: str) -> Archite
     head_dim = get.width("head_dim", default=family.head_dim or hidden // get.width("num_attention_heads", "n_head"))
     norm = hidden * (2 if family.norm == "layer" else 1)
     rope = get("qk_rope_head_dim", default=int(head_dim * (get("partial_rotary_factor") or 1)))
-    return Architecture(
+    return ModelSpec(
         name=name,
         model_type=model_type,
         hidden=hidden,
@@ -248,11 +248,11 @@ def _from_config(config: Mapping[str, Any], *, name: str, where: str) -> Archite
         rope=rope,
         max_positions=get("max_position_embeddings", "n_positions"),
         guessed=model_type not in FAMILIES,
-        config=config,
+        config=get.config,
     )
 
 
-def _layers(get: _Reader, family: Family, *, hidden: int, head_dim: int, norm: int) -> Iterator[Layer]:
+def _layers(get: ConfigReader, family: Family, *, hidden: int, head_dim: int, norm: int) -> Iterator[Layer]:
     depth = get.width("num_hidden_layers", "n_layer")
     kinds: dict[tuple, int] = {}
     for index in range(depth):
@@ -272,7 +272,7 @@ def _layers(get: _Reader, family: Family, *, hidden: int, head_dim: int, norm: i
         )
 
 
-def _is_sparse(get: _Reader, index: int) -> bool:
+def _is_sparse(get: ConfigReader, index: int) -> bool:
     if not get("num_local_experts", "num_experts", "n_routed_experts"):
         return False
     if index < (get("first_k_dense_replace") or 0) or index in (get("mlp_only_layers") or ()):
@@ -280,7 +280,7 @@ def _is_sparse(get: _Reader, index: int) -> bool:
     return (index + 1) % (get("decoder_sparse_step") or 1) == 0 and index % (get("moe_layer_freq") or 1) == 0
 
 
-def _window(get: _Reader, index: int) -> int | None:
+def _window(get: ConfigReader, index: int) -> int | None:
     window = get("sliding_window")
     if not window or get("use_sliding_window") is False:
         return None
@@ -293,7 +293,7 @@ def _window(get: _Reader, index: int) -> int | None:
     return window if index >= (get("max_window_layers") or 0) or not get("use_sliding_window") else None
 
 
-def _attention(get: _Reader, family: Family, *, hidden: int, head_dim: int, window: int | None):
+def _attention(get: ConfigReader, family: Family, *, hidden: int, head_dim: int, window: int | None):
     """The widths, the matrices by name, and the parameters of norms and sinks."""
     heads = get.width("num_attention_heads", "n_head")
     bias = bool(get("attention_bias", "use_bias", default=get("model_type") == "gpt_oss"))
@@ -321,7 +321,7 @@ def _attention(get: _Reader, family: Family, *, hidden: int, head_dim: int, wind
     return Attention(heads, query, key, key, window, normed=normed), linears, extra + sinks
 
 
-def _latent_attention(get: _Reader, *, hidden: int, heads: int, bias: bool, window: int | None):
+def _latent_attention(get: ConfigReader, *, hidden: int, heads: int, bias: bool, window: int | None):
     rotary, plain = get.width("qk_rope_head_dim"), get.width("qk_nope_head_dim")
     value, rank, query_rank = get.width("v_head_dim"), get.width("kv_lora_rank"), get("q_lora_rank")
     query = heads * (rotary + plain)
@@ -338,7 +338,7 @@ def _latent_attention(get: _Reader, *, hidden: int, heads: int, bias: bool, wind
     return Attention(heads, query, query, heads * value, window, latent=latent), linears, sum(latent)
 
 
-def _mlp(get: _Reader, family: Family, *, hidden: int, sparse: bool):
+def _mlp(get: ConfigReader, family: Family, *, hidden: int, sparse: bool):
     """The matrices by name, the experts, and the parameters of the router."""
     if not sparse:
         return _dense(get, family, hidden, get.width("intermediate_size", "n_inner", default=4 * hidden)), None, 0
@@ -357,7 +357,7 @@ def _mlp(get: _Reader, family: Family, *, hidden: int, sparse: bool):
     return shared, Experts(number, per_token, hidden, width, biases=oss), router
 
 
-def _dense(get: _Reader, family: Family, hidden: int, inner: int) -> dict[str, Linear]:
+def _dense(get: ConfigReader, family: Family, hidden: int, inner: int) -> dict[str, Linear]:
     bias = bool(get("mlp_bias", "use_bias"))
     if family.plain_mlp:
         first, second = family.plain_mlp

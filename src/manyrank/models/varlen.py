@@ -84,5 +84,5 @@ def arguments(
 
 def attend(query, key, value, bounds, longest, *, scaling: float | None, window: int | None) -> torch.Tensor:
     """Causal attention inside each document, (1, tokens, heads, width); see `arguments`."""
-    given, named = arguments(query, key, value, bounds, longest, scaling=scaling, window=window, grouped=GROUPED)
-    return varlen_attn(*given, **named).unsqueeze(0)
+    positional, named = arguments(query, key, value, bounds, longest, scaling=scaling, window=window, grouped=GROUPED)
+    return varlen_attn(*positional, **named).unsqueeze(0)

@@ -27,7 +27,7 @@ from ..config.resolve import TrainConfig
 from ..errors import UserError
 from ..project_files import asset
 from ..topology.ranks import Topology
-from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
+from ..topology.strategies import EngineKind, Strategy, default_strategy, named_strategy
 from . import compile_locks
 from .fsdp_on_cpu import promote_to_fsdp
 
@@ -50,7 +50,7 @@ def config_environment(strategy: Strategy, world_size: int) -> dict[str, str]:
     config = asset("accelerate_configs", f"{strategy}.yaml")
     argv = ["--config_file", str(config), "--num_processes", str(world_size), "--num_machines", "1"]
     argv += ["--main_process_port", "0", "-m", "manyrank.train"]
-    if strategy.engine is Engine.DEEPSPEED:
+    if strategy.engine is EngineKind.DEEPSPEED:
         argv[2:2] = ["--deepspeed_config_file", str(asset("ds_configs", f"{strategy}.json"))]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
     if args.use_deepspeed:
@@ -63,13 +63,13 @@ def config_environment(strategy: Strategy, world_size: int) -> dict[str, str]:
     return {key: value for key, value in environment.items() if key.startswith(PREFIXES)}
 
 
-def start(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
+def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
     """Start the process group and the Accelerator, and check that they are what the recipe asks for.
 
     Raises:
         UserError: the strategy needs a launcher or a GPU, or another one was started than asked for.
     """
-    strategy = STRATEGIES[config.strategy] if config.strategy else None
+    strategy = named_strategy(config.strategy)
     if not launched_by_accelerate():
         strategy = strategy or default_strategy(topology.world_size)
         os.environ.update(config_environment(strategy, topology.world_size))
@@ -118,10 +118,10 @@ def _parallelism(config: TrainConfig, strategy: Strategy | None, topology: Topol
     replicas, shards = copies(config, topology)
     sizes = {"dp_replicate": replicas, "dp_shard": shards, "tp": 1, "cp": 1, "sp": 1}
     for key, size in sizes.items():
-        told = os.environ.get(f"PARALLELISM_CONFIG_{key.upper()}_SIZE", "1")
-        if told not in ("1", str(size)):  # 1 is also what accelerate says where nobody said anything
+        value = os.environ.get(f"PARALLELISM_CONFIG_{key.upper()}_SIZE", "1")
+        if value not in ("1", str(size)):  # 1 is also what accelerate says where nobody said anything
             fix = "leave the sizes out; --hsdp_shard_size is the one there is"
-            raise UserError(f"{key}_size is {told}, not {size}", where=where, fix=fix)
+            raise UserError(f"{key}_size is {value}, not {size}", where=where, fix=fix)
     # accelerate 1.15 takes the flattened dimension dp_shard_cp out of the mesh (fsdp2_prepare_model), on every rank.
     warnings.filterwarnings("ignore", "Slicing a flattened dim from root mesh", category=UserWarning)
     return ParallelismConfig(**{f"{key}_size": size for key, size in sizes.items()})
@@ -173,15 +173,19 @@ def _check(
     accelerator: Accelerator, config: TrainConfig, strategy: Strategy | None, topology: Topology, *, bf16: bool
 ) -> None:
     """Compare what accelerate started with what the recipe asks for; several of the libraries fall back without a word."""
-    found = {"processes": accelerator.num_processes, "precision": _precision(accelerator)}
-    asked = {"processes": topology.world_size, "precision": "bf16" if bf16 else "no"}
+    active = {"processes": accelerator.num_processes, "precision": _precision(accelerator)}
+    expected = {"processes": topology.world_size, "precision": "bf16" if bf16 else "no"}
     if strategy:
-        found |= {"type": accelerator.distributed_type.value, "ZeRO stage": _zero_stage(accelerator)}
-        asked |= {"type": _types(strategy.engine, topology), "ZeRO stage": strategy.zero_stage}
-        found |= {"mesh of processes": _mesh(accelerator)}
-        asked |= {"mesh of processes": copies(config, topology) if strategy.replicas else ()}
-        asked["type"] = found["type"] if found["type"] in asked["type"] else asked["type"][0]
-    differ = [f"{key} {found[key]}, but the recipe asks for {asked[key]}" for key in asked if found[key] != asked[key]]
+        active |= {"type": accelerator.distributed_type.value, "ZeRO stage": _zero_stage(accelerator)}
+        expected |= {"type": _types(strategy.engine, topology), "ZeRO stage": strategy.zero_stage}
+        active |= {"mesh of processes": _mesh(accelerator)}
+        expected |= {"mesh of processes": copies(config, topology) if strategy.replicas else ()}
+        expected["type"] = active["type"] if active["type"] in expected["type"] else expected["type"][0]
+    differ = [
+        f"{key} {active[key]}, but the recipe asks for {expected[key]}"
+        for key in expected
+        if active[key] != expected[key]
+    ]
     if differ:
         raise UserError(
             f"accelerate started {'; '.join(differ)}",
@@ -190,11 +194,11 @@ def _check(
         )
 
 
-def _types(engine: Engine, topology: Topology) -> list[str]:
-    if engine is Engine.DDP:
-        return [Engine.DDP, "MULTI_CPU"] + ([Engine.SINGLE] if topology.world_size == 1 else [])
-    if engine is Engine.SINGLE and topology.world_size == 1:  # of one process, but started by torchrun
-        return [Engine.SINGLE, Engine.DDP, "MULTI_CPU"]
+def _types(engine: EngineKind, topology: Topology) -> list[str]:
+    if engine is EngineKind.DDP:
+        return [EngineKind.DDP, "MULTI_CPU"] + ([EngineKind.SINGLE] if topology.world_size == 1 else [])
+    if engine is EngineKind.SINGLE and topology.world_size == 1:  # of one process, but started by torchrun
+        return [EngineKind.SINGLE, EngineKind.DDP, "MULTI_CPU"]
     return [engine]
 
 

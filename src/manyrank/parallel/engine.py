@@ -1,7 +1,7 @@
 """How a step runs, and how full tensors are read and written, under each family of strategies.
 
-The trainer speaks to a `Runtime` and knows no backend. `Runtime` itself is one process or DDP, `FsdpRuntime` FSDP2 and
-`ZeroRuntime` DeepSpeed. Full tensors go by the parameter names of the unwrapped model, so that what one strategy
+The trainer speaks to an `Engine` and knows no backend. `Engine` itself is one process or DDP, `FsdpEngine` FSDP2 and
+`DeepSpeedEngine` DeepSpeed. Full tensors go by the parameter names of the unwrapped model, so that what one strategy
 writes another can read.
 """
 
@@ -29,7 +29,7 @@ OptimizerState = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Facts:
+class StrategyInfo:
     """What really came up: written to the run folder, and asserted by `manyrank verify`."""
 
     distributed_type: str
@@ -65,7 +65,7 @@ class _Arrivals:
         self.names.add(name)
 
 
-class Runtime:
+class Engine:
     """One prepared model and optimizer: run steps, read and write full state. Single process or DDP."""
 
     keeps_parameters = True  # the optimizer works on the model's own parameters
@@ -202,10 +202,10 @@ class Runtime:
 
     # Facts
 
-    def facts(self) -> Facts:
+    def facts(self) -> StrategyInfo:
         base = [p for name, p in self.model.named_parameters() if ".lora_" not in name]
         here = torch.tensor([sum(self._bytes_here(p) for p in base)], device=self.accelerator.device)
-        return Facts(
+        return StrategyInfo(
             distributed_type=self.accelerator.distributed_type.value,
             wrapper=type(self.wrapped).__name__,
             world_size=self.accelerator.num_processes,
@@ -222,7 +222,7 @@ class Runtime:
         return self._bytes(parameter)
 
 
-class FsdpRuntime(Runtime):
+class FsdpEngine(Engine):
     """FSDP2: parameters and optimizer state are DTensors."""
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
@@ -282,7 +282,7 @@ class FsdpRuntime(Runtime):
         value = value.to(device=parameter.device, dtype=parameter.dtype)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
-    def facts(self) -> Facts:
+    def facts(self) -> StrategyInfo:
         (mesh,) = {p.device_mesh for p in self.model.parameters() if isinstance(p, DTensor)}
         return replace(super().facts(), mesh=tuple(mesh.shape))
 
@@ -290,7 +290,7 @@ class FsdpRuntime(Runtime):
         return self._bytes(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
 
 
-class ZeroRuntime(Runtime):
+class DeepSpeedEngine(Engine):
     """DeepSpeed ZeRO: the engine clips, checks and steps; full state goes through its own safe_* functions."""
 
     keeps_parameters = False
@@ -371,9 +371,9 @@ class ZeroRuntime(Runtime):
             elif "step" in state:
                 state["step"] = int(steps)
 
-    def facts(self) -> Facts:
+    def facts(self) -> StrategyInfo:
         facts = super().facts().as_dict()
-        return Facts(**{**facts, "precision": "bf16" if self.wrapped.bfloat16_enabled() else "no"})
+        return StrategyInfo(**{**facts, "precision": "bf16" if self.wrapped.bfloat16_enabled() else "no"})
 
     def _bytes(self, parameter: torch.Tensor) -> int:
         return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
@@ -383,7 +383,7 @@ class ZeroRuntime(Runtime):
         return shard.numel() * shard.element_size()
 
 
-def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Runtime:
+def prepare_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
     """Wrap model and optimizer for the accelerator's strategy."""
-    families = {DistributedType.FSDP: FsdpRuntime, DistributedType.DEEPSPEED: ZeroRuntime}
-    return families.get(accelerator.distributed_type, Runtime)(accelerator, model, optimizer)
+    families = {DistributedType.FSDP: FsdpEngine, DistributedType.DEEPSPEED: DeepSpeedEngine}
+    return families.get(accelerator.distributed_type, Engine)(accelerator, model, optimizer)

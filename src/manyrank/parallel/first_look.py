@@ -51,6 +51,6 @@ def _layer(name: str) -> str:
 def _fix(names: Collection[str], trained: Mapping[str, torch.Tensor]) -> str:
     """The targets that all get one, where the names of layers can say it; and a strategy that does not wait."""
     last = {name: _layer(name).rpartition(".")[2] for name in trained if ".lora_" in name}
-    kept = sorted(set(last.values()) - {last.get(name) for name in names})
+    targets = sorted(set(last.values()) - {last.get(name) for name in names})
     instead = "use one process: --strategy single --nproc 1"
-    return f"give --lora_target_modules '[{','.join(kept)}]', or {instead}" if kept else instead
+    return f"give --lora_target_modules '[{','.join(targets)}]', or {instead}" if targets else instead

@@ -23,17 +23,17 @@ GATES = ("gate_proj", "up_proj", "gate_up_proj")
 
 def saved(run: PlannedRun) -> int:
     """Bytes between forward and backward of a micro-batch, head and loss not counted."""
-    tokens, kept, computed_again = run.tokens, 0, run.checkpointed
+    tokens, size, recomputed = run.tokens, 0, run.checkpointed
     sizes = {id(layer): of_layer(run, layer) for layer in run.shape.layers}
     for index, layer in enumerate(run.shape.each()):
-        if index < computed_again:
-            kept += tokens * (stream(run) + _out_of_reach(run, layer))
+        if index < recomputed:
+            size += tokens * (stream(run) + _out_of_reach(run, layer))
         else:
             # The first layer's input needs no gradient where the embedding is frozen, so its norm keeps nothing.
             first = 0 if index or run.full else tokens * FLOAT * run.shape.hidden
-            kept += sizes[id(layer)] - first
+            size += sizes[id(layer)] - first
     outside = tokens * (_norm(run, run.shape.hidden) + (INDEX if run.full else 0)) + _rotary(run)
-    return kept + outside + _cast_weights(run, checkpointed=False)
+    return size + outside + _cast_weights(run, checkpointed=False)
 
 
 def again(run: PlannedRun, layer: Layer) -> int:
@@ -72,28 +72,28 @@ def _norm(run: PlannedRun, width: int) -> int:
     kind = run.shape.norm
     if kind == "layer":  # one operation of torch: its input, mean and inverse deviation
         return width * (FLOAT if run.autocast else run.compute) + 2 * FLOAT
-    kept = FLOAT * width * (2 if kind == "centred" else 1) + FLOAT  # its input, and the inverse root
+    size = FLOAT * width * (2 if kind == "centred" else 1) + FLOAT  # its input, and the inverse root
     if not run.full:
-        return kept
+        return size
     wide = run.autocast or kind != "rms"
-    return kept + width * (FLOAT if wide else run.compute)
+    return size + width * (FLOAT if wide else run.compute)
 
 
 def _norms(run: PlannedRun, layer: Layer) -> int:
-    kept = layer.norms * _norm(run, run.shape.hidden) + sum(_norm(run, width) for width in layer.attention.latent)
-    return kept + (_norm(run, layer.attention.normed) if layer.attention.normed else 0)
+    size = layer.norms * _norm(run, run.shape.hidden) + sum(_norm(run, width) for width in layer.attention.latent)
+    return size + (_norm(run, layer.attention.normed) if layer.attention.normed else 0)
 
 
 def _learns(run: PlannedRun, layer: Layer, *names: str) -> int:
     """How many of these matrices keep their input."""
-    mine = layer.linears if run.full else run.adapted(layer)
-    return sum(name in mine for name in names)
+    trained = layer.linears if run.full else run.adapted(layer)
+    return sum(name in trained for name in names)
 
 
 def _inputs(run: PlannedRun, layer: Layer, width: int, *names: str) -> int:
     """Bytes of an input that these matrices share."""
     learn = _learns(run, layer, *names)
-    if "lora" in run.config.plain_parts and not run.full:  # peft casts the input of each adapter for itself
+    if "lora" in run.config.disable_fused and not run.full:  # peft casts the input of each adapter for itself
         mask = 1 if run.config.lora_dropout else 0
         return learn * width * (run.compute + mask)
     if run.config.lora_dropout and not run.full:  # each adapter has dropped inputs of its own, and their mask
@@ -114,12 +114,12 @@ def _attention(run: PlannedRun, layer: Layer) -> int:
     # Values are a part of what one matrix gives, and keep all of it.
     fused = next((layer.linears[name] for name in ("kv_b_proj", "qkv_proj") if name in layer.linears), None)
     value = fused.outputs if fused else width.value
-    kept = compute * (width.query + width.key + value + width.output) + FLOAT * width.heads
-    kept += _scores(run, layer)
+    size = compute * (width.query + width.key + value + width.output) + FLOAT * width.heads
+    size += _scores(run, layer)
     # On a GPU in 16 bits all documents are one call, whose output o_proj takes as it is; else those of each are joined.
     joined = not (run.gpu and run.bf16) or run.shape.soft_capped or bool(run.config.lora_dropout)
-    joined = joined or "lora" in run.config.plain_parts
-    return entries + kept + (_inputs(run, layer, width.output, "o_proj") if joined else 0)
+    joined = joined or "lora" in run.config.disable_fused
+    return entries + size + (_inputs(run, layer, width.output, "o_proj") if joined else 0)
 
 
 def _scores(run: PlannedRun, layer: Layer) -> int:
@@ -154,13 +154,13 @@ def _experts(run: PlannedRun, layer: Layer) -> int:
     # Gate and up, act(gate), what comes out; also the chosen rows and the product, where something learns from them.
     row = experts.hidden + 3 * experts.intermediate
     row += experts.hidden + experts.intermediate if adapted or run.full else 0
-    kept = tokens * experts.per_token * (row * compute + 3 * INDEX)
-    kept += tokens * (FLOAT * experts.number + INDEX * experts.per_token)
+    size = tokens * experts.per_token * (row * compute + 3 * INDEX)
+    size += tokens * (FLOAT * experts.number + INDEX * experts.per_token)
     if run.autocast or adapted:  # peft 0.21 adds adapters to the weights themselves (ParamWrapper)
-        kept += experts.weights * compute
+        size += experts.weights * compute
     if adapted and compute < FLOAT:
-        kept += sum(run.expert_adapters(layer)) * compute
-    return kept
+        size += sum(run.expert_adapters(layer)) * compute
+    return size
 
 
 def _rotary(run: PlannedRun) -> int:

@@ -18,12 +18,12 @@ from ..config.args import CommandLine, Job, Parser, Where, parse, parser
 from ..config.resolve import Entry, Resolved, TrainConfig, normal, resolve
 from ..errors import UserError
 from ..models.catalog import read
-from ..models.spec import Architecture
+from ..models.spec import ModelSpec
 from ..models.tiny import EMBEDDED, ensure
-from ..rules.check import violations
+from ..rules.check import find_violations
 from ..rules.context import RunContext
-from ..topology import gpus as hardware
-from ..topology.gpus import Gpu, Hardware
+from ..topology import gpus
+from ..topology.gpus import GpuKind
 from ..topology.strategies import default_strategy
 from .planner import Plan, make_plan, scaling, with_micro_batch
 from .view import as_text, as_values
@@ -49,7 +49,7 @@ BYTES_A_TOKEN = 4  # of text in a data file, about
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanOptions:
     """The command line of a plan: the recipe's part, and what is the plan's alone."""
 
     line: CommandLine
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_model(name: str) -> Architecture:
+def read_model(name: str) -> ModelSpec:
     """The shape of the model that a recipe names.
 
     Raises:
@@ -96,7 +96,7 @@ def read_model(name: str) -> Architecture:
     return replace(read(str(ensure())), name=name) if name == EMBEDDED else read(name)
 
 
-def _parse(argv: Sequence[str]) -> Asked:
+def _parse(argv: Sequence[str]) -> PlanOptions:
     own, rest = _options(Parser(prog=PROG, add_help=False, allow_abbrev=False)).parse_known_args(_spelt(argv))
     nodes = _nodes(own.nnodes)
     if own.gpu == "":
@@ -108,7 +108,7 @@ def _parse(argv: Sequence[str]) -> Asked:
         raise UserError(
             "a plan starts nothing", where="command line", fix="of the launch leave all but --nproc and --nnodes out"
         )
-    return Asked(line, own, nodes)
+    return PlanOptions(line, own, nodes)
 
 
 def _spelt(argv: Sequence[str]) -> list[str]:
@@ -158,7 +158,7 @@ def _help() -> str:
 
 
 def _kinds() -> str:
-    return ", ".join(kind.name for kind in hardware.GPU_KINDS)
+    return ", ".join(kind.name for kind in gpus.GPU_KINDS)
 
 
 def _size(text: str) -> int:
@@ -231,7 +231,7 @@ def _check_speeds(own: argparse.Namespace, nodes: list[int], context: RunContext
 def _against(plan: Plan) -> list[str]:
     """What `manyrank train` would refuse of the recipe, as far as it can be told without its data."""
     run = plan.chosen.run
-    found = [v for v in violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
+    found = [v for v in find_violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
     if not run.trainable:
         raise UserError(
             "no matrix of the model has such a name", where="lora_target_modules", fix="name some, or all-linear"
@@ -239,29 +239,27 @@ def _against(plan: Plan) -> list[str]:
     return [f"{violation.rule.name}: {violation.what}" for violation in found]
 
 
-def _context(asked: Asked, resolved: Resolved) -> RunContext:
+def _context(asked: PlanOptions, resolved: Resolved) -> RunContext:
     """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
-    own, here, nproc = asked.own, hardware.probe(), asked.line.where.nproc
+    own, here, nproc = asked.own, gpus.probe(), asked.line.where.nproc
     if own.gpu or not here.gpus or own.gpu_memory:
         nproc = nproc or 1
-        here = Hardware((_planned_gpu(own),) * nproc, cpu_cores=nproc, cpu_bf16=False)
+        here = gpus.planned_hardware(nproc, _kind(own), memory=own.gpu_memory)
     nproc = nproc or len(here.gpus)
     smallest = here.smallest_gpu
     if own.network and smallest and smallest.kind:
-        kind = hardware.with_network(smallest.kind, gbit=own.network, gpus=nproc)
+        kind = gpus.with_network(smallest.kind, gbit=own.network, gpus=nproc)
         here = replace(here, gpus=(replace(smallest, planned=kind),) * len(here.gpus))
     here = replace(here, memory=own.host_memory or here.memory)
     return RunContext(resolved, default_strategy(nproc * asked.nodes[0]), nproc, nproc * asked.nodes[0], here)
 
 
-def _planned_gpu(own: argparse.Namespace) -> Gpu:
-    if not own.gpu:
-        return Gpu("planned", own.gpu_memory or 0, (9, 0))
-    kind = hardware.find_kind(own.gpu, own.gpu_memory)
-    if kind is None:
+def _kind(own: argparse.Namespace) -> GpuKind | None:
+    kind = gpus.find_kind(own.gpu, own.gpu_memory) if own.gpu else None
+    if own.gpu and kind is None:
         fix = f"one of {_kinds()}; or --gpu_memory 24GiB"
         raise UserError(f"no GPU {own.gpu!r} is known", where="--gpu", fix=fix)
-    return Gpu(kind.name, own.gpu_memory or kind.memory, (9, 0) if kind.has_bf16 else (7, 0), planned=kind)
+    return kind
 
 
 def _tokens(config: TrainConfig, plan: Plan, given: int | None) -> int | None:

@@ -20,7 +20,7 @@ from functools import cache
 
 from ..models.spec import Layer
 from ..topology import strategy_files
-from ..topology.strategies import Engine
+from ..topology.strategies import EngineKind
 from . import activations
 from .planned_run import PlannedRun
 
@@ -116,7 +116,7 @@ def constant_bytes(weights: int, outputs: int, method: str) -> int:
 
 def _element(run: PlannedRun) -> int:
     """Bytes of a weight that is not quantised, as it lasts; full fine-tuning keeps float32 but under DeepSpeed."""
-    if run.full and run.strategy.engine is not Engine.DEEPSPEED:
+    if run.full and run.strategy.engine is not EngineKind.DEEPSPEED:
         return FLOAT
     return run.compute
 
@@ -165,13 +165,13 @@ def _lasting(run: PlannedRun) -> dict[str, int]:
 def _adapters(run: PlannedRun, shards: int) -> int:
     # float32 masters; DeepSpeed works on 16-bit ones and keeps its masters with the optimizer. Of grpo a frozen copy.
     copies = 2 if run.config.is_grpo and run.config.beta else 1
-    return copies * run.trainable * (run.compute if run.strategy.engine is Engine.DEEPSPEED else FLOAT) // shards
+    return copies * run.trainable * (run.compute if run.strategy.engine is EngineKind.DEEPSPEED else FLOAT) // shards
 
 
 def _optimizer(run: PlannedRun) -> int:
     """Bytes of optimizer states of one process (for DeepSpeed also of float32 masters)."""
     spread = run.shards if run.strategy.shards else 1
-    masters = FLOAT * run.trainable if run.strategy.engine is Engine.DEEPSPEED and run.bf16 else 0
+    masters = FLOAT * run.trainable if run.strategy.engine is EngineKind.DEEPSPEED and run.bf16 else 0
     return (states(run, run.config.optim) + masters) // spread
 
 
@@ -197,17 +197,21 @@ def _gradients(run: PlannedRun) -> int:
     """Bytes of all gradients of one process between backward and step."""
     if run.strategy.offload:
         return 0
-    element = run.compute if run.strategy.engine is Engine.DEEPSPEED else FLOAT
+    element = run.compute if run.strategy.engine is EngineKind.DEEPSPEED else FLOAT
     return run.trainable * element // (run.shards if "gradients" in run.strategy.shards else 1)
 
 
 def _earlier_gradients(run: PlannedRun) -> int:
     """Bytes of gradients beside a micro-batch's activations: of the step's earlier ones, or that are never given back."""
-    if run.strategy.engine is Engine.DDP or run.strategy.zero_stage == 3:  # views of DDP's buckets, of a flat buffer
+    if (
+        run.strategy.engine is EngineKind.DDP or run.strategy.zero_stage == 3
+    ):  # views of DDP's buckets, of a flat buffer
         return _gradients(run)
     if not accumulates(run):
         return 0
-    if run.strategy.engine is Engine.FSDP and not run.full:  # adapters are reduced once a step, and whole until then
+    if (
+        run.strategy.engine is EngineKind.FSDP and not run.full
+    ):  # adapters are reduced once a step, and whole until then
         return run.trainable * FLOAT
     return _gradients(run)
 
@@ -216,20 +220,20 @@ def _earlier_gradients(run: PlannedRun) -> int:
 
 
 def _moments(run: PlannedRun) -> dict[str, dict[str, int]]:
-    kept, gradients, before = activations.saved(run), _gradients(run), _earlier_gradients(run)
+    saved, gradients, before = activations.saved(run), _gradients(run), _earlier_gradients(run)
     layers = run.shape.layers
-    one = max(activations.again(run, layer) for layer in layers)
+    recomputed = max(activations.again(run, layer) for layer in layers)
     working = max(_working(run, layer) for layer in layers) + _dequantised(run)
     gathered = _gathered_layers(run)
     return {
         "loss": {
-            "activations": kept + activations.cached_casts(run),
+            "activations": saved + activations.cached_casts(run),
             "gradients": before,
             "head and loss": _head(run),
             "gathered": _gathered_outside(run),
         },
         "backward": {
-            "activations": kept + (one if run.checkpointed else 0),
+            "activations": saved + (recomputed if run.checkpointed else 0),
             "gradients": before + _buckets(run),
             "head and loss": _head_gradient(run),
             "working": working,
@@ -237,7 +241,7 @@ def _moments(run: PlannedRun) -> dict[str, dict[str, int]]:
         },
         # The first layer's backward: all others have given their gradients.
         "end of backward": {
-            "activations": one,
+            "activations": recomputed,
             "gradients": max(before, gradients) + _buckets(run),
             "head and loss": run.shape.embedding * FLOAT if run.full and not run.sharded else 0,
             "working": working,
@@ -266,7 +270,7 @@ def accumulates(run: PlannedRun) -> bool:
 
 
 def _fused(run: PlannedRun) -> bool:
-    return run.shape.head_as_is and "head" not in run.config.plain_parts
+    return run.shape.head_as_is and "lm_head" not in run.config.disable_fused
 
 
 def _head_gradient(run: PlannedRun) -> int:
@@ -313,10 +317,10 @@ def _dequantised(run: PlannedRun) -> int:
 
 def _step(run: PlannedRun) -> int:
     """What an optimizer needs for a moment: DeepSpeed's float32 copy of its gradients."""
-    if run.strategy.engine is not Engine.DEEPSPEED or not run.bf16 or run.strategy.offload:
+    if run.strategy.engine is not EngineKind.DEEPSPEED or not run.bf16 or run.strategy.offload:
         return 0
-    mine = run.trainable // run.shards
-    return FLOAT * min(mine, 10**9 if run.sharded else mine)  # ZeRO-3 steps in groups of 1e9
+    own = run.trainable // run.shards
+    return FLOAT * min(own, 10**9 if run.sharded else own)  # ZeRO-3 steps in groups of 1e9
 
 
 # What sharding gathers
@@ -325,7 +329,7 @@ def _step(run: PlannedRun) -> int:
 def _bits(run: PlannedRun, layer: Layer) -> int:
     """Bytes of one layer as it is gathered: as stored where it is quantised, else in the type of computation."""
     adapters = sum(run.adapters(layer)) * run.compute
-    if run.full and run.strategy.engine is not Engine.DEEPSPEED:
+    if run.full and run.strategy.engine is not EngineKind.DEEPSPEED:
         return layer.parameters * run.compute
     return layer_weights(run, layer) + adapters
 
@@ -337,7 +341,7 @@ def _gathered_outside(run: PlannedRun) -> int:
 
 def _reduced_outside(run: PlannedRun) -> int:
     """Gradients of a trained head while they are reduced in float32."""
-    return run.shape.embedding * (run.compute + FLOAT) if run.full and run.strategy.engine is Engine.FSDP else 0
+    return run.shape.embedding * (run.compute + FLOAT) if run.full and run.strategy.engine is EngineKind.FSDP else 0
 
 
 def _gathered_layers(run: PlannedRun) -> int:
@@ -345,7 +349,7 @@ def _gathered_layers(run: PlannedRun) -> int:
     if not run.sharded:
         return 0
     largest = max(_bits(run, layer) for layer in run.shape.layers)
-    if run.strategy.engine is Engine.DEEPSPEED:
+    if run.strategy.engine is EngineKind.DEEPSPEED:
         settings = zero_settings(run)
         # Weights that come back within so many elements are kept: those around the turn from forward to backward.
         live = min(settings["stage3_max_live_parameters"], settings["stage3_max_reuse_distance"] // 2) * run.compute
@@ -384,12 +388,12 @@ def _loading(run: PlannedRun) -> int:
     """Bytes on a GPU while the model is loaded."""
     weights, constants = base_weights(run)
     shards = run.shards if run.sharded else 1
-    kept = 0 if run.strategy.offload else weights // shards
+    held = 0 if run.strategy.offload else weights // shards
     if run.config.method in ("qlora", "int8"):
         # A quantised base comes whole to each GPU, and accelerate (1.15) keeps it while FSDP makes the shards beside it.
-        return weights + constants + (kept if run.strategy.engine is Engine.FSDP else 0) + _dequantised(run)
+        return weights + constants + (held if run.strategy.engine is EngineKind.FSDP else 0) + _dequantised(run)
     largest = max(run.shape.embedding * _element(run), *(layer_weights(run, layer) for layer in run.shape.layers))
-    return kept + (largest if run.sharded else 0)
+    return held + (largest if run.sharded else 0)
 
 
 def _offloaded(run: PlannedRun) -> int:
@@ -397,7 +401,7 @@ def _offloaded(run: PlannedRun) -> int:
     if run.strategy.offload:
         weights, _ = base_weights(run)
         adapters = 0 if run.full else _adapters(run, 1)
-        states = run.trainable * (ADAM + FLOAT + (FLOAT if run.strategy.engine is Engine.DEEPSPEED else 0))
+        states = run.trainable * (ADAM + FLOAT + (FLOAT if run.strategy.engine is EngineKind.DEEPSPEED else 0))
         return (weights + adapters + states) // run.shards
     return {"paged_adamw_32bit": ADAM, "paged_adamw_8bit": 2}.get(run.config.optim, 0) * run.trainable
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import chain
 
 from ..config.schema import TrainConfig
-from ..models.spec import Architecture, Layer, Linear
+from ..models.spec import Layer, Linear, ModelSpec
 from ..rules.context import RunContext
 from ..topology.strategies import Strategy
 
@@ -24,7 +24,7 @@ class PlannedRun:
     """A recipe on a strategy and a machine, with the shape of its model."""
 
     context: RunContext
-    shape: Architecture
+    shape: ModelSpec
 
     @property
     def config(self) -> TrainConfig:

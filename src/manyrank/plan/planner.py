@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from ..models.spec import Architecture
+from ..models.spec import ModelSpec
 from ..rules.context import RunContext
 from ..rules.strategy import HSDP_RULES, ONE_PROCESS, SHARDING_RULES
-from ..topology.strategies import STRATEGIES, Engine, Strategy
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy, named_strategy
 from . import memory, speed
 from .memory import Memory
 from .planned_run import PlannedRun
@@ -72,16 +72,16 @@ class Plan:
     why: str
 
 
-def make_plan(context: RunContext, shape: Architecture, *, searched: bool = True) -> Plan:
+def make_plan(context: RunContext, shape: ModelSpec, *, searched: bool = True) -> Plan:
     """Plan a recipe; on the strategy that it names, or on all.
 
     Args:
         searched: whether to look for the largest micro-batches and lengths.
     """
-    named = context.config.strategy
-    strategies = [STRATEGIES[named]] if named else candidates(context)
+    named = named_strategy(context.config.strategy)
+    strategies = [named] if named else candidates(context)
     options = [_option(PlannedRun(context.on(strategy), shape), searched=searched) for strategy in strategies]
-    chosen, why = _choose(options, context, given=bool(named))
+    chosen, why = _choose(options, context, named=bool(named))
     return Plan(context, tuple(options), chosen, why)
 
 
@@ -91,8 +91,8 @@ def candidates(context: RunContext) -> list[Strategy]:
     if context.config.hsdp_shard_size:
         return [strategy for strategy in every if strategy.replicas]
     if context.world_size == 1:
-        return [strategy for strategy in every if strategy.engine is Engine.SINGLE or strategy.offload]
-    several = [strategy for strategy in every if strategy.engine is not Engine.SINGLE]
+        return [strategy for strategy in every if strategy.engine is EngineKind.SINGLE or strategy.offload]
+    several = [strategy for strategy in every if strategy.engine is not EngineKind.SINGLE]
     return [strategy for strategy in several if context.nnodes > 1 or not strategy.replicas]
 
 
@@ -130,44 +130,44 @@ def _needs(run: PlannedRun) -> int:
     return memory.estimate(run).needed
 
 
-def _option(given: PlannedRun, *, searched: bool) -> Option:
-    context = given.context
-    run = settled(given, context.memory)
-    found = memory.estimate(run)
+def _option(unsettled: PlannedRun, *, searched: bool) -> Option:
+    context = unsettled.context
+    run = settled(unsettled, context.memory)
+    needs = memory.estimate(run)
     # Layers that auto keeps fill the memory; what fits at most, fits with all of them recomputed.
-    automatic = given.config.gradient_checkpointing == "auto"
-    most = given.with_options(gradient_checkpointing="full") if automatic and given.gpu else run
+    automatic = unsettled.config.gradient_checkpointing == "auto"
+    most = unsettled.with_options(gradient_checkpointing="full") if automatic and unsettled.gpu else run
     return Option(
         run=run,
-        memory=found,
+        memory=needs,
         speed=speed.estimate(run, context.kind) if context.kind else None,
-        verdict=Verdict.TOO_BIG if exceeds_host(found, context) else verdict(found.needed, context.memory),
+        verdict=Verdict.TOO_BIG if exceeds_host(needs, context) else verdict(needs.needed, context.memory),
         largest_micro_batch=_largest_fitting(most, MICRO_BATCH, MOST_EXAMPLES) if searched else None,
         largest_max_length=_largest_fitting(most, "max_length", LONGEST, unit=64) if searched else None,
         refused=refusal(run),
-        plain=memory.estimate(run.with_options(plain_parts=["head", "lora"])).peak,
+        plain=memory.estimate(run.with_options(disable_fused=["lm_head", "lora"])).peak,
     )
 
 
-def exceeds_host(found: Memory, context: RunContext) -> bool:
+def exceeds_host(needs: Memory, context: RunContext) -> bool:
     """Whether one machine's host memory does not suffice."""
-    return context.host_memory is not None and max(found.host, found.host_loading) > context.host_memory
+    return context.host_memory is not None and max(needs.host, needs.host_loading) > context.host_memory
 
 
-def with_micro_batch(context: RunContext, shape: Architecture) -> RunContext:
+def with_micro_batch(context: RunContext, shape: ModelSpec) -> RunContext:
     """A micro-batch that fits in place of `auto`: the fastest, where speeds are known, else the largest; and no larger
     than a process needs for a step."""
     batch = context.config.global_batch_size
     share = math.ceil(batch / context.world_size) if batch else MOST_EXAMPLES
     best, size = None, 1
     while True:
-        made = context.with_options(**{MICRO_BATCH: size})
-        chosen = make_plan(made, shape, searched=False).chosen
+        tried = context.with_options(**{MICRO_BATCH: size})
+        chosen = make_plan(tried, shape, searched=False).chosen
         if best is not None and chosen.verdict != Verdict.FITS:
             return best[1]
         rate = chosen.speed.tokens_per_second if chosen.speed else size
         if best is None or rate >= AS_FAST * best[0]:  # of two that are as fast the larger one has the larger products
-            best = max(rate, best[0] if best else 0), made
+            best = max(rate, best[0] if best else 0), tried
         if size == share:
             return best[1]
         size = min(2 * size, share)
@@ -194,8 +194,8 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _choose(options: list[Option], context: RunContext, *, given: bool) -> tuple[Option, str]:
-    if given:
+def _choose(options: list[Option], context: RunContext, *, named: bool) -> tuple[Option, str]:
+    if named:
         against = options[0].refused
         return options[0], f"as the recipe says, but refused: {against}" if against else "as the recipe says"
     # From host memory weights come slowly, and by a rate that is hard to tell: only where nothing else fits.
@@ -254,7 +254,7 @@ class Scale:
     waits_for: str
 
 
-def scaling(context: RunContext, shape: Architecture, nodes: list[int]) -> list[Scale]:
+def scaling(context: RunContext, shape: ModelSpec, nodes: list[int]) -> list[Scale]:
     """Each strategy on each number of machines; needs a kind of GPU."""
     rows: list[Scale] = []
     first: dict[str, float] = {}

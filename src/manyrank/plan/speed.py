@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 from ..topology.gpus import GpuKind
-from ..topology.strategies import Engine
+from ..topology.strategies import EngineKind
 from . import activations, memory
 from .planned_run import PlannedRun
 
@@ -134,8 +134,8 @@ def _micro_batch(run: PlannedRun, kind: GpuKind) -> float:
     seconds = tokens * products / (rate(run, kind) * MATMUL) + tokens * attention * (3.5 + again) / (
         rate(run, kind) * ATTENTION
     )
-    kept = activations.saved(run.with_options(gradient_checkpointing="off"))
-    seconds += PASSES * (1 + again / 2) * kept / (kind.bandwidth * TRAFFIC)
+    saved = activations.saved(run.with_options(gradient_checkpointing="off"))
+    seconds += PASSES * (1 + again / 2) * saved / (kind.bandwidth * TRAFFIC)
     if run.config.method in (
         "qlora",
         "int8",
@@ -146,12 +146,12 @@ def _micro_batch(run: PlannedRun, kind: GpuKind) -> float:
 
 
 def _optimizer(run: PlannedRun, kind: GpuKind) -> float:
-    mine = run.trainable / (run.shards if run.strategy.shards else 1)
+    own = run.trainable / (run.shards if run.strategy.shards else 1)
     if run.strategy.offload:
-        return mine / HOST_ADAM + 2 * mine * run.compute / HOST_LINK
+        return own / HOST_ADAM + 2 * own * run.compute / HOST_LINK
     if run.config.optim.startswith("paged"):
-        return mine * 28 / HOST_LINK
-    return mine * 28 / (kind.bandwidth * TRAFFIC)  # reads and writes of weights, moments and gradients in float32
+        return own * 28 / HOST_LINK
+    return own * 28 / (kind.bandwidth * TRAFFIC)  # reads and writes of weights, moments and gradients in float32
 
 
 # Communication
@@ -178,7 +178,7 @@ def _communication(run: PlannedRun, kind: GpuKind) -> tuple[float, float]:
         size = trained / run.shards
         reduce += 2 * size / (kind.network * LINK) + layers * (LAUNCH + HOP * run.world / run.shards)
     each = gather + _offload(run)
-    every = run.full or run.strategy.engine is Engine.DEEPSPEED  # reduced in each micro-batch
+    every = run.full or run.strategy.engine is EngineKind.DEEPSPEED  # reduced in each micro-batch
     return (each + reduce, 0.0) if every else (each, reduce)
 
 

@@ -36,8 +36,8 @@ def as_text(plan: Plan, *, tokens: int | None, price: float | None, scales: list
     parts = [headline(plan), _table(plan), LEGEND, f"\n{plan.chosen.strategy}: {plan.why}", _parts(plan.chosen)]
     parts += [_time(plan.chosen.speed, tokens, price)] if plan.chosen.speed else []
     parts += [scaling_table(scales)] if scales else []
-    told = [*(f"train refuses: {what}" for what in against), *(f"note: {note}" for note in notes(plan))]
-    return "\n".join([*parts, *told])
+    remarks = [*(f"train refuses: {what}" for what in against), *(f"note: {note}" for note in notes(plan))]
+    return "\n".join([*parts, *remarks])
 
 
 def summary(plan: Plan) -> str:
@@ -110,24 +110,24 @@ def _bar(option: Option, available: int | None, most: int) -> str:
 
 def _parts(option: Option) -> str:
     shown = "  ".join(f"{name} {size / GiB:.1f}" for name, size in option.memory.parts.items() if size >= GiB / 20)
-    found = option.memory
+    needs = option.memory
     return (
-        f"  GiB at the peak ({found.moment}): {shown}\n"
-        f"  loading {found.loading / GiB:.1f} GiB a GPU; host memory of a machine {found.host / GiB:.0f} GiB, "
-        f"while loading {found.host_loading / GiB:.0f} GiB\n"
+        f"  GiB at the peak ({needs.moment}): {shown}\n"
+        f"  loading {needs.loading / GiB:.1f} GiB a GPU; host memory of a machine {needs.host / GiB:.0f} GiB, "
+        f"while loading {needs.host_loading / GiB:.0f} GiB\n"
         f"  with whole logits and peft's own adapters, as most other software runs: {option.plain / GiB:.1f} GiB a GPU"
     )
 
 
-def _time(found: Speed, tokens: int | None, price: float | None) -> str:
+def _time(speed: Speed, tokens: int | None, price: float | None) -> str:
     text = (
-        f"  a step: {found.step:.3g} s of {found.tokens:,} tokens (compute {found.compute:.3g}, communication {found.communication:.3g}, "
-        f"of which {found.exposed:.3g} not hidden, optimizer {found.optimizer:.3g})"
+        f"  a step: {speed.step:.3g} s of {speed.tokens:,} tokens (compute {speed.compute:.3g}, communication {speed.communication:.3g}, "
+        f"of which {speed.exposed:.3g} not hidden, optimizer {speed.optimizer:.3g})"
     )
     if not tokens:
         return text
-    hours = training_hours(found, tokens)
-    cost = f", about ${hours * price * found.world:,.0f}" if price else ""
+    hours = training_hours(speed, tokens)
+    cost = f", about ${hours * price * speed.world:,.0f}" if price else ""
     return f"{text}\n  the whole training, {count(tokens)} tokens: {hours:.2g} hours{cost}"
 
 
@@ -137,43 +137,43 @@ def training_hours(speed: Speed, tokens: int) -> float:
 
 def notes(plan: Plan) -> list[str]:
     """What one should know of a plan's figures."""
-    run, found = plan.chosen.run, plan.chosen.memory
-    told = []
+    run, needs = plan.chosen.run, plan.chosen.memory
+    notes = []
     if run.shape.guessed:
-        told.append(f"models of type {run.shape.model_type or 'unknown'} are not known: read as a Llama")
+        notes.append(f"models of type {run.shape.model_type or 'unknown'} are not known: read as a Llama")
     if not run.shape.head_as_is:
-        told.append("the model changes its logits after the head, so that they are computed whole")
-    told += [
+        notes.append("the model changes its logits after the head, so that they are computed whole")
+    notes += [
         f"{option.strategy}: {option.refused}"
         for option in plan.options
         if option.refused and option is not plan.chosen
     ]
-    if plan.context.memory and found.loading > plan.context.memory and run.config.method in ("qlora", "int8"):
-        told.append(
+    if plan.context.memory and needs.loading > plan.context.memory and run.config.method in ("qlora", "int8"):
+        notes.append(
             "the model does not fit while it is loaded: a quantised base is whole on each GPU before it is sharded"
         )
-    told += _of_experts(run)
+    notes += _of_experts(run)
     if plan.chosen.strategy.offload and plan.context.host_memory is None:
-        told.append(f"host memory was not looked at: each machine needs {found.host / GiB:.0f} GiB")
+        notes.append(f"host memory was not looked at: each machine needs {needs.host / GiB:.0f} GiB")
     if plan.context.memory is None:
-        told.append("no GPU is here, and none was given: --gpu H100-80GB or --gpu-memory 24GiB tells whether it fits")
+        notes.append("no GPU is here, and none was given: --gpu H100-80GB or --gpu-memory 24GiB tells whether it fits")
     if plan.chosen.speed:
-        told.append("speeds are estimates from the maker's figures, with documents of max_length tokens")
+        notes.append("speeds are estimates from the maker's figures, with documents of max_length tokens")
     if run.config.is_grpo:
-        told.append("speeds are those of learning from the answers; the time that answering takes is not planned")
-    return told
+        notes.append("speeds are those of learning from the answers; the time that answering takes is not planned")
+    return notes
 
 
 def _of_experts(run: PlannedRun) -> list[str]:
     sparse = [layer for layer in run.shape.layers if layer.experts]
-    told = []
+    notes = []
     if sparse and run.config.method in ("qlora", "int8"):
-        told.append("experts stay in 16 bits: transformers 5 keeps them in tensors that bitsandbytes does not see")
+        notes.append("experts stay in 16 bits: transformers 5 keeps them in tensors that bitsandbytes does not see")
     if any(run.adapted_experts(layer) for layer in sparse):
-        told.append(
+        notes.append(
             "adapters on experts copy their weights in each layer (peft 0.21); lora_target_modules: [q_proj, k_proj, v_proj, o_proj] does not"
         )
-    return told
+    return notes
 
 
 def scaling_table(scales: list[Scale]) -> str:
@@ -188,9 +188,9 @@ def scaling_cells(scales: list[Scale]) -> list[list[str]]:
     cells = {(row.nnodes, row.option.strategy.name): row for row in scales}
     table = [["machines", "GPUs", *names]]
     for nodes in dict.fromkeys(row.nnodes for row in scales):
-        found = [cells.get((nodes, name)) for name in names]
-        gpus = next(row.option.run.world for row in found if row)
-        table.append([str(nodes), str(gpus), *map(_scaled, found)])
+        cells_of_row = [cells.get((nodes, name)) for name in names]
+        gpus = next(row.option.run.world for row in cells_of_row if row)
+        table.append([str(nodes), str(gpus), *map(_scaled, cells_of_row)])
     return table
 
 
@@ -201,17 +201,17 @@ def _scaled(row: Scale | None) -> str:
 
 
 def scaling_ends(scales: list[Scale]) -> list[str]:
-    told = []
+    lines = []
     for name in dict.fromkeys(row.option.strategy.name for row in scales):
         low = next(
             (row for row in scales if row.option.strategy.name == name and row.option.usable and row.efficiency < 0.7),
             None,
         )
         if low:
-            told.append(
+            lines.append(
                 f"{name} stops scaling at {low.nnodes} machines ({low.efficiency:.0%} of the rate per GPU): {low.waits_for}"
             )
-    return told
+    return lines
 
 
 def as_values(
@@ -250,7 +250,7 @@ def as_values(
 
 def option_values(option: Option, *, tokens: int | None, price: float | None) -> dict[str, Any]:
     """One strategy for machines."""
-    found, rate = option.memory, option.speed
+    needs, rate = option.memory, option.speed
     known = option.verdict != Verdict.UNKNOWN
     hours = training_hours(rate, tokens) if rate and tokens else None
     return {
@@ -258,13 +258,13 @@ def option_values(option: Option, *, tokens: int | None, price: float | None) ->
         "verdict": "refused" if option.refused else str(option.verdict),
         "fits": option.usable if known else None,
         "refused": option.refused,
-        "per_gpu_bytes": found.peak,
-        "parts": dict(found.parts),
-        "plain_per_gpu_bytes": option.plain,  # with --plain_parts head,lora
-        "peak_moment": found.moment,
-        "loading_bytes": found.loading,
-        "host_bytes": found.host,
-        "host_loading_bytes": found.host_loading,
+        "per_gpu_bytes": needs.peak,
+        "parts": dict(needs.parts),
+        "plain_per_gpu_bytes": option.plain,  # with --disable_fused lm_head,lora
+        "peak_moment": needs.moment,
+        "loading_bytes": needs.loading,
+        "host_bytes": needs.host,
+        "host_loading_bytes": needs.host_loading,
         "gradient_checkpointing": option.run.config.gradient_checkpointing,
         "largest_micro_batch": option.largest_micro_batch,
         "largest_max_length": option.largest_max_length,

@@ -1,7 +1,7 @@
 """What is known to go wrong, checked before a process starts and all told at once. No torch.
 
     RULES               one table: recipe_rules, strategy_rules, model_rules, grpo_rules; docs/rules.md is printed from it
-    check               errors end the start together; warnings are printed, and `ignore_warnings` switches them off
+    check_rules         errors end the start together; warnings are printed, and `ignore_warnings` switches them off
     check_data, ...     files that the recipe names: rows, templates, models, the output folder
 
 `manyrank rules` prints the table.
@@ -25,8 +25,8 @@ from ..data.messages import bad_rows_error, usual_fix
 from ..data.sources import known_format, read_rows, source_of
 from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
-from ..runs import lock as run_lock
-from ..runs.folder import is_new
+from ..runs import run_lock
+from ..runs.run_folder import is_new
 from ..topology.gpus import Hardware
 from ..topology.strategies import default_strategy
 from .context import RunContext
@@ -38,13 +38,13 @@ from .strategy import STRATEGY_RULES
 
 __all__ = [
     "RULES",
-    "as_markdown",
-    "check",
     "check_data",
-    "check_new",
+    "check_new_folder",
     "check_output_dir",
+    "check_rules",
     "check_sources",
-    "violations",
+    "find_violations",
+    "rules_as_markdown",
 ]
 
 LOOKED_AT = 100  # rows of a source before the launch
@@ -52,10 +52,12 @@ NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
 # Warnings of earlier versions, which recipes may still ignore.
 RETIRED = frozenset(
     {
+        "adapters-on-embeddings",
         "compile-on-cpu",
         "fp16-model-in-bf16",
         "paged-optimizer-on-cpu",
         "rank-beyond-layers",
+        "untried-quantisation",
         "unusual-adapter-scale",
         "warmup-of-constant",
     }
@@ -69,8 +71,8 @@ def check_sources(resolved: Resolved) -> None:
     Raises:
         UserError: what is wrong.
     """
-    found = ((rule, rule.broken(_anywhere(resolved))) for rule in SOURCE_RULES)
-    _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in found if what])
+    results = ((rule, rule.broken(_anywhere(resolved))) for rule in SOURCE_RULES)
+    _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in results if what])
 
 
 def _anywhere(resolved: Resolved) -> RunContext:
@@ -78,17 +80,17 @@ def _anywhere(resolved: Resolved) -> RunContext:
     return RunContext(resolved, default_strategy(1), 1, 1, Hardware((), cpu_cores=1, cpu_bf16=False))
 
 
-def violations(context: RunContext) -> list[Violation]:
+def find_violations(context: RunContext) -> list[Violation]:
     """Every rule of the table that is broken, in its order.
 
     Raises:
         UserError: a file that the rules look at cannot be read.
     """
-    found = ((rule, rule.broken(context)) for rule in RULES)
-    return [Violation(rule, what, context.where(*rule.keys)) for rule, what in found if what]
+    results = ((rule, rule.broken(context)) for rule in RULES)
+    return [Violation(rule, what, context.where(*rule.keys)) for rule, what in results if what]
 
 
-def check(context: RunContext, *, warn: bool = True) -> None:
+def check_rules(context: RunContext, *, warn: bool = True) -> None:
     """Check the table, and the files that the recipe names; print the warnings.
 
     Args:
@@ -99,14 +101,14 @@ def check(context: RunContext, *, warn: bool = True) -> None:
     """
     ignored = context.config.ignore_warnings
     problems = list(_unknown_warnings(context.resolved))
-    found: list[Violation] = []
+    violations: list[Violation] = []
     try:
-        found = violations(context)
+        violations = find_violations(context)
     except UserError as problem:
         problems.append(problem)
-    problems += [violation.error() for violation in found if violation.rule.severity == "error"]
+    problems += [violation.error() for violation in violations if violation.rule.severity == "error"]
     _raise([*problems, *_file_problems(context.resolved)])
-    for violation in found if warn else []:
+    for violation in violations if warn else []:
         if violation.rule.severity == "warning" and violation.rule.name not in ignored:
             print(f"{violation.warning()}\n", file=sys.stderr, flush=True)
 
@@ -116,10 +118,10 @@ def warnings_of_length(config: TrainConfig, total_steps: int) -> list[str]:
     if config.max_steps > 0:  # told before the start
         return []
     counted = Resolved(config.model_copy(update={"max_steps": total_steps}))
-    found = (
+    results = (
         (rule, rule.broken(_anywhere(counted))) for rule in LENGTH_RULES if rule.name not in config.ignore_warnings
     )
-    return [Violation(rule, what, f"{rule.keys[0]}, num_train_epochs").warning() for rule, what in found if what]
+    return [Violation(rule, what, f"{rule.keys[0]}, num_train_epochs").warning() for rule, what in results if what]
 
 
 def _raise(problems: Sequence[UserError]) -> None:
@@ -140,7 +142,7 @@ def _unknown_warnings(resolved: Resolved) -> Iterator[UserError]:
             yield UserError(f"there is no warning {name!r}", where=where, fix=fix)
 
 
-def as_markdown() -> str:
+def rules_as_markdown() -> str:
     """The table for people: docs/rules.md."""
     parts = [
         "# Rules\n\n"
@@ -188,19 +190,19 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
         UserError: it cannot be read, or its first LOOKED_AT rows are all bad. Later bad rows are found by the run,
             which tells of all of them.
     """
-    found = known_format(source_of(source, config))
+    known = known_format(source_of(source, config))
     bad: list[tuple[str, BadRow]] = []
-    for row in islice(read_rows(found), LOOKED_AT):
+    for row in islice(read_rows(known), LOOKED_AT):
         try:
-            to_sample(row.readable(), found.format_type, found.columns)
-            return found.format_type
+            to_sample(row.readable(), known.format_type, known.columns)
+            return known.format_type
         except BadRow as problem:
             bad.append((row.place, problem))
     if config.on_bad_row == "error":
         reasons = Counter(problem.reason for _, problem in bad)
         first = ((place, str(problem)) for place, problem in bad)
         raise bad_rows_error(first, reasons, out_of=f"the first {len(bad):,} rows", fix=usual_fix(reasons))
-    return found.format_type
+    return known.format_type
 
 
 def _template_problems(resolved: Resolved) -> Iterator[UserError]:
@@ -253,10 +255,10 @@ def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
     if config.dry_run:
         return
     run_lock.refuse_if_held(output_dir)
-    check_new(config, output_dir)
+    check_new_folder(config, output_dir)
 
 
-def check_new(config: TrainConfig, output_dir: Path) -> None:
+def check_new_folder(config: TrainConfig, output_dir: Path) -> None:
     """Refuse to write among another run's files.
 
     Raises:

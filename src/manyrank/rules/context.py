@@ -16,8 +16,7 @@ from ..data.sources import known_format, source_of
 from ..errors import UserError
 from ..models.model_facts import ModelFacts, find_facts
 from ..project_files import asset
-from ..runs import artifact
-from ..runs import folder as run_folder
+from ..runs import artifact, run_folder
 from ..topology import strategy_files
 from ..topology.gpus import GpuKind, Hardware, computes_in_bf16
 from ..topology.strategies import Strategy
@@ -118,10 +117,10 @@ class RunContext:
     def chats(self) -> bool:
         """Whether a source has conversations, which a template renders."""
         try:
-            found = [known_format(source_of(source, self.config)) for source in self.config.data_path]
+            sources = [known_format(source_of(source, self.config)) for source in self.config.data_path]
         except UserError:  # told by who checks the data
             return False
-        return any(needs_template(source.format_type) for source in found)
+        return any(needs_template(source.format_type) for source in sources)
 
     @cached_property
     def checkpoint(self) -> Path | None:

@@ -8,7 +8,7 @@ from ..data.rewards import read_rewards
 from ..errors import UserError
 from .context import RunContext
 from .model import head_target
-from .rule import Rule, unless
+from .rule import error, unless
 
 
 def _rewards(s: RunContext) -> str | None:
@@ -48,9 +48,8 @@ def _vllm(s: RunContext) -> str | None:
 
 
 GRPO_RULES = (
-    Rule(
+    error(
         "grpo-without-trl",
-        "error",
         ("task",),
         unless(
             lambda s: s.config.is_grpo and importlib.util.find_spec("trl") is None,
@@ -59,41 +58,36 @@ GRPO_RULES = (
         reason="trl's GRPOTrainer answers and computes the loss.",
         fix="pip install 'manyrank[rl]'",
     ),
-    Rule(
+    error(
         "rewards-of-grpo",
-        "error",
         ("rewards",),
         _rewards,
         reason="Rewards are all that GRPO learns from.",
         fix="see docs/grpo.md for the rewards and their options",
     ),
-    Rule(
+    error(
         "whole-groups",
-        "error",
         ("global_batch_size", "per_device_train_batch_size", "num_generations"),
         _groups,
         reason="Under grpo a batch counts answers; the answers to a prompt are compared with each other in one step.",
         fix="choose a multiple of num_generations and of per_device_train_batch_size x processes",
     ),
-    Rule(
+    error(
         "packed-answers",
-        "error",
         ("packing",),
         unless(lambda s: s.config.is_grpo and s.config.packing != "none", "packing: {c.packing} with grpo"),
         reason="Answers are computed padded, as trl does it.",
         fix="leave packing out",
     ),
-    Rule(
+    error(
         "adapters-on-head-of-grpo",
-        "error",
         ("lora_target_modules",),
         lambda s: head_target(s) if s.config.is_grpo else None,
         reason="trl computes log-probabilities with the head's own weight.",
         fix="leave the head out of lora_target_modules",
     ),
-    Rule(
+    error(
         "adapter-of-full-grpo",
-        "error",
         ("sft_model", "method"),
         unless(
             lambda s: s.config.is_grpo and s.config.method == "full" and s.goes_on_from_adapter,
@@ -102,9 +96,8 @@ GRPO_RULES = (
         reason="Full training has no place for an adapter.",
         fix="merge it first: manyrank merge; or use method lora",
     ),
-    Rule(
+    error(
         "reference-of-sharded-full",
-        "error",
         ("method", "beta", "strategy"),
         unless(
             lambda s: (
@@ -118,9 +111,8 @@ GRPO_RULES = (
         reason="The reference of the KL divergence would be a second whole model, which is not sharded here.",
         fix="use method lora, whose reference is an adapter; or beta: 0",
     ),
-    Rule(
+    error(
         "best-of-grpo",
-        "error",
         ("metric_for_best_model",),
         unless(
             lambda s: bool(
@@ -133,17 +125,15 @@ GRPO_RULES = (
         reason="The loss of GRPO says nothing of how good answers are.",
         fix="metric_for_best_model: eval_reward, and greater_is_better: true",
     ),
-    Rule(
+    error(
         "answers-by-vllm",
-        "error",
         ("use_vllm",),
         _vllm,
         reason="vLLM answers on GPUs, and is a package of its own.",
         fix="leave use_vllm out, or run where it can; a server is started with `trl vllm-serve`",
     ),
-    Rule(
+    error(
         "vllm-and-quantised",
-        "error",
         ("use_vllm", "method"),
         unless(
             lambda s: s.config.is_grpo and s.config.use_vllm != "off" and s.config.method in ("qlora", "int8"),
@@ -152,25 +142,22 @@ GRPO_RULES = (
         reason="vLLM is sent the merged weights, and merging into a quantised base rounds the adapter away.",
         fix="use method lora",
     ),
-    Rule(
+    error(
         "answers-from-host-memory",
-        "error",
         ("strategy",),
         unless(lambda s: s.config.is_grpo and s.strategy.offload, "grpo on {s.strategy}"),
         reason="Every token of an answer would wait for weights from host memory.",
         fix="use fsdp or zero3",
     ),
-    Rule(
+    error(
         "sft-model-of-sft",
-        "error",
         ("sft_model", "task"),
         unless(lambda s: bool(s.config.sft_model and not s.config.is_grpo), "sft_model with task sft"),
         reason="It is what grpo goes on from; SFT begins with a base.",
         fix="give --task grpo, or manyrank merge it and train the result",
     ),
-    Rule(
+    error(
         "compiled-answers",
-        "error",
         ("torch_compile",),
         unless(lambda s: s.config.is_grpo and s.config.torch_compile, "torch_compile with grpo"),
         reason="Answers grow by a token at a time, and every length would be compiled.",

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..models.model_facts import ModelFacts
-from ..topology.strategies import Engine
+from ..topology.strategies import EngineKind
 from .context import RunContext
-from .rule import Rule
+from .rule import error, warning
 
-HEADS, EMBEDDINGS = ("lm_head", "embed_out"), ("embed_tokens", "wte", "embed_in")
+HEADS = ("lm_head", "embed_out")
 NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 # Whose experts peft 0.21 takes as one parameter under all-linear, where it knows no dropout.
 PARAMETER_EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
@@ -25,8 +25,8 @@ def _of_model(look: Callable[[RunContext, ModelFacts], str | None]) -> Callable[
 
 def _adapter(s: RunContext) -> str | None:
     here = Path(s.config.model_name_or_path).expanduser() / "adapter_config.json"
-    found = here.is_file() or (s.model is not None and s.model.find("adapter_config.json") is not None)
-    return f"{s.config.model_name_or_path} is an adapter" if found else None
+    is_adapter = here.is_file() or (s.model is not None and s.model.find("adapter_config.json") is not None)
+    return f"{s.config.model_name_or_path} is an adapter" if is_adapter else None
 
 
 def _not_causal(s: RunContext, model: ModelFacts) -> str | None:
@@ -53,15 +53,9 @@ def _quantised(s: RunContext, model: ModelFacts) -> str | None:
     return f"method {method}, and the weights of {model.name} are quantised already ({kind})"
 
 
-def _foreign(s: RunContext, model: ModelFacts) -> str | None:
-    if s.config.method != "lora" or not model.quantisation or _bitsandbytes(model):
-        return None
-    return f"the weights of {model.name} are quantised by {model.quantisation.get('quant_method', 'another method')}"
-
-
 def _storage(s: RunContext, model: ModelFacts) -> str | None:
     stored, compute = model.quantisation.get("bnb_4bit_quant_storage") or "uint8", COMPUTE[s.bf16]
-    if s.files.kind != Engine.FSDP or s.config.method != "qlora" or not model.quantisation.get("load_in_4bit"):
+    if s.files.kind != EngineKind.FSDP or s.config.method != "qlora" or not model.quantisation.get("load_in_4bit"):
         return None
     return f"{model.name} stores its 4-bit weights as {stored}, not {compute}" if stored != compute else None
 
@@ -88,17 +82,17 @@ def _slow_attention(s: RunContext, model: ModelFacts) -> str | None:
     if not s.gpus or not s.bf16 or s.config.packing == "none":
         return None
     keys = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
-    found = [f"{key} {model.config[key]:g}" for key in keys if model.config.get(key)]
-    found += [f"heads of {width}" for width in sorted(set(model.head_widths)) if width % 8 or width > 256]
-    found += ["values as wide as no query"] if len(set(model.head_widths[:2])) > 1 else []
-    return f"{', '.join(found)} in {model.place('config.json')}" if found else None
+    obstacles = [f"{key} {model.config[key]:g}" for key in keys if model.config.get(key)]
+    obstacles += [f"heads of {width}" for width in sorted(set(model.head_widths)) if width % 8 or width > 256]
+    obstacles += ["values as wide as no query"] if len(set(model.head_widths[:2])) > 1 else []
+    return f"{', '.join(obstacles)} in {model.place('config.json')}" if obstacles else None
 
 
-def _targets(s: RunContext, names: tuple[str, ...]) -> list[str]:
+def _head_targets(s: RunContext) -> list[str]:
     wanted = s.config.lora_target_modules
     if not s.config.uses_lora or isinstance(wanted, str):
         return []
-    return [target for target in wanted if target.rpartition(".")[2] in names]
+    return [target for target in wanted if target.rpartition(".")[2] in HEADS]
 
 
 def _is_tied(s: RunContext) -> bool:
@@ -106,18 +100,13 @@ def _is_tied(s: RunContext) -> bool:
 
 
 def _tied_target(s: RunContext, *, fsdp: bool) -> str | None:
-    found = _targets(s, HEADS) if _is_tied(s) and (s.files.kind == Engine.FSDP) == fsdp else []
-    return f"adapters on {found[0]}, which shares its weights with the embeddings" if found else None
+    targets = _head_targets(s) if _is_tied(s) and (s.files.kind == EngineKind.FSDP) == fsdp else []
+    return f"adapters on {targets[0]}, which shares its weights with the embeddings" if targets else None
 
 
 def head_target(s: RunContext) -> str | None:
-    found = _targets(s, HEADS)
-    return f"adapters on the head ({found[0]})" if found and not _is_tied(s) else None
-
-
-def _embedding_target(s: RunContext) -> str | None:
-    found = _targets(s, EMBEDDINGS)
-    return f"adapters on the embeddings ({found[0]})" if found else None
+    targets = _head_targets(s)
+    return f"adapters on the head ({targets[0]})" if targets and not _is_tied(s) else None
 
 
 def _missing_targets(s: RunContext, model: ModelFacts) -> str | None:
@@ -167,42 +156,30 @@ def _remote_code(s: RunContext) -> str | None:
 
 
 BASE_RULES = (
-    Rule(
+    error(
         "adapter-as-base",
-        "error",
         ("model_name_or_path",),
         _adapter,
         reason="A run trains adapters on a whole model, or the model itself; adapters on adapters are not known here.",
         fix="name the model that the adapter was trained on, or merge the adapter into it first",
     ),
-    Rule(
+    error(
         "base-not-causal",
-        "error",
         ("model_name_or_path", "model:config.json"),
         _of_model(_not_causal),
         reason="What is learned is the next token of a text: the base must be a causal language model.",
         fix="choose a causal language model",
     ),
-    Rule(
+    error(
         "quantised-base",
-        "error",
         ("method", "model:config.json"),
         _of_model(_quantised),
         reason="The quantisation in the files wins over the method: full cannot train or save such weights, and the other "
         "methods would not do what they are called.",
         fix="use qlora for a base of bitsandbytes in 4 bits and int8 for 8 bits, or name the model in 16 bits",
     ),
-    Rule(
-        "untried-quantisation",
-        "warning",
-        ("model:config.json",),
-        _of_model(_foreign),
-        reason="Only bases in 16 or 32 bits, and those that bitsandbytes quantises, were tried here.",
-        fix="name the model in 16 bits, with method qlora to save memory",
-    ),
-    Rule(
+    error(
         "quant-storage-in-shards",
-        "error",
         ("strategy", "model:config.json"),
         _of_model(_storage),
         reason="FSDP shards a 4-bit base only when it is packed into the type that the run computes in; else every rank "
@@ -210,9 +187,8 @@ BASE_RULES = (
         fix="name the model in 16 bits: method qlora then quantises it in the right type; or use zero3",
         upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/pull/970",
     ),
-    Rule(
+    warning(
         "experts-not-quantised",
-        "warning",
         ("method", "model:config.json"),
         _of_model(_experts),
         reason="transformers 5 keeps all experts of a layer in one parameter, and bitsandbytes quantises only linear "
@@ -220,43 +196,38 @@ BASE_RULES = (
         fix="plan for the memory of method lora, and shard it with fsdp or zero3",
         upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1849",
     ),
-    Rule(
+    error(
         "packing-unknown-layers",
-        "error",
         ("packing", "model:config.json"),
         _of_model(_packing),
         reason="Packed examples must not see each other, and these parts do not stop at the bounds of documents.",
         fix="set packing: none, which pads instead",
         upstream="https://github.com/huggingface/transformers/issues/46093",
     ),
-    Rule(
+    warning(
         "attention-by-documents",
-        "warning",
         ("packing", "model:config.json"),
         _of_model(_slow_attention),
         reason="The kernel for packed rows knows neither dropout nor soft-caps, and takes heads of up to 256 in multiples of "
         "8 with values as wide as queries: attention takes one document at a time, slower and with more memory.",
         fix="set dropout to 0 in config.json; soft-caps and heads belong to the model and stay",
     ),
-    Rule(
+    warning(
         "length-beyond-positions",
-        "warning",
         ("max_length", "model:config.json"),
         _of_model(_positions),
         reason="The model was not trained on positions that far, and some models have no more.",
         fix="lower max_length, or stretch the rope in config.json",
     ),
-    Rule(
+    error(
         "layers-beyond-model",
-        "error",
         ("gradient_checkpointing", "model:config.json"),
         _of_model(_layers),
         reason="The number says how many layers are recomputed.",
         fix="give a smaller number, or full",
     ),
-    Rule(
+    error(
         "tokens-beyond-vocabulary",
-        "error",
         ("model:tokenizer.json", "model:config.json"),
         _of_model(_vocabulary),
         reason="The model has no embedding for these tokens, and embeddings are not resized here: under ZeRO-3 it goes "
@@ -264,9 +235,8 @@ BASE_RULES = (
         fix="use the tokenizer that belongs to the model, or resize and save the model before",
         upstream="https://github.com/huggingface/transformers/issues/41959",
     ),
-    Rule(
+    warning(
         "unknown-stop",
-        "warning",
         ("chat_template", "model:generation_config.json"),
         _of_model(_stop),
         reason="The model learns to end its turns with a token at which generation does not stop: answers go on without "
@@ -275,9 +245,8 @@ BASE_RULES = (
         "generation_config.json",
         upstream="https://github.com/QwenLM/Qwen3/issues/927",
     ),
-    Rule(
+    warning(
         "remote-code-from-hub",
-        "warning",
         ("trust_remote_code", "model_name_or_path"),
         _remote_code,
         reason="The code may be another one tomorrow, and it runs with all your rights.",
@@ -286,50 +255,37 @@ BASE_RULES = (
 )
 
 ADAPTER_RULES = (
-    Rule(
+    error(
         "adapters-on-tied-head-under-fsdp",
-        "error",
         ("lora_target_modules", "strategy", "model:config.json"),
         lambda s: _tied_target(s, fsdp=True),
         reason="accelerate has the two tied again once they are sharded, and that fails on the adapter's layer.",
         fix="leave the head out of lora_target_modules, or use ddp or zero3",
     ),
-    Rule(
+    warning(
         "adapters-on-tied-head",
-        "warning",
         ("lora_target_modules", "model:config.json"),
         lambda s: _tied_target(s, fsdp=False),
         reason="Merging such adapters changes the embeddings with the head, and the merged model is another one.",
         fix="leave the head out of lora_target_modules, or never merge these adapters",
         upstream="https://github.com/huggingface/peft/issues/2018",
     ),
-    Rule(
+    warning(
         "adapters-on-head",
-        "warning",
         ("lora_target_modules",),
         head_target,
         reason="The loss is then computed from whole logits, tokens x vocabulary: slower, and with far more memory.",
         fix="leave the head out of lora_target_modules",
     ),
-    Rule(
-        "adapters-on-embeddings",
-        "warning",
-        ("lora_target_modules",),
-        _embedding_target,
-        reason="They run as peft has them, slower, and the gradient goes through the whole model to its very start.",
-        fix="leave the embeddings out of lora_target_modules",
-    ),
-    Rule(
+    warning(
         "unknown-targets",
-        "warning",
         ("lora_target_modules", "model:model.safetensors"),
         _of_model(_missing_targets),
         reason="peft puts adapters on the names that it finds, and passes over the others without a word.",
         fix="look for a slip in the names",
     ),
-    Rule(
+    error(
         "dropout-on-experts",
-        "error",
         ("lora_dropout", "lora_target_modules", "model:config.json"),
         _of_model(_dropout_on_experts),
         reason="transformers 5 keeps all experts of a layer in one parameter, and peft's adapters of parameters know no "

@@ -12,24 +12,23 @@ from pathlib import Path
 from ..config.identity import OF_GRPO, early_changes
 from ..config.resolve import DEFAULTS_OF_GRPO
 from .context import RunContext
-from .rule import Rule, unless
+from .rule import error, unless, warning
 
-# The trackers of transformers, by the package that each needs.
-TRACKERS = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboard",
-    "mlflow": "mlflow",
-    "comet_ml": "comet_ml",
-    "neptune": "neptune",
-    "clearml": "clearml",
-    "dvclive": "dvclive",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
-    "codecarbon": "codecarbon",
-}
+# The trackers of transformers; each needs the package of its name.
+TRACKERS = [
+    "wandb",
+    "tensorboard",
+    "mlflow",
+    "comet_ml",
+    "neptune",
+    "clearml",
+    "dvclive",
+    "swanlab",
+    "trackio",
+    "codecarbon",
+]
 # Peak learning rates that people use, by method.
 USUAL_RATES = {"full": (1e-6, 1e-4), "lora": (1e-5, 1e-3), "qlora": (1e-5, 1e-3), "int8": (1e-5, 1e-3)}
-USUAL_SCALES = (0.5, 4.0)  # lora_alpha / lora_r
 FAR = 10
 OF_SFT = ("train_on_last_turn", "train_on_prompt", "train_on_opening", "lora_dropout", "per_device_eval_batch_size")
 # Options, and what makes them count.
@@ -78,9 +77,10 @@ def _tracker(s: RunContext) -> str | None:
     for name in s.config.report_to:
         if name not in TRACKERS:
             return f"there is no tracker {name!r}; known: none, {', '.join(TRACKERS)}"
-        found = importlib.util.find_spec(TRACKERS[name])
-        if found is None or found.origin is None:  # without one it is a folder of that name, such as W&B's own wandb/
-            return f"tracker {name} needs the package {TRACKERS[name]}, which is not installed"
+        package = importlib.util.find_spec(name)
+        # Without an origin it is a folder of that name, such as W&B's own wandb/.
+        if package is None or package.origin is None:
+            return f"tracker {name} needs the package {name}, which is not installed"
     return None
 
 
@@ -105,13 +105,13 @@ def _far_rate(s: RunContext) -> str | None:
 
 
 def _unused(s: RunContext) -> str | None:
-    found, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
+    unused, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
     for keys, counts, because in DEPENDENT:
         plain = type(s.config).model_fields
-        given = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != usual.get(k, plain[k].default)]
-        if given and not counts(s.config):
-            found.append(f"{', '.join(given)} with {because}")
-    return f"{'; '.join(found)}: nothing reads it" if found else None
+        unread = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != usual.get(k, plain[k].default)]
+        if unread and not counts(s.config):
+            unused.append(f"{', '.join(unread)} with {because}")
+    return f"{'; '.join(unused)}: nothing reads it" if unused else None
 
 
 def _validates_training_rows(s: RunContext) -> str | None:
@@ -177,9 +177,8 @@ def filesystem(path: Path) -> str:
 
 # These look at nothing but the recipe, so `data inspect` checks them too.
 SOURCE_RULES = (
-    Rule(
+    error(
         "one-validation-set",
-        "error",
         ("eval_data_path", "eval_split"),
         unless(
             lambda s: bool(s.config.eval_data_path and s.config.eval_split), "eval_data_path and eval_split together"
@@ -187,9 +186,8 @@ SOURCE_RULES = (
         reason="A run validates with one set: rows of its own, or a part of the training rows.",
         fix="keep one of them",
     ),
-    Rule(
+    error(
         "weighted-validation",
-        "error",
         ("eval_data_path",),
         unless(
             lambda s: any(source.weight != 1 for source in s.config.eval_data_path or []),
@@ -198,9 +196,8 @@ SOURCE_RULES = (
         reason="Validation takes every row once.",
         fix="leave the weight out",
     ),
-    Rule(
+    error(
         "packs-of-parts",
-        "error",
         ("packing", "data_path"),
         unless(
             lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
@@ -212,25 +209,22 @@ SOURCE_RULES = (
 )
 
 BATCH_RULES = (
-    Rule(
+    error(
         "batch-product",
-        "error",
         ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
         _batch_product,
         reason="The three say the batch twice, and differently.",
         fix="leave one of the three away",
     ),
-    Rule(
+    error(
         "batch-division",
-        "error",
         ("global_batch_size", "per_device_train_batch_size"),
         _batch_divides,
         reason="Padded rows are not dealt freely: every process takes whole micro-batches.",
         fix="choose a multiple",
     ),
-    Rule(
+    warning(
         "idle-ranks",
-        "warning",
         ("global_batch_size",),
         unless(
             lambda s: s.config.batch(s.world_size) < s.world_size,
@@ -239,9 +233,8 @@ BATCH_RULES = (
         reason="In every step some processes have no example and wait.",
         fix="raise global_batch_size, or start fewer processes",
     ),
-    Rule(
+    error(
         "changed-since-checkpoint",
-        "error",
         ("checkpoint:", "resume_changes"),
         _changed,
         reason="A resumed run goes on as if it had never been stopped, so what shapes its result stays.",
@@ -250,9 +243,8 @@ BATCH_RULES = (
 )
 
 STEP_RULES = (
-    Rule(
+    error(
         "validation-without-data",
-        "error",
         ("eval_steps", "eval_data_path"),
         unless(
             lambda s: bool(s.config.eval_steps) and not s.config.has_validation, "eval_steps without validation data"
@@ -260,17 +252,15 @@ STEP_RULES = (
         reason="There is nothing to validate with.",
         fix="give --eval_data_path or --eval_split",
     ),
-    Rule(
+    error(
         "validation-without-steps",
-        "error",
         ("eval_steps", "eval_data_path", "eval_split"),
         unless(lambda s: s.config.has_validation and not s.config.eval_steps, "validation data without eval_steps"),
         reason="The data would never be looked at.",
         fix="say how often with --eval_steps",
     ),
-    Rule(
+    error(
         "best-without-validation",
-        "error",
         ("load_best_model_at_end", "early_stopping_patience"),
         unless(
             lambda s: (
@@ -281,17 +271,15 @@ STEP_RULES = (
         reason="Validation decides which model is the best one, and when to stop.",
         fix="give --eval_data_path and --eval_steps",
     ),
-    Rule(
+    warning(
         "validated-with-training-rows",
-        "warning",
         ("data_path", "eval_data_path"),
         _validates_training_rows,
         reason="The validation loss then tells how well the rows are remembered, and falls all the time.",
         fix="give other rows, or keep a part back with --eval_split",
     ),
-    Rule(
+    warning(
         "never-validated",
-        "warning",
         ("eval_steps", "max_steps"),
         unless(
             lambda s: s.config.eval_steps is not None and 0 < s.config.max_steps < s.config.eval_steps,
@@ -300,9 +288,8 @@ STEP_RULES = (
         reason="The first validation comes after the end.",
         fix="lower eval_steps",
     ),
-    Rule(
+    warning(
         "never-saved",
-        "warning",
         ("save_steps", "max_steps"),
         unless(
             lambda s: s.config.save_steps is not None and 0 < s.config.max_steps < s.config.save_steps,
@@ -311,35 +298,31 @@ STEP_RULES = (
         reason="The first checkpoint comes after the end: a run that is killed starts from the beginning.",
         fix="lower save_steps",
     ),
-    Rule(
+    warning(
         "save-interval-beyond-limit",
-        "warning",
         ("save_steps", "environment:SLURM_JOB_END_TIME"),
         _unsaved_at_limit,
         reason="A job that comes to its time limit loses what it has not saved; the signal before it may not reach it, "
         "or leave it too little time.",
         fix="save more often with --save_steps, or ask for more time",
     ),
-    Rule(
+    warning(
         "machines-without-saves",
-        "warning",
         ("save_steps",),
         unless(lambda s: s.nnodes > 1 and not s.config.save_steps, "{s.nnodes} machines, and no save_steps"),
         reason="When a machine goes away, the others go on from the newest checkpoint, and there is none.",
         fix="give --save_steps",
     ),
-    Rule(
+    warning(
         "machine-local-output",
-        "warning",
         ("output_dir",),
         _local_output,
         reason="Checkpoints are written by the first machine and read by all, so the folder must be shared; file systems "
         "of this kind belong to one machine.",
         fix="give an output_dir on a file system that all machines share",
     ),
-    Rule(
+    error(
         "elastic-without-resume",
-        "error",
         ("elastic", "resume_from_checkpoint"),
         unless(
             lambda s: s.config.elastic and s.config.resume_from_checkpoint != "auto",
@@ -348,9 +331,8 @@ STEP_RULES = (
         reason="It starts its workers anew when a machine comes or goes, and they would begin at step 0.",
         fix="give --resume_from_checkpoint auto, and --save_steps",
     ),
-    Rule(
+    error(
         "elastic-batch",
-        "error",
         ("elastic", "global_batch_size", "gradient_accumulation_steps"),
         unless(
             lambda s: (
@@ -364,9 +346,8 @@ STEP_RULES = (
 )
 
 OPTIMISATION_RULES = (
-    Rule(
+    warning(
         "warmup-beyond-end",
-        "warning",
         ("warmup_steps", "max_steps"),
         unless(
             lambda s: 0 < s.config.max_steps <= s.config.warmup_steps,
@@ -375,34 +356,30 @@ OPTIMISATION_RULES = (
         reason="The learning rate never gets to learning_rate.",
         fix="lower warmup_steps to a few per cent of the run",
     ),
-    Rule(
+    warning(
         "unusual-learning-rate",
-        "warning",
         ("learning_rate", "method"),
         _far_rate,
         reason="It is more than ten times outside of what the method usually takes; full fine-tuning takes about a tenth "
         "of what adapters take.",
         fix="look for a slip in the exponent",
     ),
-    Rule(
+    warning(
         "unused-options",
-        "warning",
         tuple(key for keys, *_ in DEPENDENT for key in keys),
         _unused,
         reason="The option only counts with another one, which is off.",
         fix="leave it out, or switch on what it belongs to",
     ),
-    Rule(
+    error(
         "unknown-tracker",
-        "error",
         ("report_to",),
         _tracker,
         reason="The run would fail when it begins to report.",
         fix="install the package, or choose another tracker",
     ),
-    Rule(
+    warning(
         "wandb-without-login",
-        "warning",
         ("report_to", "environment:WANDB_API_KEY"),
         unless(_no_login, "report_to wandb, and no login for it was found"),
         reason="W&B asks for a key at the start, and ends the run where nobody can answer.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from ..errors import UserError
@@ -24,12 +25,15 @@ class Rule:
     """
 
     name: str
-    severity: Literal["error", "warning"]
     keys: tuple[str, ...]
     broken: Callable[[RunContext], str | None]
     reason: str
     fix: str
+    severity: Literal["error", "warning"]
     upstream: str | None = None
+
+
+error, warning = partial(Rule, severity="error"), partial(Rule, severity="warning")
 
 
 @dataclass(frozen=True)

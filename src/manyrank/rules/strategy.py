@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from ..topology.strategies import Engine
+from ..topology.strategies import EngineKind
 from ..topology.strategy_files import is_on
 from .context import RunContext
-from .rule import Rule, unless
+from .rule import error, unless, warning
 
 # What a YAML may not say beside a DeepSpeed JSON (accelerate 1.15, DeepSpeedPlugin._deepspeed_config_checks).
 BESIDE_JSON = (
@@ -36,14 +36,14 @@ ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def _precision(s: RunContext) -> str | None:
-    asked = str(s.files.accelerate.get("mixed_precision") or "no").lower()
+    wanted = str(s.files.accelerate.get("mixed_precision") or "no").lower()
     computes = "bf16" if s.bf16 else "no"
-    if asked not in ("no", "fp16", computes):
-        return f"mixed_precision {asked} in {s.files.accelerate_file}, and the recipe computes in {_name(s)}"
+    if wanted not in ("no", "fp16", computes):
+        return f"mixed_precision {wanted} in {s.files.accelerate_file}, and the recipe computes in {_name(s)}"
     enabled = s.files.part("bf16").get("enabled", "auto")
     if enabled != "auto" and is_on(enabled) != s.bf16:
-        said = "on" if is_on(enabled) else "off"
-        return f"bf16 is {said} in {s.files.deepspeed_file}, and the recipe computes in {_name(s)}"
+        state = "on" if is_on(enabled) else "off"
+        return f"bf16 is {state} in {s.files.deepspeed_file}, and the recipe computes in {_name(s)}"
     return None
 
 
@@ -66,23 +66,23 @@ def _beside_json(s: RunContext) -> str | None:
         return None
     # In a process that accelerate has launched, its own default stands there.
     top = [] if s.launched else [key for key in BESIDE_JSON if key in s.files.accelerate]
-    found = top + [key for key in BESIDE_JSON if key in s.files.section("deepspeed_config")]
-    return f"{', '.join(found)} beside deepspeed_config_file in {s.files.accelerate_file}" if found else None
+    keys = top + [key for key in BESIDE_JSON if key in s.files.section("deepspeed_config")]
+    return f"{', '.join(keys)} beside deepspeed_config_file in {s.files.accelerate_file}" if keys else None
 
 
 def _node_facts(s: RunContext) -> str | None:
-    found = [key for key in NODE_FACTS if key in s.files.accelerate]
-    return f"{', '.join(found)} in {s.files.accelerate_file}" if found else None
+    keys = [key for key in NODE_FACTS if key in s.files.accelerate]
+    return f"{', '.join(keys)} in {s.files.accelerate_file}" if keys else None
 
 
 def _owned(s: RunContext) -> str | None:
-    found = [f"{key}: {s.files.deepspeed[key]}" for key in OWNED if s.files.deepspeed.get(key, "auto") != "auto"]
-    return f"{', '.join(found)} in {s.files.deepspeed_file}" if found else None
+    values = [f"{key}: {s.files.deepspeed[key]}" for key in OWNED if s.files.deepspeed.get(key, "auto") != "auto"]
+    return f"{', '.join(values)} in {s.files.deepspeed_file}" if values else None
 
 
 def _own_optimizer(s: RunContext) -> str | None:
-    found = [key for key in ("optimizer", "scheduler") if key in s.files.deepspeed]
-    return f"{' and '.join(found)} in {s.files.deepspeed_file}" if found else None
+    keys = [key for key in ("optimizer", "scheduler") if key in s.files.deepspeed]
+    return f"{' and '.join(keys)} in {s.files.deepspeed_file}" if keys else None
 
 
 def _stage(s: RunContext) -> str | None:
@@ -97,21 +97,14 @@ def _stage(s: RunContext) -> str | None:
 
 
 def _fsdp(key: str, value: str):
-    return lambda s: s.files.kind == Engine.FSDP and str(s.files.section("fsdp_config").get(key)).lower() == value
+    return lambda s: s.files.kind == EngineKind.FSDP and str(s.files.section("fsdp_config").get(key)).lower() == value
 
 
-def _checkpoints(s: RunContext) -> bool:
-    return s.config.gradient_checkpointing not in ("auto", "off", 0)
-
-
-_fsdp_checkpoints = _fsdp("fsdp_activation_checkpointing", "true")
-
-ONE_PROCESS = Rule(
+ONE_PROCESS = error(
     "processes-of-single",
-    "error",
     ("strategy",),
     unless(
-        lambda s: s.strategy.engine is Engine.SINGLE and s.world_size > 1,
+        lambda s: s.strategy.engine is EngineKind.SINGLE and s.world_size > 1,
         "strategy single with {s.world_size} processes",
     ),
     reason="It has no process group: each process would train by itself and write the same folder.",
@@ -119,34 +112,30 @@ ONE_PROCESS = Rule(
 )
 MACHINE_RULES = (
     ONE_PROCESS,
-    Rule(
+    error(
         "processes-beyond-gpus",
-        "error",
         ("nproc",),
         unless(lambda s: bool(s.gpus) and s.nproc > s.gpus, "{s.nproc} processes on a machine with {s.gpus} GPUs"),
         reason="Each process needs a GPU of its own: NCCL refuses two on one.",
         fix="start at most one process for each GPU (--nproc)",
     ),
-    Rule(
+    error(
         "bf16-not-native",
-        "error",
         ("bf16",),
         unless(lambda s: s.config.bf16 is True and not s.hardware.has_bf16, "bf16 is not supported by this machine"),
         reason="GPUs before Ampere, and CPUs without AVX512-BF16 or AMX, emulate it: slower than float32.",
         fix="set bf16: false",
     ),
-    Rule(
+    warning(
         "float32-on-gpus",
-        "warning",
         ("bf16",),
         unless(lambda s: bool(s.gpus) and not s.bf16, "the GPUs compute in float32"),
         reason="It takes twice the memory of bf16 and much more time, and attention over packed rows has no fast kernel "
         "for it.",
         fix="set bf16: auto; GPUs before Ampere have no better way here",
     ),
-    Rule(
+    error(
         "accumulation-in-environment",
-        "error",
         (f"environment:{ACCUMULATION}",),
         unless(
             lambda s: os.environ.get(ACCUMULATION, "1") not in ("", "1"),
@@ -159,20 +148,18 @@ MACHINE_RULES = (
 )
 
 SHARDING_RULES = (
-    Rule(
+    error(
         "offload-without-gpu",
-        "error",
         ("strategy",),
         unless(
-            lambda s: s.files.kind == Engine.FSDP and s.files.offloads_parameters and not s.gpus,
+            lambda s: s.files.kind == EngineKind.FSDP and s.files.offloads_parameters and not s.gpus,
             "{s.strategy} without GPUs",
         ),
         reason="FSDP's offload moves shards between host and GPU memory.",
         fix="use fsdp on CPUs",
     ),
-    Rule(
+    warning(
         "shards-of-one",
-        "warning",
         ("strategy",),
         unless(
             lambda s: s.files.sharded and s.world_size == 1 and not s.files.offloads_parameters,
@@ -181,21 +168,21 @@ SHARDING_RULES = (
         reason="The only shard is the whole model: it costs time and saves no memory.",
         fix="use strategy single, or more processes",
     ),
-    Rule(
+    error(
         "int8-in-shards",
-        "error",
         ("method", "strategy"),
         unless(lambda s: s.config.method == "int8" and s.files.sharded, "method int8 under {s.strategy}"),
         reason="FSDP and ZeRO-3 shard floating-point parameters; 8-bit weights are integers, with statistics beside them.",
         fix="use method qlora, or strategy ddp or zero2",
         upstream="https://github.com/huggingface/peft/issues/2833",
     ),
-    Rule(
+    error(
         "optimizer-in-shards",
-        "error",
         ("optim", "strategy"),
         unless(
-            lambda s: s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in (Engine.FSDP, Engine.DEEPSPEED),
+            lambda s: (
+                s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in (EngineKind.FSDP, EngineKind.DEEPSPEED)
+            ),
             "{c.optim} under {s.strategy}",
         ),
         reason="bitsandbytes' optimizers keep 8-bit or paged state that FSDP and DeepSpeed cannot shard: under FSDP2 they "
@@ -203,9 +190,8 @@ SHARDING_RULES = (
         fix="use optim adamw_torch: sharding makes its state small already",
         upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1633",
     ),
-    Rule(
+    error(
         "sgd-under-offload",
-        "error",
         ("optim", "strategy"),
         unless(
             lambda s: s.config.optim == "sgd" and s.files.offloads_optimizer,
@@ -214,9 +200,8 @@ SHARDING_RULES = (
         reason="DeepSpeed steps on the CPU with an AdamW of its own, and knows no other optimizer there.",
         fix="use optim adamw_torch",
     ),
-    Rule(
+    warning(
         "qlora-under-zero-offload",
-        "warning",
         ("method", "strategy"),
         unless(
             lambda s: s.config.method == "qlora" and s.files.zero_stage == 3 and s.files.offloads_parameters,
@@ -229,9 +214,8 @@ SHARDING_RULES = (
 )
 
 HSDP_RULES = (
-    Rule(
+    error(
         "shard-size-without-hsdp",
-        "error",
         ("hsdp_shard_size", "strategy"),
         unless(
             lambda s: bool(s.config.hsdp_shard_size) and not s.strategy.replicas, "hsdp_shard_size under {s.strategy}"
@@ -239,17 +223,15 @@ HSDP_RULES = (
         reason="It says how many processes share one copy of the model, and only hsdp has several copies of shards.",
         fix="give --strategy hsdp, or leave hsdp_shard_size out",
     ),
-    Rule(
+    error(
         "hsdp-without-shards",
-        "error",
         ("strategy",),
         unless(lambda s: s.strategy.replicas and s.shards == 1, "hsdp with one process on a machine"),
         reason="A copy of the model lies on one machine, and there is nothing to shard.",
         fix="use ddp, or more processes on each machine (--nproc)",
     ),
-    Rule(
+    error(
         "hsdp-copies-in-machines",
-        "error",
         ("hsdp_shard_size", "strategy"),
         unless(
             lambda s: s.strategy.replicas and bool(s.nproc % s.shards or s.world_size % s.shards),
@@ -258,9 +240,8 @@ HSDP_RULES = (
         reason="The shards of a copy are gathered for every layer, which is what the links inside a machine are for.",
         fix="let every machine have as many processes, and hsdp_shard_size divide them",
     ),
-    Rule(
+    error(
         "hsdp-of-one-copy",
-        "error",
         ("strategy", "hsdp_shard_size"),
         unless(
             lambda s: s.strategy.replicas and s.world_size < 2 * s.shards and not s.world_size % s.shards,
@@ -269,9 +250,8 @@ HSDP_RULES = (
         reason="With one copy accelerate takes plain FSDP, without a word.",
         fix="use fsdp, or several machines (--nnodes), or copies on a part of the machine (--hsdp_shard_size)",
     ),
-    Rule(
+    error(
         "elastic-hsdp",
-        "error",
         ("elastic", "strategy", "hsdp_shard_size"),
         unless(
             lambda s: s.strategy.replicas and s.config.elastic and s.nproc < 2 * s.shards,
@@ -283,9 +263,8 @@ HSDP_RULES = (
 )
 
 FILE_RULES = (
-    Rule(
+    error(
         "fp16",
-        "error",
         ("yaml:mixed_precision", "json:fp16.enabled"),
         _fp16,
         reason="fp16 ends at 65504, and models that were trained in bf16 go beyond it: losses become inf and nan. This "
@@ -293,70 +272,54 @@ FILE_RULES = (
         fix="take it out of the file; the recipe's bf16 decides",
         upstream="https://github.com/QwenLM/Qwen3/issues/868",
     ),
-    Rule(
+    error(
         "precision-against-recipe",
-        "error",
         ("yaml:mixed_precision", "json:bf16.enabled", "bf16"),
         _precision,
         reason="Two places say the precision, and differently.",
         fix="leave it to the recipe: mixed_precision: 'no' in the YAML, \"auto\" in the JSON",
     ),
-    Rule(
-        "checkpointing-twice",
-        "error",
+    error(
+        "fsdp-checkpointing",
         ("yaml:fsdp_config.fsdp_activation_checkpointing", "gradient_checkpointing"),
         unless(
-            lambda s: _fsdp_checkpoints(s) and _checkpoints(s),
-            "fsdp_activation_checkpointing and gradient_checkpointing together",
-        ),
-        reason="Every layer would be computed and gathered twice over.",
-        fix="keep gradient_checkpointing, and set fsdp_activation_checkpointing: false",
-        upstream="https://github.com/huggingface/transformers/issues/30404",
-    ),
-    Rule(
-        "fsdp-checkpointing",
-        "error",
-        ("yaml:fsdp_config.fsdp_activation_checkpointing",),
-        unless(
-            lambda s: _fsdp_checkpoints(s) and not _checkpoints(s),
+            _fsdp("fsdp_activation_checkpointing", "true"),
             "fsdp_activation_checkpointing in {s.files.accelerate_file}",
         ),
         reason="accelerate wraps each layer, and saved tensors carry the wrapper's name (_checkpoint_wrapped_module): no "
-        "library finds them again, and an adapter loads as if it were not trained.",
+        "library finds them again, and an adapter loads as if it were not trained. With gradient_checkpointing every layer "
+        "is gathered and recomputed twice.",
         fix="set it to false, and gradient_checkpointing: full in the recipe",
+        upstream="https://github.com/huggingface/transformers/issues/30404",
     ),
-    Rule(
+    error(
         "fsdp-version",
-        "error",
         ("yaml:fsdp_config.fsdp_version",),
         unless(
-            lambda s: s.files.kind == Engine.FSDP and not _fsdp("fsdp_version", "2")(s),
+            lambda s: s.files.kind == EngineKind.FSDP and not _fsdp("fsdp_version", "2")(s),
             "FSDP version 1 in {s.files.accelerate_file}",
         ),
         reason="Version 1 takes parameters their names and shapes, and checkpoints here go by both: a resumed adapter would "
         "start from its first values. It is also what accelerate takes where the file says nothing.",
         fix="set fsdp_version: 2",
     ),
-    Rule(
+    warning(
         "one-fsdp-unit",
-        "warning",
         ("yaml:fsdp_config.fsdp_auto_wrap_policy",),
         unless(_fsdp("fsdp_auto_wrap_policy", "no_wrap"), "fsdp_auto_wrap_policy NO_WRAP in {s.files.accelerate_file}"),
         reason="The whole model is one unit: every rank gathers all of it in each forward and backward.",
         fix="set TRANSFORMER_BASED_WRAP",
     ),
-    Rule(
+    error(
         "processes-of-multi-cpu",
-        "error",
         ("yaml:distributed_type",),
         unless(lambda s: s.files.kind == "MULTI_CPU", "distributed_type MULTI_CPU in {s.files.accelerate_file}"),
         reason="accelerate launch then starts one process, without a word.",
         fix="set MULTI_GPU; the train module uses the CPU where there is no GPU",
         upstream="https://github.com/huggingface/accelerate/issues/2741",
     ),
-    Rule(
+    error(
         "cpu-beside-gpus",
-        "error",
         ("yaml:use_cpu",),
         unless(
             lambda s: bool(s.gpus) and is_on(s.files.accelerate.get("use_cpu")),
@@ -365,18 +328,16 @@ FILE_RULES = (
         reason="The train module uses GPUs wherever there are some, and so does all that was checked here.",
         fix="set use_cpu: false; to train on the CPU hide the GPUs: CUDA_VISIBLE_DEVICES=''",
     ),
-    Rule(
+    warning(
         "node-facts-in-config",
-        "warning",
         ("yaml:num_processes",),
         _node_facts,
         reason="They are flags here (--nproc, --nnodes, --node_rank, --rdzv_endpoint), and the flags win; several of the "
         "keys are ignored by accelerate itself.",
         fix="take them out of the file",
     ),
-    Rule(
+    error(
         "compiled-twice",
-        "error",
         ("yaml:dynamo_config.dynamo_backend", "torch_compile"),
         unless(
             lambda s: (
@@ -388,35 +349,31 @@ FILE_RULES = (
         reason="The recipe compiles each layer; accelerate would compile the model around them once more.",
         fix="keep torch_compile, and take dynamo_config out of the file",
     ),
-    Rule(
+    error(
         "keys-beside-deepspeed-json",
-        "error",
         ("yaml:deepspeed_config.deepspeed_config_file",),
         _beside_json,
         reason="accelerate refuses to start where both files say such a thing.",
         fix="say it in the JSON, or leave it to the recipe",
     ),
-    Rule(
+    error(
         "batch-in-deepspeed-json",
-        "error",
         ("json:train_micro_batch_size_per_gpu", "global_batch_size", "max_grad_norm"),
         _owned,
         reason="The recipe owns batch, accumulation and clipping. The train module overwrites them, all but "
         "train_batch_size, with which DeepSpeed then refuses to start.",
         fix='write "auto", or leave it out',
     ),
-    Rule(
+    error(
         "optimizer-in-deepspeed-json",
-        "error",
         ("json:optimizer", "json:scheduler", "optim", "lr_scheduler_type"),
         _own_optimizer,
         reason="The recipe owns both. accelerate refuses a second optimizer, and a second schedule changes the learning "
         "rate behind the first.",
         fix="take it out of the JSON; optim, learning_rate and lr_scheduler_type say it",
     ),
-    Rule(
+    error(
         "files-of-another-name",
-        "error",
         ("strategy", "yaml:distributed_type"),
         _stage,
         reason="What a strategy is called decides what is planned, checked and told of it.",

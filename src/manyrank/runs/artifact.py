@@ -1,4 +1,4 @@
-"""What can be named to be used: a base model, a run's folder, a checkpoint, an adapter or a merged model. No torch.
+"""Models by name: a base model, a run's folder, a checkpoint, an adapter or a merged model. No torch.
 
 output/run/               final_model/ of a run, or its newest complete checkpoint
 output/run/checkpoint-50  an adapter or a whole model
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from . import folder as run_folder
-from .yaml_file import read_yaml
+from . import run_folder
+from .mapping_files import read_yaml
 
 
 @dataclass(frozen=True)
-class Artifact:
+class ModelSource:
     """A model to load.
 
     Attributes:
@@ -36,18 +36,18 @@ class Artifact:
 
     @property
     def own_tokenizer(self) -> str | None:
-        """Where a tokenizer of its own is: with the model or the adapter, or in its run; None: it has the base's."""
+        """Folder of a tokenizer that is not the base's: with the model or adapter, or in its run; None: the base's is used."""
         places = [self.adapter or Path(self.base), *([self.run / run_folder.TOKENIZER] if self.run else [])]
         return next((str(place) for place in places if (place / "tokenizer_config.json").is_file()), None)
 
     @property
     def tokenizer(self) -> str:
-        """Where the tokenizer is."""
+        """Folder or name of the tokenizer."""
         return self.own_tokenizer or self.base
 
 
-def find(name: str, *, base: str | None = None) -> Artifact:
-    """What a name stands for.
+def find(name: str, *, base: str | None = None) -> ModelSource:
+    """Find the model that a name stands for.
 
     Args:
         base: for an adapter, another base than the one that it names.
@@ -56,20 +56,20 @@ def find(name: str, *, base: str | None = None) -> Artifact:
         UserError: a folder that is none of these, a run that has saved nothing, or a base for what is no adapter.
     """
     folder = Path(name).expanduser()
-    found = _in_folder(name, folder, base) if folder.is_dir() else Artifact(name, name)
-    if base and not found.adapter:
+    source = _in_folder(name, folder, base) if folder.is_dir() else ModelSource(name, name)
+    if base and not source.adapter:
         raise UserError(f"a base for {name}, which is no adapter", where="--base", fix="leave it out")
-    return found
+    return source
 
 
-def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:
-    chosen = _of_run(name, folder)
-    run = chosen.parent if chosen != folder or run_folder.NAME.fullmatch(folder.name) else None
+def _in_folder(name: str, folder: Path, base: str | None) -> ModelSource:
+    source = _of_run(name, folder)
+    run = source.parent if source != folder or run_folder.NAME.fullmatch(folder.name) else None
     run = folder.parent if folder.name == "final_model" else run
-    if (chosen / "adapter_config.json").is_file():
-        return Artifact(name, base or _base(chosen, run), chosen, run)
-    if (chosen / "config.json").is_file():
-        return Artifact(name, str(chosen), None, run)
+    if (source / "adapter_config.json").is_file():
+        return ModelSource(name, base or _base(source, run), source, run)
+    if (source / "config.json").is_file():
+        return ModelSource(name, str(source), None, run)
     raise UserError(
         "neither a model, an adapter nor a run",
         where=name,
@@ -78,7 +78,7 @@ def _in_folder(name: str, folder: Path, base: str | None) -> Artifact:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run that has begun."""
+    """Return whether a folder is that of a run that has begun."""
     begun = ((folder / name).exists() for name in ("final_model", "launch.json"))
     return any(begun) or bool(run_folder.checkpoints(folder))
 
@@ -100,13 +100,13 @@ def _of_run(name: str, folder: Path) -> Path:
 def _base(adapter: Path, run: Path | None) -> str:
     file = adapter / "adapter_config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name_of_base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
-    if not found:
+    if not name_of_base:
         fix = "write it there as base_model_name_or_path; `manyrank merge` also takes --base NAME"
         raise UserError("names no base model", where=str(file), fix=fix)
-    return _from_anywhere(str(found), run, file)
+    return _from_anywhere(str(name_of_base), run, file)
 
 
 def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
@@ -115,12 +115,12 @@ def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
     Raises:
         UserError: it can be no hub name, and the folder is not there.
     """
-    given = Path(base).expanduser()
-    if given.is_absolute():
-        return str(given)
+    path = Path(base).expanduser()
+    if path.is_absolute():
+        return str(path)
     for folder in [*_working_folders(run), Path.cwd()]:
-        if (folder / given / "config.json").is_file():
-            return str((folder / given).absolute())
+        if (folder / path / "config.json").is_file():
+            return str((folder / path).absolute())
     if base.count("/") > 1 or base.startswith("."):
         fix = "go to the folder in which it was trained, or write the base's whole path there"
         raise UserError(f"names its base {base}, and there is no such folder here", where=str(file), fix=fix)
@@ -128,10 +128,10 @@ def _from_anywhere(base: str, run: Path | None, file: Path) -> str:
 
 
 def _working_folders(run: Path | None) -> list[Path]:
-    """Where a run was started, as the output_dir in its config tells, where that is a relative path."""
+    """Yield the folders in which a run may have been started, by the relative output_dir in its config."""
     if not run or not (run / "config.yaml").is_file():
         return []
     config, folder = read_yaml(run / "config.yaml"), run.absolute()
-    given = Path(str((config.get("output_dir") if isinstance(config, dict) else None) or f"output/{folder.name}"))
-    inside = not given.is_absolute() and folder.parts[-len(given.parts) :] == given.parts
-    return [folder.parents[len(given.parts) - 1]] if inside and given.parts else []
+    path = Path(str((config.get("output_dir") if isinstance(config, dict) else None) or f"output/{folder.name}"))
+    inside = not path.is_absolute() and folder.parts[-len(path.parts) :] == path.parts
+    return [folder.parents[len(path.parts) - 1]] if inside and path.parts else []

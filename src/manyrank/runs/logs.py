@@ -1,9 +1,9 @@
-"""What a run has written down about itself in logs/, and how much memory it took. No torch unless a GPU is asked about.
+"""Files in a run's logs/, and the memory of this process. Imports torch only for a GPU.
 
 metrics.jsonl   a line for each logged step and each validation
 history.jsonl   started, resumed, preempted, failed, finished
 samples.json    the recipe's questions, with the answers before and after the training
-completions.jsonl   of grpo: some answers of each logged step, with their rewards
+completions.jsonl   some completions of each logged step, with their rewards
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 
 def read_history(output_dir: Path) -> list[dict]:
-    """What became of the run, oldest first; empty where nothing is written down."""
+    """Read the run's history, oldest first; empty where there is none."""
     file = output_dir / "logs" / "history.jsonl"
     return read_lines(file) if file.is_file() else []
 
 
 def read_completions(output_dir: Path) -> list[dict]:
-    """Answers of grpo with their rewards, oldest first; empty where the run has none."""
+    """Completions with their rewards, oldest first; empty where the run has none."""
     file = output_dir / "logs" / COMPLETIONS
     return read_lines(file) if file.is_file() else []
 
@@ -48,15 +48,15 @@ def note(output_dir: Path, event: str, *, step: int, **facts: object) -> None:
 def read_lines(file: Path) -> list[dict]:
     """The objects of a file with one in each line; what is no whole object is left out."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [found for line in lines if (found := _object(line)) is not None]
+    return [value for line in lines if (value := _object(line)) is not None]
 
 
 def _object(line: str) -> dict | None:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def read_samples(output_dir: Path) -> list[dict] | None:
@@ -100,14 +100,14 @@ def rewind(output_dir: Path, step: int) -> None:
     """Forget the lines after `step`: a resumed run writes them again."""
     for file in (output_dir / "logs" / "metrics.jsonl", output_dir / "logs" / COMPLETIONS):
         if file.exists():
-            kept = [line for line in read_lines(file) if line.get("step", 0) <= step]
+            lines = [line for line in read_lines(file) if line.get("step", 0) <= step]
             partial = file.with_suffix(".partial")  # a signal may end the start here
-            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
             partial.replace(file)
 
 
 @contextlib.contextmanager
-def beside_the_point() -> Iterator[None]:
+def warn_on_write_error() -> Iterator[None]:
     """A file for the report that cannot be written, on a full disk for instance, is told, and costs nothing else."""
     try:
         yield

@@ -34,7 +34,7 @@ def _version(name: str) -> str | None:
 
 def _cuda_of_torch() -> str | None:
     """From torch's file of versions: importing torch takes seconds."""
-    found = importlib.util.find_spec("torch")
-    if found is None or not found.origin:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
         return None
-    return runpy.run_path(str(Path(found.origin).with_name("version.py"))).get("cuda")
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda")

@@ -1,4 +1,4 @@
-"""What a run learns from. Examples alone (SFT) need nothing more than the trainer; every other task is a module here."""
+"""Tasks: what a run learns from. Each is a file or folder here, behind the interface of `training.task`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from ..config.resolve import TrainConfig
 
 if TYPE_CHECKING:
-    from ..training.run import Task
+    from ..training.task import Task
 
 
-def of(config: TrainConfig) -> Task | None:
-    """The recipe's task, None for SFT."""
-    if not config.is_grpo:
-        return None
-    from .grpo import task as grpo  # not before: trl takes seconds to import
+def find_task(config: TrainConfig) -> type[Task]:
+    """The kind of task that a recipe names. What it needs is imported now: trl alone takes seconds."""
+    if config.task == "grpo":
+        from .grpo.task import GRPO
 
-    return grpo
+        return GRPO
+    from .sft import SFT
+
+    return SFT

@@ -23,13 +23,13 @@ from ..chat_template.types import BadRow, Message
 from ..config.args import Parser
 from ..errors import UserError
 from ..runs.artifact import find
-from ..runs.folder import write_atomically
+from ..runs.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
     from ..chat_template.render import RenderOptions
-    from ..models.generation import Answer, Sampling
+    from ..models.generation import Completion, Sampling
 
 HELP = """\
 /help          this list
@@ -122,7 +122,7 @@ class ChatModel:
     def messages(self) -> list[Message]:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def ask(self, question: str, *, show: Callable[[str], None], stopped: Callable[[], bool]) -> Answer:
+    def ask(self, question: str, *, show: Callable[[str], None], stopped: Callable[[], bool]) -> Completion:
         """Generate, and keep question and completion; an empty completion keeps neither.
 
         Args:
@@ -153,12 +153,13 @@ class ChatModel:
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         from ..chat_template.render import prompt_ids
+        from ..models.generation import context_length
 
         try:
             prompt = prompt_ids(self.tokenizer, messages, options=self.rendering)
         except BadRow as error:
             raise UserError(str(error), where="the conversation", fix="/reset, or another /system") from None
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         if context and len(prompt) >= context:
             what = f"the conversation has {len(prompt):,} tokens, and the model's context is {context:,}"
             raise UserError(what, where="the conversation", fix="/reset begins a new one; /save FILE keeps this one")

@@ -25,9 +25,9 @@ from ..config.args import Parser
 from ..data.prompts import Prompt, read_prompts
 from ..data.sources import Source
 from ..errors import EXIT_FAILED, EXIT_PREEMPTED, UserError
-from ..runs.artifact import Artifact, find
-from ..runs.folder import sync, write_atomically
+from ..runs.artifact import ModelSource, find
 from ..runs.logs import read_lines
+from ..runs.run_folder import sync, write_atomically
 from ..signals import StopRequest
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"{output} is there already", where="OUTPUT", fix="choose another name, or add --overwrite")
 
 
-def _run(options: argparse.Namespace, model_source: Artifact, prompts: list[Prompt], sampling: Sampling) -> int:
+def _run(options: argparse.Namespace, model_source: ModelSource, prompts: list[Prompt], sampling: Sampling) -> int:
     """Complete what is not completed yet, until all is done or a signal comes.
 
     Returns:
@@ -202,7 +202,7 @@ def _refuse_problems(requests: Sequence[GenerationRequest]) -> None:
         raise UserError(what, where=where, fix="fix them, or add --on-bad-row skip")
 
 
-def _settings(options: argparse.Namespace, model_source: Artifact) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, model_source: ModelSource) -> dict[str, Any]:
     """Everything that decides the completions: the options, and when the files that they name were changed."""
     settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
     files = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config.args import Parser, parse, parser
 from ..config.resolve import resolve
-from ..data.stats import STEPS, Part, SampleFacts, Survey, gather
+from ..data.stats import STEPS, DataReport, SampleFacts, SplitReport, gather
 from ..models.load import load_tokenizer
 from ..rules.check import check_sources
 from .report.blocks import Block, Heading, Note, Run, Table, Texts, count, one_line, share, visible, word
@@ -43,10 +43,10 @@ def main(argv: Sequence[str]) -> int:
     check_sources(resolved)
     config = resolved.config
     recipe = Path(line.recipe).stem if line.recipe else "command line"
-    survey = gather(config, load_tokenizer(config), recipe=recipe, samples=own.samples)
-    show(title(survey), blocks(survey))
+    report = gather(config, load_tokenizer(config), recipe=recipe, samples=own.samples)
+    show(title(report), blocks(report))
     if own.html:
-        write_page(page(title(survey), blocks(survey)), own.html)
+        write_page(page(title(report), blocks(report)), own.html)
         print(f"\nwritten to {own.html}")
     return 0
 
@@ -76,34 +76,34 @@ def _whole(text: str) -> int:
 # The blocks of both views
 
 
-def title(survey: Survey) -> str:
-    return f"Data of {one_line(survey.recipe)}"
+def title(report: DataReport) -> str:
+    return f"Data of {one_line(report.recipe)}"
 
 
-def blocks(survey: Survey) -> Iterator[Block]:
-    """Everything that is shown of a survey."""
-    settings = tuple((word(key), word(value)) for key, value in survey.settings.items())
+def blocks(report: DataReport) -> Iterator[Block]:
+    """Everything that is shown of a report."""
+    settings = tuple((word(key), word(value)) for key, value in report.settings.items())
     yield Table("settings", "Recipe", (), settings)
     yield Heading("What was read")
-    for reading in survey.readings:
+    for reading in report.readings:
         yield from reading_tables(asdict(reading))
-    if any(reading.reasons for reading in survey.readings):
-        skipped = survey.settings["on_bad_row"] == "skip"
+    if any(reading.reasons for reading in report.readings):
+        skipped = report.settings["on_bad_row"] == "skip"
         stop = "Bad rows are put aside here, but the training will stop at them (on_bad_row: error)."
         yield Note("Bad rows are put aside (on_bad_row: skip)." if skipped else stop, warning=True)
-    for part in survey.parts:
+    for part in report.parts:
         yield Heading(f"{part.name} data")
         yield from split_tables(asdict(part))
         yield from _packing(part)
-    if survey.overlap is not None:
-        yield _overlap(survey.overlap, of=survey.parts[-1].examples)
-    for part in survey.parts:
+    if report.overlap is not None:
+        yield _overlap(report.overlap, of=report.parts[-1].examples)
+    for part in report.parts:
         if part.samples:
             yield Heading(f"{part.name} samples", legend=True)
             yield from map(_sample, part.samples)
 
 
-def _packing(part: Part) -> Iterator[Table]:
+def _packing(part: SplitReport) -> Iterator[Table]:
     """How examples fill batches."""
     packing = part.packing
     unit = "packs" if packing.method == "dataset" else "examples"

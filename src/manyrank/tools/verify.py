@@ -24,17 +24,17 @@ from ..errors import EXIT_FAILED, UserError
 from ..project_files import asset
 from ..runs.logs import read_metrics
 from ..signals import die_with_parent
-from ..topology import gpus as hardware
-from ..topology.strategies import STRATEGIES, Engine, Strategy, default_strategy
+from ..topology import gpus
+from ..topology.strategies import STRATEGIES, EngineKind, Strategy, default_strategy
 
-COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not Engine.SINGLE and not s.offload]
+COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not EngineKind.SINGLE and not s.offload]
 METHODS = ("lora", "qlora", "full")
 LAUNCHERS = ("accelerate", "torchrun")
 WRAPPERS = {
-    Engine.SINGLE: "",
-    Engine.DDP: "DistributedDataParallel",
-    Engine.FSDP: "FSDP",
-    Engine.DEEPSPEED: "DeepSpeedEngine",
+    EngineKind.SINGLE: "",
+    EngineKind.DDP: "DistributedDataParallel",
+    EngineKind.FSDP: "FSDP",
+    EngineKind.DEEPSPEED: "DeepSpeedEngine",
 }
 TOLERANCE = {"no": 1e-5, "bf16": 2e-2}  # largest difference of losses and gradient norms; bf16 rounds at 4e-3
 SHARD_SLACK = 1.05  # padding of uneven shards
@@ -62,7 +62,7 @@ class Case:
     @property
     def mesh(self) -> list[int]:
         """The mesh on which FSDP's parameters are to lie."""
-        if self.strategy.engine is not Engine.FSDP:
+        if self.strategy.engine is not EngineKind.FSDP:
             return []
         return [2, self.shards] if self.strategy.replicas else [self.shards]
 
@@ -92,9 +92,11 @@ def processes(strategy: Strategy, nproc: int) -> int:
     return max(4, nproc // 2 * 2) if strategy.replicas else nproc
 
 
-def fitting(nproc: int, gpus: int) -> tuple[str, ...]:
+def fitting(nproc: int, gpu_count: int) -> tuple[str, ...]:
     """The strategies that a machine can run; on CPUs all."""
-    return tuple(name for name in COMPARED if not gpus or processes(STRATEGIES[name], nproc) <= max(nproc, gpus))
+    return tuple(
+        name for name in COMPARED if not gpu_count or processes(STRATEGIES[name], nproc) <= max(nproc, gpu_count)
+    )
 
 
 def batch_arguments(config: TrainConfig, nproc: int) -> list[str]:
@@ -154,7 +156,7 @@ def problems(case: Case, outcome: Outcome, single: Outcome) -> list[str]:
     facts, found = outcome.facts, []
     if not facts["wrapper"].startswith(WRAPPERS[case.strategy.engine]):
         found.append(f"wrapped as {facts['wrapper']}")
-    if facts["distributed_type"].replace("MULTI_CPU", Engine.DDP) != case.strategy.engine:
+    if facts["distributed_type"].replace("MULTI_CPU", EngineKind.DDP) != case.strategy.engine:
         found.append(f"came up as {facts['distributed_type']}")
     if facts["world_size"] != case.nproc:
         found.append(f"{facts['world_size']} processes")
@@ -196,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
         for case in cases(options.methods, options.strategies, options.via, options.nproc):
             batch = batch_arguments(recipe, options.nproc)
             outcome = run(case, options.recipe, folder, steps=options.steps, more=batch)
-            single = outcome if case.strategy.engine is Engine.SINGLE else single
+            single = outcome if case.strategy.engine is EngineKind.SINGLE else single
             bad = problems(case, outcome, single)
             wrong += bool(bad)
             print(_row(case, outcome, single, bad), flush=True)
@@ -226,9 +228,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "recipe", nargs="?", default=str(asset("launch", "recipes", "verify.yaml")), help="your own recipe"
     )
-    gpus = len(hardware.probe().gpus)
+    gpu_count = len(gpus.probe().gpus)
     parser.add_argument(
-        "--nproc", type=int, default=gpus or 2, help="processes (default: GPUs, or 2); hsdp: at least 4"
+        "--nproc", type=int, default=gpu_count or 2, help="processes (default: GPUs, or 2); hsdp: at least 4"
     )
     parser.add_argument("--steps", type=int, default=4, help="steps of each run (default: 4)")
     parser.add_argument("--methods", type=_among(METHODS), default=METHODS, help=",".join(METHODS))
@@ -243,7 +245,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
             "verify compares several processes with one", where="--nproc", fix="needs at least 2 GPUs, or CPUs"
         )
     if not options.strategies:
-        options.strategies = fitting(options.nproc, gpus)
+        options.strategies = fitting(options.nproc, gpu_count)
         for name in set(COMPARED) - set(options.strategies):
             print(f"left out: {name}, which needs {processes(STRATEGIES[name], options.nproc)} GPUs")
     return options

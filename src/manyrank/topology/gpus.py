@@ -126,6 +126,21 @@ GPU_KINDS = (
 )
 
 
+def planned_hardware(
+    count: int, kind: GpuKind | None = None, *, memory: int | None = None, bf16: bool = True, host: int | None = None
+) -> Hardware:
+    """A machine that is not here, with `count` GPUs of one kind, or with none.
+
+    Args:
+        kind: of the GPUs; None: only their memory in bytes is known, or nothing.
+        bf16: of GPUs without a kind, or of the CPU.
+        host: bytes of the machine's own memory.
+    """
+    capability = (9, 0) if (kind.has_bf16 if kind else bf16) else (7, 0)
+    gpu = Gpu(kind.name if kind else "planned", memory or (kind.memory if kind else 0), capability, planned=kind)
+    return Hardware((gpu,) * count, cpu_cores=max(1, count), cpu_bf16=bf16, memory=host)
+
+
 def find_kind(name: str, memory: int | None = None) -> GpuKind | None:
     """A kind by its name in any spelling, also as the driver tells it (`NVIDIA H100 80GB HBM3`); None: not known.
 
@@ -135,14 +150,14 @@ def find_kind(name: str, memory: int | None = None) -> GpuKind | None:
 
     words = _words(name)
     better = {end for end in ("ti", "super") if any(re.fullmatch(f"[0-9]*{end}", word) for word in words)}
-    found = []
+    candidates = []
     for order, kind in enumerate(GPU_KINDS):
         model, *rest = _words_of_kind(kind.name)
         missing = [word for word in rest if word not in words and not re.fullmatch("[0-9]+gb", word)]
         if model in words and not missing and better == {end for end in ("ti", "super") if model.endswith(end)}:
             near = abs(kind.memory - memory) if memory else 0
-            found.append((-sum(word in words for word in rest), near, order, kind))
-    best = min(found)[-1] if found else None
+            candidates.append((-sum(word in words for word in rest), near, order, kind))
+    best = min(candidates)[-1] if candidates else None
     far = best and memory and abs(best.memory - memory) > 0.12 * memory
     return None if far else best
 

@@ -13,7 +13,7 @@ from typing import Literal
 State = Literal["optimizer", "gradients", "parameters"]
 
 
-class Engine(StrEnum):
+class EngineKind(StrEnum):
     """What wraps the model; the values are accelerate's distributed types."""
 
     SINGLE = "NO"
@@ -33,7 +33,7 @@ class Strategy:
     """
 
     name: str
-    engine: Engine
+    engine: EngineKind
     shards: frozenset[State] = frozenset()
     offload: bool = False
     replicas: bool = False
@@ -44,7 +44,7 @@ class Strategy:
     @property
     def zero_stage(self) -> int:
         """DeepSpeed's number for the shards; 0 under other engines."""
-        return len(self.shards) if self.engine is Engine.DEEPSPEED else 0
+        return len(self.shards) if self.engine is EngineKind.DEEPSPEED else 0
 
 
 _OPTIMIZER: frozenset[State] = frozenset({"optimizer"})
@@ -55,31 +55,38 @@ _ALL: frozenset[State] = frozenset({"optimizer", "gradients", "parameters"})
 STRATEGIES = {
     strategy.name: strategy
     for strategy in (
-        Strategy("single", Engine.SINGLE),
-        Strategy("ddp", Engine.DDP),
-        Strategy("zero2", Engine.DEEPSPEED, _GRADIENTS),
-        Strategy("fsdp", Engine.FSDP, _ALL),
-        Strategy("hsdp", Engine.FSDP, _ALL, replicas=True),
-        Strategy("zero3", Engine.DEEPSPEED, _ALL),
-        Strategy("fsdp_offload", Engine.FSDP, _ALL, offload=True),
-        Strategy("zero3_offload", Engine.DEEPSPEED, _ALL, offload=True),
+        Strategy("single", EngineKind.SINGLE),
+        Strategy("ddp", EngineKind.DDP),
+        Strategy("zero2", EngineKind.DEEPSPEED, _GRADIENTS),
+        Strategy("fsdp", EngineKind.FSDP, _ALL),
+        Strategy("hsdp", EngineKind.FSDP, _ALL, replicas=True),
+        Strategy("zero3", EngineKind.DEEPSPEED, _ALL),
+        Strategy("fsdp_offload", EngineKind.FSDP, _ALL, offload=True),
+        Strategy("zero3_offload", EngineKind.DEEPSPEED, _ALL, offload=True),
     )
 }
 
 
+def named_strategy(name: str | None) -> Strategy | None:
+    """The strategy of a name; None where a recipe gives none."""
+    return STRATEGIES[name] if name else None
+
+
 def default_strategy(world_size: int) -> Strategy:
     """What a recipe without a strategy runs on."""
-    engine = Engine.SINGLE if world_size == 1 else Engine.DDP
+    engine = EngineKind.SINGLE if world_size == 1 else EngineKind.DDP
     return next(strategy for strategy in STRATEGIES.values() if strategy.engine is engine)
 
 
-def find_strategy(engine: Engine, *, zero_stage: int = 0, offload: bool = False, replicas: bool = False) -> Strategy:
+def find_strategy(
+    engine: EngineKind, *, zero_stage: int = 0, offload: bool = False, replicas: bool = False
+) -> Strategy:
     """The strategy that such an engine belongs to; one without a row where a user's own config asks for it (ZeRO-1)."""
     for strategy in STRATEGIES.values():
-        found = (strategy.engine, strategy.zero_stage, strategy.offload, strategy.replicas)
-        if found == (engine, zero_stage, offload, replicas):
+        traits = (strategy.engine, strategy.zero_stage, strategy.offload, strategy.replicas)
+        if traits == (engine, zero_stage, offload, replicas):
             return strategy
-    shards = {Engine.FSDP: _ALL, Engine.DEEPSPEED: (frozenset(), _OPTIMIZER, _GRADIENTS, _ALL)[zero_stage]}
-    name = f"zero{zero_stage}" if engine is Engine.DEEPSPEED else engine.value.lower()
+    shards = {EngineKind.FSDP: _ALL, EngineKind.DEEPSPEED: (frozenset(), _OPTIMIZER, _GRADIENTS, _ALL)[zero_stage]}
+    name = f"zero{zero_stage}" if engine is EngineKind.DEEPSPEED else engine.value.lower()
     name += "_offload" if offload else ""
     return Strategy(name, engine, shards.get(engine, frozenset()), offload, replicas)

@@ -9,7 +9,6 @@ People edit these files. Under `accelerate launch` the config may be any file; t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..project_files import asset
-from ..runs.yaml_file import read_yaml
-from .strategies import Engine, Strategy, find_strategy
+from ..runs.mapping_files import read_json_object, read_yaml
+from .strategies import EngineKind, Strategy, find_strategy
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class StrategyFiles:
     @property
     def sharded(self) -> bool:
         """Whether no rank holds the whole model."""
-        return self.kind == Engine.FSDP or self.zero_stage == 3
+        return self.kind == EngineKind.FSDP or self.zero_stage == 3
 
     @property
     def offloads_parameters(self) -> bool:
@@ -71,10 +70,10 @@ class StrategyFiles:
     @property
     def strategy(self) -> Strategy | None:
         """The strategy that such a config belongs to; None for what no single name says (one process, or DDP)."""
-        if self.kind not in (Engine.FSDP, Engine.DEEPSPEED):
+        if self.kind not in (EngineKind.FSDP, EngineKind.DEEPSPEED):
             return None
         offload = self.offloads_parameters or self.offloads_optimizer
-        return find_strategy(Engine(self.kind), zero_stage=self.zero_stage, offload=offload)
+        return find_strategy(EngineKind(self.kind), zero_stage=self.zero_stage, offload=offload)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def read(strategy: str) -> StrategyFiles:
     named = _mapping(accelerate.get("deepspeed_config")).get("deepspeed_config_file")
     if not named:
         return StrategyFiles(accelerate, _shown(file))
-    return StrategyFiles(accelerate, _shown(file), _json(asset(named)), _shown(asset(named)))
+    return StrategyFiles(accelerate, _shown(file), _read_deepspeed(asset(named)), _shown(asset(named)))
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> StrategyFiles | None:
@@ -119,7 +118,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> StrategyFiles |
     name, deepspeed = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), {}
     if accelerate["distributed_type"] == "DEEPSPEED":
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        deepspeed = _json(Path(name)) if name else {"zero_optimization": {"stage": int(stage)}}
+        deepspeed = _read_deepspeed(Path(name)) if name else {"zero_optimization": {"stage": int(stage)}}
         accelerate["deepspeed_config"]["deepspeed_config_file"] = name
     return StrategyFiles(accelerate, "the accelerate config", deepspeed, name or "")
 
@@ -132,14 +131,8 @@ def _kind(environ: Mapping[str, str]) -> str:
     return "MULTI_GPU" if int(environ.get("WORLD_SIZE", 1)) > 1 else "NO"
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"not a DeepSpeed config: {error}", where=_shown(file), fix="fix the file") from None
-    if not isinstance(content, dict):
-        raise UserError("not a DeepSpeed config: no JSON object", where=_shown(file), fix="fix the file")
-    return content
+def _read_deepspeed(file: Path) -> dict[str, Any]:
+    return read_json_object(file, where=_shown(file))
 
 
 def _shown(file: Path) -> str:

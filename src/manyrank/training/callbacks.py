@@ -78,7 +78,7 @@ class Progress(ProgressCallback):
 
 
 def build_callbacks(config: TrainConfig, output_dir: Path) -> list[TrainerCallback]:
-    """Everything that listens to a run; trackers only where the recipe asks for them.
+    """Build the callbacks of a run; trackers only where the recipe asks for them.
 
     Raises:
         UserError: one of the recipe's own callbacks cannot be imported.
@@ -98,14 +98,14 @@ def load_callback(path: str) -> type[TrainerCallback]:
     """
     module, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot import {path}: {error}", where="callbacks", fix="write module:Class") from None
-    if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
+    if not (isinstance(kind, type) and issubclass(kind, TrainerCallback)):
         raise UserError(
             f"{path} is not a TrainerCallback class", where="callbacks", fix="derive it from TrainerCallback"
         )
-    return found
+    return kind
 
 
 def exportable(handler: CallbackHandler) -> list[ExportableState]:

@@ -1,4 +1,4 @@
-"""One model on the rows of a data set: the loss of each row, and what it answers, with its scores.
+"""Evaluate one model on the rows of a data set: the loss of each row, and its completion with scores.
 
 The loss is the training's own (`data`, `loss`): the same tokens, the same mask. The rows are laid out in batches, longest
 first, and whole batches are dealt to the processes, so that a row is computed in the same company on any number of them.
@@ -21,10 +21,10 @@ from ..data.questions import Key, Question, prompt_of
 from ..data.scores import SCORES, RowScore, scored, spoken
 from ..errors import UserError
 from ..models.attention import use_packed_attention
-from ..models.generation import Sampling, generate
+from ..models.generation import Sampling, context_length, generate
 from ..topology.ranks import Topology
 from .loss import TokenLoss
-from .packing_trial import prove as prove_packing
+from .packing_trial import prove_packing
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are put together, and which of them this process has."""
+    """Layout of rows in batches, and of batches on processes."""
 
     batch_size: int
     place: Topology
@@ -113,7 +113,7 @@ def _packed(model) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """How a model answers, and how its answers are scored."""
+    """Sampling, rendering and scores of an evaluation's completions."""
 
     sampling: Sampling
     options: RenderOptions
@@ -138,7 +138,7 @@ def add_answers(
     """
     prompts = [prompt_of(question, tokenizer, request.options) for question in questions]
     rows = [row for batch in layout.batches(list(map(len, prompts))) for row in batch]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = context_length(model.config) or math.inf
     fitting = [row for row in rows if len(prompts[row]) < context]
     for row in set(rows) - set(fitting):
         _add_answer(entries, questions[row], "", "no room", request)

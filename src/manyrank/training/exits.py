@@ -1,4 +1,4 @@
-"""How a process of a run ends: exceptions as messages and exit codes, and what a worker that is started anew hears of them."""
+"""The end of a run's process: exceptions as messages and exit codes, also for a worker that is restarted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import NoReturn
 
 from ..errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
 from ..signals import STOP, ended_by
-from ..topology import ranks as topology
+from ..topology import ranks
 from ..topology.ranks import Topology
 
 PATIENCE = 5.0  # seconds that a rank leaves to local rank 0 to say what is wrong
 
 
-def guarded(work: Callable[[], None], place: Topology) -> int:
+def run_with_exit_codes(work: Callable[[], None], place: Topology) -> int:
     """Run `work` and turn its exceptions into messages and exit codes."""
     try:
         try:
@@ -49,8 +49,8 @@ def guarded(work: Callable[[], None], place: Topology) -> int:
 
 
 def for_good(code: int) -> int:
-    """An end that would be the same the next time: workers that are started anew hear of it, see `last_word`."""
-    if topology.may_restart():
+    """Record an exit code that a restart would not change, for `final_exit_code` of restarted workers."""
+    if ranks.may_restart():
         _word_file().write_text(str(code))
     return code
 
@@ -59,12 +59,12 @@ def _word_file() -> Path:
     return Path(tempfile.gettempdir()) / f"manyrank-{os.getppid()}-{os.environ['TORCHELASTIC_RUN_ID']}"
 
 
-def last_word() -> int | None:
-    """With what a worker of this agent has ended for good; a run that was told to stop is not to be started anew.
+def final_exit_code() -> int | None:
+    """Return the exit code with which a worker of this agent has ended for good, if one has.
 
     torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
     """
-    if not topology.restarts() or not _word_file().exists():
+    if not ranks.restarts() or not _word_file().exists():
         return None
     import psutil
 
@@ -78,7 +78,7 @@ def say_stopped(rank: int) -> None:
 
 
 def _say(message: object, place: Topology) -> None:
-    """On a machine, local rank 0 speaks for all that fail alike.
+    """Print a message once on each machine: local rank 0 speaks for all that fail alike.
 
     The others give it time: the first process that ends makes the launcher end all. One that is still there after that
     failed alone.
@@ -91,7 +91,7 @@ def _say(message: object, place: Topology) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process now. Everything is on disk by then.
 
     With gloo, tearing the interpreter down sometimes aborts or hangs on a busy machine (torch 2.13: a C++ thread of the

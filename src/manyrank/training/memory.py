@@ -1,4 +1,4 @@
-"""The plan inside a run: settle what the recipe leaves to it, and hold it against what was measured."""
+"""The plan inside a run: settle what the recipe leaves open, and compare planned with measured memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..plan.planned_run import PlannedRun
 from ..rules.context import RunContext
 from ..topology import gpus, strategy_files
 from ..topology.ranks import Topology
-from ..topology.strategies import STRATEGIES, Engine, Strategy, find_strategy
+from ..topology.strategies import EngineKind, Strategy, find_strategy, named_strategy
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 def plan_run(
     config: TrainConfig, accelerator: Accelerator, place: Topology, model_config: dict, *, bf16: bool
 ) -> PlannedRun | None:
-    """What this run comes to; None where the model's config cannot be read.
+    """Plan this run; None where the model's config cannot be read.
 
     Args:
         model_config: the content of the model's config.json.
@@ -37,7 +37,7 @@ def plan_run(
     except UserError as error:
         logger.warning("nothing is planned: %s", error.what)
         return None
-    strategy = STRATEGIES[config.strategy] if config.strategy else _active_strategy(accelerator)
+    strategy = named_strategy(config.strategy) or _active_strategy(accelerator)
     resolved = Resolved(config.model_copy(update={"bf16": bf16}))
     nproc, launched = place.local_world_size, strategy_files.from_environment()
     context = RunContext(resolved, strategy, nproc, place.world_size, gpus.probe(), launched=launched)
@@ -49,22 +49,24 @@ def _active_strategy(accelerator: Accelerator) -> Strategy:
     """The strategy of what came up, where nobody named one."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
-        return find_strategy(Engine.DEEPSPEED, zero_stage=accelerator.deepspeed_plugin.zero_stage)
-    return find_strategy({DistributedType.FSDP: Engine.FSDP, DistributedType.NO: Engine.SINGLE}.get(kind, Engine.DDP))
+        return find_strategy(EngineKind.DEEPSPEED, zero_stage=accelerator.deepspeed_plugin.zero_stage)
+    return find_strategy(
+        {DistributedType.FSDP: EngineKind.FSDP, DistributedType.NO: EngineKind.SINGLE}.get(kind, EngineKind.DDP)
+    )
 
 
 def _least_memory(accelerator: Accelerator) -> int:
     """Bytes of the smallest GPU: all ranks must decide alike."""
-    mine = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
-    return int(accelerator.gather(mine).min())
+    memory = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[1]], device=accelerator.device)
+    return int(accelerator.gather(memory).min())
 
 
 def describe_checkpointing(run: PlannedRun, config: TrainConfig) -> str | None:
-    """What was settled that the recipe left open."""
-    found = run.config.gradient_checkpointing
-    if config.gradient_checkpointing != "auto" or found == "off":
+    """Describe the recomputed layers that the plan has settled, if the recipe left them open."""
+    settled = run.config.gradient_checkpointing
+    if config.gradient_checkpointing != "auto" or settled == "off":
         return None
-    layers = run.shape.depth if found == "full" else found
+    layers = run.shape.depth if settled == "full" else settled
     needed = memory.estimate(run).needed / GiB
     return (
         f"gradient checkpointing: {layers} of {run.shape.depth} layers, with which a GPU needs about {needed:.1f} GiB"
@@ -76,12 +78,12 @@ def compare_with_measured(run: PlannedRun, folder: Path) -> str | None:
     if not run.gpu:
         return None
     planned = memory.estimate(run)
-    held, free, total = torch.cuda.max_memory_reserved(), *torch.cuda.mem_get_info()
+    reserved, free, total = torch.cuda.max_memory_reserved(), *torch.cuda.mem_get_info()
     facts = {
         "planned_bytes": planned.peak,
         "parts": dict(planned.parts),
         "allocated_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": held,
+        "reserved_bytes": reserved,
         "in_use_bytes": total - free,
     }
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def compare_with_measured(run: PlannedRun, folder: Path) -> str | None:
     around = planned.parts.get("context", 0)
     return (
         f"memory of a GPU: planned {planned.peak / GiB:.1f} GiB ({around / GiB:.1f} of it CUDA's own); "
-        f"measured {held / GiB:.1f} GiB held by torch, {(total - free) / GiB:.1f} in use"
+        f"measured {reserved / GiB:.1f} GiB held by torch, {(total - free) / GiB:.1f} in use"
     )
 
 
@@ -98,7 +100,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(run: PlannedRun, *, step: int, measured: int) -> OutOfMemory:
-    """What the plan said, what was there, and what to change.
+    """Make the error of a run that is out of memory: what was planned, what was used, and what to change.
 
     Args:
         measured: bytes that this process held at most.
@@ -118,7 +120,7 @@ def _most(planned: memory.Memory) -> str:
 
 
 def _ways(run: PlannedRun) -> list[str]:
-    """Changes that need less memory, with what the plan says of them."""
+    """List changes that need less memory, with their planned memory."""
     config, here = run.config, memory.estimate(run).peak
     changes = {}
     if config.per_device_train_batch_size > 1:
@@ -127,7 +129,7 @@ def _ways(run: PlannedRun) -> list[str]:
     if run.checkpointed < run.shape.depth:
         changes["--gradient_checkpointing full"] = run.with_options(gradient_checkpointing="full")
     if run.world > 1 and not run.sharded and config.method != "int8":
-        sharded = find_strategy(Engine.FSDP)
+        sharded = find_strategy(EngineKind.FSDP)
         changes[f"--strategy {sharded}"] = run.on(sharded)
     if config.method == "lora":
         changes["--method qlora"] = run.with_options(method="qlora")

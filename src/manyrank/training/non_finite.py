@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from ..errors import NonFiniteError
-from ..runs.folder import write
+from ..runs.run_folder import write
 
 
 def name_rows(what: str, rows: list[tuple[str, int]], *, step: int, rank: int, folder: Path) -> NonFiniteError:
@@ -20,11 +20,13 @@ def name_rows(what: str, rows: list[tuple[str, int]], *, step: int, rank: int, f
     """
     everyone = gather_object([(rank, rows)])
     if rank == 0:
-        told = [{"rank": other, "rows": [list(row) for row in found]} for other, found in everyone if found]
-        write(folder / "logs" / "non_finite.json", json.dumps({"step": step, "what": what, "ranks": told}, indent=1))
+        entries = [
+            {"rank": number, "rows": [list(row) for row in bad_rows]} for number, bad_rows in everyone if bad_rows
+        ]
+        write(folder / "logs" / "non_finite.json", json.dumps({"step": step, "what": what, "ranks": entries}, indent=1))
     named = [
-        f"rank {other}: rows {sorted(row for path, row in found if path == source)} of {source}"
-        for other, found in everyone
-        for source in sorted({path for path, _ in found})
+        f"rank {number}: rows {sorted(row for path, row in bad_rows if path == source)} of {source}"
+        for number, bad_rows in everyone
+        for source in sorted({path for path, _ in bad_rows})
     ]
     return NonFiniteError(f"{what} in step {step} ({'; '.join(named)}); see logs/non_finite.json")

@@ -34,7 +34,7 @@ ROUNDING = 2**-8
 
 
 @torch.no_grad()
-def prove(wrapped: torch.nn.Module, model: torch.nn.Module, *, exact: bool) -> None:
+def prove_packing(wrapped: torch.nn.Module, model: torch.nn.Module, *, exact: bool) -> None:
     """See that documents of a pack come out as documents by themselves. All ranks together, in evaluation mode.
 
     Args:
@@ -74,22 +74,22 @@ def _logits(wrapped: torch.nn.Module, input_ids: torch.Tensor, **inputs) -> torc
     return logits.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # a model of NaN is told by its loss
 
 
-def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def _apart(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """The difference of two logits, (tokens, vocabulary), as a share of how far they spread."""
-    spread = (wanted - wanted.mean(-1, keepdim=True)).norm()
-    return ((found - wanted).norm() / (spread + 1e-6)).item()
+    spread = (reference - reference.mean(-1, keepdim=True)).norm()
+    return ((logits - reference).norm() / (spread + 1e-6)).item()
 
 
-def _sensitivity(wrapped: torch.nn.Module, base: PreTrainedModel, ids: torch.Tensor, wanted: torch.Tensor) -> float:
-    """How far the logits move when embeddings are rounded once more; experts that change make it much."""
+def _sensitivity(wrapped: torch.nn.Module, base: PreTrainedModel, ids: torch.Tensor, reference: torch.Tensor) -> float:
+    """Measure how far the logits move when embeddings are rounded once more; a change of experts makes it large."""
 
-    def rounded(module, given, out: torch.Tensor) -> torch.Tensor:
+    def rounded(module, inputs, out: torch.Tensor) -> torch.Tensor:
         sign = 1 - 2 * (torch.arange(out.numel(), device=out.device).view(out.shape) % 2)
         return (out.float() * (1 + sign * ROUNDING)).to(out.dtype)
 
     hook = base.get_input_embeddings().register_forward_hook(rounded)
     try:
-        return _apart(_logits(wrapped, ids), wanted)
+        return _apart(_logits(wrapped, ids), reference)
     finally:
         hook.remove()
 

@@ -1,4 +1,4 @@
-"""What a session writes down for its report, on rank 0: what came up, the data, the versions, and how it ended."""
+"""The facts that rank 0 writes for the report: the active strategy, the data, versions, and how the run ended."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..config.resolve import TrainConfig
 from ..data.dataset import Examples, write_quarantine
 from ..data.stats import of_run
 from ..errors import Preempted, in_one_line
-from ..parallel.engine import Facts
-from ..runs import logs as metrics
-from ..runs.folder import TOKENIZER
+from ..parallel.engine import StrategyInfo
+from ..runs import logs
+from ..runs.run_folder import TOKENIZER
 from ..runs.versions import software
 from ..topology.gpus import probe
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 def write_facts(
-    config: TrainConfig, output_dir: Path, facts: Facts, train: Examples, evaluation: Examples | None
+    config: TrainConfig, output_dir: Path, facts: StrategyInfo, train: Examples, evaluation: Examples | None
 ) -> None:
     """logs/strategy.json, data.json, versions.json, and the rows that are quarantined."""
-    logs = output_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    (logs / "strategy.json").write_text(json.dumps(facts.as_dict(), indent=1))
-    write_quarantine(train, logs / "quarantine.jsonl")
+    folder = output_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "strategy.json").write_text(json.dumps(facts.as_dict(), indent=1))
+    write_quarantine(train, folder / "quarantine.jsonl")
     if evaluation and not config.eval_split:
-        write_quarantine(evaluation, logs / "eval_quarantine.jsonl")
+        write_quarantine(evaluation, folder / "eval_quarantine.jsonl")
     data = of_run(config, train, evaluation)
-    (logs / "data.json").write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
-    (logs / "versions.json").write_text(json.dumps(_versions(), indent=1))
+    (folder / "data.json").write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "versions.json").write_text(json.dumps(_versions(), indent=1))
 
 
 def write_tokenizer(own: PreTrainedTokenizerBase | None, output_dir: Path) -> None:
@@ -49,12 +49,19 @@ def write_tokenizer(own: PreTrainedTokenizerBase | None, output_dir: Path) -> No
 
 
 def _versions() -> dict[str, str]:
-    found, machine = software(), probe()
-    libraries = {name: version for name, version in found.libraries.items() if version}
+    versions, machine = software(), probe()
+    libraries = {name: version for name, version in versions.libraries.items() if version}
     gpus = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
-    cuda = {"CUDA": found.cuda} if found.cuda else {}
+    cuda = {"CUDA": versions.cuda} if versions.cuda else {}
     where = {"GPUs": f"{len(machine.gpus)} x {gpus}"} if gpus else {"CPU cores": str(machine.cpu_cores)}
-    return {"manyrank": __version__, "python": found.python, **libraries, **cuda, **where, "host": os.uname().nodename}
+    return {
+        "manyrank": __version__,
+        "python": versions.python,
+        **libraries,
+        **cuda,
+        **where,
+        "host": os.uname().nodename,
+    }
 
 
 @contextlib.contextmanager
@@ -68,17 +75,17 @@ def history(
         event: how it begins.
         failed: what is done with the folder of a run that ends with an error, once that is written down.
     """
-    with metrics.beside_the_point():
-        metrics.note(output_dir, event, step=step(), **facts)
+    with logs.warn_on_write_error():
+        logs.note(output_dir, event, step=step(), **facts)
     try:
         yield
     except (Exception, Preempted) as error:
         ending = (
             {"event": "preempted"} if isinstance(error, Preempted) else {"event": "failed", "why": in_one_line(error)}
         )
-        with metrics.beside_the_point():
-            metrics.note(output_dir, step=step(), **ending)
+        with logs.warn_on_write_error():
+            logs.note(output_dir, step=step(), **ending)
         failed(output_dir)
         raise
-    with metrics.beside_the_point():
-        metrics.note(output_dir, "finished", step=step())
+    with logs.warn_on_write_error():
+        logs.note(output_dir, "finished", step=step())

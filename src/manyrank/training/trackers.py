@@ -1,4 +1,4 @@
-"""Where transformers' tracker callbacks write: they look it up in the environment. No torch.
+"""The environment from which transformers' tracker callbacks read where to write. No torch.
 
 W&B        its files in the run's folder, project and tags from the recipe; a resumed run goes on as the same W&B run
 MLflow     where MLFLOW_TRACKING_URI says, else where MLflow itself would write; a resumed run goes on as the same one
@@ -54,18 +54,16 @@ def _continue_mlflow(file: Path, *, name: str) -> None:
 
     if mlflow.active_run() or "MLFLOW_RUN_ID" in os.environ:
         return
-    kept = file.read_text().strip() if file.is_file() else None
+    run_id = file.read_text().strip() if file.is_file() else None
     try:
         if "MLFLOW_EXPERIMENT_NAME" in os.environ:
             mlflow.set_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
-        with mlflow.start_run(run_id=kept, run_name=None if kept else name) as run:
+        with mlflow.start_run(run_id=run_id, run_name=None if run_id else name) as run:
             pass
     except mlflow.MlflowException as error:
-        what = (
-            f"MLflow cannot {f'go on with run {kept}' if kept else 'begin a run'}: {str(error).strip().splitlines()[0]}"
-        )
+        what = f"MLflow cannot {f'go on with run {run_id}' if run_id else 'begin a run'}: {str(error).strip().splitlines()[0]}"
         fix = "set MLFLOW_TRACKING_URI, such as sqlite:////data/mlflow.db"
-        fix = f"{fix}, as it was; or remove {file}, and it begins another run" if kept else fix
+        fix = f"{fix}, as it was; or remove {file}, and it begins another run" if run_id else fix
         where = f"report_to mlflow, MLFLOW_TRACKING_URI {os.environ.get('MLFLOW_TRACKING_URI', 'not set')}"
         raise UserError(what, where=where, fix=fix) from None
     os.environ["MLFLOW_RUN_ID"] = run.info.run_id  # transformers opens it again; afterwards, since its end unsets this

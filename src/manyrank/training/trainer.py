@@ -1,4 +1,4 @@
-"""The training loop. It reads as the algorithm and names no backend.
+"""The training loop. It reads as the algorithm, and names neither backend nor task.
 
     for each step:  deal the step's examples -> forward and backward each micro-batch -> one sum over ranks
                     -> is the loss finite? -> clip, is the norm finite? -> optimizer -> callbacks -> save?
@@ -18,26 +18,25 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from ..checkpoint import state as checkpoint
 from ..checkpoint.saver import Saver
+from ..checkpoint.state import load_checkpoint, load_weights
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
-from ..data.loader import Prefetcher, Step, StepLoader
+from ..data.loader import Prefetcher, Step
 from ..errors import NonFiniteError, Preempted, UserError
-from ..models.load import evaluation_mode
-from ..parallel.engine import Runtime
+from ..parallel.engine import Engine
 from ..signals import STOP
 from .callbacks import build_callbacks, callback_states, check_states, exportable, training_arguments
-from .loss import LossFunction, TokenLoss
 from .metrics import Meter
 from .non_finite import name_rows
 from .optim import advance, build_schedule, total_steps
-from .watchdog import Heart
+from .task import StepLoss, Task
+from .watchdog import HeartbeatWriter
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the step's supervised tokens on all ranks, in nats. grad_norm: before clipping.
+    """loss: mean of the step over all ranks. grad_norm: before clipping.
 
     Whether a signal on any rank asked to stop, and whether a file asked to save, is the same on all ranks.
     """
@@ -53,17 +52,19 @@ class Trainer:
     """Trains one prepared model.
 
     Args:
+        task: what the run learns from; it gets the wrapped model here.
         output_dir: the run's folder; made when the training begins.
         run: the values that a resumed run must share with this one.
         meter: measures the steps.
-        callbacks, loss: see `session.Brought`. heart: gives this rank's signs of life.
+        callbacks: of a script, beside those of the recipe. heartbeat: gives this rank's signs of life.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        runtime: Runtime,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
+        task: Task,
         train: Examples,
         evaluation: Examples | None,
         *,
@@ -71,19 +72,16 @@ class Trainer:
         run: dict,
         meter: Meter,
         callbacks: Sequence[TrainerCallback] = (),
-        loss: LossFunction | None = None,
-        heart: Heart | None = None,
+        heartbeat: HeartbeatWriter | None = None,
     ) -> None:
-        self.config, self.runtime, self.tokenizer = config, runtime, tokenizer
-        self.output_dir, self.meter = output_dir, meter
+        self.config, self.engine, self.task = config, engine, task
+        self.output_dir, self.meter, self.heartbeat = output_dir, meter, heartbeat
         self.has_own_callbacks = bool(config.callbacks or callbacks)
-        accelerator = runtime.accelerator
+        accelerator = engine.accelerator
         self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
-        self.token_loss = self._open_loss(loss)
-        self.batch_size = config.batch(self.world)
-        self.loader = self._loader(train, config.per_device_train_batch_size, self.batch_size, config.seed)
-        eval_batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
-        self.eval_loader = self._loader(evaluation, eval_batch, eval_batch * self.world, None) if evaluation else None
+        task.attach(engine, tokenizer, output_dir=output_dir, in_phase=self._in_phase)
+        self.loader = task.loader(train, training=True)
+        self.eval_loader = task.loader(evaluation, training=False) if evaluation else None
         self.total_steps = total_steps(config, self.loader.steps_per_epoch)
         self.run = run | {"total_steps": self.total_steps}
         self.schedule = build_schedule(config, self.total_steps)
@@ -93,14 +91,13 @@ class Trainer:
         self.state, self.control = self._state(), TrainerControl()
         self.handler = CallbackHandler(
             [*build_callbacks(config, output_dir), *callbacks],
-            runtime.model,
+            engine.model,
             tokenizer,
-            runtime.optimizer,
+            engine.optimizer,
             self.schedule,
         )
-        self.saver = Saver(runtime, output_dir, run=self.run, limit=config.save_total_limit)
+        self.saver = Saver(engine, output_dir, run=self.run, limit=config.save_total_limit)
         self.stopped = False  # whether the resumed run had come to its end
-        self.heart = heart
         check_states(self.handler)
 
     # The loop
@@ -118,8 +115,8 @@ class Trainer:
 
     def _in_phase(self, phase: str) -> None:
         """A sign of life. Each rank gives the same ones, one at the latest before it waits for the others."""
-        if self.heart:
-            self.heart.beat(self.state.global_step + 1, phase)
+        if self.heartbeat:
+            self.heartbeat.beat(self.state.global_step + 1, phase)
 
     def _loop(self) -> None:
         steps = Prefetcher(self.loader)
@@ -142,67 +139,37 @@ class Trainer:
                 self._save(must=True)
                 raise Preempted
         if best := self._best():
-            checkpoint.load_weights(self.runtime, best)
+            load_weights(self.engine, best)
         self._event("on_train_end")
 
     def _is_over(self) -> bool:
         return self.state.global_step >= self.total_steps or self.control.should_training_stop
 
     def train_step(self, step: Step) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
-        losses = self._forward_backward(step)
-        local = torch.stack(losses).sum()
+        """Take one optimizer step over this rank's micro-batches."""
+        loss = self.task.forward_backward(step, number=self.state.global_step)
+        local = torch.stack(loss.losses).sum()
         wishes = local.new_tensor([float(STOP.requested), float(self.main and self.saver.wished)])
         self._in_phase("waiting for the others")
-        total, stops, saves = self.runtime.sum(torch.cat([local[None], wishes])).tolist()
+        total, stops, saves = self.engine.sum(torch.cat([local[None], wishes])).tolist()
         if not math.isfinite(total):
-            raise self._non_finite(f"the loss is {total}", self._bad_rows(step, losses))
+            raise self._non_finite(f"the loss is {total}", _bad_rows(step, loss))
         self._in_phase("optimizer")
         try:
-            norm = self.runtime.step(
+            norm = self.engine.step(
                 learning_rate=self.schedule.get_last_lr()[0], max_grad_norm=self.config.max_grad_norm
             )
         except NonFiniteError as error:
             raise self._non_finite(str(error), sum((micro.rows for micro in step.micro_batches), [])) from None
-        return StepResult(total / self._divisor(step), norm, step.tokens, stops > 0, saves > 0)
-
-    def _forward_backward(self, step: Step) -> list[torch.Tensor]:
-        losses = []
-        # Every strategy averages gradients over ranks; the loss contract wants their sum over the step's tokens.
-        scale = self.world / self._divisor(step)
-        for index, micro in enumerate(step.micro_batches):
-            last = index + 1 == len(step.micro_batches)
-            self._in_phase(f"forward and backward of micro-batch {index + 1}")
-            with self.runtime.forward_backward(last=last):
-                micro = micro.to(self.device)
-                loss = self.token_loss(micro.inputs, micro.positions, micro.targets)
-                self.runtime.backward(loss * scale, last=last)
-            losses.append(loss.detach())
-        return losses
+        return StepResult(total / loss.divisor, norm, step.tokens, stops > 0, saves > 0)
 
     def dry_step(self) -> StepResult:
         """Forward and backward of the first step, without using the gradients."""
         step = self.loader.step(0)
-        losses = self._forward_backward(step)
-        self.runtime.discard_gradients()
-        total = self.runtime.sum(torch.stack(losses).sum()).item()
-        return StepResult(total / self._divisor(step), math.nan, step.tokens)
-
-    # Validation
-
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss and perplexity over the supervised tokens of the validation data."""
-        total, supervised = torch.zeros((), device=self.device), 0
-        with evaluation_mode(self.runtime.wrapped):
-            for number in range(self.eval_loader.steps_per_epoch):
-                self._in_phase(f"step {number + 1} of the validation")
-                step = self.eval_loader.step(number)
-                supervised += step.supervised
-                for micro in (micro.to(self.device) for micro in step.micro_batches):
-                    total += self.token_loss(micro.inputs, micro.positions, micro.targets)
-        loss = self.runtime.sum(total).item() / supervised
-        own = bool(self.token_loss.function)  # whose exponential is no perplexity
-        return {"eval_loss": loss} if own else {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+        loss = self.task.forward_backward(step, number=0)
+        self.engine.discard_gradients()
+        total = self.engine.sum(torch.stack(loss.losses).sum()).item()
+        return StepResult(total / loss.divisor, math.nan, step.tokens)
 
     # What happens around a step
 
@@ -235,8 +202,9 @@ class Trainer:
         return {
             "loss": self.meter.loss,
             "grad_norm": result.grad_norm,
-            "learning_rate": self.runtime.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             **self.meter.rates(steps_left=self.total_steps - self.state.global_step),
+            **self.task.metrics(number=self.state.global_step),
         }
 
     def _log(self, logs: dict[str, float]) -> None:
@@ -245,7 +213,7 @@ class Trainer:
         self._event("on_log", logs=logs)
 
     def _evaluate_and_compare(self) -> None:
-        metrics = self.evaluate()
+        metrics = self.task.evaluate(self.eval_loader, number=self.state.global_step)
         self._log(metrics)
         self._event("on_evaluate", metrics=metrics)
         if self.config.metric_for_best_model not in metrics:
@@ -265,12 +233,12 @@ class Trainer:
         self.control = getattr(self.handler, name)(self.args, self.state, self.control, **kwargs)
 
     def _agree(self) -> None:
-        """What one rank's callback asks for, all do: a user's callback may look at the clock."""
+        """Let all ranks do what one rank's callback asks for: a user's callback may look at the clock."""
         self._in_phase("after the callbacks")
         if self.has_own_callbacks:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
-            asked = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
-            vars(self.control).update(zip(flags, (self.runtime.sum(asked) > 0).tolist()))
+            requests = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
+            vars(self.control).update(zip(flags, (self.engine.sum(requests) > 0).tolist()))
         if self.control.should_epoch_stop:
             raise UserError("a callback ends the epoch early", where="callbacks", fix="use should_training_stop")
 
@@ -290,7 +258,7 @@ class Trainer:
             "log_history": self.state.log_history,
             "window": self.meter.state(),
             "callbacks": callback_states(self.handler),
-            "task": self._task_state(),
+            "task": self.task.state(),
             "stopped": self.control.should_training_stop and self.state.global_step < self.total_steps,
         }
         saved = self.saver.save(self.state.global_step, state, best=self._best(), must=must)
@@ -306,16 +274,16 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint: weights, optimizer, generators, step, best metric and callbacks."""
-        state = checkpoint.load(self.runtime, folder, self._zero_step)
+        state = load_checkpoint(self.engine, folder, lambda: self.task.zero_step(self.loader.step(0)))
         saved = state.pop("callbacks")
         for callback in exportable(self.handler):  # those of one class in their order
-            mine = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)
-            if mine:
-                saved.remove(mine)
-                vars(callback).update(mine["attributes"])
+            entry_of_callback = next((entry for entry in saved if entry["name"] == type(callback).__name__), None)
+            if entry_of_callback:
+                saved.remove(entry_of_callback)
+                vars(callback).update(entry_of_callback["attributes"])
         self.meter.restore(state.pop("window"))
         self.stopped = state.pop("stopped")
-        self._restore_task(state.pop("task", {}))
+        self.task.restore(state.pop("task", {}))
         vars(self.state).update(state)
         if folder.parent.resolve() == self.output_dir.resolve():
             self.saver.saved = self.state.global_step
@@ -326,43 +294,7 @@ class Trainer:
         self.schedule = build_schedule(self.config, self.total_steps)
         advance(self.schedule, self.state.global_step)
 
-    def _zero_step(self) -> None:
-        """Forward and backward of a loss that is exactly zero."""
-        micro = self.loader.step(0).micro_batches[0].to(self.device)
-        with self.runtime.forward_backward(last=True):
-            nothing = micro.positions[:0]
-            self.runtime.backward(self.token_loss(micro.inputs, nothing, nothing), last=True)
-
     # Pieces
-
-    def _open_loss(self, function: LossFunction | None) -> TokenLoss | None:
-        fused = "head" not in self.config.plain_parts
-        return TokenLoss(self.runtime.wrapped, self.runtime.model, fused=fused, function=function)
-
-    def _task_state(self) -> dict:
-        """What the task itself must remember between two lines of metrics, as JSON values."""
-        return {}
-
-    def _restore_task(self, state: dict) -> None:
-        """What `_task_state` gave."""
-
-    def _divisor(self, step: Step) -> int:
-        """What makes the mean of a step of the sum of its losses over all ranks."""
-        return step.supervised
-
-    def _loader(self, examples: Examples, micro_batch: int, batch: int, seed: int | None) -> StepLoader:
-        return StepLoader(
-            examples=examples,
-            batch_size=batch,
-            micro_batch_size=micro_batch,
-            max_length=self.config.max_length,
-            # Packs of the whole data set are for training: a validation keeps the order of the file.
-            packing="step" if seed is None and self.config.packing == "dataset" else self.config.packing,
-            pad_token=self.tokenizer.pad_token_id,
-            rank=self.runtime.accelerator.process_index,
-            ranks=self.world,
-            seed=seed,
-        )
 
     def _state(self) -> TrainerState:
         return TrainerState(
@@ -372,14 +304,15 @@ class Trainer:
             eval_steps=self.args.eval_steps,
             save_steps=self.args.save_steps,
             train_batch_size=self.config.per_device_train_batch_size,
-            is_local_process_zero=self.runtime.accelerator.is_local_main_process,
+            is_local_process_zero=self.engine.accelerator.is_local_main_process,
             is_world_process_zero=self.main,
         )
 
-    def _bad_rows(self, step: Step, losses: list[torch.Tensor]) -> list[tuple[str, int]]:
-        bad = [micro.rows for micro, loss in zip(step.micro_batches, losses) if not torch.isfinite(loss)]
-        return sum(bad, [])
-
     def _non_finite(self, what: str, rows: list[tuple[str, int]]) -> NonFiniteError:
         number = self.state.global_step + 1
-        return name_rows(what, rows, step=number, rank=self.runtime.accelerator.process_index, folder=self.output_dir)
+        return name_rows(what, rows, step=number, rank=self.engine.accelerator.process_index, folder=self.output_dir)
+
+
+def _bad_rows(step: Step, loss: StepLoss) -> list[tuple[str, int]]:
+    bad = [micro.rows for micro, value in zip(step.micro_batches, loss.losses) if not torch.isfinite(value)]
+    return sum(bad, [])

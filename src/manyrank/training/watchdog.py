@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..runs.folder import HEARTBEATS, writable
+from ..runs.run_folder import HEARTBEATS, writable
 
 WIDTH = 512  # bytes of a heartbeat, so that one write replaces all of the one before
 DONE = "done"
@@ -36,8 +36,8 @@ NOTICE = (
 
 
 @dataclass(frozen=True)
-class Beat:
-    """Where a rank was at `time`, in seconds since 1970; `count` of the signs that it has given."""
+class Heartbeat:
+    """A rank's phase at `time`, in seconds since 1970; `count` numbers its heartbeats."""
 
     count: int
     rank: int
@@ -48,7 +48,7 @@ class Beat:
     time: float
 
 
-class Heart:
+class HeartbeatWriter:
     """This rank's sign of life: in memory, and in the run's folder once it is attached to one."""
 
     def __init__(self, rank: int) -> None:
@@ -114,8 +114,8 @@ class Heart:
             self.folder = None
             os.close(self.file)
 
-    def _beat(self, step: int, phase: str) -> Beat:
-        return Beat(self.count, self.rank, self.host, os.getpid(), step, phase, time.time())
+    def _beat(self, step: int, phase: str) -> Heartbeat:
+        return Heartbeat(self.count, self.rank, self.host, os.getpid(), step, phase, time.time())
 
     def _write(self) -> None:
         os.pwrite(self.file, json.dumps(asdict(self.last)).ljust(WIDTH).encode(), 0)
@@ -129,13 +129,13 @@ class Watchdog(threading.Thread):
         notices: whether this rank says what its start waits for; one on each machine is enough.
     """
 
-    def __init__(self, heart: Heart, *, patience: float, notices: bool = False) -> None:
+    def __init__(self, heartbeat: HeartbeatWriter, *, patience: float, notices: bool = False) -> None:
         super().__init__(daemon=True, name="watchdog")
-        self.heart, self.patience, self.notices = heart, patience, notices
+        self.heartbeat, self.patience, self.notices = heartbeat, patience, notices
         self.over = threading.Event()
-        self.started = heart.last.time
-        self.noticed = heart.last, NOTICE  # the phase of the last notice, and the seconds to the next
-        self.named: Beat | None = None
+        self.started = heartbeat.last.time
+        self.noticed = heartbeat.last, NOTICE  # the phase of the last notice, and the seconds to the next
+        self.named: Heartbeat | None = None
 
     def __enter__(self) -> Watchdog:
         self.start()
@@ -149,56 +149,56 @@ class Watchdog(threading.Thread):
         while not self.over.wait(min(1.0 if self._starting else 5.0, self.patience / 4)):
             if self.notices and self._starting and (notice := self._notice()):
                 print(notice, file=sys.stderr, flush=True)
-            folder = self.heart.folder
-            found = beats(folder) if folder else [self.heart.last]
-            found = [beat for beat in found if beat.phase != DONE and beat.time >= self.started]
-            if found and (report := self._report(found)):
+            folder = self.heartbeat.folder
+            heartbeats = beats(folder) if folder else [self.heartbeat.last]
+            heartbeats = [beat for beat in heartbeats if beat.phase != DONE and beat.time >= self.started]
+            if heartbeats and (report := self._report(heartbeats)):
                 print(report, file=sys.stderr, flush=True)
 
     @property
     def _starting(self) -> bool:
-        return self.heart.last.step == 0 and self.heart.last.phase != DONE
+        return self.heartbeat.last.step == 0 and self.heartbeat.last.phase != DONE
 
     def _notice(self) -> str | None:
-        """What the start waits for, at NOTICE seconds in a phase and at each doubling."""
-        beat, (before, due) = self.heart.last, self.noticed
+        """Name what the start waits for, at NOTICE seconds in a phase and at each doubling."""
+        beat, (before, due) = self.heartbeat.last, self.noticed
         due = due if before == beat else NOTICE
         waited = time.time() - beat.time
         if waited < due:
             self.noticed = beat, due
             return None
         self.noticed = beat, 2 * due
-        reason = self.heart.explain()
+        reason = self.heartbeat.explain()
         return f"still {beat.phase} after {waited:.0f} s{f': {reason}' if reason else ''}"
 
-    def _report(self, found: list[Beat]) -> str | None:
-        """What to say of a rank that hangs, once on each machine; its stacks are asked for."""
-        least, now = min(beat.count for beat in found), time.time()
-        named = [beat for beat in found if beat.count == least]  # of several none can be told from the others
+    def _report(self, heartbeats: list[Heartbeat]) -> str | None:
+        """Describe a rank that hangs, once on each machine, and ask for its stacks."""
+        least, now = min(beat.count for beat in heartbeats), time.time()
+        named = [beat for beat in heartbeats if beat.count == least]  # of several none can be told from the others
         last = max(named, key=lambda beat: beat.time)  # one that has just come there holds nobody up
         if now - last.time < self.patience or not self._first_to_say(last):
             return None
         who = " or ".join(f"rank {beat.rank} (host {beat.host}, pid {beat.pid})" for beat in named)
-        others = ", ".join(f"rank {beat.rank} in {beat.phase}" for beat in found if beat not in named)
+        others = ", ".join(f"rank {beat.rank} in {beat.phase}" for beat in heartbeats if beat not in named)
         where = f"step {last.step}" if last.step else "before the first step"
         return f"\nWARNING: {who} has given no sign of life for {now - last.time:.0f} s: {where}, {last.phase}." + (
-            f" Waiting: {others or 'nobody'}. {self._ask_for_stacks(found)}" if self.heart.folder else ""
+            f" Waiting: {others or 'nobody'}. {self._ask_for_stacks(heartbeats)}" if self.heartbeat.folder else ""
         )
 
-    def _ask_for_stacks(self, found: list[Beat]) -> str:
-        for beat in found:
-            if beat.host == self.heart.host:
+    def _ask_for_stacks(self, heartbeats: list[Heartbeat]) -> str:
+        for beat in heartbeats:
+            if beat.host == self.heartbeat.host:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(beat.pid, signal.SIGUSR2)
-        return f"Stacks: {self.heart.folder}/stacks-*.txt"
+        return f"Stacks: {self.heartbeat.folder}/stacks-*.txt"
 
-    def _first_to_say(self, last: Beat) -> bool:
-        if not self.heart.folder:
+    def _first_to_say(self, last: Heartbeat) -> bool:
+        if not self.heartbeat.folder:
             first, self.named = self.named != last, last
             return first
-        name = f"hang-{self.heart.host}-{last.rank}-{last.step}-{last.time:.3f}"
+        name = f"hang-{self.heartbeat.host}-{last.rank}-{last.step}-{last.time:.3f}"
         try:
-            os.close(os.open(self.heart.folder / name, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self.heartbeat.folder / name, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         except OSError:  # a full disk: rather said twice than not at all
@@ -206,12 +206,12 @@ class Watchdog(threading.Thread):
         return True
 
 
-def beats(folder: Path) -> list[Beat]:
+def beats(folder: Path) -> list[Heartbeat]:
     """The last sign of life of each rank."""
-    found = []
+    heartbeats = []
     for file in sorted(folder.glob("rank-*.json")):
         try:
-            found.append(Beat(**json.loads(file.read_text())))
+            heartbeats.append(Heartbeat(**json.loads(file.read_text())))
         except (OSError, ValueError, TypeError):  # being written for the first time
             continue
-    return found
+    return heartbeats

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import in_one_line
 from ...launch.command import LaunchPlan, run_in_process
-from ...runs.folder import HEARTBEATS
+from ...runs.run_folder import HEARTBEATS
 from ...signals import die_with_parent
 from ...training.watchdog import beats
 

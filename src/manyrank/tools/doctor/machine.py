@@ -20,7 +20,7 @@ from ...parallel import compile_locks
 from ...rules.context import RunContext
 from ...runs.versions import Software
 from ...topology.gpus import Gpu
-from ...topology.strategies import Engine
+from ...topology.strategies import EngineKind
 from .checks import Check, counted, failed, gib, ok, warning
 
 TESTED_PYTHON = "3.11"
@@ -246,7 +246,7 @@ def compiler(context: RunContext) -> Check:
     """
     removed = compile_locks.remove_stale()
     missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if shutil.which(tool) is None]
-    needed = context.files.kind == Engine.DEEPSPEED and (not context.gpus or context.files.offloads_optimizer)
+    needed = context.files.kind == EngineKind.DEEPSPEED and (not context.gpus or context.files.offloads_optimizer)
     seen = "; ".join([f"missing: {', '.join(missing)}" if missing else "g++ and ninja are here", *removed])
     if missing and needed:
         fix = "apt-get install g++, and pip install ninja; or choose another strategy"

@@ -25,14 +25,14 @@ from typing import Any
 from ... import __version__
 from ...config.args import JOBS, Parser, parse, parser
 from ...errors import EXIT_FAILED, UserError
-from ...launch import command as launcher
+from ...launch.command import LaunchPlan, choose_output_dir, plan_launch
 from ...launch.main import ResolvedLaunch, resolve_launch
 from ...project_files import asset
-from ...runs.folder import HEARTBEATS
+from ...runs.run_folder import HEARTBEATS
 from ...runs.versions import software
 from ...topology.gpus import probe
-from ...topology.strategies import Engine
-from ...training.watchdog import DONE, Beat, beats
+from ...topology.strategies import EngineKind
+from ...training.watchdog import DONE, Heartbeat, beats
 from . import machine, recipe
 from .checks import Check, State, counted, failed, ok
 from .launch import LAUNCHER_LOG, Ended, run
@@ -129,13 +129,15 @@ def _resolve(argv: Sequence[str]) -> ResolvedLaunch:
     return resolve_launch(replace(line, recipe=line.recipe or ANY_RECIPE), probe())
 
 
-def _launch(resolved: ResolvedLaunch, folder: Path) -> launcher.LaunchPlan:
+def _launch(resolved: ResolvedLaunch, folder: Path) -> LaunchPlan:
     """Plan the ranks' start as the training's; torchrun starts quickest, and one process needs no launcher."""
     where = resolved.line.where
     via = where.via or (
-        None if resolved.context.world_size == 1 and resolved.context.strategy.engine is Engine.SINGLE else "torchrun"
+        None
+        if resolved.context.world_size == 1 and resolved.context.strategy.engine is EngineKind.SINGLE
+        else "torchrun"
     )
-    return launcher.plan(
+    return plan_launch(
         replace(resolved.line, where=replace(where, via=via, max_restarts=0)),
         strategy=resolved.context.strategy,
         nproc=resolved.context.nproc,
@@ -145,9 +147,9 @@ def _launch(resolved: ResolvedLaunch, folder: Path) -> launcher.LaunchPlan:
     )
 
 
-def _examine(resolved: ResolvedLaunch, launch: launcher.LaunchPlan, folder: Path, limit: int) -> Iterator[Check]:
+def _examine(resolved: ResolvedLaunch, launch: LaunchPlan, folder: Path, limit: int) -> Iterator[Check]:
     where, versions = resolved.line.where, software()
-    output = Path(launcher.output_dir(resolved.config, resolved.line))
+    output = Path(choose_output_dir(resolved.config, resolved.line))
     context = replace(resolved.context, output_dir=output)
     yield machine.libraries(
         versions, tested=machine.tested_versions(asset("constraints.txt")), needed=machine.needed_versions()
@@ -226,7 +228,7 @@ def _of_ranks(ended: Ended, folder: Path, *, ranks: int, machines: int) -> Itera
         yield Check("not reached", State.WARNING, ", ".join(later))
 
 
-def _why(ended: Ended, stage: str, behind: Sequence[Beat], problem: dict[str, str] | None) -> tuple[str, str]:
+def _why(ended: Ended, stage: str, behind: Sequence[Heartbeat], problem: dict[str, str] | None) -> tuple[str, str]:
     """What a stage failed by, and the fix.
 
     Args:

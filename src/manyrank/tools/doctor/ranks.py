@@ -26,11 +26,10 @@ from ...models.tiny import EMBEDDED
 from ...runs.logs import read_metrics
 from ...runs.versions import software
 from ...signals import end_with_parent
-from ...topology import gpus as hardware
-from ...topology import ranks as topology
+from ...topology import gpus, ranks
 from ...topology.ranks import Topology
-from ...training.exits import leave
-from ...training.watchdog import Heart
+from ...training.exits import exit_now
+from ...training.watchdog import HeartbeatWriter
 from .checks import Check, counted, failed, gib, ok, speed, warning
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ PART_OF_LINK = 0.4  # of a link's figure that an all-reduce of large messages re
 LOSS_DIFFERENCE = {"no": 1e-5, "bf16": 2e-2}  # of a step that is taken again, as `manyrank verify` allows it
 STEPS = 2
 SMALL_RUN = {"max_length": 256, "save_steps": 1, "logging_steps": 1, "max_steps": STEPS}
-_KEPT: list[object] = []  # for the reason that train keeps its session
+_KEPT: list[object] = []  # for the reason that train keeps its run
 
 
 class Notes:
@@ -54,11 +53,11 @@ class Notes:
     def __init__(self, folder: Path, rank: int) -> None:
         self.file = folder / f"rank-{rank:05d}.json"
         self.content: dict[str, Any] = {"checks": [], "problem": None}
-        self.heart = Heart(rank)
-        self.heart.attach(folder)
+        self.heartbeat = HeartbeatWriter(rank)
+        self.heartbeat.attach(folder)
 
     def begin(self, stage: str) -> None:
-        self.heart.beat(0, stage)
+        self.heartbeat.beat(0, stage)
 
     def add(self, *checks: Check) -> None:
         self.content["checks"] += map(asdict, checks)
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     end_with_parent()
     folder = Path((argv or sys.argv[1:])[0])
-    place = topology.from_environment()
+    place = ranks.from_environment()
     notes = Notes(folder, place.rank)
     try:
         _examine(json.loads((folder / "job.json").read_text()), place, folder, notes)
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         notes.fail(error)
         return EXIT_FAILED
-    notes.heart.stop()
+    notes.heartbeat.stop()
     return 0
 
 
@@ -126,7 +125,7 @@ def _examine(job: dict[str, Any], place: Topology, folder: Path, notes: Notes) -
 def _device(place: Topology) -> torch.device:
     import torch
 
-    if not hardware.probe().gpus:
+    if not gpus.probe().gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
@@ -317,26 +316,27 @@ def all_reduce(sizes: Sequence[dict[str, Any]], *, link: float | None) -> Check:
 
 def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, run: Path, notes: Notes) -> None:
     """Take two steps with a checkpoint after each, and the second step once more from the first checkpoint."""
-    from ...checkpoint.resume import from_main
-    from ...runs import folder as run_folder
-    from ...training.run import open_session
+    from ...checkpoint.resume import broadcast_from_rank0
+    from ...runs import run_folder
+    from ...tasks import find_task
+    from ...training.build import build_run
 
     notes.begin("step")
     small = _small_config(config, strategy, folder / "model", place.world_size)
-    bf16 = hardware.computes_in_bf16(small.bf16, hardware.probe())
-    session = open_session(small, place, output_dir=run, bf16=bf16)
-    _KEPT.append(session)
-    session.run()
-    facts, main = session.runtime.facts().as_dict(), session.accelerator
-    losses = from_main(main, lambda: [entry["loss"] for entry in read_metrics(run)])
+    bf16 = gpus.computes_in_bf16(small.bf16, gpus.probe())
+    trained = build_run(small, place, find_task(small), output_dir=run, bf16=bf16)
+    _KEPT.append(trained)
+    trained.run()
+    facts, main = trained.engine.facts().as_dict(), trained.accelerator
+    losses = broadcast_from_rank0(main, lambda: [entry["loss"] for entry in read_metrics(run)])
     notes.add(step(losses, facts, f"{small.method}, {strategy}"))
     notes.begin("save and load")
     first = run_folder.find(run, str(run / "checkpoint-1")).folder
     main.wait_for_everyone()  # the next save replaces what every rank has just read
-    session.trainer.control.should_training_stop = False
-    session.trainer.resume(first)
-    session.trainer.train()
-    again, tensors = from_main(main, lambda: (read_metrics(run)[-1]["loss"], _tensors(first)))
+    trained.trainer.control.should_training_stop = False
+    trained.trainer.resume(first)
+    trained.trainer.train()
+    again, tensors = broadcast_from_rank0(main, lambda: (read_metrics(run)[-1]["loss"], _tensors(first)))
     notes.add(save_and_load(losses[-1], again, tensors, facts))
 
 
@@ -378,4 +378,4 @@ def save_and_load(loss: float, again: float, tensors: int, facts: dict[str, Any]
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

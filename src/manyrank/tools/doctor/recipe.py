@@ -13,13 +13,13 @@ from ...config.schema import DataSource
 from ...data.sources import HUB_NAME
 from ...errors import UserError, UserErrors
 from ...models.model_facts import find_facts
-from ...models.spec import Architecture
+from ...models.spec import ModelSpec
 from ...models.tiny import EMBEDDED
 from ...plan.command import read_model
 from ...plan.planned_run import PlannedRun
 from ...plan.planner import Plan, Verdict
 from ...plan.view import summary
-from ...rules import check as rules
+from ...rules.check import check_rules, find_violations
 from ...rules.context import RunContext
 from . import machine
 from .checks import Check, failed, ok, warning
@@ -33,12 +33,12 @@ def rules_and_files(context: RunContext) -> list[Check]:
     problems: tuple[UserError, ...] = ()
     context = _without_hub_data(context)
     try:
-        rules.check(context, warn=False)
+        check_rules(context, warn=False)
     except UserError as error:
         problems = error.problems if isinstance(error, UserErrors) else (error,)
     checks = [failed("recipe", f"{problem.where}: {problem.what}", problem.fix) for problem in problems]
     with contextlib.suppress(UserError):  # is among the problems
-        for broken in rules.violations(context):
+        for broken in find_violations(context):
             if broken.rule.severity == "warning" and broken.rule.name not in context.config.ignore_warnings:
                 make = failed if broken.rule.name in FATAL else warning
                 checks.append(make("recipe", f"{broken.where}: {broken.what}", broken.rule.fix))
@@ -150,13 +150,13 @@ def memory_and_disks(context: RunContext, names: list[tuple[str, str]]) -> list[
     return checks
 
 
-def _shape(context: RunContext) -> Architecture | None:
+def _shape(context: RunContext) -> ModelSpec | None:
     with contextlib.suppress(UserError):
         return read_model(context.config.model_name_or_path)
     return None
 
 
-def checkpoint_bytes(context: RunContext, shape: Architecture) -> int:
+def checkpoint_bytes(context: RunContext, shape: ModelSpec) -> int:
     """About what one checkpoint takes: of each trained number its float32 value and the two moments of AdamW."""
     return 12 * PlannedRun(context, shape).trainable
 

@@ -19,14 +19,13 @@ from ...config.resolve import FIELDS
 from ...config.schema import TrainConfig
 from ...data.scores import SCORES, row_scores
 from ...errors import UserError
-from ...launch import command as launcher
-from ...runs.folder import written_beside
+from ...launch.command import before_imports, plan_launch, run_launch
+from ...runs.run_folder import atomic_directory
 from ...signals import end_with_parent
-from ...topology import gpus as hardware
-from ...topology import ranks as topology
+from ...topology import gpus, ranks
 from ...topology.ranks import Topology
 from ...topology.strategies import default_strategy
-from ...training.exits import guarded, leave
+from ...training.exits import exit_now, run_with_exit_codes
 from . import lm_eval
 from .plan import DATA_KEYS, Weights, plan_evaluation, recipes_of, resolve_data
 
@@ -58,14 +57,14 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     check(options)
     output = _output(options.output)
-    machine = hardware.probe()
+    machine = gpus.probe()
     nproc = options.nproc or max(1, len(machine.gpus))
     if machine.gpus and nproc > len(machine.gpus):
-        gpus = len(machine.gpus)
-        raise UserError(f"{nproc} processes on {gpus} GPUs", where="--nproc", fix=f"at most {gpus}")
+        count = len(machine.gpus)
+        raise UserError(f"{nproc} processes on {count} GPUs", where="--nproc", fix=f"at most {count}")
     if nproc > 1:
         return _launch([*argv, "--output", str(output)], nproc, machine)
-    launcher.before_imports(machine)
+    before_imports(machine)
     evaluate(options, Topology(), output)
     return 0
 
@@ -110,22 +109,22 @@ def _output(given: Path | None) -> Path:
     return folder
 
 
-def _launch(argv: list[str], nproc: int, machine: hardware.Hardware) -> int:
+def _launch(argv: list[str], nproc: int, machine: gpus.Hardware) -> int:
     line = CommandLine(None, [], Where(nproc=nproc, via="torchrun"))
     program = ("manyrank.tools.evaluate.main", json.dumps(argv))  # in one word: torchrun would take --nproc as its own
-    plan = launcher.plan(
+    plan = plan_launch(
         line, strategy=default_strategy(nproc), nproc=nproc, output_dir="", hardware=machine, program=program
     )
-    return launcher.run(plan, stay=True)
+    return run_launch(plan, stay=True)
 
 
 def rank_main(argv: Sequence[str]) -> int:
     """Run one process of --nproc."""
     end_with_parent()
-    place = topology.from_environment()
-    launcher.before_imports(hardware.probe())
+    place = ranks.from_environment()
+    before_imports(gpus.probe())
     options = parse(json.loads(argv[0]))
-    return guarded(lambda: evaluate(options, place, options.output), place)
+    return run_with_exit_codes(lambda: evaluate(options, place, options.output), place)
 
 
 def evaluate(options: argparse.Namespace, place: Topology, output: Path) -> None:
@@ -141,7 +140,7 @@ def evaluate(options: argparse.Namespace, place: Topology, output: Path) -> None
     models = [model for weights in plan for model in weights.models]
     settings = _settings(options, config, place.world_size) | {"notes": list(data.notes)}
     content = report.results(models, data, settings, seed=options.seed)
-    with written_beside(output, overwrite=False) as partial:
+    with atomic_directory(output, overwrite=False) as partial:
         report.write(partial, content, report.predictions(models, data))
     if options.json:
         print(json.dumps({**content, "output": str(output)}, indent=1, ensure_ascii=False))
@@ -290,4 +289,4 @@ def _number(kind: type, least: float):
 
 
 if __name__ == "__main__":
-    leave(rank_main(sys.argv[1:]))
+    exit_now(rank_main(sys.argv[1:]))

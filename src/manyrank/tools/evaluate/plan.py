@@ -15,7 +15,7 @@ from ...config.resolve import Entry, Resolved, recipe_of, resolve
 from ...config.schema import TrainConfig
 from ...errors import UserError
 from ...models.tiny import EMBEDDED, default_folder
-from ...runs.artifact import Artifact, find
+from ...runs.artifact import ModelSource, find
 
 # The keys of a recipe that say how rows are read and what is learned of them.
 DATA_KEYS = (
@@ -54,7 +54,7 @@ class EvaluatedModel:
 class Weights:
     """Weights to load once, and the models that they are."""
 
-    artifact: Artifact
+    artifact: ModelSource
     models: tuple[EvaluatedModel, ...]
 
 
@@ -75,7 +75,7 @@ def plan_evaluation(names: Sequence[str], *, bases: bool) -> list[Weights]:
     roots = {name: _root(artifact) for name, artifact in artifacts.items()}
     labels = {roots[name]: name for name in names if roots[name] == _canonical(name)}  # bases that are named themselves
     base_of: dict[str, str | None] = {}
-    plan: list[tuple[Artifact, list[tuple[str, bool]]]] = []  # weights, and of each model its label and adapter
+    plan: list[tuple[ModelSource, list[tuple[str, bool]]]] = []  # weights, and of each model its label and adapter
     for name, artifact in artifacts.items():
         root, models = roots[name], [(name, bool(artifact.adapter))]
         if bases and root not in labels:
@@ -106,7 +106,7 @@ def _check_names(names: Sequence[str]) -> None:
             raise UserError(f"there is no folder {name}", where="command line", fix=fix)
 
 
-def _root(artifact: Artifact) -> str:
+def _root(artifact: ModelSource) -> str:
     """Name the model that training began with; a base is its own."""
     if artifact.adapter:
         return _canonical(artifact.base)
@@ -122,7 +122,7 @@ def _canonical(name: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else name
 
 
-def recipes_of(plan: Sequence[Weights]) -> list[tuple[Artifact, TrainConfig]]:
+def recipes_of(plan: Sequence[Weights]) -> list[tuple[ModelSource, TrainConfig]]:
     """The runs among the models, each with its recipe."""
     return [(weights.artifact, recipe) for weights in plan if (recipe := recipe_of(weights.artifact))]
 
@@ -164,7 +164,7 @@ def resolve_data(
 
 
 def _refuse_difference(
-    first: tuple[Artifact, TrainConfig], second: tuple[Artifact, TrainConfig], overrides: Mapping[str, str]
+    first: tuple[ModelSource, TrainConfig], second: tuple[ModelSource, TrainConfig], overrides: Mapping[str, str]
 ) -> None:
     for key in DATA_KEYS:
         before, now = getattr(first[1], key), getattr(second[1], key)

@@ -28,7 +28,7 @@ from ...data.scores import row_scores
 from ...errors import UserError
 from ...models.generation import Sampling
 from ...models.inference import load_model
-from ...topology import gpus as hardware
+from ...topology import gpus
 from ...topology.ranks import Topology
 from ...training.evaluation import Entry, GenerationRequest, Layout, add_answers, add_losses, check_references
 from . import lm_eval
@@ -100,7 +100,7 @@ class Worker:
             artifact,
             quantization=options.quantization,
             dtype=options.dtype,
-            device=f"cuda:{self.place.local_rank}" if hardware.probe().gpus else "cpu",
+            device=f"cuda:{self.place.local_rank}" if gpus.probe().gpus else "cpu",
             chat_template=template,
             trust_remote_code=trusted,
         )

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 
 from ...config.args import Parser
 from ...errors import EXIT_FAILED, UserError
-from ...runs.artifact import Artifact, find
-from ...runs.folder import check_output, written_beside
+from ...runs.artifact import ModelSource, find
+from ...runs.run_folder import atomic_directory, check_output
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _checked(options: argparse.Namespace) -> tuple[Artifact, Path]:
+def _checked(options: argparse.Namespace) -> tuple[ModelSource, Path]:
     """Find what to merge and where to write it; refuse what can be refused before anything is loaded."""
     if options.tolerance is not None and not (0 <= options.tolerance < math.inf):
         raise UserError(f"a tolerance of {options.tolerance}", where="--tolerance", fix="give a number from 0")
@@ -140,7 +140,7 @@ def _checked(options: argparse.Namespace) -> tuple[Artifact, Path]:
 
 
 def merge(
-    model_source: Artifact,
+    model_source: ModelSource,
     output: Path,
     *,
     dtype: str | None = None,
@@ -161,7 +161,7 @@ def merge(
         OSError: it cannot be written. In all cases nothing is left.
     """
     from ...models.inference import DTYPES, load_stored, quiet, rendering_of
-    from ...runs import logs as metrics
+    from ...runs import logs
     from . import logits, merging
 
     quiet()
@@ -174,7 +174,7 @@ def merge(
     model = merging.merged(model, own, wanted) if model_source.adapter else merging.in_dtype(model, own, wanted)
     size = sum(tensor.nbytes for tensor in model.parameters())
     _check_room(output, size)
-    with written_beside(output, overwrite=overwrite, mark=MARK, option="--output") as partial:
+    with atomic_directory(output, overwrite=overwrite, mark=MARK, option="--output") as partial:
         merging.save(model, tokenizer, partial, max_shard_size=max_shard_size, rendering=rendering_of(model_source))
         del model  # so that the weights are never in memory twice
         gc.collect()
@@ -190,7 +190,7 @@ def merge(
             largest_logit=before.abs().max().item(),
             tolerance=TOLERANCES[name] if tolerance is None else tolerance,
             adapter_effect=effect,
-            peak_memory=metrics.peak_memory("cpu"),
+            peak_memory=logs.peak_memory("cpu"),
         )
         (partial / MARK).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
         if not report.relative_difference <= report.tolerance:
@@ -210,7 +210,7 @@ def _load_result(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     from ...models.inference import load_stored
 
     try:
-        model, _ = load_stored(Artifact(str(folder), str(folder)), trust_remote_code=trust_remote_code)
+        model, _ = load_stored(ModelSource(str(folder), str(folder)), trust_remote_code=trust_remote_code)
     except UserError as error:
         raise MergeFailed(f"the result cannot be loaded: {error.what}") from None
     return model

@@ -30,8 +30,8 @@ from ...data.formats import Conversation, PlainText, Sample, detect, to_sample
 from ...data.sources import Source, read_rows
 from ...errors import UserError
 from ...project_files import asset
-from ...runs.folder import written_beside
-from ...runs.yaml_file import read_yaml
+from ...runs.mapping_files import read_yaml
+from ...runs.run_folder import atomic_directory
 from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
 from .filters import FilterStage, Item, build_stages, unknown, validated
 
@@ -183,7 +183,7 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
             what = f"it lies in the source folder {source.path}, which would have its rows too the next time"
             raise UserError(what, where="output_dir", fix="choose another --output_dir")
     stages = build_stages(config.filters, workers=config.workers, where=where)
-    with written_beside(output, overwrite=config.overwrite, mark=SUMMARY) as folder:
+    with atomic_directory(output, overwrite=config.overwrite, mark=SUMMARY) as folder:
         with closing(Writer(folder)) as writer:
             run = Preparation(config, writer)
             items: Generator[Item, None, None] = run.items()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import UserError
-from ...runs.folder import write_atomically
+from ...runs.run_folder import write_atomically
 from .blocks import Block
 
 

@@ -228,7 +228,7 @@ def _samples(run: RunRecord) -> Iterator[Block]:
 
 
 def _completions(records: Sequence[dict]) -> Table:
-    """Completions of grpo, with their rewards."""
+    """Show completions with their rewards."""
     names = list(dict.fromkeys(name for record in records for name in record.get("rewards", {})))
     score = _format("{:.3g}")
     rows = tuple(

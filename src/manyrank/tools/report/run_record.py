@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ...errors import UserError
-from ...runs import logs as metrics
+from ...runs import logs
 from .curves import Point
 
 SIGNS = ("config.yaml", "launch.json", "logs/metrics.jsonl")  # one of these is in every run's folder
@@ -31,7 +31,7 @@ class RunRecord:
         config: by key, the value as YAML and where it came from.
         lines: of metrics.jsonl. history: what became of the run.
         data, memory, versions: what logs/ has of these; empty where it has none.
-        samples: question, before, after. completions: of grpo, some answers of each logged step.
+        samples: question, before, after. completions: some of each logged step, with their rewards.
         command, plan: how it was launched; the plan with every file.
         unread: files that are there and cannot be read.
     """
@@ -124,16 +124,16 @@ def read_run(folder: Path) -> RunRecord:
         fix = "give the output_dir of a training: it has config.yaml and logs/metrics.jsonl"
         raise UserError(what, where=str(folder), fix=fix)
     metrics_file, unread = folder / "logs" / "metrics.jsonl", []
-    lines = metrics.read_metrics(folder) if metrics_file.is_file() else []
+    lines = logs.read_metrics(folder) if metrics_file.is_file() else []
     launch = _json(folder, "launch.json", {}, unread)
     return RunRecord(
         folder,
         config=_config(_text(folder / "config.yaml")),
         lines=[line for line in lines if _is_number(line.get("step"))],
-        history=[entry for entry in metrics.read_history(folder) if _is_entry(entry)],
+        history=[entry for entry in logs.read_history(folder) if _is_entry(entry)],
         **{name: _json(folder, f"logs/{name}.json", {}, unread) for name in ("data", "memory", "versions")},
         samples=_json(folder, "logs/samples.json", [], unread),
-        completions=metrics.read_completions(folder),
+        completions=logs.read_completions(folder),
         command=_command(launch),
         plan=_text(folder / "launch" / "plan.txt"),
         unread=tuple(unread),

@@ -1,7 +1,8 @@
-"""YAML files in which no key is given twice."""
+"""YAML files in which no key is given twice, and JSON files of one object."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"not valid YAML: {problem}", where=str(path), fix="fix the file") from None
+
+
+def read_json_object(path: Path, *, where: str = "", fix: str = "fix the file") -> dict[str, Any]:
+    """A file's content; a UserError, with `where` for the path, if it cannot be read or is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a JSON file: {error}", where=where or str(path), fix=fix) from None
+    if not isinstance(content, dict):
+        raise UserError("not a JSON object", where=where or str(path), fix=fix)
+    return content
 
 
 class _OneKeyOnce(yaml.SafeLoader):

@@ -38,7 +38,7 @@ LEFTOVER = re.compile(rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.e
 
 @dataclass(frozen=True)
 class Found:
-    """What to resume from: None for a run that has not saved yet. `passed_over`: newer ones, and why."""
+    """The checkpoint to resume from, None for a run without one. `passed_over`: newer ones, and why."""
 
     folder: Path | None
     passed_over: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ def find(output_dir: Path, wanted: str) -> Found:
 
 
 def is_new(output_dir: Path) -> bool:
-    """Whether no run has begun in a folder: it holds nothing, or only what a start writes before its first step."""
+    """Return whether no run has begun in a folder: it holds nothing, or only what a start writes before its first step."""
     if not output_dir.exists():
         return True
     for path in output_dir.rglob("*"):
@@ -117,7 +117,7 @@ def damage(folder: Path) -> str | None:
 
 
 def changes(folder: Path, run: dict, *, allowed: Iterable[str] = ()) -> list[str]:
-    """What a resume would change, as 'key: before -> now', without what is allowed to."""
+    """List what a resume would change, as 'key: before -> now', without what is allowed."""
     before = json.loads((folder / "run.json").read_text())
     differing = [key for key, value in run.items() if before.get(key) != value and key not in set(allowed)]
     return [f"{key}: {before.get(key)} -> {run[key]}" for key in differing]
@@ -160,7 +160,7 @@ def _rename_to_final(partial: Path) -> Path:
 
 @contextlib.contextmanager
 def writable(output_dir: Path) -> Iterator[None]:
-    """What a run writes before its first step: a full disk, or one that can only be read, is the user's to fix.
+    """Turn a disk that is full or read-only before the first step into a UserError.
 
     Raises:
         UserError: something could not be written.
@@ -211,11 +211,11 @@ def write_atomically(file: Path, content: str) -> None:
 
 def retain(output_dir: Path, limit: int | None, *, keep: Iterable[Path]) -> None:
     """Remove checkpoints over `limit`: first those without a manifest, then the oldest; never one of `keep`."""
-    kept = {path.name for path in keep}
-    found = checkpoints(output_dir)
-    removable = [path for path in found if path.name not in kept]
+    names = {path.name for path in keep}
+    folders = checkpoints(output_dir)
+    removable = [path for path in folders if path.name not in names]
     removable.sort(key=lambda path: ((path / MANIFEST).is_file(), step_of(path)))
-    for path in removable[: max(0, len(found) - limit) if limit else 0]:
+    for path in removable[: max(0, len(folders) - limit) if limit else 0]:
         _remove(path)
 
 
@@ -254,7 +254,7 @@ def _hash(file: Path) -> str:
 
 
 @contextmanager
-def written_beside(
+def atomic_directory(
     output: Path, *, overwrite: bool, mark: str | None = None, option: str = "--output_dir"
 ) -> Iterator[Path]:
     """A new folder that takes the place of `output` at the end, or vanishes on any error.

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: `run.lock` says whose it is, also on shared folders that know no flock. No torch.
+"""One run at a time in a folder: `run.lock` names the owner, also on shared folders without flock. No torch.
 
 The owner creates the file and writes a beat into it every BEAT seconds. Whether an owner is alive is told by the process
 table where it ran under the same kernel and in the same process namespace, else by whether its beat changes within DEAD
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..errors import EXIT_FAILED, UserError
-from .folder import LOCK, writable
+from .run_folder import LOCK, writable
 
 BEAT, DEAD = 5.0, 30.0  # seconds
 SETTLE = 0.5  # seconds after which the last of several runs that take over the same lock has it
@@ -47,7 +47,7 @@ class Owner:
         return f"host {self.host}, pid {self.pid}, started {since}"
 
     def is_alive(self) -> bool | None:
-        """Whether it runs, by the process table; None where this process cannot see it."""
+        """Return whether it runs, by the process table; None where this process cannot see it."""
         if self.machine != _machine():
             return None
         import psutil
@@ -78,13 +78,13 @@ def claimed(output_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another run has it, or the lock cannot be written.
     """
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         with writable(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             own = _claim(output_dir)
     except BaseException:
-        _remove_if_empty(output_dir, *made)
+        _remove_if_empty(output_dir, *new_folders)
         raise
     over = threading.Event()
     beats = threading.Thread(target=_keep, args=(output_dir, own, over), daemon=True, name="run lock")
@@ -95,13 +95,13 @@ def claimed(output_dir: Path) -> Iterator[None]:
         over.set()
         beats.join(BEAT)  # else it might write into the lock of the next owner
         _release(output_dir, own)
-        _remove_if_empty(output_dir, *made)
+        _remove_if_empty(output_dir, *new_folders)
 
 
 def _release(output_dir: Path, own: Owner) -> None:
     """Give the folder up if it is still this owner's."""
-    found = _read(output_dir / LOCK)
-    if found and found.token == own.token:
+    owner = _read(output_dir / LOCK)
+    if owner and owner.token == own.token:
         (output_dir / LOCK).unlink(missing_ok=True)
 
 
@@ -151,7 +151,7 @@ def _take_over(output_dir: Path, own: Owner) -> Owner:
 
 
 def _lives(owner: Owner, lock: Path) -> bool:
-    """Whether an owner gives signs of life; waits for one where it runs out of sight."""
+    """Return whether an owner lives; waits for a heartbeat where its process cannot be seen."""
     alive = owner.is_alive()
     if alive is not None:
         return alive
@@ -170,12 +170,12 @@ def _keep(output_dir: Path, own: Owner, over: threading.Event) -> None:
     """Write beats until it is over."""
     lock, number = output_dir / LOCK, 0
     while not over.wait(BEAT):
-        found = _read(lock)
-        if found and found.token != own.token:
-            print(f"stopped: {output_dir} was taken over by another run ({found})", file=sys.stderr, flush=True)
+        owner = _read(lock)
+        if owner and owner.token != own.token:
+            print(f"stopped: {output_dir} was taken over by another run ({owner})", file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)
         number += 1
-        if found and not over.is_set():
+        if owner and not over.is_set():
             with contextlib.suppress(OSError):  # a full disk takes nothing from what is written already
                 _write(lock, replace(own, beat=number))
 
@@ -236,6 +236,6 @@ def _this_process() -> Owner:
 
 
 def _machine() -> str:
-    """What tells a kernel and a process namespace from others; two containers may have one host name."""
+    """Identify a kernel and a process namespace; two containers may have one host name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"

@@ -1,7 +1,12 @@
-"""One step of GRPO by trl's GRPOTrainer: answers, rewards, advantages and loss. The loop around it is `grpo`'s.
+"""One step of GRPO by trl's GRPOTrainer: completions, rewards, advantages and loss. All that touches trl is in this file.
 
 trl is given this project's accelerator and model and is never asked to train: no second loop, optimizer or checkpoint.
 The reference of the KL divergence is the model as it was at the start: trl keeps a frozen second adapter "ref".
+
+What is used of trl 1.16 that is not public, and has to be looked at with every new version:
+    overridden  create_accelerator_and_postprocess, _tokenize_prompts
+    called      _prepare_inputs
+    read, set   _buffered_inputs, _step, _metrics, _logs, _tokenizer, current_gradient_accumulation_steps
 """
 
 from __future__ import annotations
@@ -9,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +28,14 @@ from trl import GRPOConfig, GRPOTrainer
 from ...chat_template.render import prompt_ids, render_options, stop_ids
 from ...config.resolve import TrainConfig
 from ...data.questions import Question
-from ...data.rewards import Reward, rewarded, scorers
+from ...data.rewards import Reward
 from ...training.callbacks import training_arguments
-from .reward_model import reward_model
-
-THREADS = 8  # that wait for the programs of a reward
+from .rewards import reward_functions
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer with its rewards, for people. `place` is the row's."""
+class CompletionRecord:
+    """A completion with its rewards, for people. `place` is the row's."""
 
     place: str
     prompt: str
@@ -43,11 +45,11 @@ class Said:
     advantage: float
 
 
-class Policy(GRPOTrainer):
+class TrlStep(GRPOTrainer):
     """trl's trainer on a model and accelerator of this project.
 
     Args:
-        model: with its adapters, not yet prepared for a strategy; `join` tells what it was wrapped into.
+        model: with its adapters, not yet wrapped by a strategy; `join` takes the wrapped one.
         questions: by number, the prompts and references of all rows.
         accumulation: the micro-batches of a step.
     """
@@ -64,7 +66,7 @@ class Policy(GRPOTrainer):
         accumulation: int,
         bf16: bool,
     ) -> None:
-        self.given, self.questions, self.rendering = accelerator, questions, render_options(config)
+        self.run_accelerator, self.questions, self.rendering = accelerator, questions, render_options(config)
         stops = sorted(token for token in stop_ids(tokenizer, self.rendering) if token is not None)
         model.generation_config.eos_token_id = stops  # what ends an answer in the data, too
         masters = {
@@ -83,7 +85,7 @@ class Policy(GRPOTrainer):
         with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
             super().__init__(
                 model,
-                _reward_functions(rewards, config, questions, tokenizer, accelerator.device),
+                reward_functions(rewards, config, questions, tokenizer, accelerator.device),
                 args,
                 train_dataset=Dataset.from_dict({"prompt": ["-"]}),
                 processing_class=tokenizer,
@@ -93,18 +95,18 @@ class Policy(GRPOTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Take the accelerator that is there."""
-        self.accelerator, self.gather_function = self.given, self.given.gather_for_metrics
-        self.is_deepspeed_enabled = self.given.state.deepspeed_plugin is not None
-        self.is_fsdp_enabled = getattr(self.given.state, "fsdp_plugin", None) is not None
+        self.accelerator, self.gather_function = self.run_accelerator, self.run_accelerator.gather_for_metrics
+        self.is_deepspeed_enabled = self.run_accelerator.state.deepspeed_plugin is not None
+        self.is_fsdp_enabled = getattr(self.run_accelerator.state, "fsdp_plugin", None) is not None
 
     def join(self, wrapped: torch.nn.Module) -> None:
-        """Answer and compute with what a strategy has made of the model."""
+        """Generate and compute with the model as the strategy has wrapped it."""
         self.model_wrapped = wrapped
 
     # A step
 
-    def answer(self, numbers: Sequence[int], *, step: int) -> list[dict]:
-        """Answer prompts, score the answers, and lay them out in the micro-batches of a step.
+    def complete(self, numbers: Sequence[int], *, step: int) -> list[dict]:
+        """Complete prompts, score the completions, and lay them out in the micro-batches of a step.
 
         Args:
             numbers: of the questions of this process, each `num_generations` times in a row over all processes.
@@ -114,7 +116,7 @@ class Policy(GRPOTrainer):
             UserError: a reward cannot be computed.
         """
         batch = [{"prompt": self.questions[number].prompt, "number": number} for number in numbers]
-        self.asked, self._step, self._buffered_inputs, self.state.global_step = numbers, 0, None, step
+        self.numbers, self._step, self._buffered_inputs, self.state.global_step = numbers, 0, None, step
         with self.accelerator.autocast(), self._without_checkpointing():
             first = self._prepare_inputs(batch)
         return self._buffered_inputs if self.model.training else [first]
@@ -125,12 +127,12 @@ class Policy(GRPOTrainer):
         return self.compute_loss(self.model_wrapped, inputs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
-        """As SFT renders them; trl would read special tokens in a user's words as such."""
+        """Render prompts as SFT does; trl would read special tokens in a user's words as such."""
         return [prompt_ids(self._tokenizer, prompt, options=self.rendering) for prompt in prompts], None, {}
 
     @contextlib.contextmanager
     def _without_checkpointing(self) -> Iterator[None]:
-        """trl would switch it off to answer, and then on for all layers, with one more hook on the embedding each time."""
+        """trl would switch it off to generate, and then on for all layers, with one more hook on the embedding each time."""
         checkpointed = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
         for module in checkpointed:
             module.gradient_checkpointing = False
@@ -140,17 +142,17 @@ class Policy(GRPOTrainer):
             for module in checkpointed:
                 module.gradient_checkpointing = True
 
-    # What it tells
+    # Metrics and records
 
     def measured(self) -> dict[str, float]:
         """The means of trl's metrics since the last call, of all ranks; those that had no value are left out."""
-        found = _means(self._metrics["train"])
+        means = _means(self._metrics["train"])
         self._metrics["train"].clear()
-        return found
+        return means
 
     @property
     def unmeasured(self) -> dict[str, list[float]]:
-        """What the next call of `measured` takes the means of; a checkpoint keeps it."""
+        """The values whose means the next call of `measured` returns; a checkpoint keeps them."""
         return dict(self._metrics["train"])
 
     @unmeasured.setter
@@ -158,17 +160,17 @@ class Policy(GRPOTrainer):
         self._metrics["train"].clear()
         self._metrics["train"].update(values)
 
-    def validated(self, answers: int) -> dict[str, list[float]]:
-        """By name, the rewards of the first answers of the last step, over all ranks; trl's means of it are dropped."""
+    def validated(self, completions: int) -> dict[str, list[float]]:
+        """Return the rewards of the last step's first completions over all ranks, by name, and drop trl's means."""
         self._metrics["eval"].clear()
-        return {name: list(values)[:answers] for name, values in self._logs["rewards"].items()}
+        return {name: list(values)[:completions] for name, values in self._logs["rewards"].items()}
 
-    def said(self, most: int) -> list[Said]:
-        """The first answers of the last step, on rank 0, whose questions come first."""
-        logs, numbers = self._logs, self.asked
+    def completion_records(self, most: int) -> list[CompletionRecord]:
+        """The first completions of the last step, on rank 0, whose questions come first."""
+        logs, numbers = self._logs, self.numbers
         rows = range(min(most, len(numbers), len(logs["completion"])))
         return [
-            Said(
+            CompletionRecord(
                 place=self.questions[numbers[row]].place,
                 prompt=self.questions[numbers[row]].prompt[-1]["content"],
                 answer=_content(logs["completion"][row]),
@@ -181,7 +183,7 @@ class Policy(GRPOTrainer):
 
 
 def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, *, bf16: bool) -> dict:
-    """The recipe in trl's words."""
+    """Translate the recipe into trl's options."""
     vllm = {
         "use_vllm": True,
         "vllm_mode": config.use_vllm,
@@ -211,77 +213,6 @@ def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, 
         "log_completions": False,
         **(vllm if config.use_vllm != "off" else {}),
     }
-
-
-def _reward_functions(
-    rewards: Sequence[Reward],
-    config: TrainConfig,
-    questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-) -> list[Callable]:
-    """In the form that trl calls: token ids of answers and the numbers of their questions, to a score each."""
-    scores = scorers(rewards)
-    return [
-        _with_model(reward, config, questions, tokenizer, device)
-        if reward.model
-        else _reward_function(reward, scores[reward.name], config, questions, tokenizer)
-        for reward in rewards
-    ]
-
-
-def _reward_function(reward: Reward, score, config: TrainConfig, questions: Sequence[Question], tokenizer) -> Callable:
-    def one(answer: str, number: int) -> float:
-        question = questions[number]
-        return rewarded(
-            reward,
-            score,
-            answer,
-            question.reference,
-            question.row,
-            place=question.place,
-            on_error=config.on_reward_error,
-        )
-
-    def function(completion_ids: list, number: list[int], **_) -> list[float]:
-        answers = _texts(tokenizer, completion_ids)
-        if reward.kind != "command":
-            return list(map(one, answers, number))
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(one, answers, number))
-
-    function.__name__ = reward.name
-    return function
-
-
-def _with_model(
-    reward: Reward, config: TrainConfig, questions: Sequence[Question], tokenizer, device: torch.device
-) -> Callable:
-    judge = reward_model(reward, config, device)
-
-    def function(completion_ids: list, number: list[int], **_) -> list[float]:
-        answers = _texts(tokenizer, completion_ids)
-        talks = [[*questions[row].prompt, {"role": "assistant", "content": said}] for row, said in zip(number, answers)]
-        return [
-            rewarded(
-                reward,
-                lambda *_, value=value: value,
-                said,
-                questions[row].reference,
-                {},
-                place=questions[row].place,
-                on_error=config.on_reward_error,
-            )
-            for row, said, value in zip(number, answers, judge(talks))
-        ]
-
-    function.__name__ = reward.name
-    return function
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]]) -> list[str]:
-    """With their thinking, which trl takes out of what it calls completions for some tokenizers."""
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def _content(completion: list[dict] | str) -> str:

@@ -1,0 +1,119 @@
+"""Supervised fine-tuning: the summed cross-entropy of the supervised tokens, over the step's number of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data.dataset import Examples
+from ..data.loader import MicroBatch, Step, StepLoader, trial
+from ..models.load import evaluation_mode
+from ..models.positions import check_lengths
+from ..parallel.engine import Engine
+from ..training.loss import TokenLoss
+from ..training.packing_trial import prove_packing
+from ..training.task import StepLoss, Task
+
+
+class SFT(Task):
+    """Learns the supervised tokens of the examples."""
+
+    def select_examples(
+        self, train: Examples, evaluation: Examples | None, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Examples, Examples | None]:
+        lengths = [int(part.lengths.max()) for part in (train, evaluation) if part and len(part)]
+        check_lengths(self.config, lengths, self.objects.model)
+        return train, evaluation
+
+    def attach(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        output_dir: Path,
+        in_phase: Callable[[str], None],
+    ) -> None:
+        super().attach(engine, tokenizer, output_dir=output_dir, in_phase=in_phase)
+        self.device = engine.accelerator.device
+        fused = "lm_head" not in self.config.disable_fused
+        self.token_loss = TokenLoss(engine.wrapped, engine.model, fused=fused, function=self.objects.loss)
+
+    def loader(self, examples: Examples, *, training: bool) -> StepLoader:
+        config, accelerator = self.config, self.engine.accelerator
+        eval_batch = config.per_device_eval_batch_size or config.micro_batch
+        return StepLoader(
+            examples=examples,
+            batch_size=config.batch(accelerator.num_processes) if training else eval_batch * accelerator.num_processes,
+            micro_batch_size=config.micro_batch if training else eval_batch,
+            max_length=config.max_length,
+            # Packs of the whole data set are for training: a validation keeps the order of the file.
+            packing="step" if not training and config.packing == "dataset" else config.packing,
+            pad_token=self.tokenizer.pad_token_id,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            seed=config.seed if training else None,
+        )
+
+    def check(self, *, bf16: bool) -> None:
+        """Check that packs, and then the fused lm_head, leave the model's results as they are."""
+        engine, packed = self.engine, self.config.packing != "none"
+        micro = trial(packed=packed).to(self.device)
+        with evaluation_mode(engine.wrapped):
+            if packed:
+                exact = not bf16 and self.config.method != "int8"  # whose products round each row of activations
+                prove_packing(engine.wrapped, engine.model, exact=exact)
+            self.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=self._agree)
+        engine.reshard()
+
+    def _agree(self, seen: bool) -> bool:
+        return self.engine.sum(torch.tensor(float(not seen), device=self.device)).item() == 0
+
+    def forward_backward(self, step: Step, *, number: int) -> StepLoss:
+        losses = []
+        # Every strategy averages gradients over ranks; the loss contract wants their sum over the step's tokens.
+        scale = self.engine.accelerator.num_processes / step.supervised
+        for index, micro in enumerate(step.micro_batches):
+            last = index + 1 == len(step.micro_batches)
+            self.in_phase(f"forward and backward of micro-batch {index + 1}")
+            with self.engine.forward_backward(last=last):
+                loss = self._loss(micro)
+                self.engine.backward(loss * scale, last=last)
+            losses.append(loss.detach())
+        return StepLoss(losses, step.supervised)
+
+    def _loss(self, micro: MicroBatch) -> torch.Tensor:
+        micro = micro.to(self.device)
+        return self.token_loss(micro.inputs, micro.positions, micro.targets)
+
+    def zero_step(self, step: Step) -> None:
+        micro = step.micro_batches[0].to(self.device)
+        nothing = micro.positions[:0]
+        with self.engine.forward_backward(last=True):
+            self.engine.backward(self.token_loss(micro.inputs, nothing, nothing), last=True)
+
+    def evaluate(self, loader: StepLoader, *, number: int) -> dict[str, float]:
+        """Mean loss and perplexity over the supervised tokens."""
+        total, supervised = torch.zeros((), device=self.device), 0
+        with evaluation_mode(self.engine.wrapped):
+            for index in range(loader.steps_per_epoch):
+                self.in_phase(f"step {index + 1} of the validation")
+                step = loader.step(index)
+                supervised += step.supervised
+                for micro in step.micro_batches:
+                    total += self._loss(micro)
+        loss = self.engine.sum(total).item() / supervised
+        own = bool(self.token_loss.function)  # whose exponential is no perplexity
+        return {"eval_loss": loss} if own else {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))}
+
+    def describe(self, loader: StepLoader) -> str | None:
+        if loader.ranks == 1 or loader.packing == "none":
+            return None
+        return f"packing: {loader.packing}; {loader.imbalance():.1%} between the longest rank and the mean"
+
+    def close(self) -> None:
+        if self.token_loss.head:
+            self.token_loss.head.release()

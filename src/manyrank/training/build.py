@@ -1,0 +1,276 @@
+"""A recipe to a run: start the strategy, read the data, load and wrap the model, and set up its trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoint.resume import Start, base_fingerprint, find_start
+from ..config.identity import batch_per_process, identity, refuse_changes
+from ..config.resolve import TrainConfig
+from ..data.dataset import Examples, prepare
+from ..models.adapters import remove_adapters
+from ..models.load import (
+    fitted,
+    load_model,
+    load_tokenizer,
+    plan_load,
+    read_config,
+    resolve_name,
+    with_adapters,
+)
+from ..parallel import compile_locks
+from ..parallel.accelerator import start_accelerator
+from ..parallel.engine import prepare_engine
+from ..plan.planned_run import PlannedRun
+from ..runs import artifact
+from ..topology.ranks import Topology
+from . import trackers
+from .memory import describe_checkpointing, plan_run
+from .metrics import Meter, kind_of
+from .optim import build_optimizer
+from .run import TrainingRun
+from .task import Task, UserObjects
+from .trainer import Trainer
+from .watchdog import HeartbeatWriter
+
+
+def build_run(
+    config: TrainConfig,
+    place: Topology,
+    kind: type[Task],
+    *,
+    output_dir: Path,
+    bf16: bool,
+    objects: UserObjects | None = None,
+    heartbeat: HeartbeatWriter | None = None,
+) -> TrainingRun:
+    """Start the strategy, read the data, load and wrap the model.
+
+    Args:
+        kind: what the run learns from (`tasks.find_task`).
+        heartbeat: of a run that has `output_dir` for itself; its signs of life are written there once all ranks have met.
+
+    Raises:
+        UserError: something that only shows now is wrong: a row, the model, a checkpoint.
+    """
+    objects = objects or UserObjects()
+    with _restored_on_failure(objects.model):
+        return _build(config, place, kind, output_dir, objects, heartbeat, bf16=bf16)
+
+
+def _build(
+    config: TrainConfig,
+    place: Topology,
+    kind: type[Task],
+    output_dir: Path,
+    objects: UserObjects,
+    heartbeat: HeartbeatWriter | None,
+    *,
+    bf16: bool,
+) -> TrainingRun:
+    _prepare_environment(config, place, output_dir)
+    own_folder, heartbeat = (
+        output_dir if heartbeat and not config.dry_run else None,
+        heartbeat or HeartbeatWriter(place.rank),
+    )
+    heartbeat.beat(0, "loading the tokenizer")
+    tokenizer = _tokenizer(config, objects)
+    accelerator = _meet(config, place, heartbeat, own_folder, bf16=bf16)
+    start = find_start(config, output_dir, accelerator)
+    per_process = batch_per_process(config)
+    config, needed = _amounts(config, kind, start, accelerator.num_processes)
+    config, planned = _plan(config, accelerator, place, objects.model, bf16=bf16)
+    task = kind(config, objects)
+    heartbeat.beat(0, "reading and tokenising the data")
+    train, evaluation = _examples(task, tokenizer, needed, accelerator)
+    base, give_back = _fingerprint(objects.model), _lent(objects.model)
+    heartbeat.beat(0, "loading the model")
+    model = _model(config, accelerator, objects.model, bf16=bf16)
+    task.prepare_model(model, accelerator, tokenizer, bf16=bf16)
+    _check_alike(model, accelerator)
+    with heartbeat.waiting("distributing the model and the optimizer", compile_locks.explain):
+        engine = prepare_engine(accelerator, model, build_optimizer(model, config))
+    torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
+    commit = getattr(model.config, "_commit_hash", None)
+    run = identity(
+        config,
+        **task.identity(),
+        model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
+        loss=objects.loss and f"{objects.loss.__module__}.{objects.loss.__qualname__}",
+        data=train.fingerprint,
+        global_batch_size=config.batch(accelerator.num_processes),
+        # What stands beside a global batch is only how it is laid out.
+        batch_per_process=per_process or start.run.get("batch_per_process"),
+        needed=needed,
+        examples=len(train),
+        tokens=int(train.lengths.sum()),
+        bf16=bf16,
+    )
+    meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
+    options = {"output_dir": output_dir, "callbacks": objects.callbacks, "heartbeat": heartbeat}
+    trainer = Trainer(config, engine, tokenizer, task, train, evaluation, run=run, meter=meter, **options)
+    heartbeat.beat(0, "trying the loss on a small example")
+    task.check(bf16=bf16)
+    start = _with_changes(start, trainer.run, config)
+    if accelerator.is_main_process and (line := task.describe(trainer.loader)):
+        print(line, flush=True)
+    own_tokenizer = objects.tokenizer is not None
+    return TrainingRun(config, engine, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
+
+
+def _amounts(config: TrainConfig, kind: type[Task], start: Start, processes: int) -> tuple[TrainConfig, int | None]:
+    """The recipe with the batch that a resumed run is bound to, and the examples that the run needs."""
+    if not start.folder:
+        return config, _needed(config, kind, processes)
+    if config.global_batch_size is None:  # fixed in the run, whatever the number of processes is now
+        config = config.model_copy(update={"global_batch_size": start.run["global_batch_size"]})
+    return config, start.run["needed"]
+
+
+def _meet(
+    config: TrainConfig, place: Topology, heartbeat: HeartbeatWriter, folder: Path | None, *, bf16: bool
+) -> Accelerator:
+    """Start the strategy; from then on the signs of life are written into the folder, if this run has one for itself."""
+    with heartbeat.waiting(f"waiting for all {place.world_size} processes to meet", compile_locks.explain):
+        accelerator = start_accelerator(config, place, bf16=bf16)
+    if folder:
+        heartbeat.attach(folder)
+    heartbeat.beat(0, "looking for a checkpoint")
+    return accelerator
+
+
+def _with_changes(start: Start, run: dict, config: TrainConfig) -> Start:
+    """Add notes about what differs from the checkpoint and may do so."""
+    if not start.folder:
+        return start
+    changed = refuse_changes(start.folder, run, allowed=config.resume_changes)
+    return replace(start, notes=(*start.notes, *(f"changed, as allowed: {change}" for change in changed)))
+
+
+def _examples(
+    task: Task, tokenizer: PreTrainedTokenizerBase, needed: int | None, accelerator: Accelerator
+) -> tuple[Examples, Examples | None]:
+    """The examples that the task trains on and validates with."""
+    config = task.config
+    train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
+    if accelerator.is_main_process:
+        print(f"training data: {train.describe()}", flush=True)
+        if evaluation:
+            print(f"validation data: {evaluation.describe()}", flush=True)
+        if config.trust_remote_code:
+            print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
+    return train, evaluation
+
+
+def _plan(
+    config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, bf16: bool
+) -> tuple[TrainConfig, PlannedRun | None]:
+    """The recipe with the recomputed layers that the plan settles, and the plan where there is one."""
+    shape = own.config.to_dict() if own else read_config(config)
+    planned = plan_run(config, accelerator, place, shape, bf16=bf16)
+    if planned is None:
+        return config, None
+    if accelerator.is_main_process and (note := describe_checkpointing(planned, config)):
+        print(note, flush=True)
+    settled = planned.config.gradient_checkpointing
+    return config.model_copy(update={"gradient_checkpointing": settled}), planned
+
+
+def _model(
+    config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, bf16: bool
+) -> torch.nn.Module:
+    def say(line: str) -> None:
+        if accelerator.is_main_process:
+            print(line, flush=True)
+
+    if own:
+        return with_adapters(fitted(own, config, bf16=bf16, say=say), config, say=say)
+    return load_model(plan_load(config, accelerator, bf16=bf16), config, say=say)
+
+
+def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Raise where ranks train other parameters: each has looked by itself at what a text reaches."""
+    names = "\n".join(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    digests = gather_object([hashlib.sha256(names.encode()).hexdigest()])
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"ranks have other trained parameters than rank {accelerator.process_index}: {digests}")
+
+
+def _tokenizer(config: TrainConfig, objects: UserObjects) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the recipe's model, or of the run that this one starts from."""
+    own = artifact.find(config.sft_model).own_tokenizer if config.sft_model else None
+    return load_tokenizer(config.model_copy(update={"model_name_or_path": own}) if own else config, objects.tokenizer)
+
+
+def _fingerprint(own: PreTrainedModel | None) -> str | None:
+    """Fingerprint a model that a script passes, which has no files: its shape, and the first values of each tensor."""
+    if own is None:
+        return None
+    digest = hashlib.sha256(own.config.to_json_string().encode())
+    for parameter in own.parameters():
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
+    """Return what gives a script's model its attention back; the training's knows no key-value cache."""
+    if own is None:
+        return lambda: None
+    before = own.config._attn_implementation
+    return lambda: own.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _restored_on_failure(own: PreTrainedModel | None) -> Iterator[None]:
+    """If the session cannot be opened, a script's model has no adapters and its own attention again."""
+    if own is None or hasattr(own, "peft_config"):  # which is refused as it is
+        yield
+        return
+    give_back = _lent(own)
+    trained = [(parameter, parameter.requires_grad) for parameter in own.parameters()]
+    try:
+        yield
+    except BaseException:
+        give_back()
+        remove_adapters(own)
+        vars(own.get_output_embeddings() or own).pop("forward", None)  # the fused one
+        for parameter, before in trained:
+            parameter.requires_grad_(before)
+        raise
+
+
+def _needed(config: TrainConfig, kind: type[Task], world: int) -> int | None:
+    """The examples that a short run will see: it does not tokenise more. None: all."""
+    whole = config.eval_split or config.packing == "dataset" or config.max_steps <= 0
+    return None if whole else kind.rows_needed(config, config.max_steps * config.batch(world))
+
+
+def _data(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, needed: int | None
+) -> tuple[Examples, Examples | None]:
+    """The examples to train on and to validate with."""
+    train, evaluation = prepare(config.data_path, tokenizer, config, needed=needed), None
+    if config.eval_split:
+        train, evaluation = train.split(config.eval_split)
+    elif config.eval_data_path:
+        evaluation = prepare(config.eval_data_path, tokenizer, config)
+    return train, evaluation
+
+
+def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:
+    transformers_logging.disable_progress_bar()  # of reading weights, once for each rank
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
+    if not place.is_main:
+        transformers_logging.set_verbosity_error()  # what all ranks would say alike
+    trackers.prepare(config, output_dir)
