@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import warm
 from launches import ROOT
 
 BRIDGE, NETWORK = "manyrank0", "10.231.7"
@@ -45,7 +46,9 @@ class Host:
         names = [f"{NETWORK}.{other + 1} manyrank-h{other}" for other in range(count)]
         (own / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names]) + "\n")
 
-    def start(self, *argv: str, **env: str) -> subprocess.Popen:
+    def start(self, *argv: str, **env: str) -> warm.Process | subprocess.Popen:
+        if warm.program(argv):
+            return warm.start(argv, cwd=ROOT, env={**os.environ, **env}, namespace=self.name)
         inside = ["unshare", "-u", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh", *argv]
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *inside],
@@ -56,7 +59,7 @@ class Host:
             text=True,
         )
 
-    def train(self, *args: str, nnodes: int = 2, **env: str) -> subprocess.Popen:
+    def train(self, *args: str, nnodes: int = 2, **env: str) -> warm.Process:
         """`manyrank train` as machine `number` of `nnodes`, one process on each."""
         where = [f"--nnodes={nnodes}", f"--node_rank={self.number}", "--nproc=1", "--rdzv_endpoint=manyrank-h0:29500"]
         argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", *where, "--logging_steps=1", *args]

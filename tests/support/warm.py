@@ -16,6 +16,7 @@ that are read by imports (AT_IMPORT; the server refuses others than its own), co
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import io
@@ -25,6 +26,7 @@ import os
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -84,6 +86,7 @@ LIBRARIES = (
     "matplotlib.figure",
     "matplotlib.style",
 )
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x20000, 0x4000000, 0x40000000  # linux/sched.h
 ENVIRONMENT = dict(os.environ)  # of the session, before a test changes it for itself
 _fork_exec = subprocess._fork_exec
 
@@ -129,8 +132,13 @@ def run(
     return subprocess.CompletedProcess(argv, process.returncode, *process.communicate())
 
 
-def start(argv: Sequence[str], *, cwd: object = None, env: dict | None = None) -> "Process":
+def start(
+    argv: Sequence[str], *, cwd: object = None, env: dict | None = None, namespace: str | None = None
+) -> "Process":
     """As `subprocess.Popen` with captured text, in a process that is forked from the server.
+
+    Args:
+        namespace: the network namespace to enter, which gives the process its host name, too.
 
     Raises:
         ValueError: the command is not one of PROGRAMS, or needs an interpreter of its own.
@@ -141,17 +149,18 @@ def start(argv: Sequence[str], *, cwd: object = None, env: dict | None = None) -
     for key in AT_IMPORT:
         if env.get(key) != ENVIRONMENT.get(key):
             raise ValueError(f"{key} is read by imports: start a new interpreter")
-    return Process(_server(), argv, str(cwd or Path.cwd()), env)
+    return Process(_server(), argv, str(cwd or Path.cwd()), env, namespace)
 
 
 class Process:
     """A started process, with the methods of Popen that the tests use. Its command line is that of the server."""
 
-    def __init__(self, server: "_Server", argv: Sequence[str], cwd: str, env: dict) -> None:
+    def __init__(self, server: "_Server", argv: Sequence[str], cwd: str, env: dict, namespace: str | None) -> None:
         self.argv, self.server = argv, server
         self.folder = tempfile.TemporaryDirectory(prefix="warm-")
         self.out, self.err = Path(self.folder.name, "out"), Path(self.folder.name, "err")
         request = {"argv": list(argv), "cwd": cwd, "env": env, "out": str(self.out), "err": str(self.err)}
+        request["namespace"] = namespace
         self.number, self.pid = server.start(request)
 
     @property
@@ -293,7 +302,23 @@ def _become(request: dict) -> None:
     os.setsid()
     for target, path in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), target)
+    if request["namespace"]:
+        _enter(request["namespace"])
     _begin(program(request["argv"]), request["argv"], request["env"], request["cwd"])
+
+
+def _enter(namespace: str) -> None:
+    """As `ip netns exec` does, but for /sys; with a host name of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    netns = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    for failed in (libc.setns(netns, CLONE_NEWNET), libc.unshare(CLONE_NEWNS | CLONE_NEWUTS)):
+        if failed:
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+    os.close(netns)
+    socket.sethostname(namespace)
+    hosts = f"/etc/netns/{namespace}/hosts"
+    for options in (["--make-rslave", "/"], ["--bind", hosts, "/etc/hosts"]):
+        subprocess.run(["mount", *options], check=True)
 
 
 def _fork_or_exec(

@@ -92,21 +92,21 @@ def opening_tokens(probe: Probe, tokens: re.Pattern, eos: str) -> tuple[str, ...
 
     A tokenizer may have one token for both ends of a sequence: where the template ends an answer with it, it opens nothing.
     """
-    found = []
+    endings = []
     for token in adjacent(probe.before, re.compile(f"{tokens.pattern}|{WORD}"), blanks=False):
-        if found and token == eos:  # an empty system turn
+        if endings and token == eos:  # an empty system turn
             break
-        found.append(token)
-    return tuple(token for token in dict.fromkeys(found) if token != eos or eos not in probe.after)
+        endings.append(token)
+    return tuple(token for token in dict.fromkeys(endings) if token != eos or eos not in probe.after)
 
 
 def adjacent(text: str, tokens: re.Pattern, *, blanks: bool = True) -> list[str]:
     """The tokens at the start of a text, up to the first letter that is none; blanks may stand between them."""
-    found, at = [], 0
+    pieces, at = [], 0
     while token := tokens.match(text, len(text) - len(text[at:].lstrip()) if blanks else at):
-        found.append(token[0])
+        pieces.append(token[0])
         at = token.end()
-    return found
+    return pieces
 
 
 def refuse_unlearned(ending: str, token: str) -> None:
@@ -136,10 +136,10 @@ def _before_header(probe: Probe, shared: str, opening: tuple[str, ...], tokens: 
     """The end of a turn, less the token that it shares with the header of any turn; empty where that cannot be told."""
     ending = _ending(shared, tokens)
     parts = list(tokens.finditer(ending)) or list(re.finditer(WORD, ending))
-    shown = [part for part in parts if part[0] in opening]
-    if shown:  # all in the order of the first header, else one of them may end an empty system turn
-        first = min(shown, key=lambda part: opening.index(part[0]))
-        return ending[: first.start()] if first is shown[0] else ""
+    visible = [part for part in parts if part[0] in opening]
+    if visible:  # all in the order of the first header, else one of them may end an empty system turn
+        first = min(visible, key=lambda part: opening.index(part[0]))
+        return ending[: first.start()] if first is visible[0] else ""
     # A header has no other tokens than `before`.
     certain = bool(parts) and (parts[-1][0] == eos or parts[-1][0] not in probe.before)
     headers = [text.lstrip()[len(ending) :].lstrip() for text in (probe.inner, probe.after)]
@@ -150,19 +150,19 @@ def _before_header(probe: Probe, shared: str, opening: tuple[str, ...], tokens: 
 
 def _inner_stops(probe: Probe, tokens: re.Pattern, eos: str) -> set[str]:
     """What ends the question too, or the sequence, may end an inner turn where the last one ends otherwise."""
-    found = set()
-    asked = probe.prompt != probe.alone  # else `alone` has a generation prompt in it
-    if asked and probe.between.startswith(probe.alone) and len(probe.alone) < len(probe.between):
-        found.add(_ending(probe.alone, tokens))
+    endings = set()
+    has_generation_prompt = probe.prompt != probe.alone  # else `alone` has a generation prompt in it
+    if has_generation_prompt and probe.between.startswith(probe.alone) and len(probe.alone) < len(probe.between):
+        endings.add(_ending(probe.alone, tokens))
     if eos and probe.inner.strip().startswith(eos) and eos not in probe.before:
-        found.add(eos)
-    return found - {""}
+        endings.add(eos)
+    return endings - {""}
 
 
 def _header(probe: Probe) -> str:
     """The header of an answer, as far as it can be told from the end of the question."""
-    asked = probe.prompt != probe.alone and probe.prompt.startswith(probe.alone)
-    return probe.prompt[len(probe.alone) :] if asked else probe.between
+    has_generation_prompt = probe.prompt != probe.alone and probe.prompt.startswith(probe.alone)
+    return probe.prompt[len(probe.alone) :] if has_generation_prompt else probe.between
 
 
 def _ending(text: str, tokens: re.Pattern) -> str:
@@ -179,10 +179,10 @@ def _whole_tokens(text: str, length: int, tokens: re.Pattern) -> int:
     return next((t.start() for t in tokens.finditer(text) if t.start() < length < t.end()), length)
 
 
-def common(one: str, two: str) -> int:
+def common(first: str, second: str) -> int:
     """Length of the common prefix."""
-    low, high = 0, min(len(one), len(two))
+    low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if one.startswith(two[:middle]) else (low, middle - 1)
+        low, high = (middle, high) if first.startswith(second[:middle]) else (low, middle - 1)
     return low

@@ -114,25 +114,25 @@ class Literals:
 
     def pieces(self, content: str) -> list[tuple[int, int]]:
         """The ranges that stay when the rest is marked."""
-        kept = [control.span() for control in self.controls.finditer(content)]
-        found = [literal.span() for literal in self.strings.finditer(content)]
-        return [(a, b) for a, b in found if not any(a < right and b > left for left, right in kept)]
+        control_spans = [control.span() for control in self.controls.finditer(content)]
+        string_spans = [literal.span() for literal in self.strings.finditer(content)]
+        return [(a, b) for a, b in string_spans if not any(a < right and b > left for left, right in control_spans)]
 
 
 def mark(messages: Sequence[Message], form: Form, literals: Literals | None = None) -> Marked:
     """The conversation with marks for its strings; what `literals` finds stays as it is."""
     marked = Marked()
     for index, message in enumerate(messages):
-        made = dict(message)
+        message_with_marks = dict(message)
         if message.get("reasoning_content"):
-            made["reasoning_content"] = marked.mark(index, "thinking", message["reasoning_content"])
-        made["content"] = _marked_content(marked, index, message, literals)
+            message_with_marks["reasoning_content"] = marked.mark(index, "thinking", message["reasoning_content"])
+        message_with_marks["content"] = _marked_content(marked, index, message, literals)
         if message.get("tool_calls"):
-            made["tool_calls"] = [
+            message_with_marks["tool_calls"] = [
                 {**call, "function": {**call["function"], "name": marked.mark(index, "name", call["function"]["name"])}}
                 for call in message["tool_calls"]
             ]
-        marked.messages.append(written(made, form))
+        marked.messages.append(written(message_with_marks, form))
     return marked
 
 
@@ -145,11 +145,11 @@ def _marked_content(marked: Marked, index: int, message: Message, literals: Lite
         return marked.mark(index, "content", content)
     marked.pieced.add(index)
     thought = content.rfind(THINK_END) if message["role"] == "assistant" else -1
-    made = ""
+    text = ""
     for part, piece in zip(between, [*pieces, (0, 0)]):
         kind = "thinking" if part[1] <= thought else "content"
-        made += marked.mark(index, kind, content[slice(*part)]) + content[slice(*piece)]
-    return made
+        text += marked.mark(index, kind, content[slice(*part)]) + content[slice(*piece)]
+    return text
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern:
@@ -163,13 +163,13 @@ def mark_text(number: int) -> str:
 
 def written(message: Message, form: Form) -> Message:
     """The message as the template wants it."""
-    made = dict(message)
+    message_with_marks = dict(message)
     if form.no_content and message.get("tool_calls") and not message["content"]:
-        del made["content"]
+        del message_with_marks["content"]
     elif form.parts and isinstance(message["content"], str):
-        made["content"] = [{"type": "text", "text": message["content"]}]
+        message_with_marks["content"] = [{"type": "text", "text": message["content"]}]
     if form.json_arguments and message.get("tool_calls"):
-        made["tool_calls"] = [
+        message_with_marks["tool_calls"] = [
             {
                 **call,
                 "function": {
@@ -179,7 +179,7 @@ def written(message: Message, form: Form) -> Message:
             }
             for call in message["tool_calls"]
         ]
-    return made
+    return message_with_marks
 
 
 def refuse_printed_parts(text: str, form: Form) -> None:
@@ -187,12 +187,12 @@ def refuse_printed_parts(text: str, form: Form) -> None:
         raise BadRow("the chat template prints a list of parts as it is", reason=REFUSED)
 
 
-def check_marks(marked: Marked, found: list[int]) -> None:
+def check_marks(marked: Marked, marks: list[int]) -> None:
     """Nothing that somebody wrote is missing, and what the assistant wrote is there once."""
-    if any(number >= len(marked.slots) for number in found) or len(marked.slots) > OTHER:
+    if any(number >= len(marked.slots) for number in marks) or len(marked.slots) > OTHER:
         raise BadRow("the conversation is too long, or contains the marks that turns are found with", reason=CHANGED)
     for number, slot in enumerate(marked.slots):
-        role, times = marked.messages[slot.message]["role"], found.count(number)
+        role, times = marked.messages[slot.message]["role"], marks.count(number)
         asked_again = any(message["role"] == "user" for message in marked.messages[slot.message + 1 :])
         if not times and slot.kind == "thinking" and asked_again:
             continue
@@ -219,7 +219,7 @@ def check_tools(text: str, tools, documents) -> None:
 
 
 # How a template may write a string: as it is, or, what a tool returned, as JSON.
-ESCAPES = (str, lambda said: json.dumps(said, ensure_ascii=False)[1:-1], lambda said: json.dumps(said)[1:-1])
+ESCAPES = (str, lambda text: json.dumps(text, ensure_ascii=False)[1:-1], lambda text: json.dumps(text)[1:-1])
 
 
 def fill(text: str, skeleton: Skeleton, marked: Marked) -> Layout:
@@ -266,12 +266,12 @@ def check_contents(layout: Layout, messages: Sequence[Message]) -> None:
     Only calls and thinking that is not in the content, whose form is the template's, may stand beside it in a turn.
     """
     for index, message in enumerate(messages):
-        said, role = message["content"].strip(), message["role"]
+        text, role = message["content"].strip(), message["role"]
         if role != "assistant":
-            right = any(escape(said) in layout.text for escape in (ESCAPES if role == "tool" else ESCAPES[:1]))
+            right = any(escape(text) in layout.text for escape in (ESCAPES if role == "tool" else ESCAPES[:1]))
         else:
             start, stop, _ = layout.turns[index]
-            right = _says(layout.text[start:stop].strip(), said, beside=_has_more(message))
+            right = _says(layout.text[start:stop].strip(), text, beside=_has_more(message))
         if not right:
             raise Mismatch(f"the chat template changes the content of message {index + 1} ({role})", reason=CHANGED)
 
@@ -280,12 +280,12 @@ def _has_more(message: Message) -> bool:
     return bool(message.get("tool_calls") or message.get("reasoning_content"))
 
 
-def _says(turn: str, said: str, *, beside: bool) -> bool:
-    if THINK_END not in said:
-        return said in turn if beside else said == turn
+def _says(turn: str, text: str, *, beside: bool) -> bool:
+    if THINK_END not in text:
+        return text in turn if beside else text == turn
     # Templates write the blanks around thinking in their own way, or leave the thinking out.
-    answer = said.rpartition(THINK_END)[2]
-    return answer.strip() in turn if beside else _letters(turn) in (_letters(said), _letters(answer))
+    answer = text.rpartition(THINK_END)[2]
+    return answer.strip() in turn if beside else _letters(turn) in (_letters(text), _letters(answer))
 
 
 def _letters(text: str) -> str:

@@ -132,8 +132,8 @@ def render(
         runs.append(_read_back(tokenizer, tokens.ids[first:last], layout.text[start:end]))
     if options.train_on_prompt:
         labels, runs = list(tokens.ids), [tokenizer.decode(tokens.ids)]
-    said = sorted({layout.text[start:end] for start, end in plain})
-    notes = [Note(Notice.SPECIAL_TEXT, f"{word} in the text is not read as a special token") for word in said]
+    literal_texts = sorted({layout.text[start:end] for start, end in plain})
+    notes = [Note(Notice.SPECIAL_TEXT, f"{word} in the text is not read as a special token") for word in literal_texts]
     notes += [
         Note(Notice.DROPPED_THINKING, f"the chat template drops the thinking of message {index + 1}")
         for index in layout.dropped_thinking
@@ -211,7 +211,7 @@ def _prepared(messages: Sequence[Message], options: RenderOptions) -> list[Messa
     """The messages with the thinking and the call ids that the template is to see."""
     if not messages:
         raise BadRow("no messages", reason="empty field")
-    made, calls = [], []
+    adapted, calls = [], []
     for number, message in enumerate(messages, 1):
         message = {**message, "content": message.get("content") or ""}
         if options.thinking == "strip" and message["role"] == "assistant":
@@ -232,8 +232,8 @@ def _prepared(messages: Sequence[Message], options: RenderOptions) -> list[Messa
             raise BadRow(
                 f"message {number} has half a surrogate pair, which is no text", reason="half a surrogate pair"
             )
-        made.append(message)
-    return made
+        adapted.append(message)
+    return adapted
 
 
 def _without_thought(content: str) -> str:
@@ -279,15 +279,15 @@ def _control_strings(
         raise BadRow(
             "a call, a tool's definition or a document contains the text of a special token", reason="special text"
         )
-    found = []
+    supervised = []
     for start, end in layout.strings:
         if any(word in layout.text[start:end] for word in words):
-            found += [
+            supervised += [
                 (start + token.start(), start + token.end())
                 for token in template.tokens.finditer(layout.text[start:end])
                 if token[0] in words
             ]
-    return found
+    return supervised
 
 
 def _refuse_false_specials(template: Template, tokens: Tokens, layout: Layout) -> None:

@@ -167,9 +167,9 @@ class Template:
         for literals in (None, self._literals):
             marked = mark(messages, form, literals)
             try:
-                found = self._fitted(text, marked, form, tools, documents)
-                check_contents(found, messages)
-                return found
+                layout = self._fitted(text, marked, form, tools, documents)
+                check_contents(layout, messages)
+                return layout
             except BadRow as problem:
                 # Where the marks did render, what they tell of the template is more exact than a mismatch.
                 first = problem if first is None or isinstance(first, Mismatch) else first
@@ -184,11 +184,11 @@ class Template:
             except Mismatch:  # a template that writes the time renders otherwise now
                 pass
         built = self._skeleton(marked, form, tools, documents)
-        found = fill(text, built, marked)
+        filled = fill(text, built, marked)
         if len(self._layouts) >= CACHED_LAYOUTS:
             self._layouts.clear()
         self._layouts[key] = built
-        return found
+        return filled
 
     def _text_naming(self, messages: list[Message], tools, documents) -> str:
         """Render; an error names the message that the template does not take."""
@@ -213,11 +213,11 @@ class Template:
         closing = self.closing_of(text, marked.messages)
         text += closing
         refuse_printed_parts(text, form)
-        found = list(MARK.finditer(text))
-        check_marks(marked, [int(mark[1]) for mark in found])
+        marks = list(MARK.finditer(text))
+        check_marks(marked, [int(mark[1]) for mark in marks])
         check_tools(text, tools, documents)
         parts = MARK.split(text)[::2]
-        whole = MarkedText(self, marked, form, tools, documents, text, found, parts)
+        whole = MarkedText(self, marked, form, tools, documents, text, marks, parts)
         assistants = [i for i, message in enumerate(marked.messages) if message["role"] == "assistant"]
         turns = {i: whole.turn(i) for i in assistants}
         for _, _, (k, end) in turns.values():
@@ -225,7 +225,7 @@ class Template:
                 self._refuse_unlearned(parts[k], parts[k][:end])
         if list(turns.values()) != sorted(turns.values()):
             raise BadRow("the chat template changes the order of the turns", reason=CHANGED)
-        order = [int(mark[1]) for mark in found]
+        order = [int(mark[1]) for mark in marks]
         return Skeleton(parts, order, turns, {i: whole.opening(i) for i in assistants}, closing)
 
     def _refuse_unlearned(self, text: str, learned: str) -> None:

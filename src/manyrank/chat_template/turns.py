@@ -40,7 +40,7 @@ class MarkedText:
     """A conversation rendered with marks, and the search for its turns.
 
     Attributes:
-        found: the marks in `text`.
+        marks: the marks in `text`.
         parts: (marks + 1,), the text before, between and after them.
     """
 
@@ -50,14 +50,14 @@ class MarkedText:
     tools: list[dict] | None
     documents: list[dict] | None
     text: str
-    found: list[re.Match]
+    marks: list[re.Match]
     parts: list[str]
 
     def turn(self, index: int) -> Turn:
-        """The learned range of an assistant message, and where its end begins."""
+        """The supervised range of an assistant message, and where its end begins."""
         message = self.marked.messages[index]
-        own = [k for k, mark in enumerate(self.found) if self._slot(mark).message == index]
-        kinds = [self._slot(self.found[k]).kind for k in own]
+        own = [k for k, mark in enumerate(self.marks) if self._slot(mark).message == index]
+        kinds = [self._slot(self.marks[k]).kind for k in own]
         if kinds == ["content"] and not message.get("tool_calls") and index not in self.marked.pieced:
             (k,) = own
             blanks = self._blanks_kept(index, k)
@@ -105,9 +105,9 @@ class MarkedText:
 
     def _holds(self, index: int, start: int, end: int) -> bool:
         """Whether a range has all strings of a message and none of another. A result may repeat the name of its call."""
-        inside = [mark for mark in self.found if mark.start() < end and mark.end() > start]
+        inside = [mark for mark in self.marks if mark.start() < end and mark.end() > start]
         names = {mark[0] for mark in inside}
-        outside = [mark for mark in self.found if mark.end() <= start or mark.start() >= end]
+        outside = [mark for mark in self.marks if mark.end() <= start or mark.start() >= end]
         return all(self._slot(mark).message == index for mark in inside) and all(
             mark[0] in names for mark in outside if self._slot(mark).message == index
         )
@@ -126,10 +126,10 @@ class MarkedText:
         messages = list(self.marked.messages)
         messages[index] = written({**messages[index], "content": content.lstrip()}, self.form)
         bare = MARK.split(self._render(messages))[::2]
-        kept = self.parts[k].removeprefix(bare[k]) if len(bare) == len(self.parts) else None
-        if kept is None or bare[k] + kept != self.parts[k] or not blanks.endswith(kept):
+        rest = self.parts[k].removeprefix(bare[k]) if len(bare) == len(self.parts) else None
+        if rest is None or bare[k] + rest != self.parts[k] or not blanks.endswith(rest):
             raise BadRow(f"message {index + 1}: blanks before the content change the text", reason=CHANGED)
-        return len(kept)
+        return len(rest)
 
     # A turn by what changes
 
@@ -155,15 +155,15 @@ class MarkedText:
 
     def _gap(self, index: int) -> tuple[bool, int, int] | None:
         """The difference between the marks around the turn."""
-        own = [k for k, mark in enumerate(self.found) if self._slot(mark).message == index]
+        own = [k for k, mark in enumerate(self.marks) if self._slot(mark).message == index]
         if index not in self._plain or not own:
             return None
         before, left, right, after = self._plain[index]
         first, last = own[0], own[0]
-        while last + 1 < len(self.found) and self._slot(self.found[last + 1]).message == index:
+        while last + 1 < len(self.marks) and self._slot(self.marks[last + 1]).message == index:
             last += 1
-        a = self.found[first - 1] if first else None
-        b = self.found[last + 1] if last + 1 < len(self.found) else None
+        a = self.marks[first - 1] if first else None
+        b = self.marks[last + 1] if last + 1 < len(self.marks) else None
         if (a[0] if a else None) != before or (b[0] if b else None) != after:
             return None
         begin, stop = a.end() if a else 0, b.start() if b else len(self.text)
@@ -182,12 +182,12 @@ class MarkedText:
         except BadRow:  # a result must follow a call
             return {}
         marks, parts = list(MARK.finditer(text)), MARK.split(text)[::2]
-        found = {}
+        differences = {}
         for k, mark in enumerate(marks):
             if int(mark[1]) >= OTHER:
                 around = marks[k - 1][0] if k else None, marks[k + 1][0] if k + 1 < len(marks) else None
-                found[int(mark[1]) - OTHER] = around[0], parts[k], parts[k + 1], around[1]
-        return found
+                differences[int(mark[1]) - OTHER] = around[0], parts[k], parts[k + 1], around[1]
+        return differences
 
     def _is_many(self, index: int) -> bool:
         kinds = [slot.kind for slot in self.marked.slots if slot.message == index]
@@ -197,12 +197,12 @@ class MarkedText:
         """The difference in the conversation up to the turn."""
         before = list(self.marked.messages[:index])
         plain = written({"role": "assistant", "content": mark_text(OTHER)}, self.form)
-        whole, other = self._render([*before, self.marked.messages[index]]), self._render([*before, plain])
-        left, middle, right = other.partition(mark_text(OTHER))
-        found = self._difference(whole, left, right, 0)
-        if not middle or not self.text.startswith(whole[: found[2]]):
+        whole, changed = self._render([*before, self.marked.messages[index]]), self._render([*before, plain])
+        left, middle, right = changed.partition(mark_text(OTHER))
+        difference = self._difference(whole, left, right, 0)
+        if not middle or not self.text.startswith(whole[: difference[2]]):
             raise BadRow(f"message {index + 1} (assistant) changes the turns around it", reason=CHANGED)
-        return found
+        return difference
 
     @staticmethod
     def _difference(text: str, left: str, right: str, at: int) -> tuple[bool, int, int]:
@@ -214,7 +214,7 @@ class MarkedText:
     def _prompt_end(self, index: int) -> int | None:
         """Where the generation prompt of a turn ends, if the turn comes after it."""
         if index and self.marked.messages[index - 1]["role"] == "user":
-            last = [mark for mark in self.found if self._slot(mark).message == index - 1][-1:]
+            last = [mark for mark in self.marks if self._slot(mark).message == index - 1][-1:]
             if last and self.text.startswith(self.template.prompt, last[0].end()):
                 return last[0].end() + len(self.template.prompt)
         try:
@@ -222,17 +222,17 @@ class MarkedText:
         except BadRow:
             return None
         marks = list(MARK.finditer(prompt))
-        last = [mark for mark in self.found if marks and mark[0] == marks[-1][0]][-1:]
+        last = [mark for mark in self.marks if marks and mark[0] == marks[-1][0]][-1:]
         tail = prompt[marks[-1].end() :] if marks else ""
         return last[0].end() + len(tail) if last and self.text.startswith(tail, last[0].end()) else None
 
     def _position(self, place: int) -> Position:
-        for k, found in enumerate(self.found):
-            if place <= found.start():
-                return k, place - (self.found[k - 1].end() if k else 0)
-            if place < found.end():
+        for k, mark in enumerate(self.marks):
+            if place <= mark.start():
+                return k, place - (self.marks[k - 1].end() if k else 0)
+            if place < mark.end():
                 raise BadRow("a turn begins or ends within a string", reason=CHANGED)
-        return len(self.found), place - (self.found[-1].end() if self.found else 0)
+        return len(self.marks), place - (self.marks[-1].end() if self.marks else 0)
 
     def _check_arguments(self, index: int, turn: str) -> None:
         for call in self.marked.messages[index].get("tool_calls") or []:
