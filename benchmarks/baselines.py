@@ -57,7 +57,7 @@ class Round:
 
 
 def config(folder: Path, **more):
-    from manyrank.config.resolve import Entry, resolve
+    from manyrank.config.resolve import Setting, resolve
 
     values = {
         "model_name_or_path": str(folder / "model"),
@@ -69,7 +69,7 @@ def config(folder: Path, **more):
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
     }
-    return resolve(None, [Entry(key, value, "bench") for key, value in (values | more).items()]).config
+    return resolve(None, [Setting(key, value, "bench") for key, value in (values | more).items()]).config
 
 
 def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], list[float]]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from manyrank.config.resolve import Resolved
+from manyrank.config.resolve import ResolvedConfig
 from manyrank.errors import EXIT_FAILED
 from manyrank.models.catalog import known
 from manyrank.models.spec import from_config
@@ -112,7 +112,7 @@ class Bench:
 
     @cached_property
     def config(self):
-        from manyrank.config.resolve import Entry, resolve
+        from manyrank.config.resolve import Setting, resolve
 
         given = {
             "model_name_or_path": self.case.model,
@@ -121,7 +121,7 @@ class Bench:
             "gradient_checkpointing": self.case.checkpointing,
             "disable_fused": list(self.case.plain),
         }
-        return resolve(None, [Entry(key, value, "bench") for key, value in given.items()]).config
+        return resolve(None, [Setting(key, value, "bench") for key, value in given.items()]).config
 
     def measure(self) -> Figures:
         """Make the model, run the steps."""
@@ -250,7 +250,7 @@ class Bench:
             }
         )
         shape = from_config(self._shape(), name=self.case.model)
-        context = RunContext(Resolved(config), default_strategy(1), 1, 1, planned_hardware(0 if self.toy else 1))
+        context = RunContext(ResolvedConfig(config), default_strategy(1), 1, 1, planned_hardware(0 if self.toy else 1))
         parts = memory.estimate(PlannedRun(context, shape)).parts
         return sum(size for name, size in parts.items() if name not in ("context", "slack"))
 

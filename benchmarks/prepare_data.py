@@ -99,12 +99,12 @@ def preparing(numbers: tuple[int, ...] = (25_000, 50_000, 100_000)) -> None:
 
 
 def prepare_rows() -> None:
-    from manyrank.config.resolve import Entry, resolve
+    from manyrank.config.resolve import Setting, resolve
     from manyrank.data.dataset import prepare
     from manyrank.models.load import load_tokenizer
 
     given = {"model_name_or_path": "embedded", "data_path": os.environ["MANYRANK_BENCH_ROWS"]}
-    config = resolve(None, [Entry(key, value, "bench") for key, value in given.items()]).config
+    config = resolve(None, [Setting(key, value, "bench") for key, value in given.items()]).config
     prepare(config.data_path, load_tokenizer(config), config)
 
 

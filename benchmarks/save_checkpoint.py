@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from manyrank.checkpoint.state import FullWriter
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.runs import run_folder
 from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
@@ -36,7 +36,7 @@ def timed(work, *args) -> float:
 
 
 def embedded(folder: Path) -> None:
-    entries = [Entry("max_steps", 1000, "bench"), Entry("strategy", "single", "bench")]
+    entries = [Setting("max_steps", 1000, "bench"), Setting("strategy", "single", "bench")]
     config = resolve("verify", entries).config
     run = build_run(config, ranks.from_environment(), SFT, output_dir=folder / "run", bf16=False)
     trainer = run.trainer

@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class Setting:
     """One line of the table: a baseline, its processes, and what else is in the environment."""
 
     name: str
@@ -78,21 +78,21 @@ class Line:
 
 
 ENTRIES = [
-    *(Entry(name, name) for name in BASELINES),
-    Entry("step -malloc", "step", malloc=False),
-    *(Entry(f"step {strategy} x2", "step", (f"strategy={strategy}",), nproc=2) for strategy in STRATEGIES),
-    Entry("trl padding-free x2", "trl padding-free", nproc=2),
+    *(Setting(name, name) for name in BASELINES),
+    Setting("step -malloc", "step", malloc=False),
+    *(Setting(f"step {strategy} x2", "step", (f"strategy={strategy}",), nproc=2) for strategy in STRATEGIES),
+    Setting("trl padding-free x2", "trl padding-free", nproc=2),
 ]
 
 # What a step costs as it and the model grow: one thing at a time.
 GROWTH = [
-    *(Entry(f"{rows} rows to a step", "step", (f"global_batch_size={rows}",)) for rows in (4, 8, 16, 32)),
-    *(Entry(f"packs of {length}", "dataset", (f"max_length={length}",)) for length in (256, 512, 1024, 2048)),
-    *(Entry(f"{layers} layers", "step", layers=layers) for layers in (3, 6, 12, 24)),
+    *(Setting(f"{rows} rows to a step", "step", (f"global_batch_size={rows}",)) for rows in (4, 8, 16, 32)),
+    *(Setting(f"packs of {length}", "dataset", (f"max_length={length}",)) for length in (256, 512, 1024, 2048)),
+    *(Setting(f"{layers} layers", "step", layers=layers) for layers in (3, 6, 12, 24)),
 ]
 
 
-def one_round(entry: Entry, folder: Path, steps: int) -> list[Round]:
+def one_round(entry: Setting, folder: Path, steps: int) -> list[Round]:
     """Run an entry once.
 
     Returns:
@@ -162,7 +162,7 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join([COLUMNS, *map(row, lines)])
 
 
-def run(entries: Sequence[Entry], folders: dict[int | None, Path], *, rounds: int, steps: int) -> list[Line]:
+def run(entries: Sequence[Setting], folders: dict[int | None, Path], *, rounds: int, steps: int) -> list[Line]:
     """All rounds, in turns, with the workload of each number of layers; a sign of life goes to stderr."""
     found: dict[str, list[list[Round]]] = {entry.name: [] for entry in entries}
     for number in range(rounds):
@@ -218,7 +218,7 @@ def _at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _chosen(text: str) -> list[Entry]:
+def _chosen(text: str) -> list[Setting]:
     known = {entry.name: entry for entry in ENTRIES}
     names = [name.strip() for name in text.split(",")]
     if not set(names) <= set(known):

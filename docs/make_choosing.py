@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.models.catalog import read
 from manyrank.plan.memory import GiB
 from manyrank.plan.planner import Verdict, make_plan
@@ -74,7 +74,7 @@ def _cell(model: str, method: str, gpu: str, nproc: int, nnodes: int) -> str:
         "global_batch_size": BATCH,
         "gradient_checkpointing": "auto",
     }
-    resolved, kind = resolve(None, [Entry(key, value, "docs") for key, value in given.items()]), find_kind(gpu)
+    resolved, kind = resolve(None, [Setting(key, value, "docs") for key, value in given.items()]), find_kind(gpu)
     machine = planned_hardware(nproc, kind)
     context = RunContext(resolved, default_strategy(nproc * nnodes), nproc, nproc * nnodes, machine)
     found = make_plan(context, read(model)).chosen

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from manyrank.config.resolve import Entry, Resolved, resolve
+from manyrank.config.resolve import ResolvedConfig, Setting, resolve
 from manyrank.models.catalog import read
 from manyrank.plan.memory import estimate
 from manyrank.plan.planned_run import PlannedRun
@@ -73,9 +73,9 @@ def _planned(row: dict[str, str]) -> int:
         targets = row["lora_targets"].split(",")
         values["lora_r"], values["lora_dropout"] = int(row["lora_r"]), float(row["lora_dropout"])
         values["lora_target_modules"] = "all-linear" if targets == ["all-linear"] else targets
-    config = resolve(None, [Entry(key, value, "published_memory.csv") for key, value in values.items()]).config
+    config = resolve(None, [Setting(key, value, "published_memory.csv") for key, value in values.items()]).config
     nproc = int(row["nproc"])
-    context = RunContext(Resolved(config), STRATEGIES[row["strategy"]], nproc, nproc, planned_hardware(nproc))
+    context = RunContext(ResolvedConfig(config), STRATEGIES[row["strategy"]], nproc, nproc, planned_hardware(nproc))
     return estimate(PlannedRun(context, read(row["model"]))).peak
 
 

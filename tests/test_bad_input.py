@@ -6,7 +6,7 @@ import pytest
 
 from manyrank.chat_template.types import BadRow
 from manyrank.config.args import parse
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.data.formats import to_sample
 from manyrank.data.sources import Source, read_rows
 from manyrank.errors import UserError
@@ -22,7 +22,7 @@ CPU = Hardware((), 4, False)
 
 
 def entries(**v):
-    return [Entry(f"--{k}", x, f"command line, --{k}") for k, x in v.items()]
+    return [Setting(f"--{k}", x, f"command line, --{k}") for k, x in v.items()]
 
 
 def check(**v):
@@ -164,7 +164,7 @@ def test_22_yaml_fix_names_a_file_that_is_there(tmp_path):
 
 
 def test_23_as_yaml_origin_with_newline(tmp_path):
-    r = resolve(None, [*entries(model="embedded", data_path="x"), Entry("seed", 1, "a\nb: c")])
+    r = resolve(None, [*entries(model="embedded", data_path="x"), Setting("seed", 1, "a\nb: c")])
     assert resolve(write(tmp_path / "o.yaml", r.as_yaml())).config == r.config
 
 

@@ -27,7 +27,7 @@ def test_the_baselines_train_the_same_rows_to_the_same_losses(tmp_path, capsys):
         # One core cannot do more in a second than in a CPU second; the reading thread and the clock's grain apart.
         assert 0 < line["per_second"] < 1.5 * line["per_cpu_second"]
 
-    entry = speed.Entry("ddp", "step fp32", ("strategy=ddp",), nproc=2)
+    entry = speed.Setting("ddp", "step fp32", ("strategy=ddp",), nproc=2)
     speed.workload.build(tmp_path, data=tmp_path)
     two = speed.measured("ddp", [speed.one_round(entry, tmp_path, 3)])
     assert two.losses == pytest.approx(lines["step fp32"]["losses"], abs=1e-5)

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from . import train
-from .config.resolve import Entry, Resolved, resolve
+from .config.resolve import ResolvedConfig, Setting, resolve
 from .config.schema import TrainConfig
 from .data.dataset import prepare
 from .errors import UserError
@@ -45,12 +45,12 @@ class SFTConfig(TrainConfig):
         UserError: an unknown key, or a wrong value.
     """
 
-    _resolved: Resolved = PrivateAttr()
+    _resolved: ResolvedConfig = PrivateAttr()
 
     if not TYPE_CHECKING:  # a type checker sees the fields
 
         def __init__(self, recipe: str | Path | None = None, **values: Any) -> None:
-            entries = [Entry(key, _plain(value), f"SFTConfig, {key}") for key, value in values.items()]
+            entries = [Setting(key, _plain(value), f"SFTConfig, {key}") for key, value in values.items()]
             resolved = resolve(None if recipe is None else str(recipe), entries)
             super().__init__(**dict(resolved.config))
             self._resolved = resolved

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config.args import parse
-from .config.resolve import Resolved, resolve
+from .config.resolve import ResolvedConfig, resolve
 from .errors import EXIT_USER, UserError
 from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
 from .rules.check import check_new_folder, check_output_dir, check_rules
@@ -72,7 +72,9 @@ def _train(argv: Sequence[str], place: Topology) -> None:
     train(resolved, place, Path(config.output_dir or default_output_dir(line)))
 
 
-def train(resolved: Resolved, place: Topology, output_dir: Path, objects: UserObjects | None = None) -> TrainingRun:
+def train(
+    resolved: ResolvedConfig, place: Topology, output_dir: Path, objects: UserObjects | None = None
+) -> TrainingRun:
     """Check everything, set the run up, and train.
 
     Returns:
@@ -97,7 +99,7 @@ def train(resolved: Resolved, place: Topology, output_dir: Path, objects: UserOb
 
 
 def _train_checked(
-    resolved: Resolved,
+    resolved: ResolvedConfig,
     place: Topology,
     machine: gpus.Hardware,
     output_dir: Path,
@@ -139,7 +141,7 @@ def _train_checked(
     return run
 
 
-def _check_before_torch(resolved: Resolved, place: Topology, machine: gpus.Hardware, output_dir: Path) -> None:
+def _check_before_torch(resolved: ResolvedConfig, place: Topology, machine: gpus.Hardware, output_dir: Path) -> None:
     launched = strategy_files.from_environment()
     named = named_strategy(resolved.config.strategy) or (launched and launched.strategy)
     strategy = named or default_strategy(place.world_size)
@@ -157,7 +159,7 @@ def _check_before_torch(resolved: Resolved, place: Topology, machine: gpus.Hardw
         check_output_dir(resolved.config, output_dir)
 
 
-def _write_launch(output_dir: Path, resolved: Resolved) -> None:
+def _write_launch(output_dir: Path, resolved: ResolvedConfig) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(resolved.as_yaml(), encoding="utf-8")
     packed = os.environ.get(LAUNCH_VARIABLE)  # not there under a launcher that the user has called

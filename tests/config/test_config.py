@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyrank.config.json_schema import recipe_schema
-from manyrank.config.resolve import ALIASES, FIELDS, METHOD_FLAGS, METHODS, SWITCHES, Entry, presets, resolve
+from manyrank.config.resolve import ALIASES, FIELDS, METHOD_FLAGS, METHODS, SWITCHES, Setting, presets, resolve
 from manyrank.errors import UserError
 from manyrank.project_files import asset
 
 REQUIRED = {"model_name_or_path": "embedded", "data_path": "data/sample.jsonl"}
 
 
-def entries(**values) -> list[Entry]:
-    return [Entry(f"--{key}", value, f"command line, --{key}") for key, value in values.items()]
+def entries(**values) -> list[Setting]:
+    return [Setting(f"--{key}", value, f"command line, --{key}") for key, value in values.items()]
 
 
 def make(**values):
@@ -41,7 +41,7 @@ def recipe(tmp_path):
     return write
 
 
-def recipe_error(path: str, *overrides: Entry) -> UserError:
+def recipe_error(path: str, *overrides: Setting) -> UserError:
     with pytest.raises(UserError) as caught:
         resolve(path, overrides)
     return caught.value
@@ -56,10 +56,10 @@ def test_command_line_over_recipe_over_base_over_defaults(recipe):
     resolved = resolve(path, entries(seed=5))
     config = resolved.config
     assert (config.seed, config.lora_r, config.max_length, config.lora_alpha) == (5, 4, 100, 32)
-    assert resolved.origin["seed"] == "command line, --seed"
-    assert resolved.origin["lora_r"] == f"{path}, lora_r"
-    assert resolved.origin["max_length"] == f"{base}, max_length"
-    assert "lora_alpha" not in resolved.origin
+    assert resolved.provenance["seed"] == "command line, --seed"
+    assert resolved.provenance["lora_r"] == f"{path}, lora_r"
+    assert resolved.provenance["max_length"] == f"{base}, max_length"
+    assert "lora_alpha" not in resolved.provenance
     assert resolved.where("seed", "lora_alpha") == "seed (command line, --seed), lora_alpha (default)"
 
 
@@ -99,8 +99,8 @@ def test_aliases_and_dashes(alias, key):
     }.get(key, "0.5")
     given_key = alias.replace("_", "-")
     values = {name: text for name, text in REQUIRED.items() if name != key}
-    resolved = resolve(None, [*entries(**values), Entry(f"--{given_key}", value, "here")])
-    assert resolved.origin[key] == "here"
+    resolved = resolve(None, [*entries(**values), Setting(f"--{given_key}", value, "here")])
+    assert resolved.provenance[key] == "here"
     expected = {"lora_target_modules": ["0.5"], "learning_rate": 0.5, "eval_split": 0.5}.get(key, value)
     assert resolved.config.plain()[key] == expected
 
@@ -160,7 +160,7 @@ def test_method_flags_against_the_recipe(recipe, recipe_method, flags, method):
     path = recipe(f"method: {recipe_method}\nmodel_name_or_path: embedded\ndata_path: x\n")
     resolved = resolve(path, entries(**flags))
     assert resolved.config.method == method
-    assert resolved.origin["method"].startswith("command line, --")
+    assert resolved.provenance["method"].startswith("command line, --")
 
 
 @pytest.mark.parametrize(

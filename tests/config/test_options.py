@@ -77,7 +77,7 @@ def test_origins_name_the_option():
     line = read("quickstart", "--lr", "1e-4")
     resolved = resolve(line.recipe, line.overrides)
     assert resolved.config.learning_rate == 1e-4
-    assert resolved.origin["learning_rate"] == "command line, --lr"
+    assert resolved.provenance["learning_rate"] == "command line, --lr"
 
 
 def test_the_train_module_gets_the_same_recipe_and_overrides():

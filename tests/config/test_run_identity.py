@@ -6,7 +6,7 @@ import re
 import pytest
 
 from manyrank.config.identity import FIXED, early_changes, identity, refuse_changes
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
 
 
@@ -14,7 +14,7 @@ from manyrank.errors import UserError
 def saved(whole_run, tmp_path_factory):
     """A checkpoint's folder with every name that any run compares, and these values."""
     given = {"model": "m", "data_path": "d", "task": "grpo", "rewards": "{exact: 1}"}
-    grpo = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    grpo = resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
     own = json.loads((whole_run.folder / "checkpoint-3" / "run.json").read_text())
     run = identity(grpo) | own | {"batch_per_process": 4}
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -59,6 +59,6 @@ def test_what_the_recipe_tells_before_the_start_has_its_keys(saved):
         "task": "grpo",
         "rewards": "{exact: 1}",
     }
-    config = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    config = resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
     told = [change for change in early_changes(folder, config, bf16=False) if change.startswith("batch_per_process")]
     assert len(told) == 1 and "per_device_train_batch_size or gradient_accumulation_steps" in told[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from manyrank.chat_template.types import IGNORE
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.data import formats, tokenize
 from manyrank.data.dataset import prepare, write_quarantine
 from manyrank.data.loader import StepLoader, epoch_order
@@ -23,7 +23,7 @@ SAMPLE = "data/sample.jsonl"
 
 def config(**values):
     given = {"model_name_or_path": "embedded", "data_path": SAMPLE, "max_length": 512} | values
-    return resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    return resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
 
 
 @pytest.fixture
@@ -495,12 +495,12 @@ def test_packs_of_the_data_set_lose_and_repeat_nothing(examples_of):
 
 MEMORY = """
 import resource, sys
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.data.dataset import prepare
 from manyrank.models.load import load_tokenizer
 
 def peak(path):
-    config = resolve(None, [Entry("model", "embedded", ""), Entry("data_path", path, ""), Entry("dataset_num_proc", 1, "")]).config
+    config = resolve(None, [Setting("model", "embedded", ""), Setting("data_path", path, ""), Setting("dataset_num_proc", 1, "")]).config
     examples = prepare(config.data_path, load_tokenizer(config), config)
     return len(examples), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

@@ -313,6 +313,7 @@ def test_first_words_that_work(capsys, line, shown):
 @pytest.mark.parametrize(
     "line, error, fix",
     [
+        ("plan", "there is nothing to plan", "manyrank plan Qwen2.5-7B"),
         ("nope.yaml", "there is no recipe 'nope.yaml'", "presets: "),
         ("train --data my.json", "model_name_or_path must be given", "manyrank train --model_name_or_path=embedded "),
         ("plan quikstart", "there is no recipe or model 'quikstart'", "did you mean quickstart?"),

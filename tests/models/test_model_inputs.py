@@ -16,7 +16,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.data.dataset import prepare
 from manyrank.data.loader import MicroBatch, Prefetcher, StepLoader
 from manyrank.models.attention import PACKED, PACKED_PLAIN, use_packed_attention
@@ -26,7 +26,7 @@ from manyrank.training.loss import TokenLoss
 
 def config(**values):
     given = {"model_name_or_path": "embedded", "data_path": "data/sample.jsonl", "max_length": 128} | values
-    return resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    return resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers import (
     XGLMConfig,
 )
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
 from manyrank.models.positions import check_lengths, table_of
 from manyrank.tasks.sft import SFT
@@ -59,7 +59,7 @@ MODELS = {
 
 def config(folder, **values):
     given = {"model_name_or_path": str(folder), "data_path": "none", "max_length": "256"} | values
-    return resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    return resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
 
 
 @pytest.mark.parametrize("kind", MODELS)

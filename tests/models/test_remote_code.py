@@ -7,7 +7,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from manyrank.config.resolve import Entry, recipe_of, resolve
+from manyrank.config.resolve import Setting, recipe_of, resolve
 from manyrank.errors import UserError
 from manyrank.runs.artifact import find
 from manyrank.tools import chat, generate, inspect_data
@@ -57,7 +57,7 @@ def given(tmp_path_factory, embedded_model):
         ("data_path", str(rows)),
         ("eval_data_path", str(rows)),
     ]
-    (run / "config.yaml").write_text(resolve(None, [Entry(key, value, "test") for key, value in trained]).as_yaml())
+    (run / "config.yaml").write_text(resolve(None, [Setting(key, value, "test") for key, value in trained]).as_yaml())
     return run, rows, marker
 
 
@@ -103,11 +103,11 @@ def test_only_the_recipe_of_this_command_counts(given, tmp_path):
     run, rows, _ = given
     assert "trust_remote_code: true" in (run / "config.yaml").read_text()
     assert recipe_of(find(str(run))).trust_remote_code is False
-    own = [Entry(key, value, "typed") for key, value in {"task": "grpo", "sft_model": str(run)}.items()]
-    grpo = resolve(None, [*own, Entry("data_path", str(rows), "typed"), Entry("rewards", "{exact: 1}", "typed")])
+    own = [Setting(key, value, "typed") for key, value in {"task": "grpo", "sft_model": str(run)}.items()]
+    grpo = resolve(None, [*own, Setting("data_path", str(rows), "typed"), Setting("rewards", "{exact: 1}", "typed")])
     assert grpo.config.model_name_or_path.endswith("base") and grpo.config.trust_remote_code is False
     assert resolve(str(run / "config.yaml")).config.trust_remote_code is False  # `manyrank train RUN/config.yaml`
-    typed = resolve(str(run / "config.yaml"), [Entry("trust_remote_code", "true", "typed")], finished=True)
+    typed = resolve(str(run / "config.yaml"), [Setting("trust_remote_code", "true", "typed")], finished=True)
     assert typed.config.trust_remote_code is True
     (tmp_path / "recipe.yaml").write_text((run / "config.yaml").read_text())
     assert resolve(str(tmp_path / "recipe.yaml")).config.trust_remote_code is True  # a recipe of one's own

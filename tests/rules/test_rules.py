@@ -12,7 +12,7 @@ import yaml
 from launches import ROOT
 
 from manyrank import cli
-from manyrank.config.resolve import Entry, Resolved, presets, resolve
+from manyrank.config.resolve import ResolvedConfig, Setting, presets, resolve
 from manyrank.errors import UserError, UserErrors
 from manyrank.project_files import asset
 from manyrank.rules import recipe as recipe_rules
@@ -39,9 +39,9 @@ DATA, OTHER = str(asset("data", "sample.jsonl")), str(asset("data", "validation.
 BY_NAME = {rule.name: rule for rule in RULES}
 
 
-def resolved(recipe=None, **values) -> Resolved:
+def resolved(recipe=None, **values) -> ResolvedConfig:
     values = {"model_name_or_path": "embedded", "data_path": DATA} | values
-    return resolve(recipe, [Entry(key, value, f"command line, --{key}") for key, value in values.items()])
+    return resolve(recipe, [Setting(key, value, f"command line, --{key}") for key, value in values.items()])
 
 
 def situation(*, strategy="ddp", nproc=2, world_size=None, hardware=CPU, output_dir=None, **values) -> RunContext:
@@ -447,7 +447,7 @@ def run_folder(folder: Path, run: dict) -> Path:
     return folder
 
 
-def identity_of(recipe: Resolved) -> dict:
+def identity_of(recipe: ResolvedConfig) -> dict:
     from manyrank.config.identity import identity
 
     return identity(recipe.config)
@@ -668,7 +668,7 @@ def test_shipped_recipes_are_quiet(recipe, strategy, embedded_model):
         pytest.skip("it is for one GPU")
     nproc, given = 1 if strategy == "single" else 2, resolved(recipe)
     if "model_name_or_path" in yaml.safe_load(asset("launch", "recipes", f"{recipe}.yaml").read_text()):
-        given = resolve(recipe, [Entry("data_path", DATA, "test")])
+        given = resolve(recipe, [Setting("data_path", DATA, "test")])
     for name, machine in (("CPU", CPU), ("GPUS", GPUS)):
         found = find_violations(RunContext(given, STRATEGIES[strategy], nproc, nproc, machine))
         intended = INTENDED.get((recipe, name), set())

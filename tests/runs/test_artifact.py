@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
 from manyrank.models.inference import load_model
 from manyrank.models.load import load_model as with_model
@@ -51,7 +51,7 @@ def test_a_run_without_a_final_model_gives_its_newest_complete_checkpoint(run, t
 def trained_on(name: str, folder):
     """An adapter as a training saves it, on a base that its recipe names so."""
     given = {"model_name_or_path": name, "data_path": "none", "lora_r": 2, "packing": "none"}
-    config = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    config = resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
     model = with_model(plan_load(config, Accelerator(cpu=True), bf16=False), config)
     model.save_pretrained(folder)
     return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -72,7 +72,7 @@ def test_an_adapter_on_a_brought_base_names_it_so_too(embedded_model, tmp_path, 
     (tmp_path / "base").symlink_to(embedded_model)
     monkeypatch.chdir(tmp_path)
     config = resolve(
-        None, [Entry(k, v, "test") for k, v in {"model": "x", "data_path": "x", "packing": "none"}.items()]
+        None, [Setting(k, v, "test") for k, v in {"model": "x", "data_path": "x", "packing": "none"}.items()]
     )
     adapted = with_adapters(AutoModelForCausalLM.from_pretrained("base"), config.config)
     assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")

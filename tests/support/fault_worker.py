@@ -16,7 +16,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.runs import run_folder
 from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
@@ -71,7 +71,7 @@ def main() -> None:
     output = Path(sys.argv[1])
     entries = {"save_total_limit": 1, "max_steps": 4, "lora_dropout": 0.1, "strategy": "single"}
     entries |= {"global_batch_size": 2}  # of which hundreds of steps are made
-    config = resolve("verify", [Entry(key, value, "test") for key, value in entries.items()]).config
+    config = resolve("verify", [Setting(key, value, "test") for key, value in entries.items()]).config
     run = build_run(config, ranks.from_environment(), SFT, output_dir=output, bf16=False)
     trainer = run.trainer
     run._write_facts()

@@ -1,6 +1,6 @@
 """Runs to plan, for tests."""
 
-from manyrank.config.resolve import Resolved
+from manyrank.config.resolve import ResolvedConfig
 from manyrank.plan.planned_run import PlannedRun
 from manyrank.rules.context import RunContext
 from manyrank.topology.gpus import GpuKind, planned_hardware
@@ -13,7 +13,7 @@ def planned_context(
     """A recipe on `nproc` processes of each machine; `gpu` is a kind, or whether there are GPUs of unknown memory."""
     kind = gpu if isinstance(gpu, GpuKind) else None
     machine = planned_hardware(nproc if gpu else 0, kind, bf16=bf16, host=host)
-    resolved = Resolved(config.model_copy(update={"bf16": bf16}))
+    resolved = ResolvedConfig(config.model_copy(update={"bf16": bf16}))
     return RunContext(resolved, STRATEGIES[strategy], nproc, nproc * nnodes, machine)
 
 

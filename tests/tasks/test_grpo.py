@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from manyrank.api import _as_it_was
 from manyrank.chat_template.render import RenderOptions, prompt_ids, stop_ids
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
 from manyrank.models.inference import load_model
 from manyrank.project_files import asset
@@ -76,7 +76,7 @@ def nothing_left_by_others():
 
 def session_of(folder: Path, *args: str):
     entries = [
-        Entry(name, value, "test") for name, _, value in (a.partition("=") for a in last_wins(*SMALL, *BATCH, *args))
+        Setting(name, value, "test") for name, _, value in (a.partition("=") for a in last_wins(*SMALL, *BATCH, *args))
     ]
     return build_run(resolve(None, entries).config, ranks.from_environment(), GRPO, output_dir=folder, bf16=False)
 
@@ -334,7 +334,9 @@ def test_adapters_that_no_recipe_makes_are_refused(sft, tmp_path):
     ):
         file.write_text(json.dumps(known | change))
         with pytest.raises(UserError, match="none that manyrank makes"):
-            resolve("grpo_from_sft", [Entry("sft_model", str(tmp_path / "adapter"), ""), Entry("data_path", "x", "")])
+            resolve(
+                "grpo_from_sft", [Setting("sft_model", str(tmp_path / "adapter"), ""), Setting("data_path", "x", "")]
+            )
 
 
 def test_answering_leaves_no_hooks(tmp_path):
@@ -450,7 +452,7 @@ def test_the_shape_of_the_adapter_is_that_of_sft(sft, tmp_path):
     run = grpo(tmp_path / "run", *BATCH, "--max_steps=1", f"--sft_model={sft.folder}", "--lora_r=32")
     assert run.code == 2 and "lora_r is 32, and that of" in run.stderr
     resolved = resolve(
-        "grpo_from_sft", [Entry("--sft_model", str(sft.folder), "x"), Entry("--data_path", str(SUMS), "x")]
+        "grpo_from_sft", [Setting("--sft_model", str(sft.folder), "x"), Setting("--data_path", str(SUMS), "x")]
     )
     assert resolved.config.lora_r == 4 and resolved.config.is_grpo and resolved.config.packing == "none"
     assert (
@@ -468,7 +470,7 @@ def test_the_command_and_its_presets(capsys):
         assert f"grpo_{name} --task=grpo" in shown
         assert (
             resolve(
-                f"grpo_{name}", [Entry("model", "embedded", ""), Entry("data_path", "x", "")]
+                f"grpo_{name}", [Setting("model", "embedded", ""), Setting("data_path", "x", "")]
             ).config.num_generations
             == samples
         )

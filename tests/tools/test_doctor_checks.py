@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from planned import planned_context
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.models.catalog import read
 from manyrank.plan.command import read_model
 from manyrank.plan.planner import make_plan
@@ -28,11 +28,11 @@ GIB = 1 << 30
 
 
 def config(recipe: str = "verify", **values):
-    return resolve(recipe, [Entry(key, value, "test") for key, value in values.items()]).config
+    return resolve(recipe, [Setting(key, value, "test") for key, value in values.items()]).config
 
 
 def situation(strategy: str = "single", nproc: int = 1, **values) -> RunContext:
-    resolved = resolve("verify", [Entry(key, value, "test") for key, value in values.items()])
+    resolved = resolve("verify", [Setting(key, value, "test") for key, value in values.items()])
     return RunContext(resolved, STRATEGIES[strategy], nproc, nproc, Hardware((), 2, False), output_dir=Path("output"))
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from manyrank import cli
 from manyrank.chat_template.render import render
-from manyrank.config.args import Entry
+from manyrank.config.args import Setting
 from manyrank.config.resolve import resolve
 from manyrank.data.dataset import prepare
 from manyrank.data.formats import to_sample
@@ -57,7 +57,7 @@ def write(path: Path, *rows: dict | str) -> str:
 
 def survey(tokenizer, samples: int = 3, **values):
     values = {"data_path": SAMPLE, "max_length": 256, **values}
-    config = resolve("verify", [Entry(key, value, "the test") for key, value in values.items()]).config
+    config = resolve("verify", [Setting(key, value, "the test") for key, value in values.items()]).config
     return gather(config, tokenizer, recipe="verify", samples=samples)
 
 
@@ -177,7 +177,7 @@ def test_a_few_long_examples_do_not_flatten_the_bars():
 
 
 def loader(tokenizer, packing: str, batch: int, ranks: int, micro: int) -> StepLoader:
-    config = resolve("verify", [Entry("data_path", SAMPLE, "the test")]).config
+    config = resolve("verify", [Setting("data_path", SAMPLE, "the test")]).config
     examples = prepare(config.data_path, tokenizer, config)
     return StepLoader(examples, batch, micro, 256, packing, tokenizer.pad_token_id, 0, ranks, config.seed)
 

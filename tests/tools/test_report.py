@@ -18,7 +18,7 @@ from browser import Page, browse, look_at, needs_chromium
 from launches import Run, launch
 
 from manyrank import cli
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import NonFiniteError, Preempted, UserError
 from manyrank.runs import logs
 from manyrank.tools.report import main as report
@@ -217,11 +217,11 @@ def test_a_folder_of_that_name_is_no_package(tmp_path):
 @pytest.mark.parametrize("tags", [["x" * 65], ["a,b"], [""]])
 def test_tags_that_wandb_would_refuse(tags):
     with pytest.raises(UserError, match="a tag has 1 to 64 characters"):
-        resolve("verify", [Entry("wandb_tags", tags, "the test")])
+        resolve("verify", [Setting("wandb_tags", tags, "the test")])
 
 
 def test_what_the_user_has_set_for_wandb_stands(tmp_path, monkeypatch):
-    config = resolve("verify", [Entry("report_to", "wandb", "the test")]).config
+    config = resolve("verify", [Setting("report_to", "wandb", "the test")]).config
     (tmp_path / "logs").mkdir()
     for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
         monkeypatch.delenv(name, raising=False)

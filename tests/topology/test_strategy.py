@@ -9,7 +9,7 @@ import sys
 import pytest
 from launches import ROOT
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
 from manyrank.parallel.accelerator import _parallelism, config_environment, copies
 from manyrank.project_files import asset
@@ -59,13 +59,13 @@ def test_every_config_has_a_row():
 )
 def test_copies_of_the_model_under_hsdp(nproc, world_size, shard_size, expected):
     given = {"model_name_or_path": "embedded", "data_path": "x", "hsdp_shard_size": shard_size}
-    config = resolve(None, [Entry(key, value, "test") for key, value in given.items() if value]).config
+    config = resolve(None, [Setting(key, value, "test") for key, value in given.items() if value]).config
     assert copies(config, Topology(world_size=world_size, local_world_size=nproc)) == expected
 
 
 @pytest.mark.parametrize(("key", "size"), [("DP_SHARD", 4), ("DP_REPLICATE", 4), ("TP", 2)])
 def test_sizes_that_accelerate_was_told_are_not_ignored(key, size, monkeypatch):
-    config = resolve(None, [Entry("model", "embedded", "test"), Entry("data_path", "x", "test")]).config
+    config = resolve(None, [Setting("model", "embedded", "test"), Setting("data_path", "x", "test")]).config
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{key}_SIZE", str(size))
     with pytest.raises(UserError, match=f"{key.lower()}_size is {size}, not "):
@@ -110,7 +110,7 @@ def test_a_skeleton_holds_no_base_weights(embedded_model):
     from manyrank.models.load import LoadPlan, load_model
 
     given = {"model_name_or_path": "embedded", "data_path": "x"}
-    config = resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    config = resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
     plan = LoadPlan(str(embedded_model), torch.float32, torch.float32, None, None, True, False)
     model = load_model(plan, config)
     assert all(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)

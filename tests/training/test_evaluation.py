@@ -5,15 +5,14 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from manyrank.chat_template.render import prompt_ids, render, render_options
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.data.dataset import prepare
 from manyrank.data.loader import side_by_side
 from manyrank.data.questions import read_questions
 from manyrank.data.scores import row_scores
 from manyrank.models.generation import Sampling
 from manyrank.topology.ranks import Topology
-from manyrank.training.evaluation import Entry as Found
-from manyrank.training.evaluation import GenerationRequest, Layout, _add_batch, add_answers, add_losses
+from manyrank.training.evaluation import GenerationRequest, Layout, RowResult, _add_batch, add_answers, add_losses
 from manyrank.training.loss import TokenLoss
 
 ONE = Topology()
@@ -21,7 +20,7 @@ ONE = Topology()
 
 def config_of(path, **more):
     given = {"model": "embedded", "data_path": str(path), **more}
-    return resolve(None, [Entry(key, value, "test") for key, value in given.items()]).config
+    return resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def test_a_prompt_that_fills_the_context_has_an_empty_answer(model, tokenizer):
     questions = list(read_questions(config.data_path, config, [(path, row) for row in range(1, 5)]).values())
     request = GenerationRequest(Sampling(max_new_tokens=4), render_options(config), row_scores(["f1"]))
     lengths = [len(prompt_ids(tokenizer, question.prompt)) for question in questions]
-    entries: dict[tuple, Found] = {}
+    entries: dict[tuple, RowResult] = {}
     context, model.config.max_position_embeddings = model.config.max_position_embeddings, max(lengths)
     try:
         add_answers(model, tokenizer, questions, request, Layout(2, ONE), entries)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from planned import planned_run
 
-from manyrank.config.resolve import Entry, resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.data.dataset import prepare
 from manyrank.data.loader import Step, StepLoader
 from manyrank.models.spec import from_config
@@ -31,7 +31,7 @@ SHAPE = from_config(
 
 def config(**values):
     values = {"data_path": "data/sample.jsonl", "max_length": 256, **values}
-    return resolve("verify", [Entry(key, value, "the test") for key, value in values.items()]).config
+    return resolve("verify", [Setting(key, value, "the test") for key, value in values.items()]).config
 
 
 def step(**counts) -> Step:

@@ -16,11 +16,11 @@ from manyrank.topology import gpus
 
 def plain_loss(model, tokenizer, path) -> float:
     """Mean loss of supervised tokens with nothing but transformers: row by row, all logits."""
-    from manyrank.config.resolve import Entry, resolve
+    from manyrank.config.resolve import Setting, resolve
     from manyrank.data.dataset import prepare
 
     given = {"model_name_or_path": "embedded", "data_path": path, "max_length": 256}
-    config = resolve(None, [Entry(k, v, "test") for k, v in given.items()]).config
+    config = resolve(None, [Setting(k, v, "test") for k, v in given.items()]).config
     examples = prepare(config.data_path, tokenizer, config)
     total = count = 0
     for row in map(examples.__getitem__, range(len(examples))):

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError
-from .resolve import ALIASES, FIELDS, SWITCHES, Entry, invalid_value, normal, presets, unknown_key
+from .resolve import ALIASES, FIELDS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key
 from .schema import Int, TrainConfig
 
 JOBS = ("slurm",)  # these write a job's file, and start nothing on this machine
@@ -105,15 +105,15 @@ class CommandLine:
     """A parsed command line: the recipe (a file or preset), the overrides in order, and where to run."""
 
     recipe: str | None
-    overrides: list[Entry]
+    overrides: list[Setting]
     options: LaunchOptions = field(default_factory=LaunchOptions)
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
 
     @property
     def argv(self) -> list[str]:
         """The arguments that give the train module the same recipe and overrides."""
-        given = [f"--{normal(entry.key)}={entry.value}" for entry in self.overrides]
-        return [*([self.recipe] if self.recipe else []), *given]
+        settings = [f"--{normal(entry.key)}={entry.value}" for entry in self.overrides]
+        return [*([self.recipe] if self.recipe else []), *settings]
 
 
 class RecipeWord(Options):
@@ -210,11 +210,11 @@ def options_of(model: type[BaseModel], keys: Collection[str] | None = None) -> l
 def recipe_options(keys: Collection[str] = (*FIELDS, *SWITCHES)) -> list[Option]:
     """The keys of a recipe as options, with their other spellings."""
     switch = FieldInfo(annotation=bool, default=False, description="short form")
-    found = []
+    options = []
     for key in keys:
         also = [alias for alias, target in (ALIASES | DATA_ALIASES).items() if target == key]
-        found.append(Option(TrainConfig, key, FIELDS.get(key, switch), also))
-    return found
+        options.append(Option(TrainConfig, key, FIELDS.get(key, switch), also))
+    return options
 
 
 # Parsing
@@ -250,7 +250,7 @@ class Parser:
         head = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.model.__doc__), width)]
         return "\n\n".join("\n".join(lines) for lines in (head, *parts)) + "\n"
 
-    def split(self, argv: Sequence[str]) -> list[tuple[Option, Entry]]:
+    def split(self, argv: Sequence[str]) -> list[tuple[Option, Setting]]:
         """Split a command line into settings, in order; `--` ends its options.
 
         Raises:
@@ -260,7 +260,7 @@ class Parser:
         if {"-h", "--help"} & set(argv):
             print(self.help(), end="", flush=True)
             raise SystemExit(0)
-        words, given, rest = [], [], deque(argv)
+        words, settings, rest = [], [], deque(argv)
         while rest:
             word = rest.popleft()
             if word == "--":
@@ -273,10 +273,10 @@ class Parser:
             name = ("--" if word.startswith("--") else "-") + normal(name)
             option = self.options.get(name.removeprefix("--"))
             if option is None:
-                raise unknown_key(Entry(name, value, "command line"), self.options)
+                raise unknown_key(Setting(name, value, "command line"), self.options)
             value = value if equals else self._value(name, option, rest)
-            given.append((option, Entry(name, value, f"command line, {name}")))
-        return [*self._words(words), *given]
+            settings.append((option, Setting(name, value, f"command line, {name}")))
+        return [*self._words(words), *settings]
 
     def _value(self, name: str, option: Option, rest: deque[str]) -> str:
         """Take the value of an option from the words after it."""
@@ -287,7 +287,7 @@ class Parser:
             raise UserError(f"{name} needs a value", where="command line", fix=fix)
         return rest.popleft()
 
-    def _words(self, words: Sequence[str]) -> list[tuple[Option, Entry]]:
+    def _words(self, words: Sequence[str]) -> list[tuple[Option, Setting]]:
         """Give the words without a name to the positional options, in order; the last one may take all that are left."""
         places = list(self.words)
         if places and get_origin(places[-1].info.annotation) is list:
@@ -295,9 +295,9 @@ class Parser:
         if len(words) > len(places):
             what = f"one word too many: {words[len(places)]!r} in {' '.join(words)!r}"
             raise UserError(what, where="command line", fix=f"usage: {self.usage}")
-        return [(o, Entry(o.field, word, f"command line, {o.label}")) for o, word in zip(places, words)]
+        return [(o, Setting(o.field, word, f"command line, {o.label}")) for o, word in zip(places, words)]
 
-    def build(self, model: type[Model], given: Sequence[tuple[Option, Entry]]) -> Model:
+    def build(self, model: type[Model], settings: Sequence[tuple[Option, Setting]]) -> Model:
         """Make a model of its settings.
 
         Raises:
@@ -305,7 +305,7 @@ class Parser:
         """
         values: dict[str, Any] = {}
         places: dict[str, str] = {}
-        for option, entry in given:
+        for option, entry in settings:
             if option.owner is not model:
                 continue
             before = values.get(option.field)
@@ -345,8 +345,8 @@ def read_with_keys(
 ) -> tuple[Model, dict[str, str]]:
     """Read the command line of a command, with options whose values are returned by field, as they were given."""
     parser = Parser(prog, model, [*options_of(model), *keys])
-    given = parser.split(argv)
-    return parser.build(model, given), {o.field: entry.value for o, entry in given if o.owner is not model}
+    settings = parser.split(argv)
+    return parser.build(model, settings), {o.field: entry.value for o, entry in settings if o.owner is not model}
 
 
 class TrainOptions(Options):
@@ -369,23 +369,23 @@ def parse_with(argv: Sequence[str], model: type[Model], *, prog: str, launch: bo
     """Read a recipe, its overrides, and the options of a command of its own."""
     models = (RecipeWord, model, LaunchOptions, SlurmOptions) if launch else (RecipeWord, model)
     parser = Parser(prog, model, [*(option for kind in models for option in options_of(kind)), *recipe_options()])
-    given = parser.split(argv)
-    recipe, options = parser.build(RecipeWord, given).recipe, parser.build(LaunchOptions, given)
-    slurm = [option.field for option, _ in given if option.owner is SlurmOptions]
+    settings = parser.split(argv)
+    recipe, options = parser.build(RecipeWord, settings).recipe, parser.build(LaunchOptions, settings)
+    slurm = [option.field for option, _ in settings if option.owner is SlurmOptions]
     if slurm and options.via not in JOBS:
         raise UserError(f"--{slurm[0]} is for --via slurm", where="command line", fix="leave it out, or give that")
     # In the spelling of a recipe, for the train module and for `resolve`.
     overrides = [
         replace(entry, key=f"--{option.field}") if normal(entry.key) in DATA_ALIASES else entry
-        for option, entry in given
+        for option, entry in settings
         if option.owner is TrainConfig
     ]
-    line = CommandLine(recipe, overrides, options, parser.build(SlurmOptions, given))
-    return line, parser.build(model, given)
+    line = CommandLine(recipe, overrides, options, parser.build(SlurmOptions, settings))
+    return line, parser.build(model, settings)
 
 
 def as_grpo(line: CommandLine) -> CommandLine:
     """The same with the task GRPO; of a preset NAME its preset grpo_NAME, where there is one."""
-    task = Entry("--task", "grpo", "manyrank grpo")
+    task = Setting("--task", "grpo", "manyrank grpo")
     named = f"grpo_{line.recipe}"
     return replace(line, recipe=named if named in presets() else line.recipe, overrides=[task, *line.overrides])

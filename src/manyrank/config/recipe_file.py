@@ -34,7 +34,7 @@ SECTIONS = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class Setting:
     """One value as it was given, with its place."""
 
     key: str
@@ -62,7 +62,7 @@ def normal(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
 
 
-def read_entries(path: Path, known: Known) -> list[Entry]:
+def read_entries(path: Path, known: Known) -> list[Setting]:
     """The entries of a recipe.
 
     Raises:
@@ -72,29 +72,29 @@ def read_entries(path: Path, known: Known) -> list[Entry]:
     if not isinstance(content, dict):
         fix = "see launch/recipes/default.yaml"
         raise UserError("expected a YAML mapping of `key: value` lines", where=str(path), fix=fix)
-    found = []
+    settings = []
     for key, value in content.items():
-        entry = Entry(str(key), value, f"{path}, {key}")
+        entry = Setting(str(key), value, f"{path}, {key}")
         empty = value is None and normal(entry.key) in SECTIONS and normal(entry.key) not in known.spellings
         if empty:
             raise _refused(replace(entry, value={}), {}, known)
         if known.takes_mappings(entry.key) or not _has_mapping(value):
-            found.append(entry)
+            settings.append(entry)
         elif isinstance(value, dict):
-            found += _of_section(entry, known)
+            settings += _of_section(entry, known)
         elif normal(entry.key) in known.spellings:  # else told as an unknown key
             fix = f"write {entry.key}: and its value"
             raise UserError(f"{entry.key} takes no list of mappings", where=entry.where, fix=fix)
         else:
-            found.append(entry)
-    return found
+            settings.append(entry)
+    return settings
 
 
 def _has_mapping(value: Any) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and any(map(_has_mapping, value)))
 
 
-def _of_section(section: Entry, known: Known) -> list[Entry]:
+def _of_section(section: Setting, known: Known) -> list[Setting]:
     """The entries of a section, under their canonical keys."""
     meant = {str(key): known.inside(section.key, str(key)) for key in section.value}
     readable = (
@@ -107,11 +107,11 @@ def _of_section(section: Entry, known: Known) -> list[Entry]:
         if _has_mapping(value) and not keys <= known.mappings:
             raise _refused(section, meant, known)
         (canonical,) = keys
-        entries.append(Entry(canonical, value, f"{section.where}.{key}"))
+        entries.append(Setting(canonical, value, f"{section.where}.{key}"))
     return entries
 
 
-def _refused(section: Entry, meant: Mapping[str, set[str]], known: Known) -> UserError:
+def _refused(section: Setting, meant: Mapping[str, set[str]], known: Known) -> UserError:
     inside = ", ".join(meant) or "nothing"
     lines = [
         line

@@ -24,7 +24,7 @@ from ..errors import UserError, UserErrors
 from ..project_files import asset
 from ..runs import artifact
 from ..runs.artifact import ModelSource
-from .recipe_file import Entry, Known, normal, read_entries
+from .recipe_file import Known, Setting, normal, read_entries
 from .schema import DataSource, Method, TrainConfig
 
 FIELDS = TrainConfig.model_fields
@@ -92,22 +92,22 @@ KNOWN = Known(
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A config with the origin of each of its values."""
+class ResolvedConfig:
+    """A config with the provenance of each of its values."""
 
     config: TrainConfig
-    origin: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
 
     def where(self, *keys: str) -> str:
         """Name the places where these keys were given, for an error."""
-        return ", ".join(f"{key} ({self.origin.get(key, 'default')})" for key in keys)
+        return ", ".join(f"{key} ({self.provenance.get(key, 'default')})" for key in keys)
 
     def as_yaml(self) -> str:
-        """The whole config as YAML, each line with its origin; it can be trained again as it is."""
+        """The whole config as YAML, each line with its provenance; it can be trained again as it is."""
         lines = []
         for key, value in self.config.plain().items():
             text = yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=True, width=10_000)
-            lines.append(f"{text.strip()[1:-1]}  # {' '.join(self.origin.get(key, 'default').split())}")
+            lines.append(f"{text.strip()[1:-1]}  # {' '.join(self.provenance.get(key, 'default').split())}")
         return "\n".join(lines) + "\n"
 
 
@@ -120,7 +120,7 @@ def presets() -> list[str]:
     return sorted(path.stem for path in asset("launch", "recipes").glob("*.yaml"))
 
 
-def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bool = False) -> Resolved:
+def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: bool = False) -> ResolvedConfig:
     """Merge defaults, the recipe and its base, and the command line.
 
     Args:
@@ -132,7 +132,7 @@ def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bo
     Raises:
         UserError: an unknown key, a wrong type, a contradiction, or a file that cannot be read.
     """
-    merged: dict[str, Entry] = {}
+    merged: dict[str, Setting] = {}
     layers = _layers(recipe) if recipe else []
     if finished:
         layers = [[entry for entry in layer if normal(entry.key) not in TYPED] for layer in layers]
@@ -141,63 +141,65 @@ def resolve(recipe: str | None, overrides: Sequence[Entry] = (), *, finished: bo
     if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
         del merged["bf16"]
     if "task" in merged and merged["task"].value == "grpo":
-        merged = {key: Entry(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
+        merged = {key: Setting(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
     if not finished and "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
         merged = _gone_on_from(merged["sft_model"], merged)
-    return Resolved(_validate(merged), {key: entry.where for key, entry in merged.items()})
+    return ResolvedConfig(_validate(merged), {key: entry.where for key, entry in merged.items()})
 
 
-def recipe_of(found: ModelSource) -> TrainConfig | None:
+def recipe_of(source: ModelSource) -> TrainConfig | None:
     """The recipe of the run that an artifact comes from."""
-    file = found.run / "config.yaml" if found.run else None
+    file = source.run / "config.yaml" if source.run else None
     return resolve(str(file), finished=True).config if file and file.is_file() else None
 
 
-def _gone_on_from(entry: Entry, merged: dict[str, Entry]) -> dict[str, Entry]:
+def _gone_on_from(entry: Setting, merged: dict[str, Setting]) -> dict[str, Setting]:
     """Add the base of the SFT model, its rendering options, and the shape of its adapter, which cannot change."""
     if not Path(str(entry.value)).expanduser().is_dir():
         fix = "give a run's folder, a checkpoint, an adapter or a merged model"
         raise UserError(f"there is no folder {entry.value!r}", where=entry.where, fix=fix)
-    found = artifact.find(str(entry.value))
-    base = merged.get("model_name_or_path", Entry("model_name_or_path", found.base, entry.where))
-    if not found.adapter and str(base.value) != found.base:
+    source = artifact.find(str(entry.value))
+    base = merged.get("model_name_or_path", Setting("model_name_or_path", source.base, entry.where))
+    if not source.adapter and str(base.value) != source.base:
         what = f"{entry.value} is a whole model, and model_name_or_path is {base.value}"
         raise UserError(what, where=f"{base.where}; {entry.where}", fix="leave model_name_or_path out")
-    shape = _adapter_shape(found.adapter, entry) if found.adapter else {}
+    shape = _adapter_shape(source.adapter, entry) if source.adapter else {}
     for key, theirs in shape.items():
-        mine = merged.get(key)
-        if mine and not _is_same(mine, theirs):
+        setting = merged.get(key)
+        if setting and not _is_same(setting, theirs):
             raise UserError(
-                f"{key} is {mine.value}, and that of {entry.value} is {theirs}",
-                where=f"{mine.where}; {entry.where}",
+                f"{key} is {setting.value}, and that of {entry.value} is {theirs}",
+                where=f"{setting.where}; {entry.where}",
                 fix=f"leave {key} out: the same adapter is trained on",
             )
-    own = {key: Entry(key, value, entry.where) for key, value in (_speech(found) | shape).items()}
+    own = {key: Setting(key, value, entry.where) for key, value in (_speech(source) | shape).items()}
     return own | merged | {"model_name_or_path": base} | {key: own[key] for key in shape}
 
 
-def _is_same(mine: Entry, theirs: Any) -> bool:
+def _is_same(setting: Setting, theirs: Any) -> bool:
     """Return whether a value fits the adapter. A preset's is for other models, too, and all-linear became a list in it."""
-    if mine.where.startswith(str(asset("launch", "recipes"))) or mine.value == "all-linear":
+    if setting.where.startswith(str(asset("launch", "recipes"))) or setting.value == "all-linear":
         return True
     if isinstance(theirs, list):
-        names = mine.value if isinstance(mine.value, list) else str(mine.value).strip("[] ").split(",")
+        names = setting.value if isinstance(setting.value, list) else str(setting.value).strip("[] ").split(",")
         return {str(name).strip() for name in names} == set(theirs)
-    return str(mine.value) == str(theirs) or mine.value == theirs
+    return str(setting.value) == str(theirs) or setting.value == theirs
 
 
-def _speech(found: ModelSource) -> dict[str, Any]:
+def _speech(source: ModelSource) -> dict[str, Any]:
     """Return the rendering options of the SFT recipe; a template of its own is kept with its tokenizer."""
-    recipe = recipe_of(found)
+    recipe = recipe_of(source)
     if not recipe:
         return {}
-    given = {key: getattr(recipe, key) for key in ("chat_template_kwargs", "stop_tokens", "thinking", "chat_template")}
-    if found.own_tokenizer:
-        del given["chat_template"]
-    return {key: value for key, value in given.items() if value != FIELDS[key].default}
+    options = {
+        key: getattr(recipe, key) for key in ("chat_template_kwargs", "stop_tokens", "thinking", "chat_template")
+    }
+    if source.own_tokenizer:
+        del options["chat_template"]
+    return {key: value for key, value in options.items() if value != FIELDS[key].default}
 
 
-def _adapter_shape(adapter: Path, entry: Entry) -> dict[str, Any]:
+def _adapter_shape(adapter: Path, entry: Setting) -> dict[str, Any]:
     """The keys of a recipe that make an adapter of this shape.
 
     Raises:
@@ -205,14 +207,14 @@ def _adapter_shape(adapter: Path, entry: Entry) -> dict[str, Any]:
     """
     file = adapter / "adapter_config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        special = [key for key, usual in PLAIN_ADAPTER.items() if (found.get(key) or usual) != usual]
-        targets = found.get("target_modules")
+        adapter_config = json.loads(file.read_text(encoding="utf-8"))
+        special = [key for key, usual in PLAIN_ADAPTER.items() if (adapter_config.get(key) or usual) != usual]
+        targets = adapter_config.get("target_modules")
         if special or not isinstance(targets, str | list):
             what = f"the adapter is none that manyrank makes ({', '.join(special) or 'target_modules'})"
             fix = "merge it (manyrank merge), and go on from the result"
             raise UserError(what, where=f"{entry.where}, {file}", fix=fix)
-        shape = {"lora_r": found["r"], "lora_alpha": found["lora_alpha"]}
+        shape = {"lora_r": adapter_config["r"], "lora_alpha": adapter_config["lora_alpha"]}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
     return {**shape, "lora_target_modules": targets if isinstance(targets, str) else sorted(targets)}
@@ -234,7 +236,7 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def _entries(path: Path) -> list[Entry]:
+def _entries(path: Path) -> list[Setting]:
     """A recipe's entries; of the config that a run has written, without TYPED keys: the run may be somebody else's."""
     entries = read_entries(path, KNOWN)
     if path.name != "config.yaml" or not artifact.is_run(path.parent):
@@ -242,7 +244,7 @@ def _entries(path: Path) -> list[Entry]:
     return [entry for entry in entries if normal(entry.key) not in TYPED]
 
 
-def _layers(recipe: str) -> list[list[Entry]]:
+def _layers(recipe: str) -> list[list[Setting]]:
     path = find_recipe(recipe)
     entries = _entries(path)
     bases = [entry for entry in entries if entry.key == "base"]
@@ -261,9 +263,9 @@ def _layers(recipe: str) -> list[list[Entry]]:
     return [base, [entry for entry in entries if entry.key != "base"]]
 
 
-def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entry]:
+def _canonical(entries: Iterable[Setting], method: Setting | None) -> dict[str, Setting]:
     """Bring one layer's entries under their canonical keys; `method` is what lower layers chose."""
-    found: dict[str, Entry] = {}
+    settings: dict[str, Setting] = {}
     allowed, because = METHODS, []
     for entry in entries:
         key = canonical(entry.key)
@@ -272,16 +274,16 @@ def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entr
             allowed, because = allowed & chosen, [*because, entry]
             continue
         if key == "wandb":
-            entry = Entry("report_to", ["wandb"] if _yes(entry) else [], entry.where)
+            entry = Setting("report_to", ["wandb"] if _yes(entry) else [], entry.where)
             key = "report_to"
         if key not in FIELDS:
             raise unknown_key(entry)
-        if key in found and found[key].value != entry.value:
-            raise _contradiction([found[key], entry])
-        found[key] = entry
+        if key in settings and settings[key].value != entry.value:
+            raise _contradiction([settings[key], entry])
+        settings[key] = entry
     if because:
-        if "method" in found:
-            allowed, because = allowed & {str(found["method"].value)}, [*because, found["method"]]
+        if "method" in settings:
+            allowed, because = allowed & {str(settings["method"].value)}, [*because, settings["method"]]
         if not allowed:
             raise _contradiction(because)
         current = str(method.value) if method else "lora"
@@ -290,27 +292,27 @@ def _canonical(entries: Iterable[Entry], method: Entry | None) -> dict[str, Entr
                 f"method: {current!r} is none of {', '.join(METHOD_PREFERENCE)}", where=method.where, fix="choose one"
             )
         value = current if current in allowed else next(name for name in METHOD_PREFERENCE if name in allowed)
-        found["method"] = Entry("method", value, "; ".join(entry.where for entry in because))
-    return found
+        settings["method"] = Setting("method", value, "; ".join(entry.where for entry in because))
+    return settings
 
 
 def _located(config: TrainConfig) -> TrainConfig:
     """The config with the project's own data files, which are found from any folder."""
 
-    def found(path: str) -> str:
+    def resolved_path(path: str) -> str:
         own = asset(path)
         home = str(Path(path).expanduser())
         return str(own) if not Path(home).exists() and own.is_file() else home
 
     sources = {
-        key: [source.model_copy(update={"path": found(source.path)}) for source in getattr(config, key)]
+        key: [source.model_copy(update={"path": resolved_path(source.path)}) for source in getattr(config, key)]
         for key in ("data_path", "eval_data_path")
         if getattr(config, key)
     }
     return config.model_copy(update=sources)
 
 
-def _yes(entry: Entry) -> bool:
+def _yes(entry: Setting) -> bool:
     if str(entry.value).lower() in ("true", "yes", "on", "1"):
         return True
     if str(entry.value).lower() in ("false", "no", "off", "0"):
@@ -318,23 +320,23 @@ def _yes(entry: Entry) -> bool:
     raise UserError(f"{entry.key}: {entry.value!r} is not true or false", where=entry.where, fix="give true or false")
 
 
-def unknown_key(entry: Entry, known: Iterable[str] = KNOWN.spellings) -> UserError:
+def unknown_key(entry: Setting, known: Iterable[str] = KNOWN.spellings) -> UserError:
     """The error for a key that does not exist, with the nearest of the known ones."""
     close = difflib.get_close_matches(normal(entry.key), known, 1, cutoff=0.5)
     fix = f"did you mean {close[0]}?" if close else "`--help` lists every option"
     return UserError(f"there is no option {entry.key!r}", where=entry.where, fix=fix)
 
 
-def _contradiction(entries: Sequence[Entry]) -> UserError:
-    said = " against ".join(f"{entry.key}={entry.value}" for entry in entries)
+def _contradiction(entries: Sequence[Setting]) -> UserError:
+    settings = " against ".join(f"{entry.key}={entry.value}" for entry in entries)
     return UserError(
-        f"these contradict each other: {said}",
+        f"these contradict each other: {settings}",
         where="; ".join(entry.where for entry in entries),
         fix="keep one of them",
     )
 
 
-def _validate(merged: dict[str, Entry]) -> TrainConfig:
+def _validate(merged: dict[str, Setting]) -> TrainConfig:
     values = {key: entry.value for key, entry in merged.items()}
     if values.get("report_to") in ("none", ["none"]):
         values["report_to"] = []
@@ -355,10 +357,10 @@ def _validate(merged: dict[str, Entry]) -> TrainConfig:
             where="the recipe and the command line",
             fix=f"give {' and '.join(f'--{key}' for key in missing)}, or a recipe; as in: manyrank train {example}",
         )
-    found: dict[str, list[Any]] = {}
+    by_key: dict[str, list[Any]] = {}
     for problem in problems:
-        found.setdefault(str(problem["loc"][0]), []).append(problem)
-    wrong = [invalid_value(key, values[key], of_key, merged[key].where, FIELDS[key]) for key, of_key in found.items()]
+        by_key.setdefault(str(problem["loc"][0]), []).append(problem)
+    wrong = [invalid_value(key, values[key], of_key, merged[key].where, FIELDS[key]) for key, of_key in by_key.items()]
     raise wrong[0] if len(wrong) == 1 else UserErrors(wrong)
 
 

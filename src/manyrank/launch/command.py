@@ -224,9 +224,9 @@ def _check_nodes(options: LaunchOptions) -> None:
 
 def train_arguments(line: CommandLine, strategy: Strategy, output_dir: str) -> list[str]:
     """The recipe and every override, with the strategy and the folder that were chosen."""
-    given = {entry.split("=")[0] for entry in line.argv}
-    extra = [f"--strategy={strategy}"] if "--strategy" not in given else []
-    extra += [f"--output_dir={output_dir}"] if "--output_dir" not in given else []
+    keys = {entry.split("=")[0] for entry in line.argv}
+    extra = [f"--strategy={strategy}"] if "--strategy" not in keys else []
+    extra += [f"--output_dir={output_dir}"] if "--output_dir" not in keys else []
     return [*line.argv, *extra]
 
 

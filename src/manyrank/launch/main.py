@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config.args import CommandLine
-from ..config.resolve import Entry, canonical, resolve
+from ..config.resolve import Setting, canonical, resolve
 from ..config.schema import TrainConfig
 from ..errors import EXIT_MEMORY, UserError
 from ..models.spec import ModelSpec
@@ -137,8 +137,8 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
 def _with_micro_batch(line: CommandLine, context: RunContext, shape: ModelSpec) -> tuple[CommandLine, RunContext]:
     """The micro-batch that fits, on the strategy that will run, or on the best where the GPUs' kind is known."""
     named = context.config.strategy or (None if context.kind else context.strategy.name)
-    made = with_micro_batch(context.with_options(strategy=named), shape)
-    line = _with(line, MICRO_BATCH, str(made.config.micro_batch))
+    sized = with_micro_batch(context.with_options(strategy=named), shape)
+    line = _with(line, MICRO_BATCH, str(sized.config.micro_batch))
     return line, replace(context, resolved=resolve(line.recipe, line.overrides))
 
 
@@ -157,4 +157,4 @@ def _shape(config: TrainConfig, *, needed: bool, wanted: bool) -> tuple[ModelSpe
 def _with(line: CommandLine, key: str, value: str) -> CommandLine:
     """The command line with another value, in place of what was given under any spelling."""
     others = [entry for entry in line.overrides if canonical(entry.key) != key]
-    return replace(line, overrides=[*others, Entry(f"--{key}", value, "decided at the launch")])
+    return replace(line, overrides=[*others, Setting(f"--{key}", value, "decided at the launch")])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config.args import CommandLine, LaunchOptions
-from ..config.resolve import Entry, Resolved, resolve
+from ..config.resolve import ResolvedConfig, Setting, resolve
 from ..errors import UserError
 from ..project_files import asset
 from ..rules.check import check_output_dir, check_rules
@@ -84,15 +84,15 @@ def prepare(line: CommandLine) -> Job:
     """
     options = line.options
     _check_flags(line)
-    given = resolve(line.recipe, line.overrides)
-    if given.config.per_device_train_batch_size == "auto":
+    resolved = resolve(line.recipe, line.overrides)
+    if resolved.config.per_device_train_batch_size == "auto":
         what, where = "a micro-batch of auto is decided on a machine with the GPUs", "per_device_train_batch_size"
-        raise UserError(what, where=given.where(where), fix="give a number; see `manyrank plan`")
-    folder = Path(choose_output_dir(given.config, line))
-    check_output_dir(given.config, folder)
-    _check_resume(given, folder)
-    if not given.config.resume_from_checkpoint:  # a job that is queued again goes on where it was
-        line = replace(line, overrides=[*line.overrides, Entry("resume_from_checkpoint", "auto", "--via slurm")])
+        raise UserError(what, where=resolved.where(where), fix="give a number; see `manyrank plan`")
+    folder = Path(choose_output_dir(resolved.config, line))
+    check_output_dir(resolved.config, folder)
+    _check_resume(resolved, folder)
+    if not resolved.config.resume_from_checkpoint:  # a job that is queued again goes on where it was
+        line = replace(line, overrides=[*line.overrides, Setting("resume_from_checkpoint", "auto", "--via slurm")])
     resolved, machine = resolve(line.recipe, line.overrides), _requested(line)
     strategy, nproc = choose_strategy(resolved.config, options, machine)
     check_rules(RunContext(resolved, strategy, nproc, nproc * options.nnodes, machine, output_dir=folder))
@@ -113,7 +113,7 @@ def prepare(line: CommandLine) -> Job:
     return Job(launch, files / "job.sbatch", _script(line, launch, machine, command, files), _note(resolved, line))
 
 
-def _note(resolved: Resolved, line: CommandLine) -> str | None:
+def _note(resolved: ResolvedConfig, line: CommandLine) -> str | None:
     """Note that a strategy of auto is decided on the job's GPUs."""
     if resolved.config.strategy or line.slurm.gpus == 0 or line.options.nproc == line.options.nnodes == 1:
         return None
@@ -133,12 +133,12 @@ def _check_flags(line: CommandLine) -> None:
         raise UserError("--via slurm does not know the machines of the job", where="nproc", fix=fix)
 
 
-def _check_resume(given: Resolved, folder: Path) -> None:
-    resume = given.config.resume_from_checkpoint
+def _check_resume(resolved: ResolvedConfig, folder: Path) -> None:
+    resume = resolved.config.resume_from_checkpoint
     if resume not in (None, "auto"):
         raise UserError(
             f"a job resumes by itself, and not from {resume}: queued again it would lose what it has trained since",
-            where=given.where("resume_from_checkpoint"),
+            where=resolved.where("resume_from_checkpoint"),
             fix="give the run's --output_dir and --resume_from_checkpoint auto",
         )
     submitted = folder / LAUNCH_FOLDER / "submitted"

@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from ..config.args import CommandLine, Options, arg, parse_with
-from ..config.resolve import Entry, Resolved, TrainConfig, find_recipe, resolve
+from ..config.resolve import ResolvedConfig, Setting, TrainConfig, find_recipe, resolve
 from ..config.schema import Float
 from ..errors import UserError
 from ..models.catalog import read
@@ -38,10 +38,10 @@ KINDS = ", ".join(kind.name for kind in gpus.GPU_KINDS)
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)", text.strip())
-    if not found or found[2].lower() not in UNITS or float(found[1]) <= 0:
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)", text.strip())
+    if not match or match[2].lower() not in UNITS or float(match[1]) <= 0:
         raise ValueError("no size like 24GiB or 2.5M")
-    return int(float(found[1]) * UNITS[found[2].lower()])
+    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
 def _bytes(text: str) -> int:
@@ -53,17 +53,17 @@ def _bytes(text: str) -> int:
 
 def _nodes(text: str) -> list[int]:
     """Read a rising list of counts; `1,2,4,...,128` doubles in its middle."""
-    parts, found = [part.strip() for part in text.split(",")], []
+    parts, counts = [part.strip() for part in text.split(",")], []
     for index, part in enumerate(parts):
-        doubles = len(found) == 1 or (len(found) > 1 and found[-1] == 2 * found[-2])
+        doubles = len(counts) == 1 or (len(counts) > 1 and counts[-1] == 2 * counts[-2])
         if part == "..." and doubles and index == len(parts) - 2 and parts[-1].isdecimal():
-            while found[-1] * 2 < int(parts[-1]):
-                found.append(found[-1] * 2)
-        elif part.isdecimal() and int(part) > (found[-1] if found else 0):
-            found.append(int(part))
+            while counts[-1] * 2 < int(parts[-1]):
+                counts.append(counts[-1] * 2)
+        elif part.isdecimal() and int(part) > (counts[-1] if counts else 0):
+            counts.append(int(part))
         else:
             raise ValueError("not a rising list of counts like 4, or 1,2,4,...,128")
-    return found
+    return counts
 
 
 class PlanOptions(Options):
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("a plan starts nothing", where="command line", fix=fix)
     line = _model_as_option(line)
     if options.strategy not in (None, "all", "auto"):
-        chosen = Entry("--strategy", options.strategy, "command line, --strategy")
+        chosen = Setting("--strategy", options.strategy, "command line, --strategy")
         line = replace(line, overrides=[*line.overrides, chosen])
     resolved = _resolved(line)
     context = _context(options, line.options.nproc, resolved)
@@ -152,12 +152,15 @@ def _model_as_option(line: CommandLine) -> CommandLine:
         except UserError as error:
             fix = f"{no_recipe}; for a model, {error.fix}"
             raise UserError(f"there is no recipe or model {name!r}", where="command line", fix=fix) from None
-    return replace(line, recipe=None, overrides=[Entry("--model", name, "command line"), *line.overrides])
+    return replace(line, recipe=None, overrides=[Setting("--model", name, "command line"), *line.overrides])
 
 
-def _resolved(line: CommandLine) -> Resolved:
+def _resolved(line: CommandLine) -> ResolvedConfig:
     """The recipe; a model alone is enough."""
-    data = Entry("data_path", NO_DATA, "no data")
+    if not line.recipe and not line.overrides:
+        fix = "name a model or a recipe; as in: manyrank plan Qwen2.5-7B --gpu H100-80GB"
+        raise UserError("there is nothing to plan", where="command line", fix=fix)
+    data = Setting("data_path", NO_DATA, "no data")
     try:
         return resolve(line.recipe, line.overrides)
     except UserError as error:
@@ -182,15 +185,15 @@ def _check_speeds(options: PlanOptions, context: RunContext) -> None:
 def _against(plan: Plan) -> list[str]:
     """What `manyrank train` would refuse of the recipe, as far as it can be told without its data."""
     run = plan.chosen.run
-    found = [v for v in find_violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
+    refusals = [v for v in find_violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
     if not run.trainable:
         raise UserError(
             "no matrix of the model has such a name", where="lora_target_modules", fix="name some, or all-linear"
         )
-    return [f"{violation.rule.name}: {violation.what}" for violation in found]
+    return [f"{violation.rule.name}: {violation.what}" for violation in refusals]
 
 
-def _context(options: PlanOptions, nproc: int | None, resolved: Resolved) -> RunContext:
+def _context(options: PlanOptions, nproc: int | None, resolved: ResolvedConfig) -> RunContext:
     """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
     here = gpus.probe()
     if options.gpu or not here.gpus or options.gpu_memory:
@@ -214,13 +217,13 @@ def _kind(options: PlanOptions) -> GpuKind | None:
     return kind
 
 
-def _tokens(config: TrainConfig, plan: Plan, given: int | None) -> int | None:
+def _tokens(config: TrainConfig, plan: Plan, count: int | None) -> int | None:
     """Tokens of the whole training; None: nothing tells."""
     if config.max_steps > 0:
         return config.max_steps * plan.chosen.speed.tokens if plan.chosen.speed else None
-    if given is None:
+    if count is None:
         files = [Path(source.path) for source in config.data_path]
         if not all(file.is_file() for file in files):
             return None
-        given = sum(file.stat().st_size for file in files) // BYTES_A_TOKEN
-    return int(given * config.num_train_epochs)
+        count = sum(file.stat().st_size for file in files) // BYTES_A_TOKEN
+    return int(count * config.num_train_epochs)

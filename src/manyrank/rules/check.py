@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..chat_template.types import BadRow
-from ..config.resolve import Resolved, TrainConfig
+from ..config.resolve import ResolvedConfig, TrainConfig
 from ..config.schema import DataSource
 from ..data.formats import needs_template, to_sample
 from ..data.messages import bad_rows_error, usual_fix
@@ -65,7 +65,7 @@ RETIRED = frozenset(
 RULES: tuple[Rule, ...] = (*RECIPE_RULES, *STRATEGY_RULES, *MODEL_RULES, *GRPO_RULES)
 
 
-def check_sources(resolved: Resolved) -> None:
+def check_sources(resolved: ResolvedConfig) -> None:
     """Check what a recipe says of its sources, wherever it is to run.
 
     Raises:
@@ -75,7 +75,7 @@ def check_sources(resolved: Resolved) -> None:
     _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in results if what])
 
 
-def _anywhere(resolved: Resolved) -> RunContext:
+def _anywhere(resolved: ResolvedConfig) -> RunContext:
     """A recipe for rules that look at it alone."""
     return RunContext(resolved, default_strategy(1), 1, 1, Hardware((), cpu_cores=1, cpu_bf16=False))
 
@@ -117,7 +117,7 @@ def warnings_of_length(config: TrainConfig, total_steps: int) -> list[str]:
     """The warnings that wait for the number of steps, where the recipe has no max_steps, as they are printed."""
     if config.max_steps > 0:  # told before the start
         return []
-    counted = Resolved(config.model_copy(update={"max_steps": total_steps}))
+    counted = ResolvedConfig(config.model_copy(update={"max_steps": total_steps}))
     results = (
         (rule, rule.broken(_anywhere(counted))) for rule in LENGTH_RULES if rule.name not in config.ignore_warnings
     )
@@ -130,7 +130,7 @@ def _raise(problems: Sequence[UserError]) -> None:
         raise different[0] if len(different) == 1 else UserErrors(different)
 
 
-def _unknown_warnings(resolved: Resolved) -> Iterator[UserError]:
+def _unknown_warnings(resolved: ResolvedConfig) -> Iterator[UserError]:
     severities, where = {rule.name: rule.severity for rule in RULES}, resolved.where("ignore_warnings")
     for name in resolved.config.ignore_warnings:
         if severities.get(name) == "error":
@@ -170,7 +170,7 @@ def _entry(rule: Rule) -> str:
 # Files
 
 
-def _file_problems(resolved: Resolved) -> list[UserError]:
+def _file_problems(resolved: ResolvedConfig) -> list[UserError]:
     problems, chats = [], bool(resolved.config.sample_questions)
     for source in [*resolved.config.data_path, *(resolved.config.eval_data_path or [])]:
         try:
@@ -205,13 +205,13 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
     return known.format_type
 
 
-def _template_problems(resolved: Resolved) -> Iterator[UserError]:
+def _template_problems(resolved: ResolvedConfig) -> Iterator[UserError]:
     name = resolved.config.chat_template
     if name and ("/" in name or "." in name) and not Path(name).is_file():
         yield UserError(f"there is no file {name}", where=resolved.where("chat_template"), fix="name a Jinja file")
 
 
-def _model_problems(resolved: Resolved, *, chats: bool) -> Iterator[UserError]:
+def _model_problems(resolved: ResolvedConfig, *, chats: bool) -> Iterator[UserError]:
     name, where = resolved.config.model_name_or_path, resolved.where("model_name_or_path")
     folder = Path(name).expanduser()
     if not folder.is_dir():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..config.resolve import Resolved, TrainConfig
+from ..config.resolve import ResolvedConfig, TrainConfig
 from ..data.formats import needs_template
 from ..data.sources import known_format, source_of
 from ..errors import UserError
@@ -34,7 +34,7 @@ class RunContext:
         launched: what `accelerate launch` was given, in a process that it started; else the strategy's own files count.
     """
 
-    resolved: Resolved
+    resolved: ResolvedConfig
     strategy: Strategy
     nproc: int
     world_size: int

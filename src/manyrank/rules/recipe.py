@@ -108,7 +108,9 @@ def _unused(s: RunContext) -> str | None:
     unused, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
     for keys, counts, because in DEPENDENT:
         plain = type(s.config).model_fields
-        unread = [k for k in keys if k in s.resolved.origin and getattr(s.config, k) != usual.get(k, plain[k].default)]
+        unread = [
+            k for k in keys if k in s.resolved.provenance and getattr(s.config, k) != usual.get(k, plain[k].default)
+        ]
         if unread and not counts(s.config):
             unused.append(f"{', '.join(unread)} with {because}")
     return f"{'; '.join(unused)}: nothing reads it" if unused else None

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..config.args import CommandLine, Options, arg, parse_with
-from ..config.resolve import Entry, canonical, resolve
+from ..config.resolve import Setting, canonical, resolve
 from ..config.schema import Int
 from ..data.files import SUFFIXES, kind_of
 from ..data.stats import STEPS, DataReport, SampleFacts, SplitReport, gather
@@ -60,12 +60,12 @@ def _data_as_option(line: CommandLine) -> CommandLine:
     """Take a data file in place of a recipe as --data_path; without --model, the embedded model's template is used."""
     if not line.recipe or kind_of(Path(line.recipe))[0] not in SUFFIXES:
         return line
-    overrides = [Entry("--data_path", line.recipe, "command line"), *line.overrides]
+    overrides = [Setting("--data_path", line.recipe, "command line"), *line.overrides]
     if not any(canonical(entry.key) == "model_name_or_path" for entry in overrides):
         print(
             "no model is given: the template and tokenizer are those of the embedded one; --model NAME takes another\n"
         )
-        overrides.append(Entry("--model", EMBEDDED, "default of data inspect"))
+        overrides.append(Setting("--model", EMBEDDED, "default of data inspect"))
     return replace(line, recipe=None, overrides=overrides)
 
 

@@ -157,27 +157,27 @@ def problems(case: Case, outcome: Outcome, single: Outcome) -> list[str]:
     """Everything that is wrong with a case; none is right."""
     if outcome.error:
         return [outcome.error]
-    facts, found = outcome.facts, []
+    facts, problems = outcome.facts, []
     if not facts["wrapper"].startswith(WRAPPERS[case.strategy.engine]):
-        found.append(f"wrapped as {facts['wrapper']}")
+        problems.append(f"wrapped as {facts['wrapper']}")
     if facts["distributed_type"].replace("MULTI_CPU", EngineKind.DDP) != case.strategy.engine:
-        found.append(f"came up as {facts['distributed_type']}")
+        problems.append(f"came up as {facts['distributed_type']}")
     if facts["world_size"] != case.nproc:
-        found.append(f"{facts['world_size']} processes")
+        problems.append(f"{facts['world_size']} processes")
     if facts["mesh"] != case.mesh:
-        found.append(f"parameters on a mesh of {facts['mesh']}")
+        problems.append(f"parameters on a mesh of {facts['mesh']}")
     if max(facts["base_bytes_here"]) > SHARD_SLACK * facts["base_bytes"] / case.shards:
-        found.append(f"a rank holds {share(facts):.0%} of the base")
+        problems.append(f"a rank holds {share(facts):.0%} of the base")
     if outcome.saved_tensors != facts["trainable_tensors"]:
-        found.append(f"saved {outcome.saved_tensors} of {facts['trainable_tensors']} tensors")
+        problems.append(f"saved {outcome.saved_tensors} of {facts['trainable_tensors']} tensors")
     tolerance = TOLERANCE[facts["precision"]]
     for name, one, other in (
         ("loss", outcome.losses, single.losses),
         ("grad norm", outcome.grad_norms, single.grad_norms),
     ):
         if not difference(one, other) <= tolerance:
-            found.append(f"{name} differs by {difference(one, other):.1e}, more than {tolerance:.0e}")
-    return found
+            problems.append(f"{name} differs by {difference(one, other):.1e}, more than {tolerance:.0e}")
+    return problems
 
 
 def share(facts: dict) -> float:

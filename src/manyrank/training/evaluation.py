@@ -28,7 +28,7 @@ from .packing_trial import prove_packing
 
 
 @dataclass
-class Entry:
+class RowResult:
     """The loss and the answer of one model for one row.
 
     Attributes:
@@ -61,7 +61,7 @@ class Layout:
         return batches[self.place.rank :: ranks]
 
 
-def add_losses(model, examples: Examples, layout: Layout, entries: dict[Key, Entry]) -> None:
+def add_losses(model, examples: Examples, layout: Layout, entries: dict[Key, RowResult]) -> None:
     """Add the loss of each of this process's rows to its entry.
 
     Raises:
@@ -89,7 +89,7 @@ def _add_batch(token_loss: TokenLoss, examples: Examples, members: list[int], en
         if not math.isfinite(loss):
             fix = "look at the row, or load the model in float32 (--dtype float32)"
             raise UserError(f"the loss is {loss}", where=f"{key[0]}, row {key[1]}", fix=fix)
-        entry = entries.setdefault(key, Entry(key))  # a row that was split has several examples
+        entry = entries.setdefault(key, RowResult(key))  # a row that was split has several examples
         entry.loss, entry.tokens = (entry.loss or 0.0) + loss, entry.tokens + count
 
 
@@ -126,7 +126,7 @@ def add_answers(
     questions: Sequence[Question],
     request: GenerationRequest,
     layout: Layout,
-    entries: dict[Key, Entry],
+    entries: dict[Key, RowResult],
 ) -> None:
     """Answer this process's questions, and add each answer with its scores to the row's entry.
 
@@ -171,9 +171,9 @@ def check_references(questions: Sequence[Question], request: GenerationRequest) 
 
 
 def _add_answer(
-    entries: dict[Key, Entry], question: Question, text: str, finish: str, request: GenerationRequest
+    entries: dict[Key, RowResult], question: Question, text: str, finish: str, request: GenerationRequest
 ) -> None:
-    entry = entries.setdefault(question.key, Entry(question.key))
+    entry = entries.setdefault(question.key, RowResult(question.key))
     entry.answer, entry.finish = text, finish
     answer, reference = spoken(text), spoken(question.reference)
     entry.scores = {

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers.utils import logging
 
-from ..config.resolve import Resolved, TrainConfig
+from ..config.resolve import ResolvedConfig, TrainConfig
 from ..errors import OutOfMemory, UserError
 from ..models.spec import from_config
 from ..plan import memory, planner
@@ -38,7 +38,7 @@ def plan_run(
         logger.warning("nothing is planned: %s", error.what)
         return None
     strategy = named_strategy(config.strategy) or _active_strategy(accelerator)
-    resolved = Resolved(config.model_copy(update={"bf16": bf16}))
+    resolved = ResolvedConfig(config.model_copy(update={"bf16": bf16}))
     nproc, launched = place.local_world_size, strategy_files.from_environment()
     context = RunContext(resolved, strategy, nproc, place.world_size, gpus.probe(), launched=launched)
     run = PlannedRun(context, shape)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...config.args import parse
-from ...config.resolve import Entry, TrainConfig, resolve
+from ...config.resolve import Setting, TrainConfig, resolve
 from ...errors import EXIT_FAILED, UserError, in_one_line
 from ...models.tiny import EMBEDDED
 from ...runs.logs import read_metrics
@@ -345,7 +345,7 @@ def _small_config(config: TrainConfig, strategy: str, model: Path, world_size: i
     values = SMALL_RUN | {key: getattr(config, key) for key in ("method", "bf16", "optim")}
     values |= {"model_name_or_path": str(model), "strategy": strategy}
     values |= {"per_device_train_batch_size": 2, "global_batch_size": 2 * world_size}
-    return resolve("verify", [Entry(key, value, "the doctor's step") for key, value in values.items()]).config
+    return resolve("verify", [Setting(key, value, "the doctor's step") for key, value in values.items()]).config
 
 
 def _tensors(checkpoint: Path) -> int:

@@ -90,12 +90,12 @@ def _refuse_options_of_rows(options: EvaluateOptions, reading: dict[str, str]) -
             raise UserError(f"{name} without data", where=name, fix="give --data, or leave it out")
 
 
-def _output(given: Path | None) -> Path:
+def _output(folder: Path | None) -> Path:
     """Choose the folder to write, which is not there yet."""
-    if given:
-        if given.exists() and (not given.is_dir() or any(given.iterdir())):
-            raise UserError(f"there is something at {given}", where="--output", fix="name another folder")
-        return given
+    if folder:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"there is something at {folder}", where="--output", fix="name another folder")
+        return folder
     base, number = Path("output") / "evaluation", 1
     folder = base
     while folder.exists():

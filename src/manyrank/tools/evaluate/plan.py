@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...config.resolve import Entry, Resolved, recipe_of, resolve
+from ...config.resolve import ResolvedConfig, Setting, recipe_of, resolve
 from ...config.schema import TrainConfig
 from ...errors import UserError
 from ...models.tiny import EMBEDDED, default_folder
@@ -129,7 +129,7 @@ def recipes_of(plan: Sequence[Weights]) -> list[tuple[ModelSource, TrainConfig]]
 
 def resolve_data(
     plan: Sequence[Weights], data: str | None, overrides: Mapping[str, str], *, max_rows: int | None
-) -> Resolved:
+) -> ResolvedConfig:
     """Resolve how the rows are read: as the first run's recipe and the command line say.
 
     Args:
@@ -146,11 +146,11 @@ def resolve_data(
     if data is None and not (runs and runs[0][1].eval_data_path):
         fix = "give --data; only a run with an eval_data_path has data of its own"
         raise UserError("there is no data to evaluate on", where="--data", fix=fix)
-    entries = [Entry(f"--{key}", value, f"command line, --{key}") for key, value in overrides.items()]
-    entries += [Entry("model_name_or_path", plan[0].artifact.tokenizer, "command line")]
+    entries = [Setting(f"--{key}", value, f"command line, --{key}") for key, value in overrides.items()]
+    entries += [Setting("model_name_or_path", plan[0].artifact.tokenizer, "command line")]
     if data is not None:  # the format and columns of the run's own data say nothing of another file
         defaults = {"data_path": data, "format_type": "auto", "columns": "none"}
-        entries += [Entry(key, value, "--data") for key, value in defaults.items() if key not in overrides]
+        entries += [Setting(key, value, "--data") for key, value in defaults.items() if key not in overrides]
     resolved = resolve(str(runs[0][0].run / "config.yaml") if runs else None, entries, finished=True)
     sources = resolved.config.data_path if data is not None else resolved.config.eval_data_path
     paths = [source.path for source in sources]
@@ -160,7 +160,7 @@ def resolve_data(
         raise UserError("a weight says how often a row is learned", where="--data", fix="leave the weight out")
     if max_rows:
         sources = [source.model_copy(update={"max_rows": max_rows}) for source in sources]
-    return Resolved(resolved.config.model_copy(update={"data_path": sources}), resolved.origin)
+    return ResolvedConfig(resolved.config.model_copy(update={"data_path": sources}), resolved.provenance)
 
 
 def _refuse_difference(

@@ -21,7 +21,7 @@ from .plan import EvaluatedModel
 
 if TYPE_CHECKING:
     from ...data.questions import Key
-    from ...training.evaluation import Entry
+    from ...training.evaluation import RowResult
     from .worker import EvaluationData
 
 RESULTS, PREDICTIONS = "eval_results.json", "predictions.jsonl"
@@ -30,7 +30,7 @@ HEAD = ("model", "metric", "rows", "mean", "95% interval", "change", "better", "
 Column = dict["Key", tuple[float, float]]  # a metric of one model: by row its value and weight, see `comparison`
 
 
-def columns(entries: Mapping[Key, Entry]) -> dict[str, Column]:
+def columns(entries: Mapping[Key, RowResult]) -> dict[str, Column]:
     """Collect the metrics of a model, without those that no row has."""
     losses = {key: (entry.loss, float(entry.tokens)) for key, entry in entries.items() if entry.loss is not None}
     by_name = {"loss": losses} if losses else {}
@@ -160,7 +160,7 @@ def predictions(models: Sequence[EvaluatedModel], data: EvaluationData) -> list[
     return lines
 
 
-def _prediction(entry: Entry) -> dict[str, Any]:
+def _prediction(entry: RowResult) -> dict[str, Any]:
     loss = {"loss": entry.loss / entry.tokens, "tokens": entry.tokens} if entry.loss is not None else {}
     answer = {key: getattr(entry, key) for key in ("answer", "finish", "scores")} if entry.answer is not None else {}
     return {**answer, **loss}

@@ -29,7 +29,7 @@ from ...models.generation import Sampling
 from ...models.inference import load_model
 from ...topology import gpus
 from ...topology.ranks import Topology
-from ...training.evaluation import Entry, GenerationRequest, Layout, add_answers, add_losses, check_references
+from ...training.evaluation import GenerationRequest, Layout, RowResult, add_answers, add_losses, check_references
 from . import lm_eval
 from .options import EvaluateOptions
 from .plan import Weights
@@ -48,7 +48,7 @@ class EvaluationData:
         questions: by row. notes: about the data, in order, once each. Both are complete on every rank.
     """
 
-    entries: dict[str, dict[Key, Entry]] = field(default_factory=dict)
+    entries: dict[str, dict[Key, RowResult]] = field(default_factory=dict)
     tasks: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     questions: dict[Key, Question] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
@@ -166,7 +166,7 @@ def gather(data: EvaluationData, place: Topology) -> EvaluationData | None:
     return data
 
 
-def _merge(entries: dict[Key, Entry], others: dict[Key, Entry]) -> None:
+def _merge(entries: dict[Key, RowResult], others: dict[Key, RowResult]) -> None:
     """Add another process's entries: of one row, one may have the loss (or that of a piece) and the other the answer."""
     for key, other in others.items():
         if key not in entries:

@@ -50,16 +50,16 @@ def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def in_float32(model: torch.nn.Module) -> Iterator[None]:
     """Every layer computes in float32, whatever its weights rest in."""
-    handles, kept = [], {}
+    handles, originals = [], {}
 
     def widen(module, args, kwargs):
-        kept[module] = [(tensor, tensor.data) for tensor in held[module] if _narrow(tensor)]
-        for tensor, narrow in kept[module]:
+        originals[module] = [(tensor, tensor.data) for tensor in held[module] if _narrow(tensor)]
+        for tensor, narrow in originals[module]:
             tensor.data = narrow.float()
         return tree_map(_wide, (args, kwargs))
 
     def put_back(module, args, result):
-        for tensor, narrow in kept.pop(module, ()):
+        for tensor, narrow in originals.pop(module, ()):
             tensor.data = narrow
 
     held = dict(_parts(model))

@@ -102,11 +102,11 @@ class Correct(BaseModel):
         return None if same else "not correct"
 
     def _numbers(self, item: Item) -> str | None:
-        found = number(find_text(item.row, self.prediction))
+        value = number(find_text(item.row, self.prediction))
         right = number(find_text(item.row, self.reference))
         if right is None:
             raise BadRow(f"the field {self.reference!r} has no number", reason="no number")
-        return None if found == right else "not correct" if found is not None else "no number"
+        return None if value == right else "not correct" if value is not None else "no number"
 
 
 class Dedup(BaseModel):
@@ -337,9 +337,9 @@ def validated(model: type[Model], values: Any, *, where: str) -> Model:
         raise unknown(key, model.model_fields, where=where)
     if problem["type"] == "missing":
         raise UserError(f"{key} must be given", where=where, fix=f"add {key}:")
-    said = problem["msg"].removeprefix("Value error, ")
-    given = f"{key}: {problem['input']!r} is invalid: " if key else ""
-    raise UserError(f"{given}{said[0].lower()}{said[1:]}", where=where, fix="see data/prepare/README.md")
+    message = problem["msg"].removeprefix("Value error, ")
+    prefix = f"{key}: {problem['input']!r} is invalid: " if key else ""
+    raise UserError(f"{prefix}{message[0].lower()}{message[1:]}", where=where, fix="see data/prepare/README.md")
 
 
 def unknown(name: str, known: Iterable[str], *, where: str, what: str = "option") -> UserError:
@@ -428,8 +428,8 @@ def build_stages(filters: list[Any], *, workers: int, where: str) -> list[Filter
         UserError: an unknown filter or option, a wrong value, or a function that cannot be imported.
     """
     stages = []
-    for place, given in enumerate(filters, 1):
-        name, options = _named(given, f"{where}, filter {place}")
+    for place, filter_entry in enumerate(filters, 1):
+        name, options = _named(filter_entry, f"{where}, filter {place}")
         chosen = _filter(name, options, f"{where}, filter {place} ({name})")
         parallel = workers if isinstance(chosen, Command) else 1
         shown = chosen.model_dump(mode="json", exclude_unset=True)
@@ -437,12 +437,12 @@ def build_stages(filters: list[Any], *, workers: int, where: str) -> list[Filter
     return stages
 
 
-def _named(given: Any, where: str) -> tuple[str, Any]:
-    if isinstance(given, str):
-        return given, {}
-    if not isinstance(given, dict) or len(given) != 1:
-        raise UserError(f"{given!r} is no filter", where=where, fix="write a name, or one key with its options")
-    name, options = next(iter(given.items()))
+def _named(filter_entry: Any, where: str) -> tuple[str, Any]:
+    if isinstance(filter_entry, str):
+        return filter_entry, {}
+    if not isinstance(filter_entry, dict) or len(filter_entry) != 1:
+        raise UserError(f"{filter_entry!r} is no filter", where=where, fix="write a name, or one key with its options")
+    name, options = next(iter(filter_entry.items()))
     return str(name), {} if options is None else options
 
 

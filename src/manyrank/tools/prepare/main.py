@@ -49,8 +49,8 @@ class RawSource(BaseModel):
 
 
 def _sources(value: Any) -> Any:
-    given = value if isinstance(value, list) else [value]
-    named = [{"path": one} if isinstance(one, str) else one for one in given]
+    entries = value if isinstance(value, list) else [value]
+    named = [{"path": one} if isinstance(one, str) else one for one in entries]
     return [validated(RawSource, one, where=f"data_path, source {number}") for number, one in enumerate(named, 1)]
 
 
@@ -200,16 +200,18 @@ class Preparation:
 
     def items(self) -> Generator[Item, None, None]:
         """Read the raw rows of all sources, up to max_rows."""
-        for number, given in enumerate(self.config.data_path):
-            path, own = Path(given.path), asset(given.path)
+        for number, raw_source in enumerate(self.config.data_path):
+            path, own = Path(raw_source.path), asset(raw_source.path)
             path = own if not path.exists() and own.is_file() else path
-            name = str(path) if path.exists() else given.path
-            state = {"path": given.path, "split": given.split, "rows": 0} | fingerprint(path)
+            name = str(path) if path.exists() else raw_source.path
+            state = {"path": raw_source.path, "split": raw_source.split, "rows": 0} | fingerprint(path)
             self.sources.append(state)
-            for row in read_rows(Source(name, given.split, given.format_type, given.columns, name=given.name)):
+            for row in read_rows(
+                Source(name, raw_source.split, raw_source.format_type, raw_source.columns, name=raw_source.name)
+            ):
                 if self.read == self.config.max_rows:
                     return
-                if state["rows"] == given.max_rows:
+                if state["rows"] == raw_source.max_rows:
                     break
                 self.read += 1
                 state["rows"] += 1
@@ -253,16 +255,18 @@ class Preparation:
         source = self.config.data_path[item.source]
         try:
             auto = source.format_type == "auto"
-            found = detect(item.training, where=item.place, columns=source.columns) if auto else source.format_type
+            format_type = (
+                detect(item.training, where=item.place, columns=source.columns) if auto else source.format_type
+            )
         except UserError as error:
             if self.config.on_bad_row == "error":
                 raise
             raise BadRow(error.what, "unknown format") from None
-        if others := set(self.formats.values()) - {found}:
-            what = f"{source.path} has the format {found}, another source {others.pop()}"
+        if others := set(self.formats.values()) - {format_type}:
+            what = f"{source.path} has the format {format_type}, another source {others.pop()}"
             raise UserError(what, where="data_path", fix="bring them to one with `fields`, or prepare them apart")
-        self.formats[item.source] = found
-        return found
+        self.formats[item.source] = format_type
+        return format_type
 
     def summary(self, stages: list[FilterStage]) -> dict[str, Any]:
         filters = [stage.summary() for stage in stages]
@@ -297,8 +301,8 @@ def question(sample: Sample) -> Any:
         return sample.text
     if isinstance(sample, Conversation):
         before = list(takewhile(lambda message: message["role"] != "assistant", sample.messages))
-        asked = [message for message in before if message["role"] == "user"]
-        return [message["content"] for message in asked or before or sample.messages]
+        questions = [message for message in before if message["role"] == "user"]
+        return [message["content"] for message in questions or before or sample.messages]
     prompt = [token for token, _ in takewhile(lambda pair: pair[1] == IGNORE, zip(sample.input_ids, sample.labels))]
     return prompt if len(prompt) > 1 else sample.input_ids  # one token alone is the start token that all rows share
 
@@ -318,9 +322,9 @@ def table(summary: dict[str, Any]) -> str:
     lines = [f"{'filter':<22} {'in':>9} {'out':>9} {'dropped':>9}  reasons"]
     for number, one in enumerate(summary["filters"], 1):
         reasons = chain(one["dropped"].items(), [("broken", one["broken"])] if one["broken"] else [])
-        said = ", ".join(f"{reason} {count}" for reason, count in reasons)
+        counts = ", ".join(f"{reason} {count}" for reason, count in reasons)
         name = f"{number} {one['filter']}"
-        lines.append(f"{name:<22} {one['in']:>9} {one['out']:>9} {one['in'] - one['out']:>9}  {said}".rstrip())
+        lines.append(f"{name:<22} {one['in']:>9} {one['out']:>9} {one['in'] - one['out']:>9}  {counts}".rstrip())
     lines += [f"{summary['rows_read']} rows read, {summary['rows_written']} written"]
     if summary["quarantined"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in summary["quarantined"].items())

@@ -35,7 +35,7 @@ def _is_test(node: ast.AST) -> bool:
 def comment_lines(code: str) -> int | None:
     """Count the lines with a comment; None where Python cannot tell."""
     try:
-        found = list(tokenize.generate_tokens(io.StringIO(code).readline))
+        tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
     except (tokenize.TokenError, SyntaxError):
         return None
-    return sum(token.type == tokenize.COMMENT for token in found)
+    return sum(token.type == tokenize.COMMENT for token in tokens)
