@@ -280,7 +280,7 @@ def test_a_recipe_and_the_embedded_model(capsys, embedded_model):
         (["--model", "qwen3-8b", "--nnodes", "1,2"], "speeds need a kind"),
         (["--model", "qwen3-8b", "--stratgy", "ddp"], "did you mean"),
         (["--model", "qwen3-8b", "--strategy", "ddpp"], "strategy"),
-        ([], "model_name_or_path"),
+        ([], "manyrank plan Qwen2.5-7B"),
     ],
 )
 def test_wrong_command_lines(capsys, argv, message):
