@@ -35,7 +35,7 @@ from .training.task import UserObjects
 
 
 class SFTConfig(TrainConfig):
-    """What a recipe says, as keyword arguments: every key of docs and `manyrank train --help`, also by its other names.
+    """A recipe as keyword arguments: every key of docs and `manyrank train --help`, also by its other names.
 
     Args:
         recipe: a YAML file or a preset's name to start from.

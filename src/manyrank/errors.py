@@ -1,4 +1,4 @@
-"""What a user can do wrong, and the exit codes of every command."""
+"""Errors of users, and the exit codes of every command."""
 
 from __future__ import annotations
 

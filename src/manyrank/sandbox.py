@@ -47,7 +47,7 @@ class Refused(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a command may use. Memory and CPU time are counted for each of its processes."""
+    """Limits of a command. Memory and CPU time are counted for each of its processes."""
 
     seconds: float = 10.0  # of wall time; also of CPU time, rounded up
     memory_mb: int = 512  # MiB of address space
@@ -59,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: with an exit code, by a signal's name, or (neither) by its time limit.
+    """The end of a command: an exit code, a signal's name, or (neither) the time limit.
 
     An exit code over 128 is read as a signal, as shells write it.
     """

@@ -31,7 +31,7 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop; until `remember` it raises Preempted or KeyboardInterrupt.
+    """Stop requests of this process by signals; until `remember` a signal raises Preempted or KeyboardInterrupt.
 
     Attributes:
         requested: a signal has come.
@@ -82,7 +82,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def remember(self) -> None:
-        """From now on a signal is remembered, and something looks at `requested` before it is too late."""
+        """Remember signals from now on; something looks at `requested` before it is too late."""
         self._remembers = True
 
     def _take_over(self) -> None:
@@ -124,7 +124,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def ending_at_a_signal() -> Iterator[None]:
-    """While this lasts, a signal ends this launcher, which has begun nothing: no workers that it could be passed on to."""
+    """End this launcher at a signal: it has begun nothing, and has no workers to pass the signal on to."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -141,7 +141,7 @@ def _end_at_once(number: int, frame: object) -> None:
 
 
 def begin_worker() -> None:
-    """In the first line of a worker: it ends with its launcher, and at a signal, until it takes signals over."""
+    """Begin a worker, in its first line: it ends with its launcher, and at a signal, until it takes signals over."""
     end_with_parent()
     for number in SIGNALS:
         signal.signal(number, _end_at_once)
@@ -186,12 +186,12 @@ def die_with_parent() -> None:
 
 
 def _launched() -> bool:
-    """Whether torch's agent or `accelerate launch` has started this process. A shell may end, and what it started goes on."""
+    """Return whether torch's agent or `accelerate launch` has started this process; a shell's children outlive it."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _runs(pid: int, *words: bytes) -> bool:
-    """Whether one of these is in a process's command line, which is empty by now if the process is just ending."""
+    """Return whether one of these is in a process's command line, which is empty if the process is just ending."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -204,7 +204,7 @@ _MORTAL: list[bool] = []  # not empty: processes that this one forks end with it
 
 
 def _after_fork() -> None:
-    """In a forked helper, that tokenises for instance: it would write its signals into the pipe of its parent."""
+    """Detach a forked helper, such as one that tokenises: it would write its signals into its parent's pipe."""
     signal.set_wakeup_fd(-1)
     if _MORTAL:
         die_with_parent()
@@ -215,7 +215,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @contextlib.contextmanager
 def mortal_children() -> Iterator[None]:
-    """While this lasts, processes that this one forks end with it: a pool's would wait for work without end."""
+    """End processes that this one forks together with it: a pool's would wait for work without end."""
     _MORTAL.append(True)
     try:
         yield

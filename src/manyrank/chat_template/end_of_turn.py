@@ -1,4 +1,4 @@
-"""What ends an assistant's turn, told from what a template writes around a question and its answer. Pure.
+"""The end of an assistant's turn, found from what a template writes around a question and its answer. Pure.
 
     before [question] between [answer] after              alone: after a lone question
     before [question] between [answer] inner [question]   prompt: the same with a generation prompt
@@ -30,7 +30,7 @@ WORD = r"[<\[({|][^\s<>\[\](){}]*[<>\[\](){}|]"  # an end of turn that is no tok
 
 @dataclass(frozen=True)
 class Probe:
-    """What a template writes; see the module."""
+    """Text that a template writes; see the module."""
 
     before: str
     between: str
@@ -42,7 +42,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class EndOfTurn:
-    """What ends turns, longest first, and what has to be added to a last turn that the template leaves open."""
+    """Ends of turns, longest first, and what has to be added to a last turn that the template leaves open."""
 
     stops: tuple[str, ...]
     closing: str = ""
@@ -149,7 +149,7 @@ def _before_header(probe: Probe, shared: str, opening: tuple[str, ...], tokens: 
 
 
 def _inner_stops(probe: Probe, tokens: re.Pattern, eos: str) -> set[str]:
-    """What ends the question too, or the sequence, may end an inner turn where the last one ends otherwise."""
+    """Find ends of inner turns: what ends the question or the sequence, where the last turn ends otherwise."""
     endings = set()
     has_generation_prompt = probe.prompt != probe.alone  # else `alone` has a generation prompt in it
     if has_generation_prompt and probe.between.startswith(probe.alone) and len(probe.alone) < len(probe.between):

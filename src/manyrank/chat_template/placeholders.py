@@ -39,7 +39,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Form:
-    """How the template wants what can be written in several ways."""
+    """The forms that a template wants for what can be written in several ways."""
 
     parts: bool = False  # content as [{"type": "text", "text": ...}]
     json_arguments: bool = False  # a call's arguments as a JSON string
@@ -261,7 +261,7 @@ def fill(text: str, skeleton: Skeleton, marked: Marked) -> Layout:
 
 
 def check_contents(layout: Layout, messages: Sequence[Message]) -> None:
-    """What was said stands in the text as it was said, and a turn has nothing else in it.
+    """Check that contents stand in the text unchanged, and a turn has nothing else in it.
 
     Only calls and thinking that is not in the content, whose form is the template's, may stand beside it in a turn.
     """

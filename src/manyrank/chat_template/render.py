@@ -33,7 +33,7 @@ TEMPLATE_REASONS = frozenset({REFUSED, DROPPED, CHANGED, NO_STOP, "no template"}
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """What is rendered, and what of it is learned.
+    """Render conversations, with a mask of what is learned.
 
     Attributes:
         last_turn_only: only the last assistant turn is learned.
@@ -57,7 +57,7 @@ class RenderOptions:
 
 
 def render_options(config: TrainConfig) -> RenderOptions:
-    """What the recipe says of rendering; its template is the tokenizer's already."""
+    """Take the rendering options of a recipe; its template is the tokenizer's already."""
     return RenderOptions(
         last_turn_only=config.train_on_last_turn,
         train_on_prompt=config.train_on_prompt,
@@ -69,7 +69,7 @@ def render_options(config: TrainConfig) -> RenderOptions:
 
 
 class Notice(StrEnum):
-    """What a user should know of a conversation."""
+    """A note for the user about a conversation."""
 
     SPECIAL_TEXT = "special_text"  # text of a special token became plain text
     DROPPED_THINKING = "dropped_thinking"  # the template dropped earlier thinking
@@ -271,7 +271,7 @@ def _learned(
 def _control_strings(
     template: Template, layout: Layout, messages: list[Message], tools, documents
 ) -> list[tuple[int, int]]:
-    """Where somebody's words read like a special token, or like what the template writes around turns."""
+    """Find the places where contents read like a special token, or like what the template writes around turns."""
     words = template.controls - THINK_TAGS
     others = [tools, documents, [[m.get("tool_calls"), m.get("name"), m.get("tool_call_id")] for m in messages]]
     text = json.dumps(others, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What a chat template does with a conversation, found out by asking it.
+"""A chat template's behaviour, found by rendering conversations.
 
 Templates are programs: they strip, merge, rewrite and drop. So the conversation is rendered twice, once as it is and
 once with a mark in place of every string that somebody wrote:
@@ -273,7 +273,7 @@ class Template:
             return None
 
     def closing_of(self, text: str, messages: Sequence[Message]) -> str:
-        """What has to be added where the template leaves the last turn open; `text` has marks for strings."""
+        """Return what has to be added where the template leaves the last turn open; `text` has marks for strings."""
         is_open = self.closing and messages[-1]["role"] == "assistant"
         return self.closing if is_open and not text.rstrip().endswith(self.closing.strip()) else ""
 

@@ -1,4 +1,4 @@
-"""Where the turns are in a conversation that was rendered with marks.
+"""The turns of a conversation that was rendered with marks.
 
     parts   <|im_start|>user\\n [0] <|im_end|>\\n<|im_start|>assistant\\n [1] <|im_end|>\\n
     turn                                                              |____________|
@@ -75,7 +75,7 @@ class MarkedText:
         return self._position(start), self._position(stop), self._position(stopped)
 
     def opening(self, index: int) -> Position | None:
-        """Where the generation prompt of a turn ends, if the turn begins with what the template prompts with."""
+        """Find where a turn's generation prompt ends, if the turn begins with the template's prompt."""
         end = self._prompt_end(index)
         return None if end is None else self._position(end)
 
@@ -83,7 +83,7 @@ class MarkedText:
         return self.marked.slots[int(mark[1])]
 
     def _stop(self, text: str, index: int) -> tuple[int, int]:
-        """Where the end-of-turn token begins and ends in what follows the content; blanks may be before it."""
+        """Find the end-of-turn token in what follows the content; blanks may be before it."""
         blanks = len(text) - len(text.lstrip())
         for stop in self.template.stops:
             if text.startswith(stop, blanks):
@@ -104,7 +104,7 @@ class MarkedText:
         return end + begin, end + stopped
 
     def _holds(self, index: int, start: int, end: int) -> bool:
-        """Whether a range has all strings of a message and none of another. A result may repeat the name of its call."""
+        """Return whether a range has all strings of a message and none of another. A result may repeat its call's name."""
         inside = [mark for mark in self.marks if mark.start() < end and mark.end() > start]
         names = {mark[0] for mark in inside}
         outside = [mark for mark in self.marks if mark.end() <= start or mark.start() >= end]
@@ -117,7 +117,7 @@ class MarkedText:
         return text if generate else text + self.template.closing_of(text, messages)
 
     def _blanks_kept(self, index: int, k: int) -> int:
-        """How many blanks before the content come from the content, and not from the template."""
+        """Count the blanks before the content that come from the content, and not from the template."""
         content = self.marked.messages[index]["content"]
         content = content if isinstance(content, str) else content[0]["text"]
         blanks = content[: len(content) - len(content.lstrip())]
@@ -134,7 +134,7 @@ class MarkedText:
     # A turn by what changes
 
     def _changed(self, index: int, *, thinks: bool) -> tuple[int, int]:
-        """What changes when one mark takes the place of a whole turn, in whole tokens.
+        """Find what changes when one mark takes the place of a whole turn, in whole tokens.
 
         A turn with thinking begins where the generation prompt ends, so that the tag that opens the thinking is learned
         unless the prompt has it. Another begins where the content of a plain turn does, or else there too.
@@ -171,7 +171,7 @@ class MarkedText:
 
     @cached_property
     def _plain(self) -> dict[int, tuple[str | None, str, str, str | None]]:
-        """By turn that is more than a string: the marks and texts around it when it is only a mark."""
+        """Map each turn that is more than a string to the marks and texts around it when it is only a mark."""
         many = {i for i, m in enumerate(self.marked.messages) if m["role"] == "assistant" and self._is_many(i)}
         messages = [
             written({"role": "assistant", "content": mark_text(OTHER + i)}, self.form) if i in many else message
@@ -206,13 +206,13 @@ class MarkedText:
 
     @staticmethod
     def _difference(text: str, left: str, right: str, at: int) -> tuple[bool, int, int]:
-        """Whether the header is that of a plain turn, but for a blank, and where the first and last change are."""
+        """Return whether the header is that of a plain turn, but for a blank, and where the first and last change are."""
         start = common(text, left)
         end = len(text) - common(text[start:][::-1], right[::-1])
         return not left[start:].strip(), at + start, at + end
 
     def _prompt_end(self, index: int) -> int | None:
-        """Where the generation prompt of a turn ends, if the turn comes after it."""
+        """Find where the generation prompt of a turn ends, if the turn comes after it."""
         if index and self.marked.messages[index - 1]["role"] == "user":
             last = [mark for mark in self.marks if self._slot(mark).message == index - 1][-1:]
             if last and self.text.startswith(self.template.prompt, last[0].end()):

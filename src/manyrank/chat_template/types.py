@@ -1,4 +1,4 @@
-"""What rows, messages and masks are made of."""
+"""Types of rows, messages and masks."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """How the rows were used.
+    """Counts of how the rows were used.
 
     Attributes:
         formats, rows: by source, the format its rows were read in, and how many were.

@@ -105,7 +105,7 @@ class StepLoader:
         )
 
     def imbalance(self, steps: int = 20) -> float:
-        """How much longer than the mean the longest rank works, over the first steps."""
+        """Measure how much longer than the mean the longest rank works, over the first steps."""
         shares = []
         for number in range(min(steps, self.steps_per_epoch)):
             items = self._items(0, slice(number * self.batch_size, (number + 1) * self.batch_size))

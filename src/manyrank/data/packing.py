@@ -86,7 +86,7 @@ def _greedy(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 
 def imbalance(layout: Layout, lengths: Sequence[int]) -> float:
-    """How much longer than the mean the longest rank works, in tokens; 0 is a perfect balance."""
+    """Measure how much longer than the mean the longest rank works, in tokens; 0 is a perfect balance."""
     loads = [sum(lengths[i] for members in rank for i in members) for rank in layout]
     return max(loads) * len(loads) / sum(loads) - 1
 

@@ -84,7 +84,7 @@ class Length(BaseModel):
 
 
 class Repetition(BaseModel):
-    """From 0, nothing is said twice, to -1: minus the share of the groups of `words` words that were there before."""
+    """Score repetition from 0 (none) to -1: minus the share of groups of `words` words that occurred before."""
 
     model_config = STRICT
     words: Int = Field(4, gt=0)

@@ -1,4 +1,4 @@
-"""How right an answer is: pure functions of the answer and the reference, from 0 (wrong) to 1 (right).
+"""Scores of an answer: pure functions of the answer and the reference, from 0 (wrong) to 1 (right).
 
 exact        the same text, but for blanks around it
 normalised   the same but for case, punctuation, articles and blanks

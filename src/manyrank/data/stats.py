@@ -85,7 +85,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Balance:
-    """How much longer than the mean the longest of `ranks` works, in tokens; `batch` items to a step."""
+    """Measure how much longer than the mean the longest of `ranks` works, in tokens; `batch` items to a step."""
 
     ranks: int
     batch: int
@@ -94,7 +94,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class Packing:
-    """How full the batches are.
+    """How full batches are, for each packing.
 
     Attributes:
         method: the recipe's packing.
@@ -149,7 +149,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Everything. `overlap`: validation examples that are also in the training part; None without validation."""
+    """The whole report. `overlap`: validation examples that are also in the training part; None without validation."""
 
     recipe: str
     settings: dict[str, str]
@@ -183,7 +183,7 @@ def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: s
 
 
 def of_run(config: TrainConfig, train: Examples, evaluation: Examples | None) -> dict:
-    """What a run learns from, for JSON: readings and parts as in a DataReport, without what only an inspection asks."""
+    """Describe a run's data as JSON values: readings and parts as in a DataReport, without what only an inspection shows."""
     readings = [_reading("data_path", config.data_path, train)]
     if evaluation and not config.eval_split:
         readings.append(_reading("eval_data_path", config.eval_data_path or (), evaluation))

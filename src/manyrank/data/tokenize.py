@@ -37,7 +37,7 @@ PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one proce
 
 
 class RowStatus(IntEnum):
-    """How a row is used."""
+    """Use of a row."""
 
     KEPT = 0
     CUT = 1
@@ -280,7 +280,7 @@ def _tokens_hash(*lists: list[int]) -> int:
 
 
 def said(sample: Sample) -> object:
-    """Everything in a sample that somebody wrote."""
+    """Collect all text of a sample that somebody wrote."""
     if not isinstance(sample, Conversation):
         return asdict(sample)
     messages = [{key: value for key, value in message.items() if key != "weight"} for message in sample.messages]

@@ -200,7 +200,7 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None
 
 @contextlib.contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """While this lasts, a packed model has the attention that it was loaded with, which also knows a cache."""
+    """Give a packed model the attention that it was loaded with, which also knows a cache."""
     before = model.config._attn_implementation
     if before not in (PACKED, PACKED_PLAIN):
         yield

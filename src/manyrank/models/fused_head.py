@@ -131,7 +131,7 @@ class FusedHead:
 
     @contextlib.contextmanager
     def losing(self, positions: torch.Tensor, targets: torch.Tensor, rows: list[int] | None = None) -> Iterator[None]:
-        """While this lasts, the head gives the loss; of each row apart, where `rows` has their numbers of targets."""
+        """Let the lm_head return the loss; one for each row, where `rows` has their numbers of targets."""
         self.wanted = positions, targets, rows
         try:
             yield

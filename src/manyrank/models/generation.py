@@ -36,7 +36,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are chosen.
+    """Sampling of completions.
 
     Attributes:
         max_new_tokens: most tokens of an answer.
@@ -68,7 +68,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a row was answered.
+    """The completion of a row.
 
     Attributes:
         number: of the row.
@@ -212,7 +212,7 @@ def _batch(
     most: int,
     **more,
 ) -> list[list[int]]:
-    """What the model says to each prompt, up to `most` tokens; with padding after the end. `more` is for `generate`."""
+    """Complete each prompt with up to `most` tokens; with padding after the end. `more` is for `generate`."""
     width, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.full((len(prompts), width), pad_token)
     mask = torch.zeros_like(ids)
@@ -253,7 +253,7 @@ def _own_settings_aside(model) -> Iterator[None]:
 
 
 def _processors(sampling: Sampling, numbers: list[int], width: int, device: torch.device) -> LogitsProcessorList:
-    """What turns scores into a draw; nothing for greedy answers."""
+    """List what turns scores into a draw; nothing for greedy completions."""
     if not sampling.temperature:
         return LogitsProcessorList()
     processors = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])

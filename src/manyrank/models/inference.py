@@ -133,7 +133,7 @@ def with_adapter(model: PreTrainedModel, source: ModelSource) -> PeftModel:
 
 
 def rendering_of(source: ModelSource) -> RenderOptions:
-    """How conversations were rendered when it was trained: the template's variables, and what ends a turn."""
+    """Return how conversations were rendered in the training: the template's variables, and what ends a turn."""
     recipe = recipe_of(source)
     return render_options(recipe) if recipe else RenderOptions()
 

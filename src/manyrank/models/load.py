@@ -39,7 +39,7 @@ from .tiny import EMBEDDED, ensure
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """How this rank gets the base model.
+    """Plan how this rank gets the base model.
 
     Attributes:
         name: a folder or a hub name.
@@ -359,7 +359,7 @@ def loading(name: str):
 
 
 def needs_its_code(error: Exception) -> bool:
-    """Whether transformers has refused to run code that comes with a model."""
+    """Return whether transformers has refused to run code that comes with a model."""
     return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
 
 

@@ -76,7 +76,7 @@ def speed_up(model: torch.nn.Module) -> int:
 
 
 def _reason(layer: LoraLayer) -> str | None:
-    """Why a layer cannot be computed here; None where it can."""
+    """Say why a layer cannot be computed here; None where it can."""
     base, name = layer.get_base_layer(), type(layer).__name__
     if type(layer) is not Linear and name not in QUANTISED:
         return f"they are of type {name}"

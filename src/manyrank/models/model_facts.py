@@ -1,4 +1,4 @@
-"""What a base model's small files say, before anything of it is loaded: JSON only, no torch, no network.
+"""Facts from a base model's small files, before it is loaded: JSON only, no torch, no network.
 
     config.json             architecture, layers, vocabulary, positions, quantisation
     generation_config.json  which tokens end an answer         tokenizer_config.json, chat_template.*, tokenizer.json
@@ -72,7 +72,7 @@ class ModelFacts:
 
     @property
     def dtype(self) -> str:
-        """Of the weights, as config.json has it: bfloat16, float16, float32; empty where it does not say."""
+        """Type of the weights, as config.json has it: bfloat16, float16, float32; empty where it does not say."""
         return str(self.get("dtype", "torch_dtype", default="")).removeprefix("torch.")
 
     @property
@@ -92,7 +92,7 @@ class ModelFacts:
 
     @property
     def head_widths(self) -> tuple[int, ...]:
-        """Of queries, of values, and of heads that some layers have instead; empty where the files do not say."""
+        """Sizes of query heads, value heads, and heads that some layers have instead; empty where the files do not say."""
         get = self.get
         if get("kv_lora_rank") and get("v_head_dim"):  # latent attention
             return (get("qk_nope_head_dim") or 0) + (get("qk_rope_head_dim") or 0), get("v_head_dim")
@@ -107,7 +107,7 @@ class ModelFacts:
 
     @property
     def quantisation(self) -> dict[str, Any]:
-        """How the weights in the files are quantised; empty for 16 or 32 bits."""
+        """Quantisation of the weights in the files; empty for 16 or 32 bits."""
         return _mapping(self.whole.get("quantization_config"))
 
     @property
@@ -179,12 +179,12 @@ class ModelFacts:
         return frozenset(_header(file)) - {"__metadata__"} if file else frozenset()
 
     def has_module(self, target: str) -> bool:
-        """Whether an adapter's target is a module that has weights; peft compares the end of the whole name."""
+        """Return whether an adapter's target is a module that has weights; peft compares the end of the whole name."""
         modules = (weight.rpartition(".")[0] for weight in self.weights)
         return any(module == target or module.endswith(f".{target}") for module in modules)
 
     def mixing(self) -> Iterator[str]:
-        """What mixes tokens in a way that packing cannot hold apart, as far as the files tell."""
+        """Name what mixes tokens in a way that packing cannot hold apart, as far as the files tell."""
         kinds = {str(kind) for kind in self.config.get("layer_types") or []} - ATTENTION_LAYERS
         yield from (f"{kind} layers" for kind in sorted(kinds))
         if "auto_map" not in self.whole and not _takes_attention(self.model_type):
@@ -238,7 +238,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 @lru_cache
 def _takes_attention(model_type: str) -> bool:
-    """Whether the installed transformers lets an attention function be plugged into this kind of model.
+    """Return whether the installed transformers takes other attention functions for this kind of model.
 
     The class says so in its source, which is read and not imported: that would take seconds. True where there is none
     of that name; the run looks at the class itself.

@@ -1,4 +1,4 @@
-"""How many positions a model has a table for, as its modules show, and rows that are longer.
+"""Tables of positions: how many a model has, as its modules show, and rows that are longer.
 
     nn.Embedding(1024, 768) beside the tokens'      a learned table (GPT-2, OPT: with an offset of 2)
     buffer (2048, 64) of an attention layer         a computed one that is looked up by position (GPT-J)

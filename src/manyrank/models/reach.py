@@ -36,7 +36,7 @@ class Reach:
 
 
 def reach(model: torch.nn.Module) -> Reach | None:
-    """What a text reaches in a base; None where the forward looks at values, which fake tensors do not have.
+    """Find what a text reaches in a base; None where the forward looks at values, which fake tensors do not have.
 
     Args:
         model: without adapters; its weights may be quantised, sharded by DeepSpeed, or on the meta device.
@@ -81,7 +81,7 @@ def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def is_packed(module: torch.nn.Module) -> bool:
-    """Whether a linear layer holds its weight in another form than a float matrix."""
+    """Return whether a linear layer holds its weight in another form than a float matrix."""
     sizes = [getattr(module, name, None) for name in ("out_features", "in_features")]
     weight = getattr(module, "weight", None)
     if not all(isinstance(size, int) for size in sizes) or not isinstance(weight, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What a model is made of, read from its `config.json` without torch or weights.
+"""Shapes of models, read from `config.json` without torch or weights.
 
     embedding -> [layer kinds with their counts] -> norm -> head
                   linears by name, experts, everything that is no matrix product
@@ -145,7 +145,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """How a model type differs from Llama."""
+    """Differences of a model type from Llama."""
 
     norms: int = 2
     norm: str = "rms"  # "wide": RMS that is scaled in float32; "layer": torch's; "centred": Cohere's

@@ -16,7 +16,7 @@ WIDEST = 256  # of a head; and flash attention reads heads in blocks of 8
 
 
 def takes_groups(kernel: Callable) -> bool:
-    """Whether a version of `varlen_attn` lets several query heads share a key head."""
+    """Return whether a version of `varlen_attn` lets several query heads share a key head."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 

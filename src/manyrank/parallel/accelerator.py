@@ -38,7 +38,7 @@ PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
 def launched_by_accelerate(environ=os.environ) -> bool:
-    """Whether `accelerate launch` has already applied a config."""
+    """Return whether `accelerate launch` has already applied a config."""
     return "ACCELERATE_MIXED_PRECISION" in environ
 
 

@@ -1,4 +1,4 @@
-"""How a step runs, and how full tensors are read and written, under each family of strategies.
+"""Engines: a step, and reading and writing full tensors, under each family of strategies.
 
 The trainer speaks to an `Engine` and knows no backend. `Engine` itself is one process or DDP, `FsdpEngine` FSDP2 and
 `DeepSpeedEngine` DeepSpeed. Full tensors go by the parameter names of the unwrapped model, so that what one strategy
@@ -30,7 +30,7 @@ OptimizerState = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StrategyInfo:
-    """What really came up: written to the run folder, and asserted by `manyrank verify`."""
+    """The active strategy: written to the run folder, and asserted by `manyrank verify`."""
 
     distributed_type: str
     wrapper: str
@@ -154,7 +154,7 @@ class Engine:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """While this lasts, each rank holds the whole model, and may forward by itself. (Under ZeRO-3 trl sees to it.)"""
+        """Hold the whole model on each rank, which may then forward by itself. (Under ZeRO-3 trl sees to it.)"""
         yield
 
     # Full state

@@ -1,4 +1,4 @@
-"""What accelerate 1.15 gets wrong when it prepares a model for FSDP2, decided here from the loaded model.
+"""Work around accelerate 1.15's preparation of models for FSDP2: decide here from the loaded model.
 
 `name_layers`: transformers' `_no_split_modules` names the layers to shard apart, also those of parts that a model does not
 have (the vision layers of Gemma 3 and Qwen 3.5 beside a text model); accelerate's `set_auto_wrap_policy` fails at the
@@ -43,7 +43,7 @@ def layers_apart(model: torch.nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def buffers_kept_apart(model: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, no buffer is in a state dict. Afterwards the same are, and each rank has those of rank 0.
+    """Keep buffers out of state dicts. Afterwards the same are in, and each rank has those of rank 0.
 
     A rank that made a skeleton has buffers as the model's class makes them, and not those of the weights' files.
     """

@@ -85,7 +85,7 @@ def _norms(run: PlannedRun, layer: Layer) -> int:
 
 
 def _learns(run: PlannedRun, layer: Layer, *names: str) -> int:
-    """How many of these matrices keep their input."""
+    """Count the matrices that keep their input."""
     trained = layer.linears if run.full else run.adapted(layer)
     return sum(name in trained for name in names)
 

@@ -183,7 +183,7 @@ def _check_speeds(options: PlanOptions, context: RunContext) -> None:
 
 
 def _against(plan: Plan) -> list[str]:
-    """What `manyrank train` would refuse of the recipe, as far as it can be told without its data."""
+    """List what `manyrank train` would refuse of the recipe, as far as it is known without its data."""
     run = plan.chosen.run
     refusals = [v for v in find_violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
     if not run.trainable:

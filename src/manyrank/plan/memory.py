@@ -66,12 +66,12 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        """What a GPU must have."""
+        """Bytes that a GPU must have."""
         return max(self.peak, self.loading)
 
 
 def estimate(run: PlannedRun) -> Memory:
-    """What a run needs."""
+    """Estimate the memory of a run."""
     lasting = _lasting(run)
     moments = {name: {**lasting, **moment} for name, moment in _moments(run).items()}
     name = max(moments, key=lambda key: sum(moments[key].values()))
@@ -274,7 +274,7 @@ def _fused(run: PlannedRun) -> bool:
 
 
 def _head_gradient(run: PlannedRun) -> int:
-    """What the head leaves behind in the forward: the gradient of hidden states, and of its own weights if trained."""
+    """Bytes that the lm_head keeps from the forward: gradients of hidden states, and of its own weights if trained."""
     if not _fused(run):
         # The probabilities in float32, their gradient, and what a change of the logits keeps.
         changed = 0 if run.shape.head_as_is else run.compute
@@ -316,7 +316,7 @@ def _dequantised(run: PlannedRun) -> int:
 
 
 def _step(run: PlannedRun) -> int:
-    """What an optimizer needs for a moment: DeepSpeed's float32 copy of its gradients."""
+    """Bytes that an optimizer needs temporarily: DeepSpeed's float32 copy of its gradients."""
     if run.strategy.engine is not EngineKind.DEEPSPEED or not run.bf16 or run.strategy.offload:
         return 0
     own = run.trainable // run.shards

@@ -77,7 +77,7 @@ class PlannedRun:
 
     @property
     def tokens(self) -> int:
-        """Of the largest micro-batch."""
+        """Tokens of the largest micro-batch."""
         return self.config.micro_batch * self.config.max_length
 
     @property

@@ -97,7 +97,7 @@ def candidates(context: RunContext) -> list[Strategy]:
 
 
 def settled(run: PlannedRun, available: int | None) -> PlannedRun:
-    """With `gradient_checkpointing: auto` decided: as few layers as fit into `available` bytes; none where nobody knows."""
+    """Decide `gradient_checkpointing: auto`: as few layers as fit into `available` bytes; none where that is not known."""
     if run.config.gradient_checkpointing != "auto":
         return run
 
@@ -120,7 +120,7 @@ def verdict(needed: int, available: int | None) -> Verdict:
 
 
 def refusal(run: PlannedRun) -> str | None:
-    """Why a strategy cannot run a recipe, as the rules have it; one that nobody named is not taken where it is doubtful."""
+    """Say why a strategy cannot run a recipe, by the rules; one that nobody named is not chosen where it is doubtful."""
     table = (ONE_PROCESS, *SHARDING_RULES, *HSDP_RULES)
     rules = [rule for rule in table if rule.severity == "error" or not run.config.strategy]
     return next((what for rule in rules if (what := rule.broken(run.context))), None)
@@ -229,7 +229,7 @@ def _choose(options: list[Option], context: RunContext, *, named: bool) -> tuple
 
 
 def short_of(option: Option, context: RunContext) -> str | None:
-    """What there is too little of, where it is not what the peak takes."""
+    """Name what is too small, where it is not the peak."""
     if option.verdict != Verdict.TOO_BIG or context.memory is None or option.memory.peak > context.memory:
         return None
     return "host memory" if exceeds_host(option.memory, context) else "loading"

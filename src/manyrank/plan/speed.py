@@ -1,4 +1,4 @@
-"""How long a step takes: products, memory traffic and communication of a run, from the figures of a kind of GPU.
+"""Estimated time of a step: products, memory traffic and communication, from the figures of a kind of GPU.
 
     compute        products of matrices at a share of the GPU's rate, attention, what is bound by its memory
     communication  bytes of gathering weights and reducing gradients over the slowest link; hidden behind compute
@@ -31,7 +31,7 @@ HOST_LINK, HOST_ADAM = 25e9, 4e8  # bytes a second over PCIe, elements a second 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one optimizer step. Times in seconds; `flops` of one process, LoRA-aware.
+    """Estimated cost of one optimizer step. Times are in seconds; `flops` counts one process, LoRA-aware.
 
     Attributes:
         compute: all micro-batches of a process.
@@ -65,12 +65,12 @@ class Speed:
 
 
 def micro_batches(run: PlannedRun) -> int:
-    """Of one process in a step."""
+    """Count the operations of one process in a step."""
     return math.ceil(run.config.batch(run.world) / (run.config.micro_batch * run.world))
 
 
 def estimate(run: PlannedRun, kind: GpuKind) -> Speed:
-    """How fast a run runs on a kind of GPU."""
+    """Estimate the speed of a run on a kind of GPU."""
     count, share = micro_batches(run), run.config.batch(run.world) / run.world
     # A step with fewer examples than micro-batches hold is cut into smaller ones, down to one example.
     run = run.with_options(per_device_train_batch_size=min(run.config.micro_batch, max(1, math.ceil(share))))
@@ -198,7 +198,7 @@ def _offload(run: PlannedRun) -> float:
 
 
 def why_slow(speed: Speed) -> str:
-    """What a run's step waits for, in a few words."""
+    """Name what a run's step waits for."""
     if speed.examples < 1:
         return "the batch: it has fewer examples than there are GPUs"
     if speed.exposed > 0.25 * speed.step:

@@ -41,7 +41,7 @@ def as_text(plan: Plan, *, tokens: int | None, price: float | None, scales: list
 
 
 def summary(plan: Plan) -> str:
-    """What a launch says of its plan."""
+    """Summarise the plan of a launch."""
     chosen = plan.chosen
     of = f" of {plan.context.memory / GiB:.1f}" if plan.context.memory else ""
     rate = (
@@ -67,7 +67,7 @@ def headline(plan: Plan) -> str:
 
 
 def count(number: float) -> str:
-    """With a unit, in three digits."""
+    """Format a number in three digits with a unit."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -136,7 +136,7 @@ def training_hours(speed: Speed, tokens: int) -> float:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What one should know of a plan's figures."""
+    """Notes about a plan's figures."""
     run, needs = plan.chosen.run, plan.chosen.memory
     notes = []
     if run.shape.guessed:

@@ -1,1 +1,1 @@
-"""What is refused before a launch, why, and how to fix it. No torch."""
+"""Rules: what is refused before a launch, why, and how to fix it. No torch."""

@@ -1,4 +1,4 @@
-"""What is known to go wrong, checked before a process starts and all told at once. No torch.
+"""Check all rules before a process starts, and report all violations at once. No torch.
 
     RULES               one table: recipe_rules, strategy_rules, model_rules, grpo_rules; docs/rules.md is printed from it
     check_rules         errors end the start together; warnings are printed, and `ignore_warnings` switches them off
@@ -236,7 +236,7 @@ def _model_problems(resolved: ResolvedConfig, *, chats: bool) -> Iterator[UserEr
 
 
 def _has_chat_template(name: str) -> bool:
-    """Whether a folder's tokenizer has one; where it has no config.json either, that is told alone."""
+    """Return whether a folder's tokenizer has one; where it has no config.json either, that alone is reported."""
     facts = find_facts(name)
     return facts is None or bool(facts.has_template)
 

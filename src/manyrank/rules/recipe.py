@@ -148,7 +148,7 @@ def _unsaved_at_limit(s: RunContext) -> str | None:
 
 
 def _seconds_per_step(s: RunContext) -> float | None:
-    """What a step took in the run that goes on, validations and saves included: by its newest two lines of losses."""
+    """Seconds of a step in the resumed run, validations and saves included, by its newest two lines of losses."""
     file = s.output_dir / "logs" / "metrics.jsonl" if s.output_dir and s.config.resume_from_checkpoint else None
     if not file or not file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What a rule is, and what it finds."""
+"""Rules and violations."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Violation:
         return UserError(self.what, where=self.where, fix=self.rule.fix, why=self.why)
 
     def warning(self) -> str:
-        """As it is printed."""
+        """Format the violation as it is printed."""
         off = f"or, if it is meant so, ignore_warnings: [{self.rule.name}]"
         return f"warning: {self.what}\nwhere: {self.where}\nwhy:   {self.why}\nfix:   {self.rule.fix}; {off}"
 

@@ -86,7 +86,7 @@ def _own_optimizer(s: RunContext) -> str | None:
 
 
 def _stage(s: RunContext) -> str | None:
-    """What accelerate launch was given is compared when it has come up (see `parallel.accelerator`)."""
+    """Compare the strategy's files; a config of accelerate launch is compared later (see `parallel.accelerator`)."""
     engine = s.strategy.engine
     if not s.launched and s.files.kind not in (engine, "MULTI_CPU"):
         return f"strategy {s.strategy}, and distributed_type {s.files.kind} in {s.files.accelerate_file}"

@@ -245,7 +245,7 @@ class Chat:
 
 
 def _ending(finish: str, stopped: bool) -> str:
-    """What to print after a completion that did not end by itself."""
+    """Return the note after a completion that did not end by itself."""
     return " [stopped]" if stopped else " [cut: --max-new-tokens, or the model's context]" if finish == "length" else ""
 
 

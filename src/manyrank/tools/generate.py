@@ -180,7 +180,7 @@ def _refuse_problems(requests: Sequence[GenerationRequest]) -> None:
 
 
 def _settings(options: GenerateOptions, model_source: ModelSource) -> dict[str, Any]:
-    """Everything that decides the completions: the options, and when the files that they name were changed."""
+    """Collect all that decides the completions: the options, and when the files that they name were changed."""
     settings = options.model_dump(exclude=NOT_SETTINGS)
     files = {
         "base": model_source.base,

@@ -77,7 +77,7 @@ def title(report: DataReport) -> str:
 
 
 def blocks(report: DataReport) -> Iterator[Block]:
-    """Everything that is shown of a report."""
+    """List the blocks of a report."""
     settings = tuple((word(key), word(value)) for key, value in report.settings.items())
     yield Table("settings", "Recipe", (), settings)
     yield Heading("What was read")
@@ -100,7 +100,7 @@ def blocks(report: DataReport) -> Iterator[Block]:
 
 
 def _packing(part: SplitReport) -> Iterator[Table]:
-    """How examples fill batches."""
+    """Show how examples fill batches."""
     packing = part.packing
     unit = "packs" if packing.method == "dataset" else "examples"
     yield Table(
@@ -117,7 +117,7 @@ def _packing(part: SplitReport) -> Iterator[Table]:
 
 
 def _overlap(overlap: int, *, of: int) -> Table:
-    """How much of the validation data is also trained on."""
+    """Show how much of the validation data is also trained on."""
     what = word("validation examples that are in the training data")
     rows = ((what, count(overlap)), (word("share of the validation data"), share(overlap / of)))
     return Table("overlap", "Overlap", (), rows)

@@ -73,7 +73,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one launch gave: loss and gradient norm of each step, and what came up."""
+    """The outcome of a launch: loss and gradient norm of each step, and the active strategy."""
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
@@ -83,7 +83,7 @@ class Outcome:
 
 
 def cases(methods: Sequence[str], strategies: Sequence[str], launchers: Sequence[str], nproc: int) -> Iterator[Case]:
-    """For each method one single-process run to compare with, then the others."""
+    """List the cases: for each method one single-process run to compare with, then the others."""
     for method in methods:
         yield Case(default_strategy(1), method, "python", 1)
         for strategy in (STRATEGIES[name] for name in strategies):
@@ -104,7 +104,7 @@ def fitting(nproc: int, gpu_count: int) -> tuple[str, ...]:
 
 
 def batch_arguments(config: TrainConfig, nproc: int) -> list[str]:
-    """What gives any number of processes the global batch that the recipe has on `nproc`."""
+    """Return the options that give any number of processes the global batch of `nproc`."""
     return [f"--global_batch_size={config.batch(nproc)}", "--gradient_accumulation_steps=none"]
 
 
@@ -154,7 +154,7 @@ def difference(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def problems(case: Case, outcome: Outcome, single: Outcome) -> list[str]:
-    """Everything that is wrong with a case; none is right."""
+    """List what is wrong with a case; none: it is right."""
     if outcome.error:
         return [outcome.error]
     facts, problems = outcome.facts, []

@@ -1,4 +1,4 @@
-"""What this machine has, found without torch so that errors come at once."""
+"""Hardware of this machine, found without torch so that errors come at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 @dataclass(frozen=True)
 class GpuKind:
-    """What a kind of GPU is known for, by its maker's figures.
+    """A kind of GPU, by its maker's figures.
 
     Attributes:
         memory: bytes, as the driver tells them.
@@ -52,7 +52,7 @@ class Gpu:
 
     @property
     def kind(self) -> GpuKind | None:
-        """What its maker says of it; None: not known."""
+        """The maker's figures; None: not known."""
         return self.planned or find_kind(self.name, self.memory or None)
 
 
@@ -67,7 +67,7 @@ class Hardware:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether bf16 matrix products are native on what a run would use."""
+        """Return whether bf16 matrix products are native on what a run would use."""
         return all(gpu.has_bf16 for gpu in self.gpus) if self.gpus else self.cpu_bf16
 
     @property
@@ -179,7 +179,7 @@ def with_network(kind: GpuKind, *, gbit: float, gpus: int) -> GpuKind:
 
 
 def computes_in_bf16(setting: bool | str, machine: Hardware) -> bool:
-    """What the recipe's `bf16` (true, false, auto) comes to here."""
+    """Decide the recipe's `bf16` (true, false, auto) on this machine."""
     return setting is True or (setting == "auto" and machine.has_bf16)
 
 

@@ -11,7 +11,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands among all processes of the run."""
+    """The place of this process among all processes of the run."""
 
     rank: int = 0
     local_rank: int = 0
@@ -43,12 +43,12 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Topology:
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:
-    """How often torchrun has started the workers anew after a failure."""
+    """Count torchrun's restarts of the workers after failures."""
     return _count(environ, "TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def may_restart(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun would start the workers anew."""
+    """Return whether torchrun would restart the workers."""
     return _count(environ, "TORCHELASTIC_MAX_RESTARTS", 0) > 0
 
 

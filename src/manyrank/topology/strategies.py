@@ -14,7 +14,7 @@ State = Literal["optimizer", "gradients", "parameters"]
 
 
 class EngineKind(StrEnum):
-    """What wraps the model; the values are accelerate's distributed types."""
+    """The kind of wrapper; the values are accelerate's distributed types."""
 
     SINGLE = "NO"
     DDP = "MULTI_GPU"
@@ -24,7 +24,7 @@ class EngineKind(StrEnum):
 
 @dataclass(frozen=True)
 class Strategy:
-    """How the processes of a run share a model.
+    """A strategy: how the processes of a run share a model.
 
     Attributes:
         shards: what no process holds as a whole.
@@ -73,7 +73,7 @@ def named_strategy(name: str | None) -> Strategy | None:
 
 
 def default_strategy(world_size: int) -> Strategy:
-    """What a recipe without a strategy runs on."""
+    """Choose the strategy of a recipe without one."""
     engine = EngineKind.SINGLE if world_size == 1 else EngineKind.DDP
     return next(strategy for strategy in STRATEGIES.values() if strategy.engine is engine)
 

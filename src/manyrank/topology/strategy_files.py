@@ -1,4 +1,4 @@
-"""What a strategy's files ask for, read without torch: its accelerate config, and the DeepSpeed JSON that this names.
+"""A strategy's files, read without torch: its accelerate config, and the DeepSpeed JSON that this names.
 
     accelerate_configs/fsdp.yaml                  distributed_type, fsdp_config: {...}
     accelerate_configs/zero3.yaml                 distributed_type, deepspeed_config: {deepspeed_config_file}
@@ -81,7 +81,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def is_on(value: Any) -> bool:
-    """Whether a value of such a file means yes."""
+    """Return whether a value of such a file means yes."""
     return str(value).lower() in ("true", "yes", "1")
 
 
@@ -104,7 +104,7 @@ def read(strategy: str) -> StrategyFiles:
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> StrategyFiles | None:
-    """What `accelerate launch` has made of the config that it was given; None where it did not start this process."""
+    """Read the config that `accelerate launch` has applied; None where it did not start this process."""
     if "ACCELERATE_MIXED_PRECISION" not in environ:
         return None
     accelerate: dict[str, Any] = {

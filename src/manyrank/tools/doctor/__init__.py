@@ -1,1 +1,1 @@
-"""Whether machines are ready for a training."""
+"""Examine whether machines are ready for a training."""

@@ -20,7 +20,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """What was examined, what was seen, and how to fix it.
+    """Checks: what was examined, what was seen, and how to fix it.
 
     Attributes:
         fix: empty when it is ok.

@@ -36,7 +36,7 @@ GONE = 10.0  # seconds that killed processes may take to end
 
 @dataclass(frozen=True)
 class Ended:
-    """How the ranks of this machine ended.
+    """The end of this machine's ranks.
 
     Attributes:
         code: the exit code of the first that failed, or minus its signal; None: the time was over.

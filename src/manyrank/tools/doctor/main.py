@@ -157,7 +157,7 @@ def _examine(resolved: ResolvedLaunch, launch: LaunchPlan, folder: Path, limit: 
 
 
 def _job(resolved: ResolvedLaunch, run_folder: Path | None, limit: int) -> dict[str, Any]:
-    """What the ranks are to do."""
+    """The task of the ranks."""
     kinds = [gpu.kind for gpu in resolved.context.hardware.gpus]
     return {
         "argv": resolved.line.argv,
@@ -210,7 +210,7 @@ def _of_ranks(ended: Ended, folder: Path, *, ranks: int, machines: int) -> Itera
 
 
 def _why(ended: Ended, stage: str, behind: Sequence[Heartbeat], problem: dict[str, str] | None) -> tuple[str, str]:
-    """What a stage failed by, and the fix.
+    """Describe how a stage failed, and the fix.
 
     Args:
         behind: the last sign of each rank that has not come through; the one to blame first.

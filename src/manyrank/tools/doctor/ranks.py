@@ -207,7 +207,7 @@ def _from_rank_0(value: Any) -> Any:
 
 
 def _facts(config: TrainConfig) -> dict[str, str | None]:
-    """What must be the same on every machine: versions, recipe, model, and the data, whose path may differ."""
+    """Collect what must be the same on every machine: versions, recipe, model, and the data, whose path may differ."""
     import torch
 
     from ...checkpoint.resume import base_fingerprint

@@ -74,7 +74,7 @@ def _sources(context: RunContext) -> list[DataSource]:
 
 
 def hub_names(context: RunContext) -> list[tuple[str, str]]:
-    """What the recipe needs from the hub, as (name, kind)."""
+    """List what the recipe needs from the hub, as (name, kind)."""
     model = context.config.model_name_or_path
     local = model == EMBEDDED or Path(model).expanduser().is_dir() or model.startswith((".", "/", "~"))
     data = [(source.path, "dataset") for source in _sources(context) if _is_on_hub(source)]
@@ -110,7 +110,7 @@ def hub(names: list[tuple[str, str]]) -> Check:
 
 
 def _ask_hub(name: str, kind: str) -> str | None:
-    """What the hub has against a name: empty for nothing, None where it does not answer."""
+    """Ask the hub about a name: empty where it is there, None where the hub does not answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

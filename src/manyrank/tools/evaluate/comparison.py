@@ -1,4 +1,4 @@
-"""How sure a mean is, and whether two models differ on the same rows. Pure: numpy, and scipy when it is called.
+"""Intervals of means, and tests of whether two models differ on the same rows. Pure: numpy and scipy.
 
 A metric is a pair of columns: for each row a value and a weight, and its mean is sum(values) / sum(weights). Of a score
 the weights are 1; of the loss the value is the sum over a row's supervised tokens, and the weight their number.

@@ -1,4 +1,4 @@
-"""From what the models made of the rows to the results: means with intervals, comparisons, a table. No torch.
+"""Results of an evaluation: means with intervals, comparisons, a table. No torch.
 
 OUTPUT/
 ├── eval_results.json    how it was evaluated; by model its metrics and tasks; each model against its base

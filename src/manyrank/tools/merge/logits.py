@@ -74,7 +74,7 @@ def in_float32(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _parts(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, list[torch.Tensor]]]:
-    """What is cast at once, and its tensors: a whole layer, and outside of layers each module that has some."""
+    """Yield what is cast at once, and its tensors: a whole layer, and outside of layers each module that has some."""
     inside: set[torch.nn.Module] = set()
     for module in model.modules():
         if module in inside:

@@ -51,7 +51,7 @@ def _counts(key: str, title: str, counts: dict[str, int], note: str = "") -> Tab
 
 
 def split_tables(split: dict) -> Iterator[Table]:
-    """What the examples of training or validation are, and how long."""
+    """Show the examples of training or validation, and their lengths."""
     name, lengths = split["name"], split["lengths"]
     values = split | {"supervised": split["supervised"] / split["tokens"]}
     examples = (

@@ -101,7 +101,7 @@ COMPARED = (("loss", "Loss", False), ("eval_loss", "Validation loss", False), ("
 
 
 def run_blocks(run: RunRecord) -> Iterator[Block]:
-    """Everything about one run, what it has none of left out."""
+    """List the blocks of one run; what it does not have is left out."""
     yield _figures(run)
     yield from map(_damaged, run.unread)
     yield _charts(_run_charts(run))
@@ -252,7 +252,7 @@ def _data(run: RunRecord) -> Iterator[Block]:
 
 
 def _history(run: RunRecord) -> Iterator[Table]:
-    """When the run started, stopped and was resumed."""
+    """Show when the run started, stopped and was resumed."""
     rows = tuple(
         (
             word(_clock(entry.get("time"))),

@@ -84,7 +84,7 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """How far the run has come, as far as it is written down."""
+        """The last step that is written down."""
         return max([0, *(entry.get("step", 0) for entry in (*self.lines, *self.history))])
 
     @property
@@ -114,7 +114,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Everything that a run's folder tells.
+    """Read a run's folder.
 
     Raises:
         UserError: it is not the folder of a run.
@@ -175,7 +175,7 @@ def _command(launch: dict) -> str:
 
 
 def _is_entry(entry: dict) -> bool:
-    """Whether a line of the history is as a training writes it."""
+    """Return whether a line of the history is as a training writes it."""
     return _is_number(entry.get("step")) and all(_is_number(entry.get(key, 0)) for key in ("total_steps", "processes"))
 
 
