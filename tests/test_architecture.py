@@ -157,13 +157,10 @@ def test_light_packages_import_without_torch():
     assert done.stdout.split() == names, done.stderr
 
 
-def test_the_loop_names_no_backend():
+def test_the_loop_names_no_backend_and_no_task():
+    """What trains, saves and shows a run knows tasks by their interface."""
     lines = FILES["training.trainer"].read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if BACKENDS.search(line)] == []
-
-
-def test_only_tasks_and_rules_name_a_task():
-    """What trains, saves and shows a run knows tasks by their interface."""
     names = [name for name in FILES if re.match(r"(training|checkpoint|runs|parallel|tools\.report)\b", name)]
     text = {name: FILES[name].read_text(encoding="utf-8") for name in names}
     assert [name for name in names if re.search(r"\b(sft|grpo)\b", text[name], re.IGNORECASE)] == []
