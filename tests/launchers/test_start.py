@@ -426,7 +426,7 @@ def hang():
         time.sleep(0.1) if os.environ["HOW"] == "python" else __import__("ctypes").CDLL(None).sleep(1000)
 manyrank.parallel.compile_locks.remove_stale = hang
 from manyrank.train import exit_now, main
-leave(main(sys.argv[1:]))
+exit_now(main(sys.argv[1:]))
 """
 
 
