@@ -11,7 +11,7 @@ KILLS    ?= 50
 JOBS     ?= 2
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train plan test test-nightly test-slurm test-faults doctor verify chat merge bench bench-gpu bench-data bench-save lint audit help clean
+.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults doctor verify chat merge bench bench-gpu bench-data bench-save lint audit help clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions
 
@@ -34,8 +34,11 @@ chat: setup  ## talk to what RUN has trained: ARGS="--compare"
 merge: setup  ## RUN's adapter into its base: ARGS="--dtype bfloat16"
 	manyrank merge $(RUN) $(ARGS)
 
-test: setup  ## every test that needs no GPU; JOBS= processes, a core each
-	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not nightly" $(ARGS)
+test: setup  ## the default tier of the tests, on CPUs; JOBS= processes, a core each
+	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-hosts: setup  ## two hosts, SLURM, full disks, a browser
+	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m hosts $(ARGS)
 
 test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks
 	pytest -m nightly $(ARGS)

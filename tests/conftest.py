@@ -11,25 +11,28 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported; spinning 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
-SLOW = (
+SLOW = (  # the slowest first, as measured
     "launchers/test_hosts.py",
     "equivalence/test_resume_anywhere.py",
+    "tasks/test_grpo.py",
     "training/test_train.py",
     "launchers/test_start.py",
-    "launchers/test_preemption.py",
-    "equivalence/test_verify.py",
-    "tasks/test_grpo.py",
-    "checkpoint/test_resume.py",
-    "checkpoint/test_faults.py",
     "launchers/test_slurm.py",
-    "tools/test_doctor.py",
-    "plan/test_memory.py",
-    "parallel/test_hsdp.py",
     "launchers/test_launch_scripts.py",
-    "tools/test_merge.py",
-    "tools/test_evaluate.py",
-    "tools/test_report.py",
     "test_api.py",
+    "checkpoint/test_resume.py",
+    "plan/test_memory.py",
+    "tools/test_doctor.py",
+    "topology/test_strategy.py",
+    "equivalence/test_verify.py",
+    "tools/test_merge.py",
+    "test_warm.py",
+    "launchers/test_preemption.py",
+    "parallel/test_hsdp.py",
+    "data/test_data.py",
+    "plan/test_activations.py",
+    "checkpoint/test_faults.py",
+    "tools/test_report.py",
     "test_docs.py",
 )
 

@@ -108,7 +108,7 @@ def test_what_a_slurm_job_asks_for():
     assert found["output"] == "output/50%% off/launch/job-%j.log" and found["chdir"] == str(ROOT)
     assert found["signal"] == "USR1@120" and found["job-name"] == "50-off" and "requeue" in found
     assert "time" not in found and "gpus-per-node" not in options(
-        prepare("--via=slurm", "--gpus=0", "--nproc=2").content
+        prepare("--via=slurm", "--gpus=0", "--nproc=2", "--output_dir=output/no-gpu").content
     )
 
 

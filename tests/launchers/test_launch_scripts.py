@@ -75,6 +75,7 @@ def test_slurm_on_one_machine(tmp_path):
     assert commands == [["train", "verify", "--strategy", "ddp", "--nproc", "2", *args[2:]]]
 
 
+@pytest.mark.hosts
 @pytest.mark.parametrize(("via", "port"), [("accelerate", 29711), ("torchrun", 29712)])
 def test_two_machines_on_loopback(via, port, whole_run, tmp_path):
     def machine(rank: int) -> subprocess.Popen:
