@@ -7,6 +7,7 @@ copy itself. It takes some minutes; run it after changes to what it breaks.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ MUTATIONS = (
         "tasks/sft.py",
         "last = index + 1 == len(step.micro_batches)",
         "last = index == 0",
-        "tests/equivalence/test_verify.py",
+        "tests/training/test_train.py -k layout",
     ),
     Mutation(
         "lost second moment",
@@ -207,7 +208,7 @@ def noticed(mutation: Mutation, folder: Path) -> tuple[bool, str]:
         )
     text = text.replace(mutation.before, mutation.after)
     file.write_text(text + (LOSE if "_lose(" in mutation.after else ""), encoding="utf-8")
-    argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+    argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(mutation.tests)]
     env = {**os.environ, "PYTHONPATH": str(copy / "src")}
     done = subprocess.run(argv, cwd=copy, env=env, capture_output=True, text=True)
     shutil.rmtree(copy)
