@@ -98,7 +98,7 @@ MUTATIONS = (
         "data/loader.py",
         "torch.cat([torch.arange(length) for length in lengths])[None]",
         "torch.arange(sum(lengths))[None]",
-        "tests/training/test_train.py tests/data/test_data.py",
+        "tests/data/test_packing.py",
     ),
     Mutation(
         "micro-batches over the budget",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config.args import CommandLine
 
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 COMMANDS = {
     "train": "fine-tune a model as a recipe says",
     "grpo": "align a model with rewards, from a base or from what SFT has made",
@@ -75,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        what = f"a name is too long for a file: {str(error.filename)[:40]}..."
+        print(UserError(what, where="command line", fix="give a shorter name"), file=sys.stderr)
+        return EXIT_USER
     except KeyboardInterrupt:
         return 130  # as a shell tells of Ctrl-C
 
@@ -97,6 +105,11 @@ def _run(name: str, *argv: str) -> int:
         "schema": _schema,
         "embedded-model": _embedded_model,
     }
+    if name not in COMMANDS and name.endswith(DATA_SUFFIXES) and Path(name).is_file():
+        from .errors import UserError
+
+        fix = f"manyrank train --model NAME --data {name}, or manyrank data inspect {name}"
+        raise UserError(f"{name} is a file of data, not a recipe", where="command line", fix=fix)
     if name not in COMMANDS and (name.endswith((".yaml", ".yml")) or Path(name).is_file()):
         return _train([name, *argv])
     if name in functions:

@@ -128,7 +128,7 @@ def test_two_recipes_in_a_row():
 def test_an_unknown_option_names_the_nearest(option, nearest):
     caught = error("quickstart", option, "1")
     assert caught.where == "command line"
-    assert caught.fix == f"did you mean {nearest}?"
+    assert caught.fix == f"did you mean --{nearest}?"
 
 
 def test_options_are_not_abbreviated():

@@ -3,10 +3,12 @@
 import random
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyrank.data.loader import side_by_side
 from manyrank.data.packing import Layout, padded_layout, step_layout
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=80)
@@ -98,3 +100,10 @@ def test_padded_layout(examples, ranks, batch_size):
 def test_a_padded_layout_drawn_by_hand():
     assert padded_layout(8, ranks=2, batch_size=2) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
     assert padded_layout(5, ranks=2, batch_size=2) == [[[0, 1], [4]], [[2, 3], []]]
+
+
+def test_positions_begin_anew_in_each_document():
+    rows = [{"input_ids": np.arange(n), "labels": np.arange(n), "source": "a", "row": n} for n in (3, 2)]
+    inputs = side_by_side(rows).inputs
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 3, 5] and inputs["max_length_q"] == 3

@@ -62,8 +62,8 @@ def model_folder(*names: str) -> str:
 @pytest.mark.parametrize(
     "argv, error, fix",
     [
-        (["--learnin-rate", "1"], "there is no option '--learnin_rate'", "did you mean learning_rate?"),
-        (["--use-4bits"], "there is no option '--use_4bits'", "did you mean use_4bit?"),
+        (["--learnin-rate", "1"], "there is no option '--learnin_rate'", "did you mean --learning_rate?"),
+        (["--use-4bits"], "there is no option '--use_4bits'", "did you mean --use_4bit?"),
         (["--zzzzqqqq=1"], "there is no option '--zzzzqqqq'", "`--help` lists every option"),
         (["--lr"], "--lr needs a value", "--learning_rate X: peak learning rate"),
     ],
@@ -329,6 +329,31 @@ def test_first_words_that_are_answered(capsys, line, error, fix):
     assert cli.main(line.split()) == 2
     what, _, last = capsys.readouterr().err.splitlines()[-3:]
     assert what == f"error: {error}" and fix in last
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "fix"),
+    [
+        ("plan quickstart --check", "a plan starts nothing", "leave --check out"),
+        ("data inspect", "there is nothing to inspect", "manyrank data inspect data/sample.jsonl"),
+        ("my.jsonl", "my.jsonl is a file of data, not a recipe", "manyrank train --model NAME --data my.jsonl"),
+        (f"train {'a' * 5000}", "a name is too long for a file", "give a shorter name"),
+        ("train -lr 1e-4", "there is no option '-lr'", "did you mean --lr?"),
+        ("train quickstart --run_name -my", "--run_name needs a value", "write --run_name=-my"),
+        ("verify --methods=", "--methods is empty", "give a value"),
+        ("verify --methods []", "methods: '[]' is invalid", "methods"),
+        ("generate embedded in.txt --output_dir=", "--output_dir is empty", "give a value"),
+        ("evaluate embedded --metrics=", "--metrics is empty", "give a value"),
+        ("merge run --output a --output_dir b", "--output PATH is given twice: a and b", "keep one of them"),
+        ("report run --output a.html --output_dir b", "--output and --output_dir name two pages", "keep one of them"),
+        ("doctor quickstart --check", "--check", "leave it out"),
+    ],
+)
+def test_slips_are_answered(capsys, line, error, fix):
+    write("my.jsonl", '{"question": "q", "answer": "a"}\n')
+    assert cli.main(line.split()) == 2
+    what, _, last = capsys.readouterr().err.splitlines()[-3:]
+    assert error in what and fix in last
 
 
 @pytest.mark.parametrize("name", [*cli.COMMANDS, "data inspect", "data prepare"])

@@ -344,7 +344,7 @@ def test_a_terminal_wraps_tables_and_a_pipe_cuts_nothing(tokenizer, tmp_path):
         (["verify", "--html=page.txt"], "is not named as a page"),
         (["verify", "--html=no/such/folder/page.html"], "cannot be written"),
         (["verify", "--sampels=1"], "there is no option"),
-        (["verify", "--sampels=1"], "did you mean samples?"),
+        (["verify", "--sampels=1"], "did you mean --samples?"),
         (["verify", "--data_path=no.jsonl"], "no.jsonl"),
         (["verify", "--eval_split=0.1", "--eval_data_path=no.jsonl"], "eval_data_path and eval_split together"),
         (["verify", "--chat_template_kwargs={enable_thinkin: false}"], "knows no variable 'enable_thinkin'"),

@@ -492,7 +492,7 @@ def test_wrong_configs(refused, config, what, fix):
 @pytest.mark.parametrize(
     "argv, what, fix",
     [
-        (["--outputdir", "x"], "there is no option '--outputdir'", "did you mean output_dir?"),
+        (["--outputdir", "x"], "there is no option '--outputdir'", "did you mean --output_dir?"),
         (["--max_rows", "few"], "max_rows: 'few' is invalid", "README"),
         (["--overwrite", "perhaps"], "one word too many: 'perhaps'", "usage: manyrank data prepare CONFIG"),
         (["--output_dir"], "--output_dir needs a value", "the folder to write"),

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError
-from .resolve import ALIASES, FIELDS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key
+from .resolve import ALIASES, FIELDS, METHOD_FLAGS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key
 from .schema import Int, TrainConfig
 
 JOBS = ("slurm",)  # these write a job's file, and start nothing on this machine
@@ -161,6 +161,7 @@ class Option:
         if self.positional:
             return self.name.upper() + (" ..." if self.takes_many else "")
         choices = [kind for kind in types if isinstance(kind, str)]
+        choices += ["N"] if choices and int in types else []
         value = "|".join(choices) if choices and list not in types else VALUES.get(types[-1], "X")
         value = "" if bool in types and not choices else value
         return f"--{self.name} {value}".rstrip()
@@ -182,9 +183,9 @@ class Option:
         text = self.info.description or ""
         if self.also:
             text += f" (also {', '.join(f'--{name}' for name in self.also)})"
-        has_default = not self.info.is_required() and self.info.default_factory is None
-        if has_default and self.info.default and "(default" not in text:
-            text += f" (default: {self.info.default})"
+        default = None if self.info.is_required() or self.info.default_factory else self.info.default
+        if default is not None and default is not False and default not in ("", [], {}) and "(default" not in text:
+            text += f" (default: {default})"
         lines = textwrap.wrap(text, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT) or [""]
         head = f"  {self.label}"
         return [head, *lines] if len(head) > INDENT - 2 else [head + lines[0][len(head) :], *lines[1:]]
@@ -207,14 +208,19 @@ def options_of(model: type[BaseModel], keys: Collection[str] | None = None) -> l
     ]
 
 
-def recipe_options(keys: Collection[str] = (*FIELDS, *SWITCHES)) -> list[Option]:
+def recipe_options(keys: Collection[str] = (*FIELDS, *sorted(SWITCHES))) -> list[Option]:
     """The keys of a recipe as options, with their other spellings."""
-    switch = FieldInfo(annotation=bool, default=False, description="short form")
     options = []
     for key in keys:
         also = [alias for alias, target in (ALIASES | DATA_ALIASES).items() if target == key]
-        options.append(Option(TrainConfig, key, FIELDS.get(key, switch), also))
+        options.append(Option(TrainConfig, key, FIELDS.get(key) or _switch(key), also))
     return options
+
+
+def _switch(key: str) -> FieldInfo:
+    methods = ", ".join(sorted(METHOD_FLAGS.get(key, ())))
+    text = f"short form of --method, one of {methods}" if methods else "short form of --report_to wandb"
+    return FieldInfo(annotation=bool, default=False, description=text)
 
 
 # Parsing
@@ -246,6 +252,7 @@ class Parser:
         for option in sorted(self.shown, key=lambda option: option.home is not self.model):
             title = "Options" if option.home is self.model else re.split("[:.]", str(option.home.__doc__))[0]
             groups.setdefault(title, []).extend(option.help(width))
+        groups.setdefault("Options", []).append(f"  {'--help':<{INDENT - 2}}show this text")
         parts = [[f"{title}:", *lines] for title, lines in groups.items()]
         head = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.model.__doc__), width)]
         return "\n\n".join("\n".join(lines) for lines in (head, *parts)) + "\n"
@@ -275,6 +282,7 @@ class Parser:
             if option is None:
                 raise unknown_key(Setting(name, value, "command line"), self.options)
             value = value if equals else self._value(name, option, rest)
+            _refuse_empty(name, option, value)
             settings.append((option, Setting(name, value, f"command line, {name}")))
         return [*self._words(words), *settings]
 
@@ -283,7 +291,9 @@ class Parser:
         if option.values_after:
             return rest.popleft() if rest and option.values_after.fullmatch(rest[0]) else "true"
         if not rest or re.fullmatch(r"--|--?[A-Za-z]\S*", rest[0]):
-            fix = f"{option.label}: {option.info.description}"
+            fix = (
+                f"write {name}={rest[0]} if that is its value" if rest else f"{option.label}: {option.info.description}"
+            )
             raise UserError(f"{name} needs a value", where="command line", fix=fix)
         return rest.popleft()
 
@@ -295,6 +305,8 @@ class Parser:
         if len(words) > len(places):
             what = f"one word too many: {words[len(places)]!r} in {' '.join(words)!r}"
             raise UserError(what, where="command line", fix=f"usage: {self.usage}")
+        for option, word in zip(places, words):
+            _refuse_empty(option.label, option, word)
         return [(o, Setting(o.field, word, f"command line, {o.label}")) for o, word in zip(places, words)]
 
     def build(self, model: type[Model], settings: Sequence[tuple[Option, Setting]]) -> Model:
@@ -305,13 +317,19 @@ class Parser:
         """
         values: dict[str, Any] = {}
         places: dict[str, str] = {}
+        keys: dict[str, str] = {}
         for option, entry in settings:
             if option.owner is not model:
                 continue
             before = values.get(option.field)
-            if option.positional and not option.takes_many and before not in (None, entry.value):
+            # Of an option that is given twice, the last value counts; two spellings, or two words, are a mistake.
+            again = (
+                before is not None and not option.takes_many and (option.positional or keys[option.field] != entry.key)
+            )
+            if again and Path(str(before)).absolute() != Path(str(entry.value)).absolute():
                 what = f"{option.label} is given twice: {before} and {entry.value}"
                 raise UserError(what, where="command line", fix="keep one of them")
+            keys[option.field] = entry.key
             values[option.field] = [*(before or []), entry.value] if option.takes_many else entry.value
             places[option.field] = entry.where
         try:
@@ -324,6 +342,13 @@ class Parser:
             raise UserError(f"{option.name.upper()} must be given", where="command line", fix=f"usage: {self.usage}")
         same = [problem for problem in problems if problem["loc"][0] == key]
         raise invalid_value(option.name, values[key], same, places[key], option.info)
+
+
+def _refuse_empty(name: str, option: Option, value: str) -> None:
+    """Refuse an empty value, as of a variable of a shell that is not set; only text may be empty."""
+    is_text = option.owner is TrainConfig or (_alternatives(option.info.annotation) == [str] and not option.positional)
+    if value == "" and not is_text:
+        raise UserError(f"{name} is empty", where="command line", fix="give a value, or leave it out")
 
 
 def read_options(argv: Sequence[str], model: type[Model], *, prog: str) -> Model:

@@ -323,7 +323,8 @@ def _yes(entry: Setting) -> bool:
 def unknown_key(entry: Setting, known: Iterable[str] = KNOWN.spellings) -> UserError:
     """The error for a key that does not exist, with the nearest of the known ones."""
     close = difflib.get_close_matches(normal(entry.key), known, 1, cutoff=0.5)
-    fix = f"did you mean {close[0]}?" if close else "`--help` lists every option"
+    dashes = "--" if entry.key.startswith("-") else ""
+    fix = f"did you mean {dashes}{close[0]}?" if close else "`--help` lists every option"
     return UserError(f"there is no option {entry.key!r}", where=entry.where, fix=fix)
 
 

@@ -165,7 +165,7 @@ Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_sources)
 
 
 class TrainConfig(BaseModel):
-    """Keys of a recipe, typed and frozen. Batch sizes count examples, lengths count tokens."""
+    """Keys of a recipe. Typed and frozen; batch sizes count examples, lengths count tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 

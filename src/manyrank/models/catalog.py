@@ -36,12 +36,22 @@ def read(model: str) -> ModelSpec:
         return from_config(shipped[key], name=model, where=f"data/architectures.json, {key}")
     if facts := find_facts(model):
         return from_config(facts.whole, name=model, where=facts.place("config.json"))
+    if path := _of_another_revision(model):
+        return from_config(read_json_object(path, fix=FIX), name=model, where=str(path))
     close = difflib.get_close_matches(key, shipped, 3, 0.5)
     raise UserError(
         f"nothing is known here of the model {model}",
         where="model_name_or_path",
         fix="give its folder or config.json" + (f", or a known name: {', '.join(close)}" if close else ""),
     )
+
+
+def _of_another_revision(model: str) -> Path | None:
+    """config.json of a hub name that was downloaded as a revision other than main."""
+    from huggingface_hub import constants
+
+    folders = Path(constants.HF_HUB_CACHE).glob(f"models--{model.replace('/', '--')}/snapshots/*/config.json")
+    return max(folders, default=None)
 
 
 def known() -> dict[str, dict[str, Any]]:

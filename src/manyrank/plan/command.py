@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from ..config.args import CommandLine, Options, arg, parse_with
+from ..config.args import CommandLine, LaunchOptions, Options, arg, parse_with
 from ..config.resolve import ResolvedConfig, Setting, TrainConfig, find_recipe, resolve
 from ..config.schema import Float
 from ..errors import UserError
@@ -67,7 +67,10 @@ def _nodes(text: str) -> list[int]:
 
 
 class PlanOptions(Options):
-    """Will it fit, where, and how fast: memory and speed of a recipe, or of a model alone, on every strategy."""
+    """Will it fit, where, and how fast: memory and speed of a recipe on every strategy.
+
+    In place of RECIPE, a model alone is enough: a name such as Qwen2.5-7B, a folder or a config.json.
+    """
 
     gpu: str | None = arg(None, f"one of {KINDS} (default: what is here)", min_length=1)
     gpu_memory: Annotated[int | None, BeforeValidator(_bytes)] = arg(
@@ -95,9 +98,10 @@ def main(argv: Sequence[str]) -> int:
         UserError: a wrong option, recipe or model.
     """
     line, options = parse_with(argv, PlanOptions, prog="manyrank plan", launch=True)
-    if line.options.model_fields_set - {"nproc"} or line.slurm.model_fields_set:
-        fix = "of the launch leave all but --nproc and --nnodes out"
-        raise UserError("a plan starts nothing", where="command line", fix=fix)
+    launch = [key for key, value in line.options if key != "nproc" and value != getattr(LaunchOptions(), key)]
+    if names := [*launch, *line.slurm.model_fields_set]:
+        fix = f"leave --{names[0]} out; of the launch only --nproc and --nnodes count"
+        raise UserError("a plan starts nothing", where=f"command line, --{names[0]}", fix=fix)
     line = _model_as_option(line)
     if options.strategy not in (None, "all", "auto"):
         chosen = Setting("--strategy", options.strategy, "command line, --strategy")

@@ -40,7 +40,7 @@ NOT_SETTINGS = {"output", "overwrite", "trust_remote_code"}  # options that chan
 
 
 def _file(output: Path) -> Path:
-    return output if output.suffix else output / "completions.jsonl"
+    return output / "completions.jsonl" if output.is_dir() or not output.suffix else output
 
 
 class GenerateOptions(ModelOptions, SamplingOptions):
@@ -87,7 +87,8 @@ def _check(options: GenerateOptions) -> None:
         what = f"{options.num_samples} samples at temperature 0 would be the same"
         raise UserError(what, where="--num-samples", fix="give a --temperature, such as 0.8")
     output = options.output
-    if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+    folder = output.parent if output.parent.exists() or output.name != "completions.jsonl" else output.parent.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{output} cannot be written", where="OUTPUT", fix="name a file in a folder that is there")
     if output.suffix != ".jsonl":
         raise UserError(f"{output} is not named as JSONL", where="OUTPUT", fix="end it with .jsonl")
@@ -252,6 +253,7 @@ class CompletionFile:
 
     def __init__(self, output: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         self.output, self.partial = output, output.with_name(output.name + ".partial")
+        output.parent.mkdir(exist_ok=True)  # of --output_dir
         settings = json.loads(json.dumps(settings))
         content = self.partial.read_bytes() if self.partial.exists() else b""
         begun = b"\n" in content  # else it is new, or was killed with the first line

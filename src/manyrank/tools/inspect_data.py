@@ -12,6 +12,7 @@ from ..config.resolve import Setting, canonical, resolve
 from ..config.schema import Int
 from ..data.files import SUFFIXES, kind_of
 from ..data.stats import STEPS, DataReport, SampleFacts, SplitReport, gather
+from ..errors import UserError
 from ..models.load import load_tokenizer
 from ..models.tiny import EMBEDDED
 from ..rules.check import check_sources
@@ -28,7 +29,10 @@ PACKING = {
 
 
 class InspectOptions(Options):
-    """Show what a recipe or a data file is to a training: sources, lengths, bad rows, packing, and what is learned."""
+    """Show what a recipe is to a training: sources, lengths, bad rows, packing, and what is learned.
+
+    In place of RECIPE, a file of data is enough.
+    """
 
     samples: Int = arg(3, "examples to show of each side", ge=0)
     html: Path | None = arg(None, "write the same as a page too")
@@ -58,9 +62,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _data_as_option(line: CommandLine) -> CommandLine:
     """Take a data file in place of a recipe as --data_path; without --model, the embedded model's template is used."""
-    if not line.recipe or kind_of(Path(line.recipe))[0] not in SUFFIXES:
+    if line.recipe and kind_of(Path(line.recipe))[0] not in SUFFIXES:
         return line
-    overrides = [Setting("--data_path", line.recipe, "command line"), *line.overrides]
+    overrides = [Setting("--data_path", line.recipe, "command line")] if line.recipe else []
+    overrides += line.overrides
+    if not any(canonical(entry.key) == "data_path" for entry in overrides):
+        fix = "name a recipe or a file of data; as in: manyrank data inspect data/sample.jsonl"
+        raise UserError("there is nothing to inspect", where="command line", fix=fix)
     if not any(canonical(entry.key) == "model_name_or_path" for entry in overrides):
         print(
             "no model is given: the template and tokenizer are those of the embedded one; --model NAME takes another\n"

@@ -192,13 +192,13 @@ class VerifyOptions(Options):
     nproc: Int | None = arg(None, "processes (default: GPUs, or 2); hsdp: at least 4", gt=0)
     steps: Int = arg(4, "steps of each run", gt=0)
     methods: Annotated[list[Method], BeforeValidator(listed)] = arg(
-        METHODS, f"methods to compare (default: {','.join(METHODS)})"
+        METHODS, f"methods to compare (default: {','.join(METHODS)})", min_length=1
     )
     strategies: Annotated[list[Compared], BeforeValidator(listed)] = arg(
-        [], f"strategies (default: those that fit of {','.join(COMPARED)})"
+        [], f"strategies (default: those that fit of {','.join(COMPARED)})", min_length=1
     )
     via: Annotated[list[Launcher], BeforeValidator(listed)] = arg(
-        LAUNCHERS, f"launchers (default: {','.join(LAUNCHERS)})"
+        LAUNCHERS, f"launchers (default: {','.join(LAUNCHERS)})", min_length=1
     )
     keep: Path | None = arg(None, "keep the runs there", also=["output_dir"])
 

@@ -105,6 +105,8 @@ def _resolve(line: CommandLine) -> ResolvedLaunch:
         raise UserError(
             what, where="command line", fix="start `manyrank doctor` on the machines, or in the job's shell"
         )
+    if line.options.check:
+        raise UserError("--check", where="command line", fix="leave it out: --print shows what the doctor would start")
     if line.options.max_restarts is not None:
         raise UserError("max_restarts", where="command line", fix="leave it out: nothing is started anew here")
     return resolve_launch(replace(line, recipe=line.recipe or ANY_RECIPE), probe())

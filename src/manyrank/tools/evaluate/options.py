@@ -29,7 +29,7 @@ Names = Annotated[list[str], BeforeValidator(listed), AfterValidator(_different)
 class BenchmarkOptions(Options):
     """Standard benchmarks, by lm-evaluation-harness (the extra `eval`)."""
 
-    tasks: Names = arg([], "names, such as arc_easy,gsm8k")
+    tasks: Names = arg([], "names, such as arc_easy,gsm8k", min_length=1)
     tasks_folder: list[str] = arg([], "a folder of your own task YAMLs", repeated=True)
     shots: Int | None = arg(None, "examples in each prompt (default: the task's)", ge=0)
     limit: OptionalCount = arg(None, "rows of each task")
@@ -41,9 +41,11 @@ class EvaluateOptions(BenchmarkOptions, SamplingOptions, ModelOptions):
 
     names: list[str] = word(..., "a model, a run's folder, a checkpoint, an adapter, or a merged model")
     data: str | None = arg(
-        None, "a file, folder, hub name or {path: ..., split: ...} (default: the run's eval_data_path)"
+        None,
+        "a file, folder, hub name or {path: ..., split: ...} (default: the run's eval_data_path)",
+        also=["data_path"],
     )
-    metrics: Names = arg([], f"loss, {', '.join(SCORES)}, module:function (default: loss,normalised,f1)")
+    metrics: Names = arg([], f"loss, {', '.join(SCORES)}, module:function (default: loss,normalised,f1)", min_length=1)
     no_base: bool = arg(False, "leave out the base of runs and adapters")
     max_rows: OptionalCount = arg(None, "at most so many rows of each source, chosen by the seed")
     batch_size: Count = arg(8, "rows at once")

@@ -59,9 +59,11 @@ class PrepareConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data_path: Annotated[list[RawSource], BeforeValidator(_sources)] = Field(
+    data_path: Annotated[list[RawSource], BeforeValidator(_sources)] = arg(
+        ...,
+        "raw rows: a file, folder or hub name; in the config also a list of these and of {path, split, name, max_rows}",
+        also=["data"],
         min_length=1,
-        description="raw rows: a file, folder or hub name, or a list of these and of {path, split, name, max_rows}",
     )
     output_dir: str = Field(min_length=1, description="the folder to write")
     fields: dict[str, str] | None = Field(

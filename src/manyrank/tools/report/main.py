@@ -6,8 +6,9 @@ manyrank report output/a output/b --output ab.html
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...config.args import Options, arg, read_options, word
@@ -35,10 +36,32 @@ def main(argv: Sequence[str]) -> int:
         UserError: a folder is none of a run, a run is named twice, or the page cannot be written.
     """
     options = read_options(argv, ReportOptions, prog="manyrank report")
+    if options.output and options.output_dir:
+        raise UserError("--output and --output_dir name two pages", where="command line", fix="keep one of them")
     write, name = (write_report, NAME) if len(options.runs) == 1 else (write_comparison, COMPARISON)
-    output = options.output or (options.output_dir / name if options.output_dir else None)
-    print(f"written to {write(options.runs, output)}")
+    if options.output_dir:
+        with _new_folder(options.output_dir):
+            print(f"written to {write(options.runs, options.output_dir / name)}")
+    else:
+        print(f"written to {write(options.runs, options.output)}")
     return 0
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, if it is not there, and remove it where nothing comes into it."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the folder {folder} cannot be made: {error.strerror}"
+        raise UserError(what, where="--output_dir", fix="name another folder") from None
+    try:
+        yield
+    except UserError:
+        if is_new:
+            folder.rmdir()
+        raise
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
