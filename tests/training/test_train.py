@@ -354,3 +354,20 @@ def test_weights_that_do_not_fit_their_config_are_an_error(embedded_model, tmp_p
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
     run = launch(tmp_path / "run", "--max_steps=1", "--strategy=single", f"--model_name_or_path={folder}")
     assert run.code == 2 and "cannot load the model" in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+def test_clipping_is_the_same_everywhere(embedded_model, tmp_path):
+    """With SGD, where the length of a step is that of the clipped gradient."""
+    common = ("--optim=sgd", "--learning_rate=2.0", "--lr_scheduler_type=constant", "--max_steps=3")
+
+    def losses(name: str, *args: str) -> list[float]:
+        run = launch(tmp_path / name, *common, *args)
+        assert run.code == 0, run.stderr
+        return run.metrics()
+
+    clipped = losses("single", "--strategy=single", "--max_grad_norm=0.05")
+    free = losses("free", "--strategy=single", "--max_grad_norm=0")
+    assert clipped[0] == free[0] and abs(clipped[2] - free[2]) > 0.01
+    for strategy in ("fsdp", "zero3"):
+        other = losses(strategy, f"--strategy={strategy}", "--nproc=2", "--max_grad_norm=0.05")
+        assert other == pytest.approx(clipped, abs=1e-5)
