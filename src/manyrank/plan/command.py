@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from ..config.args import CommandLine, LaunchOptions, Options, arg, parse_with
+from ..config.args import CommandLine, Options, arg, parse_with
 from ..config.resolve import ResolvedConfig, Setting, TrainConfig, find_recipe, resolve
 from ..config.schema import Float
 from ..errors import UserError
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: a wrong option, recipe or model.
     """
     line, options = parse_with(argv, PlanOptions, prog="manyrank plan", launch=True)
-    launch = [key for key, value in line.options if key != "nproc" and value != getattr(LaunchOptions(), key)]
+    launch = line.options.model_dump(exclude={"nproc"}, exclude_defaults=True)
     if names := [*launch, *line.slurm.model_fields_set]:
         fix = f"leave --{names[0]} out; of the launch only --nproc and --nnodes count"
         raise UserError("a plan starts nothing", where=f"command line, --{names[0]}", fix=fix)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +11,6 @@ from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
 from ..models.load import evaluation_mode
 from ..models.positions import check_lengths
-from ..parallel.engine import Engine
 from ..training.loss import TokenLoss
 from ..training.packing_trial import prove_packing
 from ..training.task import StepLoss, Task
@@ -29,15 +26,8 @@ class SFT(Task):
         check_lengths(self.config, lengths, self.objects.model)
         return train, evaluation
 
-    def attach(
-        self,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        output_dir: Path,
-        in_phase: Callable[[str], None],
-    ) -> None:
-        super().attach(engine, tokenizer, output_dir=output_dir, in_phase=in_phase)
+    def use_engine(self) -> None:
+        engine = self.engine
         self.device = engine.accelerator.device
         fused = "lm_head" not in self.config.disable_fused
         self.token_loss = TokenLoss(engine.wrapped, engine.model, fused=fused, function=self.objects.loss)

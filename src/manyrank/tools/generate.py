@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from ..models.generation import Sampling
 
 SHOWN = 10  # problems in an error
+COMPLETIONS = "completions.jsonl"  # in a folder that is named as the output
 NOT_SETTINGS = {"output", "overwrite", "trust_remote_code"}  # options that change no completion
 
 
 def _file(output: Path) -> Path:
-    return output / "completions.jsonl" if output.is_dir() or not output.suffix else output
+    return output / COMPLETIONS if output.is_dir() or not output.suffix else output
 
 
 class GenerateOptions(ModelOptions, SamplingOptions):
@@ -87,7 +88,7 @@ def _check(options: GenerateOptions) -> None:
         what = f"{options.num_samples} samples at temperature 0 would be the same"
         raise UserError(what, where="--num-samples", fix="give a --temperature, such as 0.8")
     output = options.output
-    folder = output.parent if output.parent.exists() or output.name != "completions.jsonl" else output.parent.parent
+    folder = output.parent if output.parent.exists() or output.name != COMPLETIONS else output.parent.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{output} cannot be written", where="OUTPUT", fix="name a file in a folder that is there")
     if output.suffix != ".jsonl":

@@ -109,6 +109,10 @@ class Task(ABC):
     ) -> None:
         """Take the wrapped model; `in_phase` gives a sign of life and names what this rank does."""
         self.engine, self.tokenizer, self.output_dir, self.in_phase = engine, tokenizer, output_dir, in_phase
+        self.use_engine()
+
+    def use_engine(self) -> None:
+        """Set up what needs the wrapped model; the last step of `attach`."""
 
     @abstractmethod
     def loader(self, examples: Examples, *, training: bool) -> Loader:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from ...data.rewards import read_rewards, rewarded, scorers
 from ...data.scores import SCORES
 from ...errors import UserError
 from ...models.load import evaluation_mode, load_adapter, read_config
-from ...parallel.engine import Engine
 from ...runs import artifact, logs
 from ...training.task import StepLoss, Task, UserObjects
 from .prompts import PromptLoader, PromptStep
@@ -156,20 +155,12 @@ class GRPO(Task):
 
     # With the wrapped model
 
-    def attach(
-        self,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        output_dir: Path,
-        in_phase: Callable[[str], None],
-    ) -> None:
-        super().attach(engine, tokenizer, output_dir=output_dir, in_phase=in_phase)
-        self.trl.join(engine.wrapped)
+    def use_engine(self) -> None:
+        self.trl.join(self.engine.wrapped)
         # trl's generate calls the model past its wrapper, where FSDP2 wants the root to have run before.
         with torch.no_grad():
             self._forward_little()
-        engine.reshard()
+        self.engine.reshard()
 
     def loader(self, examples: Examples, *, training: bool) -> PromptLoader:
         accelerator = self.engine.accelerator
