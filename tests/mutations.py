@@ -145,9 +145,9 @@ MUTATIONS = (
     Mutation(
         "decay of biases and norms",
         "training/optim.py",
-        'if p.ndim <= 1], "weight_decay": 0.0}',
-        'if p.ndim <= 1], "weight_decay": config.weight_decay}',
-        "tests/training/test_train.py",
+        '<= 1], "weight_decay": 0.0}',
+        '<= 1], "weight_decay": config.weight_decay}',
+        "tests/training/test_optim.py",
     ),
     Mutation(
         "a norm that is not finite is used",

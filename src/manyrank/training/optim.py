@@ -10,14 +10,15 @@ from transformers import get_scheduler
 
 from ..config.resolve import TrainConfig
 from ..models.adapters import trainable
+from ..models.reach import shape_of
 
 
 def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trainable parameters; weight decay acts on matrices only."""
     parameters = trainable(model).values()
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if len(shape_of(p)) > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if len(shape_of(p)) <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if config.optim == "sgd":
