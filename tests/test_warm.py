@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,24 @@ def test_what_takes_too_long_is_ended_with_its_ranks(embedded_model, tmp_path):
         time.sleep(0.1)
     assert len(ranks) == 2 and not any(map(is_running, ranks))
     assert warm.run([*COMMAND, "--version"]).returncode == 0
+
+
+KILLED_IN_A_BAR = """
+import os, signal
+from tqdm import tqdm
+from transformers import TrainerCallback
+class Bar(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_one_that_is_killed_holds_no_lock_of_the_next(embedded_model, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED_IN_A_BAR)
+    killed = launch(tmp_path / "a", "--callbacks=killed:Bar", "--strategy=single", PYTHONPATH=str(tmp_path))
+    assert killed.code == -signal.SIGKILL
+    assert launch(tmp_path / "b", "--max_steps=1", "--strategy=single").code == 0
 
 
 def test_what_needs_an_interpreter_of_its_own_is_refused(tmp_path):

@@ -57,6 +57,8 @@ LIBRARIES = (
     "transformers.integrations.integration_utils",
     "transformers.optimization",
     "transformers.modelcard",
+    "transformers.generation.streamers",
+    "transformers.trainer",
     "peft",
     "peft.tuners.lora.bnb",
     "peft.utils.transformers_weight_conversion",
@@ -71,11 +73,15 @@ LIBRARIES = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.ops.adam",
     "deepspeed.ops.op_builder",
+    "deepspeed.ops.op_builder.all_ops",
     "torch.utils.cpp_extension",
     "torch.profiler",
+    "torch.distributed.algorithms.ddp_comm_hooks",
     "datasets",
     "datasets.io.generator",
     "datasets.packaged_modules",
+    "trl.trainer.grpo_trainer",
+    "wandb",
     "pyarrow.parquet",
     "pydantic",
     "psutil",
@@ -389,6 +395,7 @@ def _begin(rest: list[str], argv: Sequence[str], env: dict[str, str], cwd: str) 
     os.environ.update(env)
     os.chdir(cwd)
     tempfile.tempdir = None  # TMPDIR may be another one
+    _own_bars()
     for name in [name for name in sys.modules if name.partition(".")[0] == "manyrank"]:
         _FORMER.append(sys.modules.pop(name))
     logging.disable(logging.NOTSET)
@@ -405,6 +412,15 @@ def _begin(rest: list[str], argv: Sequence[str], env: dict[str, str], cwd: str) 
     sys.path.insert(0, cwd if rest[0] == "-m" else str(Path(rest[0]).parent))
     sys.orig_argv = list(argv)
     os._exit(_run(rest))
+
+
+def _own_bars() -> None:
+    """A lock for the progress bars of this process alone: one that is killed in a bar would hold the server's for all."""
+    from tqdm import std
+
+    with contextlib.suppress(AttributeError):
+        del std.TqdmDefaultWriteLock.mp_lock
+    std.tqdm.set_lock(std.TqdmDefaultWriteLock())
 
 
 def _run(rest: list[str]) -> int:
