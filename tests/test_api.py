@@ -221,38 +221,13 @@ def test_full_fine_tuning_of_one_s_own_model_keeps_float32_masters(tmp_path, emb
         SFTTrainer(config(tmp_path / "q", method="qlora"), model=model).train()
 
 
-SCRIPT = """
-import os, sys
-from manyrank import SFTConfig, SFTTrainer
-from transformers import TrainerCallback
-class Save(TrainerCallback):  # what one rank's callback asks for, all do
-    def on_log(self, args, state, control, **kwargs):
-        control.should_save = os.environ["RANK"] == "1" and state.global_step == 2
-config = SFTConfig("verify", data_path=sys.argv[1], output_dir=sys.argv[2], max_steps=3, logging_steps=1, strategy=sys.argv[3])
-result = SFTTrainer(config, callbacks=[Save()]).train()
-assert result.global_step == 3 and (result.folder / "checkpoint-2" / "manifest.json").is_file()
-"""
-
-
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_script_under_torchrun(strategy, tmp_path, embedded_model):
-    (tmp_path / "script.py").write_text(SCRIPT)
     line = launch(tmp_path / "line", "--max_steps=3", f"--data_path={DATA}", f"--strategy={strategy}", "--nproc=2")
     assert line.code == 0, line.stderr
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    ]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), DATA, str(tmp_path / "run"), strategy],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "tests/support/api_script.py")]
+    done = warm.run([*command, DATA, str(tmp_path / "run"), strategy])
     assert done.returncode == 0, done.stderr
     assert [entry["loss"] for entry in read_metrics(tmp_path / "run")] == line.metrics()
     assert done.stdout.count("final model") == 1

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from manyrank.runs import run_folder
 
 STRATEGIES = ("single", "ddp", "fsdp", "hsdp", "zero2", "zero3")
+SHARDED = ("single", "hsdp", "zero2", "zero3")  # what saves by day; each engine saves and resumes in some test by day
 STEPS, SAVED = 6, 3
 
 
@@ -54,33 +55,37 @@ def followed(strategy: str, folders: list, tmp_path, *args: str, nproc: int) -> 
     return json.loads(out.read_text())
 
 
-def sources(tmp_path_factory, strategies, *args: str) -> dict[str, Run]:
-    made = {}
-    for strategy in strategies:
-        folder = tmp_path_factory.mktemp("sources") / strategy
+class Sources(dict[str, Run]):
+    """Runs with checkpoints by strategy, each launched when a test first asks for it."""
+
+    def __init__(self, folder, *args: str) -> None:
+        super().__init__()
+        self.folder, self.args = folder, args
+
+    def __missing__(self, strategy: str) -> Run:
         common = (*chosen(strategy), f"--nproc={processes(strategy)}", f"--max_steps={STEPS}")
-        made[strategy] = launch(folder, *common, f"--save_steps={SAVED}", *args)
-        assert made[strategy].code == 0, made[strategy].stderr
-    return made
+        run = self[strategy] = launch(self.folder / strategy, *common, f"--save_steps={SAVED}", *self.args)
+        assert run.code == 0, run.stderr
+        return run
 
 
 @pytest.fixture(scope="module")
 def lora(embedded_model, tmp_path_factory):
-    return sources(tmp_path_factory, STRATEGIES)
+    return Sources(tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture(scope="module")
 def qlora(embedded_model, tmp_path_factory):
-    return sources(tmp_path_factory, ("single", "fsdp", "zero3"), "--method=qlora")
+    return Sources(tmp_path_factory.mktemp("qlora"), "--method=qlora")
 
 
 @pytest.fixture(scope="module")
 def full(embedded_model, tmp_path_factory):
-    return sources(tmp_path_factory, ("single", "fsdp", "hsdp", "zero3"), *FULL)
+    return Sources(tmp_path_factory.mktemp("full"), *FULL)
 
 
-def check(made: dict[str, Run], target: str, tmp_path, *args: str, nproc: int | None = None) -> None:
-    folders = {name: run.folder / f"checkpoint-{SAVED}" for name, run in made.items()}
+def check(made: Sources, saved: tuple[str, ...], target: str, tmp_path, *args: str, nproc: int | None = None) -> None:
+    folders = {name: made[name].folder / f"checkpoint-{SAVED}" for name in saved}
     found = followed(target, list(folders.values()), tmp_path, *args, nproc=nproc or processes(target))
     whole = made["single"]
     expected = list(zip(whole.metrics()[SAVED:], whole.metrics("grad_norm")[SAVED:]))
@@ -91,29 +96,33 @@ def check(made: dict[str, Run], target: str, tmp_path, *args: str, nproc: int | 
             assert abs(loss - loss_then) < 1e-5 and abs(norm - norm_then) < 1e-5 * max(1, norm_then), (name, target)
 
 
-@pytest.mark.parametrize("target", ["single", "fsdp", "zero3", *nightly("ddp", "hsdp", "zero2")])
-def test_lora_continues_from_every_strategy_on_this_one(lora, target, tmp_path):
-    check(lora, target, tmp_path)
+@pytest.mark.parametrize(
+    ("saved", "target"),
+    [(SHARDED, "fsdp"), (SHARDED, "zero3"), *nightly(*((STRATEGIES, target) for target in STRATEGIES))],
+)
+def test_lora_continues_from_every_strategy_on_this_one(lora, saved, target, tmp_path):
+    check(lora, saved, target, tmp_path)
 
 
 @pytest.mark.parametrize("target", ["fsdp", *nightly("ddp", "hsdp", "zero3")])
 def test_qlora_continues_from_every_strategy_on_this_one(qlora, target, tmp_path):
-    check(qlora, target, tmp_path, "--method=qlora")
+    check(qlora, ("single", "fsdp", "zero3"), target, tmp_path, "--method=qlora")
 
 
-@pytest.mark.parametrize(("target", "nproc"), [("hsdp", 4), ("zero3", 2), *nightly(("single", 1), ("fsdp", 3))])
+@pytest.mark.parametrize(("target", "nproc"), [("hsdp", 4), *nightly(("zero3", 2), ("single", 1), ("fsdp", 3))])
 def test_full_fine_tuning_continues_from_every_strategy_on_this_one(full, target, nproc, tmp_path):
-    check(full, target, tmp_path, *FULL, nproc=nproc)
+    saved = ("single", "fsdp", "zero3") if target == "hsdp" else ("single", "fsdp", "hsdp", "zero3")
+    check(full, saved, target, tmp_path, *FULL, nproc=nproc)
 
 
 def test_weights_of_a_checkpoint_load_as_they_are(full, lora, embedded_model):
     """Whole weights as a model, an adapter with its base; nothing has to be put together first."""
-    for name, run in full.items():
+    for name, run in ((name, full[name]) for name in ("single", "fsdp", "zero3")):
         loaded = AutoModelForCausalLM.from_pretrained(run.folder / "checkpoint-6", dtype="float32")
         final = AutoModelForCausalLM.from_pretrained(run.folder / "final_model", dtype="float32")
         assert same(loaded.state_dict(), final.state_dict()), name
     base = AutoModelForCausalLM.from_pretrained(embedded_model, dtype="float32")
-    adapted = PeftModel.from_pretrained(base, str(lora["fsdp"].folder / "checkpoint-6")).merge_and_unload()
+    adapted = PeftModel.from_pretrained(base, str(lora["hsdp"].folder / "checkpoint-6")).merge_and_unload()
     moved = [n for n, t in adapted.state_dict().items() if not torch.equal(t, embedded(embedded_model)[n])]
     assert moved and all("proj" in name for name in moved)
 
@@ -127,9 +136,10 @@ def embedded(folder) -> dict:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict()
 
 
-def test_all_strategies_write_the_same_names_and_shapes(lora):
+@pytest.mark.parametrize("strategies", [SHARDED, *nightly((STRATEGIES,))])
+def test_all_strategies_write_the_same_names_and_shapes(lora, strategies):
     """And nearly the same numbers: one format, not six."""
-    folders = [run.folder / f"checkpoint-{SAVED}" for run in lora.values()]
+    folders = [lora[strategy].folder / f"checkpoint-{SAVED}" for strategy in strategies]
     for file in ("adapter_model.safetensors", "optimizer-00001.safetensors"):
         first, *others = [load_file(folder / file) for folder in folders]
         for other in others:

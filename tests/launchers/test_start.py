@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import warm
-from launches import ROOT
+from launches import ROOT, nightly
 from processes import is_running, running, wait_until, workers, workers_alive
 
 from manyrank.errors import UserError
@@ -44,7 +44,7 @@ def by_command_line(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("via", "seconds"), [("torchrun", 0.0), ("torchrun", 0.1), ("accelerate", 0.05), ("accelerate", 0.2)]
+    ("via", "seconds"), [("torchrun", 0.0), ("accelerate", 0.2), *nightly(("torchrun", 0.1), ("accelerate", 0.05))]
 )
 def test_workers_that_have_just_been_started_end_with_their_launcher(embedded_model, tmp_path, via, seconds):
     """While they still import."""
@@ -95,7 +95,7 @@ BARE = {
 }
 
 
-@pytest.mark.parametrize("launcher", BARE)
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate, one process", *nightly("accelerate")])
 def test_workers_end_with_a_launcher_that_the_user_called(embedded_model, tmp_path, launcher):
     folder = tmp_path / "run"
     options = [f"--output_dir={folder}", "--logging_steps=1", "--max_steps=5000"]
@@ -432,7 +432,7 @@ exit_now(main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("how", "number", "code"),
-    [("python", signal.SIGTERM, 75), ("python", signal.SIGINT, 130), ("C", signal.SIGUSR1, 75)],
+    [("python", signal.SIGTERM, 75), ("C", signal.SIGUSR1, 75), *nightly(("python", signal.SIGINT, 130))],
 )
 def test_a_signal_ends_a_start_that_hangs(embedded_model, tmp_path, how, number, code):
     """In Python at once; in C++, where Python hears no signal, some seconds later."""

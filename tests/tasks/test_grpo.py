@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from launches import ROOT, Run, launch
+from launches import ROOT, Run, launch, nightly
 from safetensors.torch import load_file
 
 from manyrank.api import _as_it_was
@@ -155,11 +155,13 @@ def test_every_row_is_asked_in_an_epoch(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "method", "wrapper"),
     [
-        ("single", "lora", "PeftModelForCausalLM"),
-        ("ddp", "lora", "DistributedDataParallel"),
         ("fsdp", "lora", "FSDPPeftModelForCausalLM"),
         ("zero3", "lora", "DeepSpeedEngine"),
-        ("fsdp", "qlora", "FSDPPeftModelForCausalLM"),
+        *nightly(  # by day one process and ddp resume in the tests of metrics and of a signal
+            ("single", "lora", "PeftModelForCausalLM"),
+            ("ddp", "lora", "DistributedDataParallel"),
+            ("fsdp", "qlora", "FSDPPeftModelForCausalLM"),
+        ),
     ],
 )
 def test_resumes_exactly(strategy, method, wrapper, sft, tmp_path):
