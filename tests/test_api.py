@@ -102,29 +102,9 @@ def test_a_model_that_is_refused_is_given_back_as_it_was(tmp_path, embedded_mode
     assert result.global_step == 3 and (result.final_model / "adapter_model.safetensors").is_file()
 
 
-SECOND_INTERRUPT = """
-import os, signal, sys, threading, time
-from transformers import TrainerCallback
-from manyrank import SFTTrainer, SFTConfig
-class Hang(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        for after in (0.5, 2.5):
-            threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
-        time.sleep(60)
-if __name__ == "__main__":
-    config = SFTConfig(model="embedded", data_path=sys.argv[1], output_dir=sys.argv[2], max_length=256, max_steps=3)
-    try:
-        SFTTrainer(config, callbacks=[Hang()]).train()
-    except KeyboardInterrupt:
-        print("interrupted")
-"""
-
-
 def test_a_second_interrupt_ends_a_script_s_training(tmp_path, embedded_model):
-    script = tmp_path / "script.py"
-    script.write_text(SECOND_INTERRUPT)
-    argv = [sys.executable, str(script), DATA, str(tmp_path / "run")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=55, cwd=ROOT)
+    script = ROOT / "tests" / "support" / "interrupted_script.py"
+    done = warm.run([sys.executable, str(script), DATA, str(tmp_path / "run")], timeout=55)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "interrupted", done.stderr
 
 

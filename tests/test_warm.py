@@ -9,13 +9,13 @@ import time
 
 import pytest
 import warm
-from launches import launch
+from launches import launch, nightly
 from processes import is_running
 
 COMMAND = [sys.executable, "-m", "manyrank.cli"]
 
 
-@pytest.mark.parametrize("args", [("--strategy=single",), ("--strategy=fsdp", "--nproc=2")])
+@pytest.mark.parametrize("args", [("--strategy=fsdp", "--nproc=2"), *nightly((("--strategy=single",),))])
 def test_losses_and_adapters_are_those_of_new_interpreters(embedded_model, tmp_path, args):
     both = [launch(tmp_path / f"{cold}", "--max_steps=3", *args, cold=cold) for cold in (True, False)]
     assert [run.code for run in both] == [0, 0], both[0].stderr + both[1].stderr

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launches import ROOT, Run
+from launches import ROOT, Run, nightly
 
 BIN = str(Path(sys.executable).parent)
 PATH = f"{BIN}:{os.environ['PATH']}"
@@ -21,7 +21,7 @@ def script(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("name", ["local.sh", "torchrun.sh"])
+@pytest.mark.parametrize("name", ["local.sh", *nightly("torchrun.sh")])
 def test_one_machine(name, whole_run, tmp_path):
     folder = tmp_path / "a folder with blanks"
     done = script(name, "verify", "ddp", "2", "--max_steps=6", "--logging_steps=1", "--output_dir", str(folder))

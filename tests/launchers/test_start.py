@@ -95,7 +95,7 @@ BARE = {
 }
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate, one process", *nightly("accelerate")])
+@pytest.mark.parametrize("launcher", ["torchrun", *nightly("accelerate", "accelerate, one process")])
 def test_workers_end_with_a_launcher_that_the_user_called(embedded_model, tmp_path, launcher):
     folder = tmp_path / "run"
     options = [f"--output_dir={folder}", "--logging_steps=1", "--max_steps=5000"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launches import ROOT, Run, accelerate_launch, launch
+from launches import ROOT, Run, accelerate_launch, launch, nightly
 
 TWO_BY_TWO = ("--strategy=hsdp", "--nproc=4", "--hsdp_shard_size=2")
 # 24 examples to a step, of which a process holds one at a time.
@@ -39,7 +39,7 @@ class Count(TrainerCallback):
 
 
 # The embedded model has 4 layers; full trains also its embedding, and its last norm with its head.
-@pytest.mark.parametrize(("method", "units"), [("lora", 4), ("full", 6)])
+@pytest.mark.parametrize(("method", "units"), [("lora", 4), *nightly(("full", 6))])
 def test_copies_exchange_gradients_once_a_step(method, units, embedded_model, tmp_path):
     (tmp_path / "counting.py").write_text(COUNTER)
     common = (f"--method={method}", *MICRO_BATCHES)

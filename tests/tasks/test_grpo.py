@@ -156,8 +156,8 @@ def test_every_row_is_asked_in_an_epoch(tmp_path):
     ("strategy", "method", "wrapper"),
     [
         ("fsdp", "lora", "FSDPPeftModelForCausalLM"),
-        ("zero3", "lora", "DeepSpeedEngine"),
         *nightly(  # by day one process and ddp resume in the tests of metrics and of a signal
+            ("zero3", "lora", "DeepSpeedEngine"),
             ("single", "lora", "PeftModelForCausalLM"),
             ("ddp", "lora", "DistributedDataParallel"),
             ("fsdp", "qlora", "FSDPPeftModelForCausalLM"),

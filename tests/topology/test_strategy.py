@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 from launches import ROOT
 
 from manyrank.config.resolve import Setting, resolve
@@ -133,7 +134,7 @@ def test_a_new_strategy_is_a_yaml_and_a_row(tmp_path, embedded_model):
     def manyrank(*argv: str) -> str:
         env = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
         argv = (sys.executable, "-m", "manyrank.cli", *argv)
-        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+        done = warm.run(argv, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -89,19 +89,14 @@ def test_packs_of_the_data_set_give_the_same_losses_everywhere(embedded_model, t
     data.write_text("".join(Path("data/sample.jsonl").read_text().splitlines(keepends=True)[:60]))
     given = (f"--data_path={data}", "--packing=dataset", "--global_batch_size=4", "--num_train_epochs=2")
     given += ("--learning_rate=1e-3",)
-    single, fsdp, three = (
+    single, three = (
         launch(tmp_path / name, *given, *more)
-        for name, more in (
-            ("single", ("--strategy=single",)),
-            ("fsdp", ("--strategy=fsdp", "--nproc=2")),
-            ("three", ("--strategy=ddp", "--nproc=3")),
-        )
+        for name, more in (("single", ("--strategy=single",)), ("three", ("--strategy=fsdp", "--nproc=3")))
     )
-    assert single.code == fsdp.code == three.code == 0, single.stderr + fsdp.stderr + three.stderr
+    assert single.code == three.code == 0, single.stderr + three.stderr
     assert len(single.metrics()) > 5 and single.metrics()[-1] < single.metrics()[0]
-    for other in (fsdp, three):
-        assert other.metrics() == pytest.approx(single.metrics(), abs=1e-5)
-        assert other.metrics("grad_norm") == pytest.approx(single.metrics("grad_norm"), abs=1e-5)
+    assert three.metrics() == pytest.approx(single.metrics(), abs=1e-5)
+    assert three.metrics("grad_norm") == pytest.approx(single.metrics("grad_norm"), abs=1e-5)
 
 
 def test_bad_rows_are_put_aside_and_the_split_is_validated(embedded_model, tmp_path):
