@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import os
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config.args import CommandLine
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 COMMANDS = {
     "train": "fine-tune a model as a recipe says",
     "grpo": "align a model with rewards, from a base or from what SFT has made",
@@ -54,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    from .errors import EXIT_USER, UserError
+    from .errors import EXIT_USER, UserError, name_too_long
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a bar or a name is no reason to fail
@@ -78,10 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return EXIT_USER
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        what = f"a name is too long for a file: {str(error.filename)[:40]}..."
-        print(UserError(what, where="command line", fix="give a shorter name"), file=sys.stderr)
+        print(name_too_long(error), file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
         return 130  # as a shell tells of Ctrl-C
@@ -105,12 +100,8 @@ def _run(name: str, *argv: str) -> int:
         "schema": _schema,
         "embedded-model": _embedded_model,
     }
-    if name not in COMMANDS and name.endswith(DATA_SUFFIXES) and Path(name).is_file():
-        from .errors import UserError
-
-        fix = f"manyrank train --model NAME --data {name}, or manyrank data inspect {name}"
-        raise UserError(f"{name} is a file of data, not a recipe", where="command line", fix=fix)
     if name not in COMMANDS and (name.endswith((".yaml", ".yml")) or Path(name).is_file()):
+        _refuse_data(name)
         return _train([name, *argv])
     if name in functions:
         return functions[name](argv)
@@ -123,6 +114,15 @@ def _run(name: str, *argv: str) -> int:
     close = difflib.get_close_matches(name, COMMANDS, 1)
     fix = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
     raise UserError(f"there is no command {name!r}", where="command line", fix=fix)
+
+
+def _refuse_data(name: str) -> None:
+    from .data.files import SUFFIXES, kind_of
+    from .errors import UserError
+
+    if kind_of(Path(name))[0] in SUFFIXES:
+        fix = f"manyrank train --model NAME --data {name}, or manyrank data inspect {name}"
+        raise UserError(f"{name} is a file of data, not a recipe", where="command line", fix=fix)
 
 
 def _call(name: str, argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 EXIT_FAILED = 1
@@ -30,6 +31,14 @@ class UserError(Exception):
     def __str__(self) -> str:
         why = f"why:   {self.why}\n" if self.why else ""
         return f"error: {self.what}\nwhere: {self.where}\n{why}fix:   {self.fix}"
+
+
+def name_too_long(error: OSError) -> UserError:
+    """Turn an OSError of a name that the file system does not take into one of the user; raise any other."""
+    if error.errno != errno.ENAMETOOLONG:
+        raise error
+    what = f"a name is too long for a file: {str(error.filename)[:40]}..."
+    return UserError(what, where="command line", fix="give a shorter name")
 
 
 class OutOfMemory(UserError):

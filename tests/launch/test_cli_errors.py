@@ -12,6 +12,8 @@ from manyrank import __version__, cli
 from manyrank.project_files import asset
 from manyrank.topology import gpus
 from manyrank.topology.gpus import Gpu, Hardware
+from manyrank.topology.ranks import Topology
+from manyrank.training.exits import run_with_exit_codes
 
 DATA = str(asset("data", "sample.jsonl"))
 CPU = Hardware(gpus=(), cpu_cores=4, cpu_bf16=False)
@@ -354,6 +356,14 @@ def test_slips_are_answered(capsys, line, error, fix):
     assert cli.main(line.split()) == 2
     what, _, last = capsys.readouterr().err.splitlines()[-3:]
     assert error in what and fix in last
+
+
+def test_a_worker_answers_a_long_name_too_and_no_other_error_of_the_system(capsys):
+    place = Topology(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    assert run_with_exit_codes(Path("a" * 5000).stat, place) == 2
+    assert "a name is too long for a file: aaa" in capsys.readouterr().err
+    assert run_with_exit_codes(Path("nothing-here").stat, place) == 1
+    assert "FileNotFoundError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [*cli.COMMANDS, "data inspect", "data prepare"])

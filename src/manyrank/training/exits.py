@@ -13,7 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import EXIT_FAILED, EXIT_MEMORY, EXIT_USER, NonFiniteError, OutOfMemory, Preempted, SaveError, UserError
+from ..errors import (
+    EXIT_FAILED,
+    EXIT_MEMORY,
+    EXIT_USER,
+    NonFiniteError,
+    OutOfMemory,
+    Preempted,
+    SaveError,
+    UserError,
+    name_too_long,
+)
 from ..signals import STOP, ended_by
 from ..topology import ranks
 from ..topology.ranks import Topology
@@ -26,6 +36,8 @@ def run_with_exit_codes(work: Callable[[], None], place: Topology) -> int:
     try:
         try:
             work()
+        except OSError as error:
+            raise name_too_long(error) from None
         finally:
             STOP.remember()  # how this ends is decided
     except UserError as error:
