@@ -25,7 +25,7 @@ COMMANDS = {
     "verify": "check that every strategy gives the same losses on this machine",
     "evaluate": "loss, answers and benchmarks of a base, a run, an adapter or a merged model",
     "chat": "talk to a model, or to a base and its tuned model side by side",
-    "generate": "answer all prompts of a file; goes on where it was stopped",
+    "generate": "answer all prompts of a file; resumes where it was stopped",
     "merge": "put an adapter into its base, and prove the result",
     "embedded-model": "make the small model that examples and tests use",
 }

@@ -18,21 +18,31 @@ class NVMLError(Exception):
     pass
 
 
+class NVMLError_NotSupported(NVMLError):
+    pass
+
+
 def nvml(*devices: Gpu, driver: bool = True) -> SimpleNamespace:
-    """The part of NVML's Python module that a probe uses."""
+    """The part of NVML's Python module that a probe uses; a GPU of 0 bytes tells no figures of its memory."""
 
     def init():
         if not driver:
             raise NVMLError
 
+    def memory(gpu):
+        if not gpu.memory:
+            raise NVMLError_NotSupported
+        return SimpleNamespace(total=gpu.memory)
+
     return SimpleNamespace(
         NVMLError=NVMLError,
+        NVMLError_NotSupported=NVMLError_NotSupported,
         nvmlInit=init,
         nvmlShutdown=lambda: None,
         nvmlDeviceGetCount=lambda: len(devices),
         nvmlDeviceGetHandleByIndex=lambda index: devices[index],
         nvmlDeviceGetName=lambda gpu: gpu.name,
-        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(total=gpu.memory),
+        nvmlDeviceGetMemoryInfo=memory,
         nvmlDeviceGetCudaComputeCapability=lambda gpu: list(gpu.compute_capability),
     )
 
@@ -59,6 +69,12 @@ def test_this_machine():
 
 def test_gpus_in_order(machine):
     assert machine(A100, V100) == (A100, V100)
+
+
+def test_a_gpu_that_shares_the_machine_s_memory(machine):
+    """NVML has no figure for it; one without memory would be planned as one whose memory is not known, or fail."""
+    (found,) = machine(Gpu("NVIDIA GB10", 0, (12, 1)))
+    assert found.memory == gpus.probe().memory == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_no_driver(machine):

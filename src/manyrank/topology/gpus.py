@@ -185,8 +185,12 @@ def computes_in_bf16(setting: bool | str, machine: Hardware) -> bool:
 
 def probe() -> Hardware:
     """Look at this machine: NVML for GPUs (as narrowed by CUDA_VISIBLE_DEVICES), /proc for the CPU."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(gpus=_gpus(), cpu_cores=len(os.sched_getaffinity(0)), cpu_bf16=_cpu_bf16(), memory=memory)
+    cores = len(os.sched_getaffinity(0))
+    return Hardware(gpus=_gpus(), cpu_cores=cores, cpu_bf16=_cpu_bf16(), memory=_host_memory())
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -217,9 +221,17 @@ def _gpu(pynvml, index: int) -> Gpu:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     return Gpu(
         name=pynvml.nvmlDeviceGetName(handle),
-        memory=pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+        memory=_memory(pynvml, handle),
         compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
     )
+
+
+def _memory(pynvml, handle) -> int:
+    """The bytes of a GPU. One that shares the machine's memory (Jetson, GB10) has no figure of its own; CUDA counts that."""
+    try:
+        return pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    except pynvml.NVMLError_NotSupported:
+        return _host_memory()
 
 
 def _cpu_bf16() -> bool:
