@@ -2,7 +2,7 @@
 # One of several machines; run it on each:   launch/multinode.sh RECIPE STRATEGY [--key value ...]
 # NNODES, NODE_RANK (0 on the first) and ENDPOINT (HOST:PORT of the first) come from the environment; NPROC defaults to
 # the number of GPUs. output_dir in the recipe or on the command line must be a folder that all machines share. A machine that
-# went away comes back with the same command: the run goes on from its newest checkpoint.
+# went away comes back with the same command: the run resumes from its newest checkpoint.
 set -euo pipefail
 recipe=$1 strategy=$2
 shift 2

@@ -26,11 +26,11 @@ ORDER = [
     "data",
     "rules",
     "plan",
+    "launch",
     "parallel",
     "checkpoint",
     "training",
     "tasks",
-    "launch",
     "tools",
     "train",
     "api",
@@ -58,12 +58,12 @@ LIGHT += [
     "tools.doctor.ranks",
     "tools.evaluate.main",
 ]
-LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers", "training.watchdog"]
+LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers"]
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
-    "runs": 940,
+    "runs": 1150,  # with the watchdog, which the launch starts too
     "config": 1600,
-    "topology": 550,
+    "topology": 580,
     "chat_template": 1460,
     "models": 2880,
     "data": 3400,
@@ -71,7 +71,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "plan": 1790,
     "parallel": 890,
     "checkpoint": 470,
-    "training": 2530,
+    "training": 2310,
     "tasks": 950,
     "launch": 840,
     "tools": 6270,
@@ -121,10 +121,10 @@ def test_the_import_reader_sees_lazy_and_relative_imports():
 def test_a_package_imports_only_those_before_it():
     place = {name: number for number, name in enumerate(ORDER)}
     assert {package(name) for name in FILES} - {"__init__"} == set(ORDER)
-    wrong = [
-        (name, other) for name in IMPORTS for other in IMPORTS[name] if place[package(other)] > place[package(name)]
-    ]
-    assert wrong == []
+    pairs = [(name, other) for name in IMPORTS for other in IMPORTS[name]]
+    assert [(name, other) for name, other in pairs if place[package(other)] > place[package(name)]] == []
+    workers = ("parallel", "checkpoint", "training", "tasks")  # what runs in them knows nothing of who started them
+    assert [(name, other) for name, other in pairs if package(name) in workers and package(other) == "launch"] == []
 
 
 def test_no_module_imports_itself_by_way_of_others():

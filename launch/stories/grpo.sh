@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SFT on answers of which a third is right, GRPO with a reward for right ones, and base, SFT and GRPO side by side.
 #   make story-grpo       SFT_DATA=my.jsonl DATA=prompts.jsonl MODEL=Qwen/Qwen2.5-1.5B launch/stories/grpo.sh [--key value ...]
-# What is there already is not made again, and a stopped training goes on. The arguments go to GRPO.
+# What is there already is not made again, and a stopped training resumes. The arguments go to GRPO.
 set -euo pipefail
 trap : USR1 # of a job whose time is up: the training answers it
 sft_data=${SFT_DATA:-data/stories/sums_with_mistakes.jsonl} data=${DATA:-data/stories/sums.jsonl}

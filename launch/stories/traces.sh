@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Correct reasoning traces: keep the solutions that are right, train QLoRA on them, compare base and tuned.
 #   make story-traces       RAW=gsm8k_model_solutions.jsonl MODEL=Qwen/Qwen2.5-1.5B launch/stories/traces.sh [--key value ...]
-# What is there already is not made again, and a stopped training goes on, so that a job can be queued again.
+# What is there already is not made again, and a stopped training resumes, so that a job can be queued again.
 set -euo pipefail
 trap : USR1 # of a job whose time is up: the training answers it
 raw=${RAW:-data/stories/traces.jsonl} out=${OUT:-output/story-traces} model=${MODEL:-embedded}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "fine-tune a model as a recipe says",
-    "grpo": "align a model with rewards, from a base or from what SFT has made",
+    "grpo": "train with rewards (GRPO), from a base or from an SFT run",
     "plan": "memory and speed of a recipe on every strategy, before anything is started",
     "data": "inspect a recipe's data, or prepare a training set from raw rows",
     "doctor": "examine this machine, its GPUs and a recipe before a training",

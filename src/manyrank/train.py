@@ -24,11 +24,11 @@ from .rules.check import check_new_folder, check_output_dir, check_rules
 from .rules.context import RunContext
 from .runs.run_folder import LAUNCH_FOLDER, writable
 from .runs.run_lock import claimed
+from .runs.watchdog import HeartbeatWriter, Watchdog
 from .topology import gpus, ranks, strategy_files
 from .topology.ranks import Topology
 from .topology.strategies import default_strategy, named_strategy
 from .training.exits import exit_now, final_exit_code, for_good, run_with_exit_codes, say_stopped
-from .training.watchdog import HeartbeatWriter, Watchdog
 
 if TYPE_CHECKING:
     from .training.run import TrainingRun

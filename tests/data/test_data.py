@@ -193,7 +193,7 @@ def test_a_template_that_does_not_fit_is_named_as_the_cause(examples_of, file, t
 @pytest.mark.parametrize(
     ("content", "what", "where"),
     [
-        (b"{% for m in messages %}\n{{ m.content }", "the chat template is no Jinja: ", "t.jinja, line 2"),
+        (b"{% for m in messages %}\n{{ m.content }", "the chat template is not valid Jinja: ", "t.jinja, line 2"),
         (b"\xff\xfe\0", "not text in UTF-8", "t.jinja"),
         (b" \n", "an empty template", "t.jinja"),
     ],

@@ -561,7 +561,7 @@ def test_a_function_that_fails_is_named_with_its_line(module):
     [
         ("wrong", "returned list, not a dict"),
         ("unknown", "no format has the keys"),
-        ("number", "is no function"),
+        ("number", "is not a function"),
         ("nothing", "cannot import"),
     ],
 )

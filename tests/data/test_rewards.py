@@ -106,8 +106,8 @@ def test_a_function_of_one_s_own(tmp_path, monkeypatch):
     [
         ({}, "grpo without rewards"),
         ({"numerics": 1}, "there is no reward 'numerics'"),
-        ({"numeric": "much"}, "the weight 'much' is no number"),
-        ({"numeric": True}, "the weight True is no number"),
+        ({"numeric": "much"}, "the weight 'much' is not a number"),
+        ({"numeric": True}, "the weight True is not a number"),
         ({"numeric": {"weight": 1, "form": 2}}, "form: extra inputs are not permitted"),
         ({"format": 1}, "give one of `pattern`, `tags` and `final: true`"),
         ({"format": {"pattern": "("}}, "not a regular expression"),

@@ -92,7 +92,7 @@ def wrong(**changes) -> list[str]:
 def test_each_deviation_is_found():
     assert wrong() == []
     assert wrong(wrapper="DistributedDataParallel") == ["wrapped as DistributedDataParallel"]
-    assert wrong(distributed_type="MULTI_CPU") == ["came up as MULTI_CPU"]
+    assert wrong(distributed_type="MULTI_CPU") == ["started as MULTI_CPU"]
     assert wrong(world_size=1) == ["1 processes"]
     assert wrong(base_bytes_here=[100, 100]) == ["a rank holds 100% of the base"]
     assert wrong(mesh=[2, 2]) == ["parameters on a mesh of [2, 2]"]

@@ -12,8 +12,7 @@ import pytest
 from launches import ROOT, launch
 from processes import running, wait_until, workers, workers_alive
 
-from manyrank.runs import run_folder
-from manyrank.training import watchdog
+from manyrank.runs import run_folder, watchdog
 
 
 def saved_step(folder) -> int:
@@ -131,7 +130,7 @@ def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sl
 ASKED = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from manyrank.training.watchdog import HeartbeatWriter
+from manyrank.runs.watchdog import HeartbeatWriter
 heartbeat = HeartbeatWriter(0)
 heartbeat.attach(Path(sys.argv[1]))
 def start_and_end():

@@ -20,7 +20,7 @@ from processes import is_running, running, wait_until, workers, workers_alive
 from manyrank.errors import UserError
 from manyrank.parallel import compile_locks
 from manyrank.runs import run_folder, run_lock
-from manyrank.training.watchdog import HeartbeatWriter, Watchdog
+from manyrank.runs.watchdog import HeartbeatWriter, Watchdog
 
 # Workers and their launcher
 
@@ -390,7 +390,7 @@ def test_a_lock_on_a_shared_folder_stays_until_it_is_old(stale_lock, monkeypatch
 
 
 def test_a_start_says_what_it_waits_for(capsys, monkeypatch):
-    monkeypatch.setattr("manyrank.training.watchdog.NOTICE", 0.5)
+    monkeypatch.setattr("manyrank.runs.watchdog.NOTICE", 0.5)
     heartbeat = HeartbeatWriter(0)
     with Watchdog(heartbeat, patience=1.2, notices=True):
         with heartbeat.waiting("distributing the model", lambda: "somebody compiles"):

@@ -105,7 +105,7 @@ CASES = [
     ("rewards-of-grpo", {**GRPO, "rewards": "{}"}, {"task": "sft"}),
     ("whole-groups", {**GRPO, "num_generations": 3}, {"num_generations": 2}),
     ("whole-groups", {**GRPO, "global_batch_size": 12}, {"per_device_train_batch_size": 2}),
-    ("packed-answers", {**GRPO, "packing": "step"}, {"packing": "none"}),
+    ("packed-completions", {**GRPO, "packing": "step"}, {"packing": "none"}),
     ("adapter-of-full-grpo", {**GRPO, "method": "full", "sft_model": "ADAPTER"}, {"method": "lora"}),
     ("reference-of-sharded-full", {**GRPO, "method": "full", "strategy": "fsdp"}, {"beta": 0}),
     ("reference-of-sharded-full", {**GRPO, "method": "full", "strategy": "zero3"}, {"method": "lora"}),
@@ -119,12 +119,12 @@ CASES = [
         {**GRPO, "model": llama(), "lora_target_modules": "q_proj,lm_head"},
         {"lora_target_modules": "q_proj"},
     ),
-    ("answers-by-vllm", {**GRPO, "use_vllm": "colocate"}, {"use_vllm": "off"}),
-    ("answers-by-vllm", {**GRPO, "use_vllm": "server", "hardware": GPUS}, {"task": "sft"}),
+    ("generation-by-vllm", {**GRPO, "use_vllm": "colocate"}, {"use_vllm": "off"}),
+    ("generation-by-vllm", {**GRPO, "use_vllm": "server", "hardware": GPUS}, {"task": "sft"}),
     ("vllm-and-quantised", {**GRPO, "use_vllm": "colocate", "method": "qlora"}, {"use_vllm": "off"}),
-    ("answers-from-host-memory", {**GRPO, "strategy": "zero3_offload"}, {"strategy": "zero3"}),
+    ("generation-from-host-memory", {**GRPO, "strategy": "zero3_offload"}, {"strategy": "zero3"}),
     ("sft-model-of-sft", {"sft_model": "ADAPTER"}, {"sft_model": None}),
-    ("compiled-answers", {**GRPO, "torch_compile": True}, {"torch_compile": False}),
+    ("compiled-generation", {**GRPO, "torch_compile": True}, {"torch_compile": False}),
     ("processes-of-single", {"strategy": "single"}, {"nproc": 1}),
     ("processes-of-single", {"strategy": "single", "nproc": 1, "world_size": 2, "save_steps": 5}, {"strategy": "ddp"}),
     ("processes-beyond-gpus", {"hardware": GPUS, "nproc": 3}, {"nproc": 2}),
@@ -675,7 +675,7 @@ def test_shipped_recipes_are_quiet(recipe, strategy, embedded_model):
         if recipe in ("qlora_fsdp", "grpo_low_memory") and strategy == "zero3_offload":
             intended = intended | {"qlora-under-zero-offload"}
         if recipe.startswith("grpo_") and strategy == "zero3_offload":
-            intended = intended | {"answers-from-host-memory"}
+            intended = intended | {"generation-from-host-memory"}
         assert names(found) == intended, [violation.what for violation in found]
 
 

@@ -8,7 +8,7 @@ import psutil
 import warm
 from launches import ROOT
 
-from manyrank.training import watchdog
+from manyrank.runs import watchdog
 
 
 @contextmanager

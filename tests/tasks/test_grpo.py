@@ -335,7 +335,7 @@ def test_adapters_that_no_recipe_makes_are_refused(sft, tmp_path):
         {"rank_pattern": {"q_proj": 2}},
     ):
         file.write_text(json.dumps(known | change))
-        with pytest.raises(UserError, match="none that manyrank makes"):
+        with pytest.raises(UserError, match="not one that manyrank makes"):
             resolve(
                 "grpo_from_sft", [Setting("sft_model", str(tmp_path / "adapter"), ""), Setting("data_path", "x", "")]
             )
@@ -429,7 +429,7 @@ def test_a_reference_that_cannot_be_compared_is_told_at_the_start(embedded_model
     [
         (["--rewards={}"], "grpo without rewards"),
         (["--rewards={numerics: 1}"], "did you mean numeric"),
-        (["--global_batch_size=18"], "no whole groups of 4"),
+        (["--global_batch_size=18"], "are not whole groups of 4"),
         (["--global_batch_size=12", "--per_device_train_batch_size=8"], "do not divide into 1 processes x 8"),
         (["--packing=step"], "packing: step with grpo"),
         (["--use_vllm"], "on a machine without GPUs"),

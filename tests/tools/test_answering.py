@@ -144,7 +144,7 @@ def test_rows_that_cannot_be_answered_are_all_told_or_said_in_the_output(embedde
     out = tmp_path / "out.jsonl"
     with pytest.raises(UserError) as caught:
         run_generate(embedded_model, given, out, *SHORT)
-    assert caught.value.what == "2 of 3 rows cannot be answered"
+    assert caught.value.what == "2 of 3 rows cannot be used"
     assert "line 2: 'question' is empty" in caught.value.where and "context of 2,048" in caught.value.where
     assert not out.exists() and not out.with_name("out.jsonl.partial").exists()
     assert run_generate(embedded_model, given, out, "--on-bad-row=skip", *SHORT) == 0

@@ -154,7 +154,7 @@ def test_commands_that_fail_or_are_unknown_end_nothing(embedded_model, tmp_path,
         "/save is not known so",
         "mine.json is there already",
         "cannot write",
-        "no name of a data file",
+        "not the name of a data file",
     ):
         assert shown.count(text) == 1, text
     assert shown.count(HELP) == 3 and shown.count("saved to") == 2

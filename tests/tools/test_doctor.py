@@ -17,9 +17,9 @@ from launches import ROOT
 
 from manyrank import cli
 from manyrank.errors import UserError
+from manyrank.runs.watchdog import beats
 from manyrank.tools.doctor import main as doctor
 from manyrank.topology import gpus
-from manyrank.training.watchdog import beats
 
 GPUS = len(gpus.probe().gpus)
 

@@ -153,8 +153,8 @@ def test_text_has_a_loss_and_no_answers(tmp_path, capsys):
     assert main(["embedded", *data, "--output", str(tmp_path / "out")]) == 0
     content, rows = read(tmp_path / "out")
     assert set(content["models"]["embedded"]["metrics"]) == {"loss"} and "reference" not in rows[0]
-    assert "no answer in words" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no row has an answer"):
+    assert "no text answer" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no row has a text answer"):
         main(["embedded", *data, "--metrics", "exact", "--output", str(tmp_path / "other")])
 
 

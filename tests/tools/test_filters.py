@@ -498,7 +498,7 @@ def test_a_function_that_is_not_there(module):
         ({"length": {"field": "a", "max": "many"}}, "max: 'many' is invalid", "README"),
         ({"length": {"field": "a", "max": -1}}, "max: -1 is invalid", "README"),
         ({"length": {"field": "a", "max": 5, "unit": "tokens"}}, "unit: 'tokens' is invalid", "README"),
-        ({"length": 5}, "5 is no mapping of options", "field, min"),
+        ({"length": 5}, "5 is not a mapping of options", "field, min"),
         ({"regex": {"field": "a", "keep": "("}}, "not a regular expression", "README"),
         ({"regex": {"field": "a"}}, "give `keep` or `drop`", "README"),
         ({"regex": {"field": "a", "keep": "a", "drop": "b"}}, "give `keep` or `drop`", "README"),
@@ -509,9 +509,9 @@ def test_a_function_that_is_not_there(module):
         ({"command": {**RUN, "timeout": 0}}, "timeout: 0 is invalid", "README"),
         ({"quality": {"field": "a", "language": "rust"}}, "language: 'rust' is invalid", "README"),
         ({"quality": {"field": "a", "min_comment_ratio": 30}}, "min_comment_ratio: 30 is invalid", "README"),
-        ({"function": {"min": 3}}, "is no function", "module:function"),
-        ({"dedup": {}, "length": {}}, "is no filter", "one key"),
-        (5, "5 is no filter", "write a name"),
+        ({"function": {"min": 3}}, "is not a function", "module:function"),
+        ({"dedup": {}, "length": {}}, "is not a filter", "one key"),
+        (5, "5 is not a filter", "write a name"),
     ],
 )
 def test_wrong_configs_say_what_and_how(given, what, fix):

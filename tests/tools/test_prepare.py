@@ -480,7 +480,7 @@ def test_the_command_line_comes_last(prepare, tmp_path):
         ({"data_path": {"path": "a", "weight": 2}}, "there is no option 'weight'", "there are path"),
         ({"data_path": {"paht": "a"}}, "there is no option 'paht'", "did you mean path?"),
         ({"data_path": []}, "data_path: [] is invalid", "README"),
-        ({"data_path": 5}, "5 is no mapping of options", "path"),
+        ({"data_path": 5}, "5 is not a mapping of options", "path"),
     ],
 )
 def test_wrong_configs(refused, config, what, fix):

@@ -190,7 +190,7 @@ def test_mlflow_has_the_run_and_a_resumed_one_goes_on_with_it(embedded_model, tm
     lost = launch(
         tmp_path / "run", *given, "--strategy=single", f"--resume_from_checkpoint={run.folder / 'checkpoint-3'}", **env
     )
-    assert lost.code == 2 and f"error: MLflow cannot go on with run {found.info.run_id}" in lost.stderr, lost.stderr
+    assert lost.code == 2 and f"error: MLflow cannot resume run {found.info.run_id}" in lost.stderr, lost.stderr
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_the_history_is_written_down(stopped):
     ]
     assert [entry["processes"] for entry in found if "processes" in entry] == [2, 1]
     assert "preempted at step 3, with a complete checkpoint" in stopped[2]
-    assert "(the run has not come to it)" in stopped[2]
+    assert "(not reached yet)" in stopped[2]
 
 
 def test_the_answers_before_are_those_of_the_first_start(stopped):

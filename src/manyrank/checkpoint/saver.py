@@ -65,7 +65,7 @@ class Saver:
             raise SaveError(f"checkpoint-{step} could not be written, nor the one before it: {error}") from None
         if self.engine.accelerator.is_main_process:
             print(
-                f"WARNING: checkpoint-{step} could not be written: {error}. The training goes on; one more failure "
+                f"WARNING: checkpoint-{step} could not be written: {error}. Training continues; one more failure "
                 "and it stops",
                 file=sys.stderr,
                 flush=True,

@@ -211,8 +211,8 @@ def _adapter_shape(adapter: Path, entry: Setting) -> dict[str, Any]:
         special = [key for key, usual in PLAIN_ADAPTER.items() if (adapter_config.get(key) or usual) != usual]
         targets = adapter_config.get("target_modules")
         if special or not isinstance(targets, str | list):
-            what = f"the adapter is none that manyrank makes ({', '.join(special) or 'target_modules'})"
-            fix = "merge it (manyrank merge), and go on from the result"
+            what = f"the adapter is not one that manyrank makes ({', '.join(special) or 'target_modules'})"
+            fix = "merge it (manyrank merge), and start from the result"
             raise UserError(what, where=f"{entry.where}, {file}", fix=fix)
         shape = {"lora_r": adapter_config["r"], "lora_alpha": adapter_config["lora_alpha"]}
     except (OSError, ValueError, KeyError, AttributeError) as error:

@@ -297,7 +297,7 @@ def load_function(format_type: str) -> Callable[[Values], Any]:
     finally:
         sys.path.remove(here)
     if not callable(function):
-        raise UserError(f"{format_type} is no function", where="format_type", fix="write module:function")
+        raise UserError(f"{format_type} is not a function", where="format_type", fix="write module:function")
     return function
 
 

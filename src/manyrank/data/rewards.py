@@ -176,7 +176,7 @@ def _reward(name: str, value: Any, where: str) -> Reward:
         weight = math.nan
     if not math.isfinite(weight):
         fix = "give a number; 0 logs the reward and learns nothing from it"
-        raise UserError(f"the weight {raw_weight!r} is no number", where=f"{where}, {name}", fix=fix)
+        raise UserError(f"the weight {raw_weight!r} is not a number", where=f"{where}, {name}", fix=fix)
     wanted = OPTIONS.get(kind, Metric)
     try:
         return Reward(name, kind, weight, wanted.model_validate(options))

@@ -147,7 +147,9 @@ def _via(options: LaunchOptions, strategy: Strategy, nproc: int, *, elastic: boo
     alone = strategy.engine is EngineKind.SINGLE and nproc * options.nnodes == 1
     via = options.via or ("python" if alone else usual)
     if elastic and via != "torchrun":
-        raise UserError(f"via {via} with elastic", where="via", fix="use torchrun, which can go on with fewer machines")
+        raise UserError(
+            f"via {via} with elastic", where="via", fix="use torchrun, which can continue with fewer machines"
+        )
     if options.max_restarts and options.nnodes == 1 and via != "torchrun":
         # accelerate meets on one machine in a store that keeps the dead workers' addresses (torch 2.13, static_tcp_rendezvous.py).
         raise UserError(f"max_restarts via {via} on one machine", where="max_restarts", fix="use --via torchrun")
@@ -342,7 +344,7 @@ def _launched(argv: tuple[str, ...]) -> int:
         print(
             "error: a machine is gone, or never came: the others have waited for it as long as --rdzv_timeout says\n"
             "where: the rendezvous\n"
-            "fix:   start the same command on it, with --resume_from_checkpoint auto; or go on without: --elastic",
+            "fix:   start the same command on it, with --resume_from_checkpoint auto; or continue without it: --elastic",
             file=sys.stderr,
         )
         return EXIT_FAILED

@@ -155,7 +155,9 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         except TemplateSyntaxError as error:
             place = f"{where}, line {error.lineno}"
-            raise UserError(f"the chat template is no Jinja: {error}", where=place, fix="fix the template") from None
+            raise UserError(
+                f"the chat template is not valid Jinja: {error}", where=place, fix="fix the template"
+            ) from None
 
 
 def _check_variables(variables: dict, tokenizer: PreTrainedTokenizerBase) -> None:

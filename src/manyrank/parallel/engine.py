@@ -305,7 +305,7 @@ class DeepSpeedEngine(Engine):
         self.wrapped.backward(loss)
 
     def step(self, *, learning_rate: float, max_grad_norm: float) -> float:
-        # max_grad_norm is in the DeepSpeed config already; see strategy._deepspeed_plugin.
+        # max_grad_norm is in the DeepSpeed config already; see accelerator._deepspeed_plugin.
         self._set_learning_rate(learning_rate)
         self.wrapped.step()
         if not self.wrapped.was_step_applied():

@@ -146,7 +146,7 @@ def rules_as_markdown() -> str:
     """The table for people: docs/rules.md."""
     parts = [
         "# Rules\n\n"
-        "Checked by `manyrank train` before a process starts, and by the train module. All that is wrong is told at once, "
+        "Checked by `manyrank train` before a process starts, and by the train module. All violations are reported at once, "
         "each with\nits place, its reason and its fix. A warning is switched off by its name, in the recipe or on the "
         "command line:\n\n```yaml\nignore_warnings: [unusual-learning-rate]\n```\n\n"
         "`yaml:` is a key of the strategy's file in `accelerate_configs/`, `json:` one of its file in `ds_configs/`, "

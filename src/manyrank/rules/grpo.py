@@ -27,10 +27,10 @@ def _groups(s: RunContext) -> str | None:
         return None
     batch, part = c.batch(s.world_size), c.per_device_train_batch_size * s.world_size
     if batch % c.num_generations:
-        return f"{batch} answers to a step are no whole groups of {c.num_generations}"
+        return f"{batch} completions a step are not whole groups of {c.num_generations}"
     if batch % part:
         return (
-            f"{batch} answers to a step do not divide into {s.world_size} processes x {c.per_device_train_batch_size}"
+            f"{batch} completions a step do not divide into {s.world_size} processes x {c.per_device_train_batch_size}"
         )
     return None
 
@@ -55,7 +55,7 @@ GRPO_RULES = (
             lambda s: s.config.is_grpo and importlib.util.find_spec("trl") is None,
             "task grpo, and trl is not installed",
         ),
-        reason="trl's GRPOTrainer answers and computes the loss.",
+        reason="trl's GRPOTrainer generates and computes the loss.",
         fix="pip install 'manyrank[rl]'",
     ),
     error(
@@ -69,22 +69,22 @@ GRPO_RULES = (
         "whole-groups",
         ("global_batch_size", "per_device_train_batch_size", "num_generations"),
         _groups,
-        reason="Under grpo a batch counts answers; the answers to a prompt are compared with each other in one step.",
+        reason="Under grpo a batch counts completions; those of a prompt are compared with each other in one step.",
         fix="choose a multiple of num_generations and of per_device_train_batch_size x processes",
     ),
     error(
-        "packed-answers",
+        "packed-completions",
         ("packing",),
         unless(lambda s: s.config.is_grpo and s.config.packing != "none", "packing: {c.packing} with grpo"),
-        reason="Answers are computed padded, as trl does it.",
+        reason="Completions are computed padded, as trl does it.",
         fix="leave packing out",
     ),
     error(
         "adapters-on-head-of-grpo",
         ("lora_target_modules",),
         lambda s: head_target(s) if s.config.is_grpo else None,
-        reason="trl computes log-probabilities with the head's own weight.",
-        fix="leave the head out of lora_target_modules",
+        reason="trl computes log-probabilities with lm_head's own weight.",
+        fix="leave lm_head out of lora_target_modules",
     ),
     error(
         "adapter-of-full-grpo",
@@ -122,14 +122,14 @@ GRPO_RULES = (
             ),
             "grpo validates with rewards, and metric_for_best_model is eval_loss",
         ),
-        reason="The loss of GRPO says nothing of how good answers are.",
+        reason="The loss of GRPO says nothing of how good completions are.",
         fix="metric_for_best_model: eval_reward, and greater_is_better: true",
     ),
     error(
-        "answers-by-vllm",
+        "generation-by-vllm",
         ("use_vllm",),
         _vllm,
-        reason="vLLM answers on GPUs, and is a package of its own.",
+        reason="vLLM generates on GPUs, and is a package of its own.",
         fix="leave use_vllm out, or run where it can; a server is started with `trl vllm-serve`",
     ),
     error(
@@ -143,24 +143,24 @@ GRPO_RULES = (
         fix="use method lora",
     ),
     error(
-        "answers-from-host-memory",
+        "generation-from-host-memory",
         ("strategy",),
         unless(lambda s: s.config.is_grpo and s.strategy.offload, "grpo on {s.strategy}"),
-        reason="Every token of an answer would wait for weights from host memory.",
+        reason="Every token of a completion would wait for weights from host memory.",
         fix="use fsdp or zero3",
     ),
     error(
         "sft-model-of-sft",
         ("sft_model", "task"),
         unless(lambda s: bool(s.config.sft_model and not s.config.is_grpo), "sft_model with task sft"),
-        reason="It is what grpo goes on from; SFT begins with a base.",
+        reason="It is the model that grpo starts from; SFT starts from a base.",
         fix="give --task grpo, or manyrank merge it and train the result",
     ),
     error(
-        "compiled-answers",
+        "compiled-generation",
         ("torch_compile",),
         unless(lambda s: s.config.is_grpo and s.config.torch_compile, "torch_compile with grpo"),
-        reason="Answers grow by a token at a time, and every length would be compiled.",
+        reason="Completions grow by a token at a time, and every length would be compiled.",
         fix="leave torch_compile out",
     ),
 )

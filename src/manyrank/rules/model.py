@@ -106,7 +106,7 @@ def _tied_target(s: RunContext, *, fsdp: bool) -> str | None:
 
 def head_target(s: RunContext) -> str | None:
     targets = _head_targets(s)
-    return f"adapters on the head ({targets[0]})" if targets and not _is_tied(s) else None
+    return f"adapters on lm_head ({targets[0]})" if targets and not _is_tied(s) else None
 
 
 def _missing_targets(s: RunContext, model: ModelFacts) -> str | None:
@@ -239,8 +239,8 @@ BASE_RULES = (
         "unknown-stop",
         ("chat_template", "model:generation_config.json"),
         _of_model(_stop),
-        reason="The model learns to end its turns with a token at which generation does not stop: answers go on without "
-        "end, until somebody tells whatever generates.",
+        reason="The model learns to end its turns with a token at which generation does not stop: completions run to the "
+        "length limit.",
         fix="choose a template that ends turns with such a token, or set eos_token_id in the final model's "
         "generation_config.json",
         upstream="https://github.com/QwenLM/Qwen3/issues/927",
@@ -260,14 +260,14 @@ ADAPTER_RULES = (
         ("lora_target_modules", "strategy", "model:config.json"),
         lambda s: _tied_target(s, fsdp=True),
         reason="accelerate has the two tied again once they are sharded, and that fails on the adapter's layer.",
-        fix="leave the head out of lora_target_modules, or use ddp or zero3",
+        fix="leave lm_head out of lora_target_modules, or use ddp or zero3",
     ),
     warning(
         "adapters-on-tied-head",
         ("lora_target_modules", "model:config.json"),
         lambda s: _tied_target(s, fsdp=False),
-        reason="Merging such adapters changes the embeddings with the head, and the merged model is another one.",
-        fix="leave the head out of lora_target_modules, or never merge these adapters",
+        reason="Merging such adapters changes the embeddings with lm_head, and the merged model is another one.",
+        fix="leave lm_head out of lora_target_modules, or never merge these adapters",
         upstream="https://github.com/huggingface/peft/issues/2018",
     ),
     warning(
@@ -275,7 +275,7 @@ ADAPTER_RULES = (
         ("lora_target_modules",),
         head_target,
         reason="The loss is then computed from whole logits, tokens x vocabulary: slower, and with far more memory.",
-        fix="leave the head out of lora_target_modules",
+        fix="leave lm_head out of lora_target_modules",
     ),
     warning(
         "unknown-targets",

@@ -239,7 +239,7 @@ BATCH_RULES = (
         "changed-since-checkpoint",
         ("checkpoint:", "resume_changes"),
         _changed,
-        reason="A resumed run goes on as if it had never been stopped, so what shapes its result stays.",
+        reason="A resumed run continues as if it had never been stopped, so what shapes its result stays.",
         fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
     ),
 )
@@ -312,7 +312,7 @@ STEP_RULES = (
         "machines-without-saves",
         ("save_steps",),
         unless(lambda s: s.nnodes > 1 and not s.config.save_steps, "{s.nnodes} machines, and no save_steps"),
-        reason="When a machine goes away, the others go on from the newest checkpoint, and there is none.",
+        reason="When a machine goes away, the others resume from the newest checkpoint, and there is none.",
         fix="give --save_steps",
     ),
     warning(

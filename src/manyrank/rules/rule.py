@@ -58,5 +58,5 @@ class Violation:
 
 
 def unless(wrong: Callable[[RunContext], bool], what: str) -> Callable[[RunContext], str | None]:
-    """A rule's `broken` in one line: `what` is formatted with the situation `s` and its recipe `c`."""
+    """A rule's `broken` in one line: `what` is formatted with the context `s` and its recipe `c`."""
     return lambda s: what.format(s=s, c=s.config) if wrong(s) else None

@@ -376,7 +376,7 @@ FILE_RULES = (
         "files-of-another-name",
         ("strategy", "yaml:distributed_type"),
         _stage,
-        reason="What a strategy is called decides what is planned, checked and told of it.",
+        reason="The plan, the rules and the run's record go by a strategy's name.",
         fix="choose the strategy of those files, or fix them",
     ),
 )

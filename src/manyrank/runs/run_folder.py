@@ -3,9 +3,9 @@
     checkpoint-100.partial/    being written; sealed by manifest.json, then renamed
     checkpoint-100/            complete: every file has the size and hash that manifest.json says
     checkpoint-50.removed/     being removed
-    SAVE_NOW                   a wish of the user: save at the next step
-    tokenizer/                 of a run whose tokenizer is not its base's, since a script has brought it
-    run.lock                   whose folder it is while a run works in it; see `lock`
+    SAVE_NOW                   made by the user: save at the next step
+    tokenizer/                 of a run whose tokenizer is not its base's, since a script passed it
+    run.lock                   whose folder it is while a run works in it; see `run_lock`
     launch/                    the plan of the launch, and the job's file
     logs/heartbeats/           signs of life; a folder with nothing but these three is a new run's
 

@@ -295,7 +295,7 @@ def save(messages: list[Message], file: Path, *, replace: bool = False) -> None:
 
     fix = "name another file, in a folder that is there"
     if file.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{file} is no name of a data file", where="/save", fix="end it with .json or .jsonl")
+        raise UserError(f"{file} is not the name of a data file", where="/save", fix="end it with .json or .jsonl")
     row = {"messages": messages}
     try:
         to_sample(row, "messages")

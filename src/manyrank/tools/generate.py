@@ -176,7 +176,7 @@ def _refuse_problems(requests: Sequence[GenerationRequest]) -> None:
     problems = [f"{request.prompt.place}: {request.problem}" for request in requests if request.problem]
     if problems:
         more = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
-        what = f"{len(problems):,} of {len(requests):,} rows cannot be answered"
+        what = f"{len(problems):,} of {len(requests):,} rows cannot be used"
         where = "\n       ".join([*problems[:SHOWN], *more])
         raise UserError(what, where=where, fix="fix them, or add --on-bad-row skip")
 

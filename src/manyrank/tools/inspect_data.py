@@ -93,8 +93,8 @@ def blocks(report: DataReport) -> Iterator[Block]:
         yield from reading_tables(asdict(reading))
     if any(reading.reasons for reading in report.readings):
         skipped = report.settings["on_bad_row"] == "skip"
-        stop = "Bad rows are put aside here, but the training will stop at them (on_bad_row: error)."
-        yield Note("Bad rows are put aside (on_bad_row: skip)." if skipped else stop, warning=True)
+        stop = "Bad rows are quarantined here, but the training will stop at them (on_bad_row: error)."
+        yield Note("Bad rows are quarantined (on_bad_row: skip)." if skipped else stop, warning=True)
     for part in report.parts:
         yield Heading(f"{part.name} data")
         yield from split_tables(asdict(part))

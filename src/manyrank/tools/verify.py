@@ -161,7 +161,7 @@ def problems(case: Case, outcome: Outcome, single: Outcome) -> list[str]:
     if not facts["wrapper"].startswith(WRAPPERS[case.strategy.engine]):
         problems.append(f"wrapped as {facts['wrapper']}")
     if facts["distributed_type"].replace("MULTI_CPU", EngineKind.DDP) != case.strategy.engine:
-        problems.append(f"came up as {facts['distributed_type']}")
+        problems.append(f"started as {facts['distributed_type']}")
     if facts["world_size"] != case.nproc:
         problems.append(f"{facts['world_size']} processes")
     if facts["mesh"] != case.mesh:

@@ -33,6 +33,7 @@ from ..parallel.accelerator import start_accelerator
 from ..parallel.engine import prepare_engine
 from ..plan.planned_run import PlannedRun
 from ..runs import artifact
+from ..runs.watchdog import HeartbeatWriter
 from ..topology.ranks import Topology
 from . import trackers
 from .memory import describe_checkpointing, plan_run
@@ -41,7 +42,6 @@ from .optim import build_optimizer
 from .run import TrainingRun
 from .task import Task, UserObjects
 from .trainer import Trainer
-from .watchdog import HeartbeatWriter
 
 
 def build_run(

@@ -60,7 +60,7 @@ class RunLog(TrainerCallback):
             with contextlib.suppress(OSError):
                 os.truncate(file, size)  # no half lines
             if len(lines) == 1:
-                print(f"WARNING: cannot write {file}: {error}. The training goes on", file=sys.stderr, flush=True)
+                print(f"WARNING: cannot write {file}: {error}. Training continues", file=sys.stderr, flush=True)
             return
         lines.clear()
 

@@ -65,7 +65,7 @@ class TrainingRun:
         facts = self.engine.facts()
         peak = logs.peak_memory(self.accelerator.device.type)
         self.say(
-            f"dry run: strategy came up as {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
+            f"dry run: started {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
             f"{self.trainer.total_steps} steps of {self.config.batch(facts.world_size)} examples would follow\n"
             f"dry run: one step, {result.tokens:,} tokens, loss {result.loss:.4f}, {time.perf_counter() - started:.1f} s, "
             f"peak memory {peak / 2**30:.2f} GiB a process; nothing was saved"

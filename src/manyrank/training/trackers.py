@@ -61,9 +61,11 @@ def _continue_mlflow(file: Path, *, name: str) -> None:
         with mlflow.start_run(run_id=run_id, run_name=None if run_id else name) as run:
             pass
     except mlflow.MlflowException as error:
-        what = f"MLflow cannot {f'go on with run {run_id}' if run_id else 'begin a run'}: {str(error).strip().splitlines()[0]}"
+        what = (
+            f"MLflow cannot {f'resume run {run_id}' if run_id else 'start a run'}: {str(error).strip().splitlines()[0]}"
+        )
         fix = "set MLFLOW_TRACKING_URI, such as sqlite:////data/mlflow.db"
-        fix = f"{fix}, as it was; or remove {file}, and it begins another run" if run_id else fix
+        fix = f"{fix}, as it was; or remove {file}, and it starts another run" if run_id else fix
         where = f"report_to mlflow, MLFLOW_TRACKING_URI {os.environ.get('MLFLOW_TRACKING_URI', 'not set')}"
         raise UserError(what, where=where, fix=fix) from None
     os.environ["MLFLOW_RUN_ID"] = run.info.run_id  # transformers opens it again; afterwards, since its end unsets this

@@ -25,13 +25,13 @@ from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step
 from ..errors import NonFiniteError, Preempted, UserError
 from ..parallel.engine import Engine
+from ..runs.watchdog import HeartbeatWriter
 from ..signals import STOP
 from .callbacks import build_callbacks, callback_states, check_states, exportable, training_arguments
 from .metrics import Meter
 from .non_finite import name_rows
 from .optim import advance, build_schedule, total_steps
 from .task import StepLoss, Task
-from .watchdog import HeartbeatWriter
 
 
 @dataclass(frozen=True)

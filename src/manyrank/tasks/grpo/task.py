@@ -44,7 +44,7 @@ class GRPO(Task):
             raise UserError("a loss of one's own with grpo", where="loss", fix="leave it out: give rewards")
         if objects.model and config.beta and not config.uses_lora:
             fix = "use adapters, or beta=0: the reference would be loaded from model_name_or_path"
-            raise UserError("grpo of a whole model that is brought along", where="model", fix=fix)
+            raise UserError("grpo of a whole model passed from Python", where="model", fix=fix)
         super().__init__(config, objects)
         self.rewards = read_rewards(config.rewards)
         self.questions: list[Question] = []  # of the training examples, then of the validation's
@@ -71,11 +71,11 @@ class GRPO(Task):
         first = {key: at for at, key in reversed(list(enumerate(keys)))}  # a row that was split is asked once
         numbers = [at for at, key in enumerate(keys) if key in questions and first[key] == at]
         if not numbers:
-            what = "no row has an answer in words, and something said before it"
+            what = "no row has a text answer after a prompt"
             raise UserError(what, where="data_path", fix="give conversations, or questions with answers")
         for question in (questions[keys[at]] for at in numbers):
             if question.tools or question.documents:
-                what = "grpo answers no rows with tools or documents"
+                what = "grpo cannot use rows with tools or documents"
                 raise UserError(what, where=question.place, fix="leave such rows out")
             prompt = [{key: value for key, value in turn.items() if key != "weight"} for turn in question.prompt]
             self.questions.append(replace(question, prompt=prompt))
@@ -102,7 +102,7 @@ class GRPO(Task):
                 )
             length, most = len(prompt_of(question, tokenizer, options)), self.config.max_completion_length
             if context and length + most > context:
-                what = f"a prompt of {length:,} tokens and an answer of {most:,} do not fit"
+                what = f"a prompt of {length:,} tokens and a completion of {most:,} do not fit"
                 fix = "lower max_completion_length, or leave the row out"
                 raise UserError(f"{what} into the model's {context:,}", where=question.place, fix=fix)
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 from ...errors import in_one_line
 from ...launch.command import LaunchPlan, run_in_process
 from ...runs.run_folder import HEARTBEATS
+from ...runs.watchdog import beats
 from ...signals import die_with_parent
-from ...training.watchdog import beats
 
 if TYPE_CHECKING:
     import psutil

@@ -30,9 +30,9 @@ from ...launch.main import ResolvedLaunch, resolve_launch
 from ...project_files import asset
 from ...runs.run_folder import HEARTBEATS
 from ...runs.versions import software
+from ...runs.watchdog import DONE, Heartbeat, beats
 from ...topology.gpus import probe
 from ...topology.strategies import EngineKind
-from ...training.watchdog import DONE, Heartbeat, beats
 from . import machine, recipe
 from .checks import Check, State, counted, failed, ok
 from .launch import LAUNCHER_LOG, Ended, run

@@ -25,11 +25,11 @@ from ...errors import EXIT_FAILED, UserError, in_one_line
 from ...models.tiny import EMBEDDED
 from ...runs.logs import read_metrics
 from ...runs.versions import software
+from ...runs.watchdog import HeartbeatWriter
 from ...signals import end_with_parent
 from ...topology import gpus, ranks
 from ...topology.ranks import Topology
 from ...training.exits import exit_now
-from ...training.watchdog import HeartbeatWriter
 from .checks import Check, counted, failed, gib, ok, speed, warning
 
 if TYPE_CHECKING:

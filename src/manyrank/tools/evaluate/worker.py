@@ -123,9 +123,9 @@ class Worker:
         by_key = read_questions(self.config.data_path, self.config, keys)
         if not by_key and self.options.metrics:
             fix = "these have only a loss: --metrics loss"
-            raise UserError("no row has an answer in words", where=examples.paths[0], fix=fix)
+            raise UserError("no row has a text answer", where=examples.paths[0], fix=fix)
         if without := len(keys) - len(by_key):
-            self.data.notes[f"{without:,} rows have no answer in words (text, tool calls): not answered"] = None
+            self.data.notes[f"{without:,} rows have no text answer (plain text, tool calls): left out"] = None
         questions = [by_key[key] for key in keys if key in by_key]
         check_references(questions, self.request)
         self.data.questions |= by_key

@@ -326,7 +326,7 @@ def validated(model: type[Model], values: Any, *, where: str) -> Model:
     """
     if not isinstance(values, dict):
         known = ", ".join(model.model_fields)
-        raise UserError(f"{values!r} is no mapping of options", where=where, fix=f"give some of {known}")
+        raise UserError(f"{values!r} is not a mapping of options", where=where, fix=f"give some of {known}")
     try:
         return model(**{str(key): value for key, value in values.items()})
     except ValidationError as invalid:
@@ -441,7 +441,9 @@ def _named(filter_entry: Any, where: str) -> tuple[str, Any]:
     if isinstance(filter_entry, str):
         return filter_entry, {}
     if not isinstance(filter_entry, dict) or len(filter_entry) != 1:
-        raise UserError(f"{filter_entry!r} is no filter", where=where, fix="write a name, or one key with its options")
+        raise UserError(
+            f"{filter_entry!r} is not a filter", where=where, fix="write a name, or one key with its options"
+        )
     name, options = next(iter(filter_entry.items()))
     return str(name), {} if options is None else options
 
@@ -452,7 +454,7 @@ def _filter(name: str, options: Any, where: str) -> BaseModel:
     if name == "function":
         if not isinstance(options, str):
             fix = "write function: module:function, or module:function: {option: value}"
-            raise UserError(f"{options!r} is no function", where=where, fix=fix)
+            raise UserError(f"{options!r} is not a function", where=where, fix=fix)
         return validated(Function, {"function": options}, where=where)
     if name not in FILTERS:
         raise unknown(name, FILTERS, where=where, what="filter")

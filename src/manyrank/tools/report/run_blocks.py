@@ -148,7 +148,7 @@ def _damaged(name: str) -> Note:
 def _figures(run: RunRecord) -> Table:
     rows = [(word("status"), word(run.status))]
     if run.total_steps is not None:
-        rows.append((word("steps asked for"), count(run.total_steps)))
+        rows.append((word("total steps"), count(run.total_steps)))
     rows += [(word(figure.name), figure.of(run)) for figure in FIGURES if figure.value(run) is not None]
     if processes := next((entry["processes"] for entry in reversed(run.history) if "processes" in entry), None):
         rows.append((word("processes"), word(f"{processes}")))
@@ -219,9 +219,7 @@ def _samples(run: RunRecord) -> Iterator[Block]:
         yield Heading("Samples before and after")
     for entry in run.samples:
         answers = ((when, entry.get(when)) for when in ("before", "after"))
-        texts = tuple(
-            (when, plain("(the run has not come to it)" if text is None else str(text))) for when, text in answers
-        )
+        texts = tuple((when, plain("(not reached yet)" if text is None else str(text))) for when, text in answers)
         yield Texts(visible(str(entry.get("question", ""))), texts, sample=True)
     if run.completions:
         yield _completions(run.completions[-COMPLETIONS:])

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..runs.run_folder import HEARTBEATS, writable
+from .run_folder import HEARTBEATS, writable
 
 WIDTH = 512  # bytes of a heartbeat, so that one write replaces all of the one before
 DONE = "done"
@@ -182,7 +182,7 @@ class Watchdog(threading.Thread):
         others = ", ".join(f"rank {beat.rank} in {beat.phase}" for beat in heartbeats if beat not in named)
         where = f"step {last.step}" if last.step else "before the first step"
         return f"\nWARNING: {who} has given no sign of life for {now - last.time:.0f} s: {where}, {last.phase}." + (
-            f" Waiting: {others or 'nobody'}. {self._ask_for_stacks(heartbeats)}" if self.heartbeat.folder else ""
+            f" Waiting: {others or 'none'}. {self._ask_for_stacks(heartbeats)}" if self.heartbeat.folder else ""
         )
 
     def _ask_for_stacks(self, heartbeats: list[Heartbeat]) -> str:
