@@ -340,6 +340,10 @@ def test_first_words_that_are_answered(capsys, line, error, fix):
         ("data inspect", "there is nothing to inspect", "manyrank data inspect data/sample.jsonl"),
         ("my.jsonl", "my.jsonl is a file of data, not a recipe", "manyrank train --model NAME --data my.jsonl"),
         (f"train {'a' * 5000}", "a name is too long for a file", "give a shorter name"),
+        ("train quickstart --resume_from_checkpoint nowhere", "there is no folder nowhere", "or auto"),
+        ("train quickstart --resume_from_checkpoint .", ". is not a complete checkpoint", "or auto"),
+        ("train rows.json", "expected a YAML mapping of `key: value` lines", "--data_path rows.json"),
+        ("train quickstart --strategy fspd", "did you mean fsdp?", "or auto"),
         ("train -lr 1e-4", "there is no option '-lr'", "did you mean --lr?"),
         ("train quickstart --run_name -my", "--run_name needs a value", "write --run_name=-my"),
         ("verify --methods=", "--methods is empty", "give a value"),
@@ -353,6 +357,7 @@ def test_first_words_that_are_answered(capsys, line, error, fix):
 )
 def test_slips_are_answered(capsys, line, error, fix):
     write("my.jsonl", '{"question": "q", "answer": "a"}\n')
+    write("rows.json", '[{"question": "q", "answer": "a"}]')
     assert cli.main(line.split()) == 2
     what, _, last = capsys.readouterr().err.splitlines()[-3:]
     assert error in what and fix in last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from datetime import date
 from typing import Annotated, Any, Literal
@@ -103,7 +104,9 @@ def _format(value: str) -> str:
 
 def _strategy(value: str) -> str:
     if value not in STRATEGIES:
-        raise ValueError(f"it is none of {', '.join(STRATEGIES)}")
+        close = difflib.get_close_matches(value, STRATEGIES, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"it is none of auto, {', '.join(STRATEGIES)}{hint}")
     return value
 
 
@@ -203,7 +206,7 @@ class TrainConfig(BaseModel):
         description="share of the training data that is used for validation instead, chosen by a hash of the content",
     )
     format_type: Format = Field(
-        "auto", description="how rows are read; 'auto' looks at the first row; or module:function"
+        "auto", description="how rows are read; 'auto' goes by the first row that fits; or module:function"
     )
     columns: Columns | None = Field(None, description="the format's fields, and the names that they have in the rows")
     on_bad_row: Literal["error", "skip"] = Field(

@@ -26,7 +26,7 @@ from ..data.sources import known_format, read_rows, source_of
 from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
 from ..runs import run_lock
-from ..runs.run_folder import is_new
+from ..runs.run_folder import MANIFEST, is_new
 from ..topology.gpus import Hardware
 from ..topology.strategies import default_strategy
 from .context import RunContext
@@ -245,17 +245,33 @@ def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
     """Refuse a folder that this run cannot have.
 
     Raises:
-        UserError: it cannot be written to, a run works in the folder, or it has files and this run does not resume.
+        UserError: it cannot be written to, a run works in the folder, or it has files and this run does not resume;
+            or there is no such checkpoint to resume from.
     """
     above = next(parent for parent in (output_dir, *output_dir.parents) if parent.exists())
     if not above.is_dir():
         raise UserError(f"{above} is a file", where="output_dir", fix="choose another --output_dir")
     if not os.access(above, os.W_OK):
         raise UserError(f"{above} cannot be written to", where="output_dir", fix="choose another --output_dir")
+    _check_checkpoint(config.resume_from_checkpoint)
     if config.dry_run:
         return
     run_lock.refuse_if_held(output_dir)
     check_new_folder(config, output_dir)
+
+
+def _check_checkpoint(name: str | None) -> None:
+    """Refuse a name that is no checkpoint; the run itself finds out whether each of its files is whole."""
+    if not name or name == "auto":
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        what = f"there is no folder {name}"
+    elif not (folder / MANIFEST).is_file():
+        what = f"{name} is not a complete checkpoint: it has no {MANIFEST}"
+    else:
+        return
+    raise UserError(what, where="resume_from_checkpoint", fix="name the folder of a complete checkpoint, or auto")
 
 
 def check_new_folder(config: TrainConfig, output_dir: Path) -> None:
