@@ -509,6 +509,7 @@ print(few, many, after - before)
 """
 
 
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_data(embedded_model, file, tmp_path):
     """75 MB of rows, 115 MB of tokens: what is in memory is a part of that."""
     row = json.dumps({"input_ids": [1000 + i % 500 for i in range(500)]})

@@ -119,7 +119,11 @@ class Living(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3", "starcoder2", "qwen3_moe"])
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("method", [LORA, FULL, (*LORA, "--lora_dropout=0.1")], ids=["lora", "full", "dropout"])
+@pytest.mark.parametrize(
+    "method",
+    [LORA, FULL, pytest.param((*LORA, "--lora_dropout=0.1"), marks=pytest.mark.nightly)],
+    ids=["lora", "full", "dropout"],
+)
 @pytest.mark.parametrize("again", [(), CHECKPOINTED], ids=["kept", "checkpointed"])
 def test_a_step_takes_what_is_planned(kind, bf16, method, again):
     if kind == "qwen3_moe" and "--lora_dropout=0.1" in method:

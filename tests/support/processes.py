@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import warm
@@ -36,14 +36,22 @@ def wait_until(true, seconds=90):
 
 
 def workers(folder) -> dict[int, psutil.Process]:
-    """The processes of a run by rank, as their signs of life name them."""
-    beats = watchdog.beats(folder / "logs" / "heartbeats")
-    return {beat.rank: psutil.Process(beat.pid) for beat in beats if psutil.pid_exists(beat.pid)}
+    """The processes of a run by rank, as their signs of life name them; those that are there."""
+    found = {beat.rank: process_of(beat.pid) for beat in watchdog.beats(folder / "logs" / "heartbeats")}
+    return {rank: process for rank, process in found.items() if process}
 
 
 def workers_alive(folder) -> list[psutil.Process]:
-    return [process for process in workers(folder).values() if process.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in workers(folder).values() if is_running(process.pid)]
+
+
+def process_of(pid: int) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid)
+    return None
 
 
 def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):  # it may end at any moment
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False

@@ -70,7 +70,7 @@ def read_entries(path: Path, known: Known) -> list[Setting]:
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
-        fix = f"write a recipe, or give rows of data by --data_path {path}, with --model_name_or_path"
+        fix = f"give rows of data by --data_path {path}; a recipe looks like launch/recipes/default.yaml"
         raise UserError("expected a YAML mapping of `key: value` lines", where=str(path), fix=fix)
     settings = []
     for key, value in content.items():

@@ -89,9 +89,9 @@ def prepare(line: CommandLine) -> Job:
         what, where = "a micro-batch of auto is decided on a machine with the GPUs", "per_device_train_batch_size"
         raise UserError(what, where=resolved.where(where), fix="give a number; see `manyrank plan`")
     folder = Path(choose_output_dir(resolved.config, line))
-    check_output_dir(resolved.config, folder)
     _check_resume(resolved, folder)
-    if not resolved.config.resume_from_checkpoint:  # a job that is queued again goes on where it was
+    check_output_dir(resolved.config, folder)
+    if not resolved.config.resume_from_checkpoint:  # a job that is queued again resumes
         line = replace(line, overrides=[*line.overrides, Setting("resume_from_checkpoint", "auto", "--via slurm")])
     resolved, machine = resolve(line.recipe, line.overrides), _requested(line)
     strategy, nproc = choose_strategy(resolved.config, options, machine)
