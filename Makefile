@@ -38,7 +38,7 @@ test: setup  ## the default tier of the tests, on CPUs; JOBS= processes, a core 
 	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-hosts: setup  ## two hosts, SLURM, full disks, a browser
-	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m hosts $(ARGS)
+	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "hosts and not nightly" $(ARGS)
 
 test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks
 	pytest -m nightly $(ARGS)
