@@ -26,7 +26,7 @@ from ..data.sources import known_format, read_rows, source_of
 from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
 from ..runs import run_lock
-from ..runs.run_folder import MANIFEST, is_new
+from ..runs.run_folder import is_new, unsealed
 from ..topology.gpus import Hardware
 from ..topology.strategies import default_strategy
 from .context import RunContext
@@ -265,13 +265,9 @@ def _check_checkpoint(name: str | None) -> None:
     if not name or name == "auto":
         return
     folder = Path(name)
-    if not folder.is_dir():
-        what = f"there is no folder {name}"
-    elif not (folder / MANIFEST).is_file():
-        what = f"{name} is not a complete checkpoint: it has no {MANIFEST}"
-    else:
-        return
-    raise UserError(what, where="resume_from_checkpoint", fix="name the folder of a complete checkpoint, or auto")
+    if problem := unsealed(folder) if folder.is_dir() else f"there is no folder {name}":
+        fix = "name the folder of a complete checkpoint, or auto"
+        raise UserError(problem, where="resume_from_checkpoint", fix=fix)
 
 
 def check_new_folder(config: TrainConfig, output_dir: Path) -> None:

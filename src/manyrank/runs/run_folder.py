@@ -96,10 +96,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
+def unsealed(folder: Path) -> str | None:
+    """Why a folder is no complete checkpoint, by its manifest alone; None if it has one."""
+    return None if (folder / MANIFEST).is_file() else f"{folder} is not a complete checkpoint: it has no {MANIFEST}"
+
+
 def damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be used; None if it is complete, by the size and hash of every file."""
-    if not (folder / MANIFEST).is_file():
-        return f"{folder} is not a complete checkpoint: it has no {MANIFEST}"
+    if problem := unsealed(folder):
+        return problem
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
