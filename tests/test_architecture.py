@@ -65,7 +65,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "config": 1600,
     "topology": 580,
     "chat_template": 1460,
-    "models": 2880,
+    "models": 2960,
     "data": 3400,
     "rules": 1770,
     "plan": 1790,

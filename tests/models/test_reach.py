@@ -201,7 +201,6 @@ def quantised(kind: str, folder, quantization: str, say=print):
         compute_dtype=torch.float32,
         quantization=quantization,
         device_map={"": "cpu"},
-        skeleton=False,
         trust_remote_code=False,
     )
     method = {"nf4": "qlora", "int8": "int8"}[quantization]

@@ -1,11 +1,8 @@
-"""Models that accelerate by itself does not prepare for FSDP2: buffers, and layers that are not there."""
-
-from types import SimpleNamespace
+"""Models that accelerate by itself does not prepare for FSDP2: their class names layers that are not there."""
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
 from launches import launch
 from safetensors.torch import load_file
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -71,15 +68,8 @@ def test_the_names_of_layers_are_still_needed():
         policy().set_auto_wrap_policy(gemma4())
 
 
-def test_keeping_buffers_apart_is_still_needed():
-    """The day accelerate knows buffers (its issue 3898), `buffers_kept_apart` can go."""
-    module = torch.nn.BatchNorm1d(2, affine=False)
-    with pytest.raises(AttributeError, match="device_mesh"):
-        fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=True), module, module.state_dict())
-
-
 def test_fsdp_trains_a_model_with_buffers_and_named_layers_it_lacks(embedded_model, tmp_path):
-    """With the losses of one process, on ranks that have no weights' files; buffers come from rank 0, and are saved."""
+    """With the losses of one process; buffers come from the weights' files, and are saved."""
     model = gemma4()
     model.save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

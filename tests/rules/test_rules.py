@@ -279,12 +279,6 @@ CASES = [
         {"model": quantised(), "method": "int8"},
         {"model": quantised(load_in_4bit=False, load_in_8bit=True)},
     ),
-    ("quant-storage-in-shards", {"model": quantised(), "method": "qlora", "strategy": "fsdp"}, {"strategy": "zero3"}),
-    (
-        "quant-storage-in-shards",
-        {"model": quantised(), "method": "qlora", "strategy": "fsdp"},
-        {"model": quantised(bnb_4bit_quant_storage="float32")},
-    ),
     ("experts-not-quantised", {"model": llama(num_local_experts=8), "method": "qlora"}, {"method": "lora"}),
     ("packing-unknown-layers", {"model": llama(layer_types=["conv", "full_attention"])}, {"packing": "none"}),
     ("packing-unknown-layers", {"model": llama(model_type="bloom")}, {"model": llama()}),

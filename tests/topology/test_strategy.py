@@ -104,20 +104,6 @@ def test_the_cpu_adapter_is_still_needed():
     assert "TYPE MULTI_CPU" in done.stdout, done.stderr
 
 
-def test_a_skeleton_holds_no_base_weights(embedded_model):
-    """Under FSDP only rank 0 reads the base; what the others get has no memory behind it."""
-    import torch
-
-    from manyrank.models.load import LoadPlan, load_model
-
-    given = {"model_name_or_path": "embedded", "data_path": "x"}
-    config = resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
-    plan = LoadPlan(str(embedded_model), torch.float32, torch.float32, None, None, True, False)
-    model = load_model(plan, config)
-    assert all(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)
-    assert len({p.data_ptr() for name, p in model.named_parameters() if "lora_" in name}) == 2 * 7 * 4
-
-
 def test_a_new_strategy_is_a_yaml_and_a_row(tmp_path, embedded_model):
     """ZeRO-1, which the project does not have, in a copy of it: planned, trained and verified."""
     for name in ("src", "accelerate_configs", "ds_configs", "launch", "data"):

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,6 +35,7 @@ from . import coverage
 from .adapters import Say, freeze_unreached, with_lora
 from .attention import use_packed_attention
 from .reach import reach
+from .shards import Share, loading_in_shards
 from .tiny import EMBEDDED, ensure
 
 
@@ -46,7 +48,7 @@ class LoadPlan:
         dtype: of the weights that are not quantised; "auto": the one that they are stored in.
         quantization: None, "nf4" or "int8".
         device_map: where quantised weights go; None leaves placing to accelerate.
-        skeleton: make the modules without weights; FSDP sends this rank its shards from rank 0.
+        share: this rank's share, where the strategy shards the base; None: all of it.
     """
 
     name: str
@@ -54,7 +56,7 @@ class LoadPlan:
     compute_dtype: torch.dtype
     quantization: str | None = None
     device_map: dict | None = None
-    skeleton: bool = False
+    share: Share | None = None
     trust_remote_code: bool = False
 
 
@@ -62,23 +64,36 @@ def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> L
     """Decide from the recipe and from what came up."""
     compute = torch.bfloat16 if bf16 else torch.float32
     quantization = {"qlora": "nf4", "int8": "int8"}.get(config.method)
-    fsdp = accelerator.distributed_type == DistributedType.FSDP
-    zero3 = accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
     return LoadPlan(
         name=resolve_name(config.model_name_or_path),
         # What is trained whole keeps float32 weights; the forward runs in the compute type all the same.
         dtype=torch.float32 if config.method == "full" else compute,
         compute_dtype=compute,
         quantization=quantization,
-        device_map={"": accelerator.device} if quantization and not zero3 else None,
-        skeleton=bool(
-            fsdp
-            and not quantization  # accelerate 1.15 cannot send 4-bit weights to other ranks (fsdp2_prepare_model)
-            and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
-            and not accelerator.is_main_process
-        ),
+        # transformers takes no map under ZeRO-3; bitsandbytes then quantises on the rank's own GPU.
+        device_map={"": accelerator.device} if quantization and not _is_zero3(accelerator) else None,
+        share=_share(config, accelerator, compute),
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def _share(config: TrainConfig, accelerator: Accelerator, storage: torch.dtype) -> Share | None:
+    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    host = torch.device("cpu")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        mesh, offload = accelerator.torch_device_mesh, accelerator.state.fsdp_plugin.cpu_offload
+        count = mesh.shape[-1] if mesh is not None else processes
+        device = host if isinstance(offload, CPUOffloadPolicy) else device
+        trained = config.method == "full"
+        return Share(rank % count, count, flat=False, device=device, trained=trained, storage=storage)
+    # Of a base in 16 bits transformers gives each rank of ZeRO-3 its part, as long as it is not quantised.
+    if config.method == "qlora" and _is_zero3(accelerator):
+        return Share(rank, processes, flat=True, device=host, trained=False, storage=storage)
+    return None
+
+
+def _is_zero3(accelerator: Accelerator) -> bool:
+    return accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
 
 
 def resolve_name(name: str) -> str:
@@ -187,13 +202,10 @@ def load_model(plan: LoadPlan, config: TrainConfig, *, say: Say = silent) -> tor
     Raises:
         UserError: the model cannot be loaded, quantised, packed or given these adapters.
     """
-    base = _skeleton(plan) if plan.skeleton else base_model(plan)
+    base = base_model(plan)
     if plan.quantization:
         _check_quantised(base, config, say)
-    model = with_adapters(base, config, say=say)
-    if plan.skeleton:
-        _give_addresses(model)
-    return model
+    return with_adapters(base, config, say=say)
 
 
 def _check_quantised(model: torch.nn.Module, config: TrainConfig, say: Say) -> None:
@@ -298,16 +310,8 @@ def base_model(plan: LoadPlan) -> torch.nn.Module:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if plan.device_map:
         options["device_map"] = plan.device_map
-    with loading(plan.name):
+    with loading(plan.name), loading_in_shards(plan.share) if plan.share else contextlib.nullcontext():
         return AutoModelForCausalLM.from_pretrained(plan.name, **options)
-
-
-def _skeleton(plan: LoadPlan) -> torch.nn.Module:
-    config = load_config(plan.name, trust_remote_code=plan.trust_remote_code)
-    with init_empty_weights(include_buffers=False):  # buffers that are not in a checkpoint keep their values
-        model = AutoModelForCausalLM.from_config(config, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code)
-    model.tie_weights()
-    return model
 
 
 def load_config(name: str, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -324,19 +328,6 @@ def read_config(config: TrainConfig) -> dict:
     """The content of the model's config.json, with what its type adds."""
     name = resolve_name(config.model_name_or_path)
     return load_config(name, trust_remote_code=config.trust_remote_code).to_dict()
-
-
-def _give_addresses(model: torch.nn.Module) -> None:
-    """Put the trained parameters of a skeleton into (untouched, so not resident) host memory.
-
-    accelerate 1.15 finds the optimizer's parameters again by their address (Accelerator._prepare_fsdp2), and on the
-    meta device all have address 0: the optimizer would hold one parameter many times. Values come from rank 0.
-    """
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad and parameter.is_meta:
-                setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
-    model.tie_weights()
 
 
 @contextlib.contextmanager

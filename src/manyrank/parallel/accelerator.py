@@ -142,7 +142,9 @@ def _accelerator(
             raise UserError("fsdp_offload needs a GPU", where="strategy", fix="use fsdp on CPUs")
         # accelerate would give the loss and the sum of gradients in bf16, too.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
-        plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+        # Each rank reads its own part of the weights (models/shards.py); nobody waits for those of rank 0.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
         if plugin.fsdp_version != 2:
             raise UserError("FSDP version 1 is not supported", where="the accelerate config", fix="set fsdp_version: 2")
         if not on_cpu:

@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import NonFiniteError
 from ..models.adapters import trainable
+from ..models.shards import take_parts
 from . import first_look
-from .fsdp_preparation import buffers_kept_apart, name_layers
+from .fsdp_preparation import name_layers
 
 OptimizerState = dict[str, torch.Tensor]
 
@@ -227,8 +228,25 @@ class FsdpEngine(Engine):
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         name_layers(self.accelerator.state.fsdp_plugin, model)
-        with buffers_kept_apart(model):
-            return super()._prepare(model, optimizer)
+        parts = take_parts(model)
+        wrapped, optimizer = super()._prepare(model, optimizer)
+        self._put_in(model, parts)
+        return wrapped, optimizer
+
+    @torch.no_grad()
+    def _put_in(self, model: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
+        """Give the sharded parameters the parts that this rank has read."""
+        frozen = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in parts and parameter.requires_grad:
+                parameter.to_local().copy_(parts[name])
+            elif name in parts:
+                layout = {"shape": parameter.shape, "stride": parameter.stride()}
+                mesh, placements = parameter.device_mesh, parameter.placements
+                sharded = DTensor.from_local(parts[name], mesh, placements, run_check=False, **layout)
+                frozen[name] = sharded.to(parts[name].device)  # which an offloading strategy keeps on the host
+        model.load_state_dict(frozen, strict=False, assign=True)
+        getattr(model, "get_base_model", lambda: model)().tie_weights()
 
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):
@@ -294,6 +312,14 @@ class DeepSpeedEngine(Engine):
     """DeepSpeed ZeRO: the engine clips, checks and steps; full state goes through its own safe_* functions."""
 
     keeps_parameters = False
+
+    def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        prepared = super()._prepare(model, optimizer)
+        for parameter in model.parameters():
+            if hasattr(parameter, "part"):  # frozen, so that the optimizer has no copy of its stand-in
+                parameter.ds_tensor.data[: parameter.part.numel()].copy_(parameter.part)
+                del parameter.part
+        return prepared
 
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):

@@ -4,20 +4,13 @@
 have (the vision layers of Gemma 3 and Qwen 3.5 beside a text model); accelerate's `set_auto_wrap_policy` fails at the
 first name that it does not find. It can go when that skips such names.
 
-`buffers_kept_apart`: `fsdp2_load_full_state_dict` takes each entry of the state dict for a DTensor, and buffers are none
-(https://github.com/huggingface/accelerate/issues/3898). Buffers that are in no state dict accelerate leaves as each rank
-has them. It can go when that issue is closed.
-
-tests/parallel/test_fsdp_preparation.py fails on those days.
+tests/parallel/test_fsdp_preparation.py fails on that day.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -39,29 +32,3 @@ def layers_apart(model: torch.nn.Module) -> list[str]:
     if not layers:
         logger.warning("the model's layers are not known: FSDP gathers the whole model at once")
     return sorted(layers)
-
-
-@contextlib.contextmanager
-def buffers_kept_apart(model: torch.nn.Module) -> Iterator[None]:
-    """Keep buffers out of state dicts. Afterwards the same are in, and each rank has those of rank 0.
-
-    A rank that made a skeleton has buffers as the model's class makes them, and not those of the weights' files.
-    """
-    kept = [
-        (module, name)
-        for module in model.modules()
-        for name, _ in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-    ]
-    for module, name in kept:
-        module._non_persistent_buffers_set.add(name)
-    try:
-        yield
-    finally:
-        for module, name in kept:
-            module._non_persistent_buffers_set.discard(name)
-    values = [getattr(module, name).cpu() for module, name in kept]
-    if values:  # a list of none is an error
-        broadcast_object_list(values)
-    for (module, name), value in zip(kept, values):
-        module._buffers[name] = value.to(module._buffers[name].device)

@@ -385,15 +385,17 @@ _read_files = cache(strategy_files.read)  # a plan asks for them hundreds of tim
 
 
 def _loading(run: PlannedRun) -> int:
-    """Bytes on a GPU while the model is loaded."""
+    """Bytes on a GPU while the model is loaded (models/shards.py): what lasts, and the largest piece beside it."""
     weights, constants = base_weights(run)
-    shards = run.shards if run.sharded else 1
-    held = 0 if run.strategy.offload else weights // shards
+    held = 0 if run.strategy.offload else weights // (run.shards if run.sharded else 1)
     if run.config.method in ("qlora", "int8"):
-        # A quantised base comes whole to each GPU, and accelerate (1.15) keeps it while FSDP makes the shards beside it.
-        return weights + constants + (held if run.strategy.engine is EngineKind.FSDP else 0) + _dequantised(run)
-    largest = max(run.shape.embedding * _element(run), *(layer_weights(run, layer) for layer in run.shape.layers))
-    return held + (largest if run.sharded else 0)
+        # A matrix in 16 bits, and quantised where only a part of it lasts.
+        matrix = _dequantised(run) + (_dequantised(run) // 4 if run.sharded else 0)
+        return held + constants + max(matrix, run.shape.embedding * _element(run) if run.sharded else 0)
+    if not run.sharded or (run.strategy.engine is EngineKind.FSDP and not run.full):
+        return held
+    layers = (layer_weights(run, layer) for layer in run.shape.layers)
+    return held + max(run.shape.embedding * _element(run), *layers)
 
 
 def _offloaded(run: PlannedRun) -> int:
@@ -408,7 +410,10 @@ def _offloaded(run: PlannedRun) -> int:
 
 def _host_loading(run: PlannedRun) -> int:
     """Bytes that reading the weights takes in host memory; 16-bit weights are mapped from their file."""
-    if not run.full:
-        return 0
-    whole = run.shape.parameters * FLOAT
-    return whole if run.sharded else whole * run.nproc
+    deepspeed = run.strategy.engine is EngineKind.DEEPSPEED
+    if run.full:
+        whole = run.shape.parameters * FLOAT
+        return whole if run.sharded and deepspeed else whole * run.nproc // (run.shards if run.sharded else 1)
+    if run.config.method == "qlora" and run.sharded and (deepspeed or run.strategy.offload):
+        return run.nproc * base_weights(run)[0] // run.shards
+    return 0

@@ -148,10 +148,6 @@ def notes(plan: Plan) -> list[str]:
         for option in plan.options
         if option.refused and option is not plan.chosen
     ]
-    if plan.context.memory and needs.loading > plan.context.memory and run.config.method in ("qlora", "int8"):
-        notes.append(
-            "the model does not fit while it is loaded: a quantised base is whole on each GPU before it is sharded"
-        )
     notes += _of_experts(run)
     if plan.chosen.strategy.offload and plan.context.host_memory is None:
         notes.append(f"host memory was not looked at: each machine needs {needs.host / GiB:.0f} GiB")

@@ -53,13 +53,6 @@ def _quantised(s: RunContext, model: ModelFacts) -> str | None:
     return f"method {method}, and the weights of {model.name} are quantised already ({kind})"
 
 
-def _storage(s: RunContext, model: ModelFacts) -> str | None:
-    stored, compute = model.quantisation.get("bnb_4bit_quant_storage") or "uint8", COMPUTE[s.bf16]
-    if s.files.kind != EngineKind.FSDP or s.config.method != "qlora" or not model.quantisation.get("load_in_4bit"):
-        return None
-    return f"{model.name} stores its 4-bit weights as {stored}, not {compute}" if stored != compute else None
-
-
 def _experts(s: RunContext, model: ModelFacts) -> str | None:
     if s.config.method not in BITS or model.experts < 2:
         return None
@@ -177,15 +170,6 @@ BASE_RULES = (
         reason="The quantisation in the files wins over the method: full cannot train or save such weights, and the other "
         "methods would not do what they are called.",
         fix="use qlora for a base of bitsandbytes in 4 bits and int8 for 8 bits, or name the model in 16 bits",
-    ),
-    error(
-        "quant-storage-in-shards",
-        ("strategy", "model:config.json"),
-        _of_model(_storage),
-        reason="FSDP shards a 4-bit base only when it is packed into the type that the run computes in; else every rank "
-        "keeps all of it. A base that is quantised in its files keeps their packing.",
-        fix="name the model in 16 bits: method qlora then quantises it in the right type; or use zero3",
-        upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/pull/970",
     ),
     warning(
         "experts-not-quantised",

@@ -1,0 +1,130 @@
+"""Load a base in shards: read one tensor, keep this rank's part, forget the rest.
+
+    file -- one tensor; a 4-bit base is quantised here, as a whole --> part of this rank     kept, on `Share.device`
+                                                                   \\-> stand-in              in the model
+
+A stand-in has the tensor's shape and type and next to no memory. What comes before the sharding (adapters, checks) looks
+at names, shapes and types alone. `parallel.engine` shards the stand-ins and puts the parts in. At no time does a rank hold
+more than its parts and one tensor; of 16-bit weights it reads only its part, since the files are mapped into memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import modeling_utils
+
+READ_ALONE = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's share of the weights.
+
+    Attributes:
+        index, count: the rank's place among those that share one copy of the model, and their number.
+        flat: cut the flattened tensor into equal parts, as ZeRO-3 does, and not its rows, as FSDP2 does.
+        device: where parts are kept; trained ones stay in host memory until they are put in.
+        trained: whether the base itself is trained.
+        storage: the type to pack 4-bit weights in: that of the computation, which FSDP2 gathers as it is.
+    """
+
+    index: int
+    count: int
+    flat: bool
+    device: torch.device
+    trained: bool
+    storage: torch.dtype
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy this rank's part of a tensor, in memory of its own."""
+        if self.flat:
+            size = math.ceil(tensor.numel() / self.count)
+            part = tensor.reshape(-1)[self.index * size : (self.index + 1) * size]
+        else:
+            rows = math.ceil(tensor.shape[0] / self.count)
+            part = tensor[self.index * rows : (self.index + 1) * rows]
+        return part.to(torch.device("cpu") if self.trained else self.device, copy=True)
+
+
+@contextlib.contextmanager
+def loading_in_shards(share: Share) -> Iterator[None]:
+    """Replace each parameter that transformers loads by a stand-in with this rank's part as its `part`."""
+
+    def replace(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
+        # transformers marks what it has read; a parameter without values in the files stays whole and is initialised.
+        read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta and parameter.ndim
+        return None if not read or hasattr(parameter, "part") else _stand_in(parameter, share)
+
+    hook = register_module_parameter_registration_hook(replace)
+    try:
+        with _one_by_one():
+            yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Let transformers hold one tensor at a time.
+
+    It reads ahead in threads unless a variable says no, and transformers 5.23 at first reserves the memory of the whole
+    model on the GPU; that patch can go when there is a switch for it.
+    """
+    warm_up, read_alone = modeling_utils.caching_allocator_warmup, os.environ.get(READ_ALONE)
+    modeling_utils.caching_allocator_warmup = lambda *args: None
+    os.environ[READ_ALONE] = "1"
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = warm_up
+        del os.environ[READ_ALONE]
+        os.environ |= {READ_ALONE: read_alone} if read_alone is not None else {}
+
+
+def _stand_in(parameter: torch.nn.Parameter, share: Share) -> torch.nn.Parameter:
+    data = parameter.data
+    if _is_4bit(parameter) and data.dtype != share.storage:  # a checkpoint that is stored as bytes, say
+        data = data.flatten().view(share.storage)[:, None]
+    part = share.cut(data)
+    if share.flat or share.trained:  # what DeepSpeed and accelerate look into; untouched memory is not resident
+        empty = torch.empty(data.shape, dtype=data.dtype)
+    else:
+        empty = torch.zeros((), dtype=data.dtype, device=share.device).expand(data.shape)
+    if _is_4bit(parameter):
+        kept = {key: value for key, value in vars(parameter).items() if key != "data"}
+        stand_in = type(parameter)(empty, **kept)
+    else:
+        stand_in = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    stand_in._is_hf_initialized, stand_in.part = True, part
+    return stand_in
+
+
+def _is_4bit(parameter: torch.nn.Parameter) -> bool:
+    return hasattr(parameter, "quant_state")
+
+
+def take_parts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Take the parts from a model's stand-ins, by parameter name; frozen stand-ins become parameters on the meta device.
+
+    A packed 4-bit weight becomes a plain parameter: its layer has the constants, and bitsandbytes takes them from there.
+    """
+    parts, replaced = {}, {}
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not hasattr(parameter, "part"):
+                continue
+            parts.setdefault(f"{path}.{name}".lstrip("."), parameter.part)
+            if parameter.requires_grad:
+                continue
+            if id(parameter) not in replaced:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                replaced[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+            setattr(module, name, replaced[id(parameter)])
+    return parts
