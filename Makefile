@@ -11,7 +11,7 @@ KILLS    ?= 50
 JOBS     ?= 2
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults doctor verify chat merge bench bench-gpu bench-data bench-save lint audit help clean
+.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults cuda-dry doctor verify chat merge bench bench-gpu bench-data bench-save lint audit help clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions
 
@@ -42,6 +42,19 @@ test-hosts: setup  ## two hosts, SLURM, full disks, a browser
 
 test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks
 	pytest -m nightly $(ARGS)
+
+# Not from a local folder of wheels, where torch may be built for CPUs.
+CUDA_VENV := .venv-cuda
+$(CUDA_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	PIP_FIND_LINKS= PIP_CONFIG_FILE=/dev/null $(CUDA_VENV)/bin/pip install -q -c constraints.txt torch "nvidia-cuda-crt==13.0.*" "nvidia-cuda-cccl==13.0.*"
+	$(CUDA_VENV)/bin/python -c 'import torch; assert torch.version.cuda, "this torch is built for CPUs"'
+	PIP_FIND_LINKS= PIP_CONFIG_FILE=/dev/null $(CUDA_VENV)/bin/pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+cuda-dry: $(CUDA_VENV)/.installed  ## the CUDA path on stand-in libraries, without a GPU (3 GB of wheels)
+	$(CUDA_VENV)/bin/python tests/fake_cuda/build.py $(CUDA_VENV)/fake_cuda
+	FAKECUDA_DEVICES=4 tests/fake_cuda/run.sh $(CUDA_VENV) $(CUDA_VENV)/fake_cuda pytest -v -m cuda tests/fake_cuda $(ARGS)
 
 test-slurm: setup  ## a real SLURM job over two nodes on this machine; as root on Debian, it installs SLURM first
 	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }

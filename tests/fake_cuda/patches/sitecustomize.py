@@ -1,0 +1,129 @@
+"""Where a program branches on what a kernel has computed, give it a value: the stand-in libraries compute nothing.
+
+Python imports this file first in every process of tests/fake_cuda/run.sh. Each patch says what reads the value. Nothing
+else is changed; keep the list short.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.util
+import os
+import sys
+
+PATCHES = {}
+
+
+def after(name):
+    """Run the decorated function on a module once it is imported."""
+
+    def register(patch):
+        PATCHES[name] = patch
+        return patch
+
+    return register
+
+
+class Hook(importlib.abc.MetaPathFinder):
+    """Runs the patch of a module after the module itself."""
+
+    def find_spec(self, name, path, target=None):
+        if name not in PATCHES:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                PATCHES[name](module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+@after("torch")
+def _torch(torch):
+    """The trial of the loss and of packing compares tensors; generation takes the most probable token."""
+    # The tests fork processes after bitsandbytes has initialised CUDA; here there is no driver that this could break.
+    torch.cuda._is_in_bad_fork = lambda: False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds its graphs with a real driver
+    equal, argmax, shown = torch.equal, torch.Tensor.argmax, torch.Tensor.__repr__
+
+    def same(a, b):
+        return (a.shape, a.dtype) == (b.shape, b.dtype) if a.is_cuda else equal(a, b)
+
+    def first(self, *args, **kwargs):
+        indices = argmax(self, *args, **kwargs)
+        return indices.copy_(torch.zeros(indices.shape, dtype=indices.dtype)) if indices.is_cuda else indices
+
+    def show(self, **kwargs):
+        return f"<{tuple(self.shape)} {self.dtype} on {self.device}>" if self.is_cuda else shown(self, **kwargs)
+
+    torch.equal, torch.Tensor.argmax, torch.Tensor.__repr__ = same, first, show
+    torch.nn.Parameter.__repr__ = show
+
+
+@after("torch.distributed.distributed_c10d")
+def _objects(c10d):
+    """Collectives of Python objects exchange sizes that a kernel has computed: they go by gloo."""
+    groups = {}
+
+    def by_gloo(name, place):
+        collective = getattr(c10d, name)
+
+        def run(*args, **kwargs):
+            args = list(args)
+            group = args.pop(place) if len(args) > place else kwargs.pop("group", None)
+            kwargs.pop("device", None)
+            if group not in groups:
+                ranks = None if group is None else c10d.get_process_group_ranks(group)
+                groups[group] = c10d.new_group(ranks, backend="gloo")
+            return collective(*args, group=groups[group], **kwargs)
+
+        setattr(c10d, name, run)
+
+    by_gloo("broadcast_object_list", 2)
+    by_gloo("all_gather_object", 2)
+    by_gloo("gather_object", 3)
+
+
+@after("deepspeed.runtime.engine")
+def _overflow(engine):
+    """DeepSpeed asks on the GPU whether a gradient has overflowed."""
+    engine.DeepSpeedEngine.was_step_applied = lambda self: True
+
+
+@after("manyrank.training.memory")
+def _least_memory(memory):
+    """The least memory of all ranks is a minimum that a kernel takes."""
+    import torch
+
+    memory._least_memory = lambda accelerator: torch.cuda.mem_get_info(accelerator.device)[1]
+
+
+@after("manyrank.parallel.engine")
+def _sums(engine):
+    """Losses, wishes to stop and the gradient's norm."""
+    import torch
+
+    reduce, clip = engine.Engine.sum, engine.Engine._clip
+
+    def zeros(self, values):
+        summed = reduce(self, values)
+        return torch.zeros(summed.shape, dtype=summed.dtype)
+
+    def half(self, most):
+        clip(self, most)
+        return 0.5
+
+    engine.Engine.sum, engine.Engine._clip = zeros, half
+
+
+if os.environ.get("FAKECUDA"):
+    sys.meta_path.insert(0, Hook())
+    with contextlib.suppress(KeyError):  # threads of two ranks on two cores
+        os.environ.setdefault("OMP_NUM_THREADS", os.environ["FAKECUDA_THREADS"])
