@@ -11,11 +11,13 @@ from planned import planned_context, planned_run
 from manyrank import cli
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
+from manyrank.errors import UserError
 from manyrank.models import catalog
 from manyrank.plan import memory, planner, speed
 from manyrank.plan.command import _nodes
 from manyrank.plan.memory import GiB
 from manyrank.plan.planner import Verdict, make_plan
+from manyrank.topology import gpus
 from manyrank.topology.gpus import GPU_KINDS, find_kind
 
 
@@ -292,6 +294,16 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     argv = f"{sys.executable} -m manyrank.cli plan --model qwen3-8b --gpu L4 --json | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", argv], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+def test_a_broken_driver_does_not_matter_to_a_plan_for_other_gpus(capsys, monkeypatch):
+    def broken():
+        raise UserError("CUDA cannot use the GPUs", where="the CUDA driver", fix="restart")
+
+    monkeypatch.setattr(gpus, "probe", broken)
+    assert "8 x H100" in run(capsys, "--model", "qwen3-8b", "--gpu", "H100", "--nproc", "8")
+    assert cli.main(["plan", "--model", "qwen3-8b"]) == 2  # it would be for the GPUs that are here
+    assert "CUDA cannot use the GPUs" in capsys.readouterr().err
 
 
 def test_no_torch_is_imported():

@@ -98,6 +98,20 @@ def test_the_gpus_of_this_machine(tmp_path):
         assert found["all-reduce"]["figures"]["sizes"][1]["wrong"] == 0
 
 
+def test_a_broken_driver(tmp_path, monkeypatch, capsys):
+    """It is a failed line, and the rest is examined on the CPU."""
+
+    def broken():
+        raise UserError("CUDA cannot use the GPUs", where="the CUDA driver", fix="restart")
+
+    monkeypatch.setattr(doctor, "probe", broken)
+    monkeypatch.chdir(tmp_path)
+    assert doctor.main(["verify", "--json", "--limit=250"]) == 1
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert failures(found) == ["driver"] and found["driver"]["fix"] == "restart"
+    assert found["step"]["state"] == "ok"
+
+
 def test_what_is_wrong_with_a_recipe(tmp_path):
     """All of it is told at once, each with its fix, and the exit code is 1."""
     (tmp_path / "file").touch()

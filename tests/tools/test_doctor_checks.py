@@ -89,9 +89,12 @@ class Nvml:
             raise self.NVMLError(self.problem)
 
     def nvmlShutdown(self):
-        pass
+        if not self.driver:
+            raise self.NVMLError("Uninitialized")
 
     def nvmlSystemGetDriverVersion(self):
+        if self.problem:
+            raise self.NVMLError(self.problem)
         return self.driver
 
 
@@ -102,8 +105,10 @@ H100, V100 = Gpu("H100", 80 * GIB, (9, 0)), Gpu("V100", 32 * GIB, (7, 0))
     ("nvml", "found", "cuda", "state", "said"),
     [
         (Nvml(None, "no library"), [], None, State.OK, "no GPU here (no library)"),
-        (Nvml("580.65.06"), [], "13.0", State.OK, "CUDA_VISIBLE_DEVICES hides"),
+        (Nvml("580.65.06"), [], "13.0", State.OK, "CUDA gives this process no GPU"),
+        (Nvml(None, "Not Supported"), [H100], "13.0", State.OK, "version not known (Not Supported)"),
         (Nvml("580.65.06"), [H100], "13.0", State.OK, "580.65.06, for torch's CUDA 13.0"),
+        (Nvml("580.65.06", "No Permission"), [H100], "13.0", State.OK, "version not known (No Permission)"),
         (Nvml("580.65.06"), [H100], None, State.FAILED, "built for the CPU"),
         (Nvml("575.51.03"), [H100], "13.0", State.FAILED, "too old for CUDA 13.0"),
         (Nvml("575.51.03"), [H100], "12.8", State.OK, "575.51.03, for torch's CUDA 12.8"),

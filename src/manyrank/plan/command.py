@@ -199,8 +199,8 @@ def _against(plan: Plan) -> list[str]:
 
 def _context(options: PlanOptions, nproc: int | None, resolved: ResolvedConfig) -> RunContext:
     """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
-    here = gpus.probe()
-    if options.gpu or not here.gpus or options.gpu_memory:
+    here = gpus.probe_host() if options.gpu or options.gpu_memory else gpus.probe()
+    if not here.gpus:
         nproc = nproc or 1
         here = gpus.planned_hardware(nproc, _kind(options), memory=options.gpu_memory)
     nproc = nproc or len(here.gpus)

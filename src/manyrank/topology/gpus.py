@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import cuda_driver
 
 # Instruction sets that multiply bf16 matrices natively; elsewhere torch emulates them.
 CPU_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last one is SLURM's
+DEVICES = Path("/dev")
+DRIVER_FIX = (
+    "see `nvidia-smi` for GPUs and driver; a replaced driver needs a restart, a container "
+    "NVIDIA_DRIVER_CAPABILITIES=compute,utility; or use the CPU: CUDA_VISIBLE_DEVICES=''"
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +34,7 @@ class GpuKind:
     """A kind of GPU, by its maker's figures.
 
     Attributes:
-        memory: bytes, as the driver tells them.
+        memory: bytes, as nvidia-smi has them; CUDA offers up to 4% less.
         flops: of dense 16-bit matrix products with float32 sums, a second.
         float32_flops: the same in float32, without TF32.
         bandwidth: of its memory, bytes a second.
@@ -184,54 +201,71 @@ def computes_in_bf16(setting: bool | str, machine: Hardware) -> bool:
 
 
 def probe() -> Hardware:
-    """Look at this machine: NVML for GPUs (as narrowed by CUDA_VISIBLE_DEVICES), /proc for the CPU."""
-    cores = len(os.sched_getaffinity(0))
-    return Hardware(gpus=_gpus(), cpu_cores=cores, cpu_bf16=_cpu_bf16(), memory=_host_memory())
+    """Look at this machine: the CUDA driver for GPUs, in CUDA's order, and /proc for the CPU.
+
+    Raises:
+        UserError: there are GPUs for this process, and CUDA cannot use them.
+    """
+    return replace(probe_host(), gpus=_gpus())
 
 
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def probe_host() -> Hardware:
+    """Look at this machine without its GPUs."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware((), cpu_cores=len(os.sched_getaffinity(0)), cpu_bf16=_cpu_bf16(), memory=memory)
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    import pynvml  # slow to import, and not needed for --help
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        every = [_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(every)
-    chosen = []
-    for name in (part.strip() for part in visible.split(",")):
-        # A UUID also names one GPU; which one does not matter here.
-        index = int(name) if name.isdecimal() else 0 if name.startswith(("GPU-", "MIG-")) else -1
-        if not 0 <= index < len(every):
-            break  # CUDA, too, ends the list at the first invalid entry
-        chosen.append(every[index])
-    return tuple(chosen)
+    return () if visible in HIDDEN else _gpus_of_driver(visible, os.environ.get("CUDA_DEVICE_ORDER"))
 
 
-def _gpu(pynvml, index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    return Gpu(
-        name=pynvml.nvmlDeviceGetName(handle),
-        memory=_memory(pynvml, handle),
-        compute_capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-    )
-
-
-def _memory(pynvml, handle) -> int:
-    """The bytes of a GPU. One that shares the machine's memory (Jetson, GB10) has no figure of its own; CUDA counts that."""
+@cache  # a run asks several times, and a driver may take seconds
+def _gpus_of_driver(visible: str | None, order: str | None) -> tuple[Gpu, ...]:
+    """The GPUs under these values of CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER, which the driver reads itself."""
     try:
-        return pynvml.nvmlDeviceGetMemoryInfo(handle).total
-    except pynvml.NVMLError_NotSupported:
-        return _host_memory()
+        ctypes.CDLL(cuda_driver.LIBRARY)
+    except OSError as error:
+        return _no_gpus(str(error), "nvidia[0-9]*")
+    answer = _ask_driver()
+    if "problem" in answer:
+        return _no_gpus(answer["problem"], "nvidia[0-9]*", "dxg")  # WSL's, for GPUs of any maker
+    return tuple(Gpu(gpu["name"], gpu["memory"], tuple(gpu["compute_capability"])) for gpu in answer["gpus"])
+
+
+def _no_gpus(problem: str, *device_files: str) -> tuple[Gpu, ...]:
+    """No GPUs where none belongs to this process; else an error."""
+    if any(_is_allowed(file) for pattern in device_files for file in DEVICES.glob(pattern)):
+        raise _unusable(problem)
+    return ()
+
+
+def _ask_driver() -> dict[str, Any]:
+    """Run `cuda_driver`, which lists the GPUs."""
+    argv, pipe = [sys.executable, "-I", "-S", cuda_driver.__file__, str(cuda_driver.SECONDS)], subprocess.PIPE
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # where its alarm cannot end it: it hangs in the kernel
+        answer, errors = process.communicate(timeout=cuda_driver.SECONDS + 5)
+        if process.returncode == 0:
+            return json.loads(answer.splitlines()[-1])
+        if process.returncode != -signal.SIGALRM:
+            return {"problem": f"the driver ended a process with {process.returncode}: {errors.strip()[-200:]}"}
+    raise _unusable(f"the driver has not answered for {cuda_driver.SECONDS} s")
+
+
+def _unusable(problem: str) -> UserError:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    where = f"the CUDA driver, CUDA_VISIBLE_DEVICES={visible}" if visible else "the CUDA driver"
+    return UserError(f"CUDA cannot use the GPUs of this machine: {problem}", where=where, fix=DRIVER_FIX)
+
+
+def _is_allowed(file: Path) -> bool:
+    """Return whether this process may use a GPU, as far as permissions and its job's cgroup say."""
+    try:
+        os.close(os.open(file, os.O_RDWR))
+    except OSError as error:
+        return not isinstance(error, PermissionError)
+    return True
 
 
 def _cpu_bf16() -> bool:

@@ -105,20 +105,29 @@ def gpus(visible: Sequence[Gpu], cuda: str | None) -> list[Check]:
     """Check the driver and the kinds of GPUs; the ranks look at the memory of theirs.
 
     Args:
-        visible: the GPUs that CUDA_VISIBLE_DEVICES leaves.
+        visible: the GPUs that CUDA gives.
         cuda: the CUDA version that torch was built for; None: for the CPU.
     """
+    version, problem = _driver_version()
+    if visible:
+        return [_driver(version or f"version not known ({problem})", cuda, visible), _kinds(visible)]
+    if version:
+        return [ok("driver", f"{version}; CUDA gives this process no GPU: the CPU trains", driver=version)]
+    return [_without_driver(problem)]
+
+
+def _driver_version() -> tuple[str | None, str]:
+    """The driver's version by NVML; None and the reason where NVML does not tell, as on Jetson or with a broken driver."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
-        pynvml.nvmlShutdown()
+        return pynvml.nvmlSystemGetDriverVersion(), ""
     except pynvml.NVMLError as error:
-        return [_without_driver(str(error))]
-    if not visible:
-        return [ok("driver", f"{version}; CUDA_VISIBLE_DEVICES hides every GPU: the CPU trains", driver=version)]
-    return [_driver(version, cuda, visible), _kinds(visible)]
+        return None, str(error)
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def _without_driver(problem: str) -> Check:
@@ -142,7 +151,7 @@ def _driver(version: str, cuda: str | None, visible: Sequence[Gpu]) -> Check:
     if oldest is None:
         what = f"{version}, and torch is built for CUDA {cuda}, whose oldest driver is not known here"
         return warning(name, what, "see NVIDIA's table of CUDA and drivers", **figures)
-    if int(version.split(".")[0]) < oldest:
+    if version[0].isdecimal() and int(version.split(".")[0]) < oldest:
         what = f"{version} is too old for CUDA {cuda}, which torch is built for"
         return failed(name, what, f"a driver of {oldest} or newer, or a torch for an older CUDA", **figures)
     if old := [gpu.name for gpu in visible if gpu.compute_capability < OLDEST_GPU.get(major, (0, 0))]:

@@ -31,7 +31,7 @@ from ...project_files import asset
 from ...runs.run_folder import HEARTBEATS
 from ...runs.versions import software
 from ...runs.watchdog import DONE, Heartbeat, beats
-from ...topology.gpus import probe
+from ...topology.gpus import Hardware, probe, probe_host
 from ...topology.strategies import EngineKind
 from . import machine, recipe
 from .checks import Check, State, counted, failed, ok
@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     argv = (f"--rdzv_timeout={MEETING}", *argv)
     line, options = parse_with(argv, DoctorOptions, prog=PROG, launch=True)
-    resolved = _resolve(line)
+    hardware, broken = _hardware()
+    resolved = _resolve(line, hardware)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # what is below is cleared away
     folder = Path(tempfile.mkdtemp(prefix="manyrank-doctor-"))
     try:
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
                 flush=True,
             )
         checks = []
-        for check in _examine(resolved, launch, folder, options.limit):
+        for check in _examine(resolved, launch, folder, options.limit, broken):
             checks.append(check)
             if not options.as_json:
                 print(check, flush=True)
@@ -99,7 +100,15 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_FAILED if any(check.state == State.FAILED for check in checks) else 0
 
 
-def _resolve(line: CommandLine) -> ResolvedLaunch:
+def _hardware() -> tuple[Hardware, Check | None]:
+    """This machine; without GPUs where CUDA cannot use them, and the failed check."""
+    try:
+        return probe(), None
+    except UserError as error:
+        return probe_host(), failed("driver", error.what, error.fix)
+
+
+def _resolve(line: CommandLine, hardware: Hardware) -> ResolvedLaunch:
     if line.options.via in JOBS:
         what = f"--via {line.options.via}: an examination is no job"
         raise UserError(
@@ -109,7 +118,7 @@ def _resolve(line: CommandLine) -> ResolvedLaunch:
         raise UserError("--check", where="command line", fix="leave it out: --print shows what the doctor would start")
     if line.options.max_restarts is not None:
         raise UserError("max_restarts", where="command line", fix="leave it out: nothing is started anew here")
-    return resolve_launch(replace(line, recipe=line.recipe or ANY_RECIPE), probe())
+    return resolve_launch(replace(line, recipe=line.recipe or ANY_RECIPE), hardware)
 
 
 def _launch(resolved: ResolvedLaunch, folder: Path) -> LaunchPlan:
@@ -130,7 +139,9 @@ def _launch(resolved: ResolvedLaunch, folder: Path) -> LaunchPlan:
     )
 
 
-def _examine(resolved: ResolvedLaunch, launch: LaunchPlan, folder: Path, limit: int) -> Iterator[Check]:
+def _examine(
+    resolved: ResolvedLaunch, launch: LaunchPlan, folder: Path, limit: int, broken: Check | None
+) -> Iterator[Check]:
     options, versions = resolved.line.options, software()
     output = Path(choose_output_dir(resolved.config, resolved.line))
     context = replace(resolved.context, output_dir=output)
@@ -138,7 +149,7 @@ def _examine(resolved: ResolvedLaunch, launch: LaunchPlan, folder: Path, limit: 
         versions, tested=machine.tested_versions(asset("constraints.txt")), needed=machine.needed_versions()
     )
     yield machine.extras()
-    yield from machine.gpus(resolved.context.hardware.gpus, versions.cuda)
+    yield from [broken] if broken else machine.gpus(resolved.context.hardware.gpus, versions.cuda)
     yield machine.compiler(context)
     names = recipe.hub_names(context)
     yield from recipe.memory_and_disks(context, names)
@@ -151,6 +162,7 @@ def _examine(resolved: ResolvedLaunch, launch: LaunchPlan, folder: Path, limit: 
     # Without the hub, its client would try again and again.
     env = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
     env |= {} if hub and hub.figures["reached"] else {"HF_HUB_OFFLINE": "1"}
+    env |= {"CUDA_VISIBLE_DEVICES": ""} if broken else {}  # the rest is examined on the CPU
     with _run_folder(output, is_main=options.node_rank == 0) as (run_folder, check):
         yield from [check] if check else []
         (folder / "job.json").write_text(json.dumps(_job(resolved, run_folder, limit)))
