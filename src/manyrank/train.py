@@ -28,6 +28,7 @@ from .runs.watchdog import HeartbeatWriter, Watchdog
 from .topology import gpus, ranks, strategy_files
 from .topology.ranks import Topology
 from .topology.strategies import default_strategy, named_strategy
+from .topology.torch_gpus import use_gpu
 from .training.exits import exit_now, final_exit_code, for_good, run_with_exit_codes, say_stopped
 
 if TYPE_CHECKING:
@@ -109,15 +110,11 @@ def _train_checked(
     config = resolved.config
     heartbeat.beat(0, "importing torch and transformers")
     before_imports(machine, expandable=config.expandable_segments)
-    import torch
+    use_gpu(machine, place)
 
     from .tasks import find_task
     from .tools.report.main import make_report
     from .training.build import build_run
-
-    if machine.gpus and not torch.cuda.is_available():
-        fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
-        raise UserError("there are GPUs that torch cannot use", where=f"torch {torch.__version__}", fix=fix)
 
     bf16 = gpus.computes_in_bf16(config.bf16, machine)
     try:

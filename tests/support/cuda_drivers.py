@@ -1,6 +1,6 @@
-"""A stand-in for the library of the CUDA driver, compiled by a test: it has the GPUs of FAKE_GPUS.
+"""A stand-in for the library of the CUDA driver, compiled by a test: it has the GPUs of FAKE_GPUS, and CUDA FAKE_CUDA.
 
-FAKE_GPUS="NVIDIA A100,85899345920,8,0;NVIDIA L4,24696061952,8,9"; FAKE_CUINIT=999, FAKE_HANG=1 and FAKE_CRASH=1 break it.
+FAKE_GPUS="NVIDIA A100,85899345920,8,0;NVIDIA L4,24696061952,8,9"; FAKE_CUDA=12040; FAKE_CUINIT=999, FAKE_HANG=1 and FAKE_CRASH=1 break it.
 """
 
 import os
@@ -25,6 +25,7 @@ int cuInit(unsigned flags) {
         sscanf(part, "%199[^,],%zu,%d,%d", gpus[count].name, &gpus[count].memory, gpus[count].capability, gpus[count].capability + 1);
     return getenv("FAKE_CUINIT") ? atoi(getenv("FAKE_CUINIT")) : count ? 0 : 100;
 }
+int cuDriverGetVersion(int *version) { *version = getenv("FAKE_CUDA") ? atoi(getenv("FAKE_CUDA")) : 13000; return 0; }
 int cuDeviceGetCount(int *result) { *result = count; return 0; }
 int cuDeviceGet(int *device, int index) { *device = 40 + index; return 0; }
 int cuDeviceGetName(char *name, int length, int device) { strncpy(name, gpus[device - 40].name, length); return 0; }

@@ -99,30 +99,55 @@ class Nvml:
 
 
 H100, V100 = Gpu("H100", 80 * GIB, (9, 0)), Gpu("V100", 32 * GIB, (7, 0))
+B200 = Gpu("B200", 178 * GIB, (10, 0))
+
+
+def with_gpus(*found: Gpu, cuda: tuple[int, int] | None = (13, 0)) -> Hardware:
+    return Hardware(found, 2, False, cuda=cuda)
 
 
 @pytest.mark.parametrize(
     ("nvml", "found", "cuda", "state", "said"),
     [
-        (Nvml(None, "no library"), [], None, State.OK, "no GPU here (no library)"),
-        (Nvml("580.65.06"), [], "13.0", State.OK, "CUDA gives this process no GPU"),
-        (Nvml(None, "Not Supported"), [H100], "13.0", State.OK, "version not known (Not Supported)"),
-        (Nvml("580.65.06"), [H100], "13.0", State.OK, "580.65.06, for torch's CUDA 13.0"),
-        (Nvml("580.65.06", "No Permission"), [H100], "13.0", State.OK, "version not known (No Permission)"),
-        (Nvml("580.65.06"), [H100], None, State.FAILED, "built for the CPU"),
-        (Nvml("575.51.03"), [H100], "13.0", State.FAILED, "too old for CUDA 13.0"),
-        (Nvml("575.51.03"), [H100], "12.8", State.OK, "575.51.03, for torch's CUDA 12.8"),
-        (Nvml("700.1"), [H100], "14.1", State.WARNING, "not known"),
-        (Nvml("580.65.06"), [V100], "13.0", State.FAILED, "V100 is too old"),
-        (Nvml("580.65.06"), [V100], "12.8", State.OK, "580.65.06"),
+        (Nvml(None, "no library"), with_gpus(cuda=None), None, State.OK, "no GPU here (no library)"),
+        (Nvml("580.65.06"), with_gpus(cuda=None), "13.0", State.OK, "CUDA gives this process no GPU"),
+        (Nvml(None, "Not Supported"), with_gpus(H100), "13.0", State.OK, "version not known (Not Supported)"),
+        (Nvml("580.65.06", "No Permission"), with_gpus(H100), "13.0", State.OK, "version not known (No Permission)"),
+        (
+            Nvml("580.65.06"),
+            with_gpus(H100),
+            "13.0",
+            State.OK,
+            "580.65.06, CUDA 13.0, for which torch's build is cu130",
+        ),
+        (Nvml("610.10"), with_gpus(B200, cuda=(14, 1)), "13.0", State.OK, "torch's build is cu130"),
+        (Nvml("550.54"), with_gpus(H100, cuda=(12, 4)), "12.6", State.OK, "torch's build is cu126"),
     ],
 )
 def test_driver(monkeypatch, tmp_path, nvml, found, cuda, state, said):
     monkeypatch.setattr(machine, "PCI", tmp_path)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     check = machine.gpus(found, cuda)[0]
-    assert check.name == "driver" and check.state == state and said in check.seen
-    assert bool(check.fix) == (state != State.OK)
+    assert check.name == "driver" and check.state == state and said in check.seen and check.fix == ""
+
+
+@pytest.mark.parametrize(
+    ("driver", "own", "gpu", "cuda", "fix"),
+    [
+        ("580.65", (13, 0), H100, None, "make setup TORCH_INDEX=cu130"),
+        ("580.65", (13, 0), V100, None, "make setup TORCH_INDEX=cu126"),
+        ("570.86", (12, 8), H100, "13.0", "make setup TORCH_INDEX=cu126"),
+        ("550.54", (12, 4), H100, "13.0", "make setup TORCH_INDEX=cu126"),
+        ("535.54", (12, 2), V100, "13.0", "make setup TORCH_INDEX=cu126"),
+        ("570.86", (12, 8), B200, "13.0", "install a driver of 580 or newer, for CUDA 13"),
+        ("470.82", (11, 4), H100, "13.0", "install a driver of 580 or newer, for CUDA 13"),
+    ],
+)
+def test_a_torch_that_does_not_fit_the_driver(monkeypatch, driver, own, gpu, cuda, fix):
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(driver))
+    check = machine.gpus(with_gpus(gpu, cuda=own), cuda)[0]
+    assert (check.name, check.state, check.fix) == ("driver", State.FAILED, fix)
+    assert check.seen.startswith(f"{driver}, CUDA {own[0]}.{own[1]}, ")
 
 
 def test_devices_without_a_driver(monkeypatch, tmp_path):
@@ -131,15 +156,15 @@ def test_devices_without_a_driver(monkeypatch, tmp_path):
     (tmp_path / "0000:01" / "class").write_text("0x030200\n")
     monkeypatch.setattr(machine, "PCI", tmp_path)
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(None, "Driver/library version mismatch"))
-    (check,) = machine.gpus([], "13.0")
+    (check,) = machine.gpus(with_gpus(), "13.0")
     assert check.state == State.WARNING and "1 NVIDIA device here" in check.seen and "version mismatch" in check.seen
 
 
 def test_kinds_of_gpus(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", Nvml("580.65.06"))
-    check = machine.gpus([H100, H100], "13.0")[1]
+    check = machine.gpus(with_gpus(H100, H100), "13.0")[1]
     assert (check.state, check.seen) == (State.OK, "2 x H100, 80.0 GiB, compute 9.0")
-    assert machine.gpus([H100, V100], "12.8")[1].state == State.WARNING
+    assert machine.gpus(with_gpus(H100, V100), "12.8")[1].state == State.WARNING
 
 
 def test_a_gpu_that_somebody_else_uses(monkeypatch):

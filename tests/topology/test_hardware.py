@@ -9,7 +9,7 @@ from pathlib import Path
 import cuda_drivers
 import pytest
 
-from manyrank.topology import gpus, ranks
+from manyrank.topology import cuda_driver, gpus, ranks
 from manyrank.topology.gpus import Gpu, Hardware, find_kind
 from manyrank.topology.ranks import Topology
 
@@ -113,7 +113,26 @@ def test_gpus_that_cuda_cannot_use(probe, env, problem):
     assert error.startswith("error: CUDA cannot use the GPUs") and problem in error and "fix: " in error
 
 
-def test_gpus_of_others(probe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("version", "capability", "build"),
+    [("13000", (9, 0), "cu130"), ("12080", (9, 0), "cu126"), ("13010", (7, 0), "cu126"), ("12080", (10, 0), "")],
+)
+def test_the_build_of_torch_for_a_machine(library, version, capability, build):
+    """`make setup TORCH_INDEX=auto` asks before anything is installed."""
+    env = cuda_drivers.environment(library, ("GPU", 80 << 30, capability), FAKE_CUDA=version)
+    done = subprocess.run([sys.executable, cuda_driver.__file__], env=env, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == (build, 0 if build else 1)
+    assert build or "update the driver" in done.stderr
+
+
+def test_the_version_of_the_driver(library):
+    program = "from manyrank.topology import gpus; print(gpus.probe().cuda)"
+    env = cuda_drivers.environment(library, ("GPU", 80 << 30, (9, 0)), FAKE_CUDA="12080")
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout == "(12, 8)\n", done.stderr
+
+
+def test_gpus_of_others(tmp_path, monkeypatch):
     """Those that a job's cgroup keeps from it are none of its own."""
     file = tmp_path / "nvidia0"
     file.touch()

@@ -19,6 +19,7 @@ from ..config.resolve import TrainConfig, recipe_of
 from ..errors import UserError
 from ..runs.artifact import ModelSource, find
 from ..topology import gpus
+from ..topology.torch_gpus import check_torch
 from . import coverage
 from .generation import context_length
 from .load import LoadPlan, base_model, load_config, load_tokenizer, resolve_name
@@ -67,6 +68,7 @@ def load_model(
             raise UserError(f"{value!r} is not known", where=source.name, fix=f"one of {', '.join(known)}")
     machine = gpus.probe()
     device = torch.device(device or ("cuda:0" if machine.gpus else "cpu"))
+    check_torch(machine, machine.gpus[device.index or 0 :][:1] if device.type == "cuda" else ())
     if dtype == "auto":
         dtype = "bfloat16" if gpus.computes_in_bf16("auto", machine) else "float32"
     plan = LoadPlan(

@@ -75,12 +75,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The visible GPUs, the CPU and the memory (bytes; None: not known) of one machine."""
+    """The visible GPUs, the CPU, the memory (bytes) and the driver's CUDA version of one machine; None: not known."""
 
     gpus: tuple[Gpu, ...]
     cpu_cores: int
     cpu_bf16: bool
     memory: int | None = None
+    cuda: tuple[int, int] | None = None
 
     @property
     def has_bf16(self) -> bool:
@@ -206,7 +207,11 @@ def probe() -> Hardware:
     Raises:
         UserError: there are GPUs for this process, and CUDA cannot use them.
     """
-    return replace(probe_host(), gpus=_gpus())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in HIDDEN:
+        return probe_host()
+    gpus, cuda = _read_driver(visible, os.environ.get("CUDA_DEVICE_ORDER"))
+    return replace(probe_host(), gpus=gpus, cuda=cuda)
 
 
 def probe_host() -> Hardware:
@@ -215,29 +220,25 @@ def probe_host() -> Hardware:
     return Hardware((), cpu_cores=len(os.sched_getaffinity(0)), cpu_bf16=_cpu_bf16(), memory=memory)
 
 
-def _gpus() -> tuple[Gpu, ...]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return () if visible in HIDDEN else _gpus_of_driver(visible, os.environ.get("CUDA_DEVICE_ORDER"))
-
-
 @cache  # a run asks several times, and a driver may take seconds
-def _gpus_of_driver(visible: str | None, order: str | None) -> tuple[Gpu, ...]:
-    """The GPUs under these values of CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER, which the driver reads itself."""
+def _read_driver(visible: str | None, order: str | None) -> tuple[tuple[Gpu, ...], tuple[int, int] | None]:
+    """The GPUs and the driver's CUDA version; the driver itself reads these values, CUDA_VISIBLE_DEVICES and _DEVICE_ORDER."""
     try:
         ctypes.CDLL(cuda_driver.LIBRARY)
     except OSError as error:
-        return _no_gpus(str(error), "nvidia[0-9]*")
+        _refuse_own_gpus(str(error), "nvidia[0-9]*")
+        return (), None
     answer = _ask_driver()
     if "problem" in answer:
-        return _no_gpus(answer["problem"], "nvidia[0-9]*", "dxg")  # WSL's, for GPUs of any maker
-    return tuple(Gpu(gpu["name"], gpu["memory"], tuple(gpu["compute_capability"])) for gpu in answer["gpus"])
+        _refuse_own_gpus(answer["problem"], "nvidia[0-9]*", "dxg")  # WSL's, for GPUs of any maker
+        return (), None
+    gpus = (Gpu(gpu["name"], gpu["memory"], tuple(gpu["compute_capability"])) for gpu in answer["gpus"])
+    return tuple(gpus), tuple(answer["cuda"])
 
 
-def _no_gpus(problem: str, *device_files: str) -> tuple[Gpu, ...]:
-    """No GPUs where none belongs to this process; else an error."""
+def _refuse_own_gpus(problem: str, *device_files: str) -> None:
     if any(_is_allowed(file) for pattern in device_files for file in DEVICES.glob(pattern)):
         raise _unusable(problem)
-    return ()
 
 
 def _ask_driver() -> dict[str, Any]:

@@ -19,16 +19,13 @@ from pathlib import Path
 from ...parallel import compile_locks
 from ...rules.context import RunContext
 from ...runs.versions import Software
-from ...topology.gpus import Gpu
+from ...topology.gpus import Gpu, Hardware
 from ...topology.strategies import EngineKind
+from ...topology.torch_gpus import fitting_build, torch_fix
 from .checks import Check, counted, failed, gib, ok, warning
 
 TESTED_PYTHON = "3.11"
 EXTRAS = ("trl", "vllm", "lm_eval", "flash-linear-attention", "causal-conv1d")
-# For a torch that was built for CUDA 11.x, 12.x, 13.x: the oldest driver (NVIDIA's minor version compatibility), and the
-# oldest GPU of PyPI's builds.
-OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-OLDEST_GPU = {13: (7, 5)}
 PROCESS_BYTES = 2 << 30  # of host memory: torch and the libraries, and what a step needs beside the weights
 SHARED_BYTES = 256 << 20  # of /dev/shm for each process: what NCCL's channels between GPUs of one machine take at most
 SPARE_BYTES = 2 << 30  # of a disk on which a run or the hub's cache grows by an amount that is not known
@@ -101,16 +98,15 @@ def extras() -> Check:
 # GPUs
 
 
-def gpus(visible: Sequence[Gpu], cuda: str | None) -> list[Check]:
-    """Check the driver and the kinds of GPUs; the ranks look at the memory of theirs.
+def gpus(hardware: Hardware, cuda: str | None) -> list[Check]:
+    """Check the driver and the kinds of GPUs; the ranks look at kernels and at the memory of theirs.
 
     Args:
-        visible: the GPUs that CUDA gives.
         cuda: the CUDA version that torch was built for; None: for the CPU.
     """
     version, problem = _driver_version()
-    if visible:
-        return [_driver(version or f"version not known ({problem})", cuda, visible), _kinds(visible)]
+    if hardware.gpus:
+        return [_driver(version or f"version not known ({problem})", cuda, hardware), _kinds(hardware.gpus)]
     if version:
         return [ok("driver", f"{version}; CUDA gives this process no GPU: the CPU trains", driver=version)]
     return [_without_driver(problem)]
@@ -140,24 +136,16 @@ def _without_driver(problem: str) -> Check:
     return warning("driver", what, fix, devices=devices)
 
 
-def _driver(version: str, cuda: str | None, visible: Sequence[Gpu]) -> Check:
-    """Compare the driver and the GPUs with what torch was built for."""
-    name, figures = "driver", {"driver": version, "cuda_of_torch": cuda}
+def _driver(version: str, cuda: str | None, hardware: Hardware) -> Check:
+    """Compare the driver's version of CUDA with torch's."""
+    own, build, fix = ".".join(map(str, hardware.cuda or ())), fitting_build(hardware), torch_fix(hardware)
+    seen = f"{version}, CUDA {own}, for which torch's build is {build or 'none'}"
+    figures = {"driver": version, "cuda": own, "cuda_of_torch": cuda, "build": build}
     if cuda is None:
-        what = f"{version}, and torch is built for the CPU"
-        return failed(name, what, "install a torch that is built for CUDA", **figures)
-    major = int(cuda.split(".")[0])
-    oldest = OLDEST_DRIVER.get(major)
-    if oldest is None:
-        what = f"{version}, and torch is built for CUDA {cuda}, whose oldest driver is not known here"
-        return warning(name, what, "see NVIDIA's table of CUDA and drivers", **figures)
-    if version[0].isdecimal() and int(version.split(".")[0]) < oldest:
-        what = f"{version} is too old for CUDA {cuda}, which torch is built for"
-        return failed(name, what, f"a driver of {oldest} or newer, or a torch for an older CUDA", **figures)
-    if old := [gpu.name for gpu in visible if gpu.compute_capability < OLDEST_GPU.get(major, (0, 0))]:
-        what = f"{old[0]} is too old for a torch that is built for CUDA {cuda}"
-        return failed(name, what, "install a torch that is built for an older CUDA", **figures)
-    return ok(name, f"{version}, for torch's CUDA {cuda} ({oldest} or newer)", **figures)
+        return failed("driver", f"{seen}; torch is built for the CPU", fix, **figures)
+    if hardware.cuda and hardware.cuda[0] < int(cuda.split(".")[0]):
+        return failed("driver", f"{seen}; it is too old for this torch, built for CUDA {cuda}", fix, **figures)
+    return ok("driver", f"{seen}; this torch is built for CUDA {cuda}", **figures)
 
 
 def _kinds(visible: Sequence[Gpu]) -> Check:

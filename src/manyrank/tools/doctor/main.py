@@ -142,14 +142,14 @@ def _launch(resolved: ResolvedLaunch, folder: Path) -> LaunchPlan:
 def _examine(
     resolved: ResolvedLaunch, launch: LaunchPlan, folder: Path, limit: int, broken: Check | None
 ) -> Iterator[Check]:
-    options, versions = resolved.line.options, software()
+    options, hardware, versions = resolved.line.options, resolved.context.hardware, software()
     output = Path(choose_output_dir(resolved.config, resolved.line))
     context = replace(resolved.context, output_dir=output)
     yield machine.libraries(
         versions, tested=machine.tested_versions(asset("constraints.txt")), needed=machine.needed_versions()
     )
     yield machine.extras()
-    yield from [broken] if broken else machine.gpus(resolved.context.hardware.gpus, versions.cuda)
+    yield from [broken] if broken else machine.gpus(hardware, versions.cuda)
     yield machine.compiler(context)
     names = recipe.hub_names(context)
     yield from recipe.memory_and_disks(context, names)

@@ -29,6 +29,7 @@ from ...runs.watchdog import HeartbeatWriter
 from ...signals import end_with_parent
 from ...topology import gpus, ranks
 from ...topology.ranks import Topology
+from ...topology.torch_gpus import use_gpu
 from ...training.exits import exit_now
 from .checks import Check, counted, failed, gib, ok, speed, warning
 
@@ -98,7 +99,7 @@ def _examine(job: dict[str, Any], place: Topology, folder: Path, notes: Notes) -
     notes.begin("start")
     line = parse(job["argv"], prog="manyrank doctor", launch=False)
     config = resolve(line.recipe, line.overrides).config
-    device = _device(place)
+    device = use_gpu(gpus.probe(), place)
     if device.type == "cuda":
         notes.add(_gpu_memory(device))
     notes.begin("model")  # on all, so that a rank with fewer signs of life is one that is behind
@@ -120,18 +121,6 @@ def _examine(job: dict[str, Any], place: Topology, folder: Path, notes: Notes) -
     run = _from_rank_0(job["run"])
     if run:
         _train(config, job["strategy"], place, folder, Path(run), notes)
-
-
-def _device(place: Topology) -> torch.device:
-    import torch
-
-    if not gpus.probe().gpus:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        fix = "install a CUDA build of torch that fits the driver, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
-        raise UserError("there are GPUs that torch cannot use", where=f"torch {torch.__version__}", fix=fix)
-    torch.cuda.set_device(place.local_rank)
-    return torch.device("cuda", place.local_rank)
 
 
 def _gpu_memory(device: torch.device) -> Check:

@@ -29,6 +29,7 @@ from ...models.generation import Sampling
 from ...models.inference import load_model
 from ...topology import gpus
 from ...topology.ranks import Topology
+from ...topology.torch_gpus import use_gpu
 from ...training.evaluation import GenerationRequest, Layout, RowResult, add_answers, add_losses, check_references
 from . import lm_eval
 from .options import EvaluateOptions
@@ -60,10 +61,14 @@ class Worker:
     Args:
         options: of the command line, see `main`.
         config: how rows are read; None where only tasks are run.
+
+    Raises:
+        UserError: torch cannot compute on the GPUs.
     """
 
     def __init__(self, options: EvaluateOptions, config: TrainConfig | None, place: Topology) -> None:
         self.options, self.config, self.place = options, config, place
+        self.device = use_gpu(gpus.probe(), place)
         metrics = options.metrics or DEFAULT_METRICS
         self.wants_loss = any(name in LOSS for name in metrics)
         sampling = Sampling(**options.sampling)
@@ -100,7 +105,7 @@ class Worker:
             artifact,
             quantization=options.quantization,
             dtype=options.dtype,
-            device=f"cuda:{self.place.local_rank}" if gpus.probe().gpus else "cpu",
+            device=self.device,
             chat_template=template,
             trust_remote_code=trusted,
         )
