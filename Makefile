@@ -9,17 +9,32 @@ ARGS     ?=
 RUN      ?= output/$(RECIPE)
 KILLS    ?= 50
 JOBS     ?= 2
+# The build of torch: cu126 (driver 525 or newer), cu130 (580 or newer), cpu, auto (the one for this machine); empty: PyPI's.
+# It stays until another one is asked for.
+BUILT       := $(strip $(shell cat $(VENV)/.torch-index 2>/dev/null))
+TORCH_INDEX ?= $(BUILT)
+ifeq ($(TORCH_INDEX),auto)
+override TORCH_INDEX := $(or $(shell $(PYTHON) src/manyrank/topology/cuda_driver.py),$(error no torch was chosen))
+endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults cuda-dry doctor verify chat merge bench bench-gpu bench-data bench-save lint audit help clean
 
-setup: $(VENV)/.installed  ## make .venv with the pinned versions
+setup: $(VENV)/.installed  ## make .venv with the pinned versions; TORCH_INDEX=auto for an older driver or GPU
 
+# To pip and uv any build of the pinned version is the installed one, so another build is uninstalled first.
+ifneq ($(TORCH_INDEX),$(BUILT))
+.PHONY: $(VENV)/.installed
+endif
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	$(if $(filter-out $(BUILT)-,$(TORCH_INDEX)-),$(VENV)/bin/pip uninstall -qq -y torch)
+	$(if $(TORCH_INDEX),$(VENV)/bin/pip install -q uv)
+	$(if $(TORCH_INDEX),$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --torch-backend=$(TORCH_INDEX) -c constraints.txt torch)
 	$(VENV)/bin/pip install -q -c constraints.txt torch
 	$(VENV)/bin/pip install -q -c constraints.txt -e ".[dev]"
+	@echo $(TORCH_INDEX) > $(VENV)/.torch-index
 	@touch $@
 
 train: setup  ## fine-tune: RECIPE=, STRATEGY=, NPROC=, ARGS="--lr 1e-4 ..."
