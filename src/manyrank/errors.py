@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
 
 EXIT_FAILED = 1
@@ -43,6 +44,25 @@ def name_too_long(error: OSError) -> UserError:
 
 class OutOfMemory(UserError):
     """The run needs more memory than there is. Three lines, too, and its own exit code."""
+
+
+# In the words of torch (its allocators, CUDA and the driver under expandable segments), cuBLAS, cuDNN, cuSOLVER, NCCL,
+# Triton and bitsandbytes. torch 2.13 fails an assertion about NVML where it would say it of a GPU that NVML cannot read.
+_OUT_OF_MEMORY = re.compile(
+    r"(CUDA|HIP) out of memory\. Tried to allocate (?!more than 1EB)"
+    r"|(CUDA|HIP)( driver)? error: out of memory"
+    r"|_STATUS_(\w+_)?ALLOC(ATION)?_FAILED"
+    r"|Cuda failure (\d+ )?'out of memory'|Failed to CUDA \w*alloc"
+    r"|Triton Error \[(CUDA|HIP)\]: out of memory"
+    r"|Error out of memory at line \d+ in file"
+    r"|DefaultCPUAllocator: can't allocate memory"
+    r"|NVML_SUCCESS == r INTERNAL ASSERT FAILED at \S*CUDACachingAllocator"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of torch or of a library below it says that memory is short, of a GPU or of the machine."""
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def _user_error(what: str, where: str, fix: str, why: str) -> UserError:

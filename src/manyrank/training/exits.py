@@ -22,6 +22,7 @@ from ..errors import (
     Preempted,
     SaveError,
     UserError,
+    is_out_of_memory,
     name_too_long,
 )
 from ..signals import STOP, ended_by
@@ -53,11 +54,20 @@ def run_with_exit_codes(work: Callable[[], None], place: Topology) -> int:
         if STOP.at_start:
             say_stopped(place.rank)
         return for_good(stop.code if isinstance(stop, Preempted) else ended_by(signal.SIGINT))
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            _say(_outside_a_step(error), place)
+            return for_good(EXIT_MEMORY)
         print(f"rank {place.rank} failed:", file=sys.stderr)
         traceback.print_exc()
         return EXIT_FAILED
     return 0
+
+
+def _outside_a_step(error: Exception) -> OutOfMemory:
+    """Describe being out of memory where nothing compares it with the plan, such as while the model is loaded."""
+    fix = "see `manyrank plan` for what needs less, and `nvidia-smi` for who else uses the GPU"
+    return OutOfMemory(f"out of memory: {str(error).splitlines()[0]}", where="outside of a step", fix=fix)
 
 
 def for_good(code: int) -> int:

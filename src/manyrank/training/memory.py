@@ -95,10 +95,6 @@ def compare_with_measured(run: PlannedRun, folder: Path) -> str | None:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def out_of_memory(run: PlannedRun, *, step: int, measured: int) -> OutOfMemory:
     """Make the error of a run that is out of memory: what was planned, what was used, and what to change.
 

@@ -17,7 +17,7 @@ from ..chat_template.render import render_options
 from ..checkpoint.resume import Start, broadcast_from_rank0
 from ..checkpoint.state import save_weights
 from ..config.resolve import TrainConfig
-from ..errors import Preempted, SaveError
+from ..errors import Preempted, SaveError, is_out_of_memory
 from ..models.generate import generate_completions
 from ..models.load import evaluation_mode
 from ..parallel.engine import Engine, StrategyInfo
@@ -25,7 +25,7 @@ from ..plan.planned_run import PlannedRun
 from ..rules.check import warnings_of_length
 from ..runs import logs, run_folder
 from . import record, trackers
-from .memory import compare_with_measured, is_out_of_memory, out_of_memory
+from .memory import compare_with_measured, out_of_memory
 from .trainer import Trainer
 
 
