@@ -8,8 +8,10 @@ accelerator) is decided here, from what the machine has. `engine` then runs the 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -20,6 +22,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     ParallelismConfig,
+    gather_object,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -67,7 +70,8 @@ def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) ->
     """Start the process group and the Accelerator, and check that they are what the recipe asks for.
 
     Raises:
-        UserError: the strategy needs a launcher or a GPU, or another one was started than asked for.
+        UserError: the strategy needs a launcher or a GPU, another one was started than asked for, or only some of the
+            machines have bf16, and the recipe leaves it to them. All ranks raise that together.
     """
     strategy = named_strategy(config.strategy)
     if not launched_by_accelerate():
@@ -82,7 +86,22 @@ def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) ->
             print(line, file=sys.stderr, flush=True)
     accelerator = _accelerator(config, _parallelism(config, strategy, topology), bf16=bf16, on_cpu=on_cpu)
     _check(accelerator, config, strategy, topology, bf16=bf16)
+    if config.bf16 == "auto" and (what := unlike(gather_object([(socket.gethostname(), bf16)]))):
+        fix = "give --bf16 false to all, or start it on machines that are alike"
+        raise UserError(what, where="bf16", fix=fix)
     return accelerator
+
+
+def unlike(ranks: Sequence[tuple[str, bool]]) -> str | None:
+    """Say which machines would compute in another type than the others.
+
+    Args:
+        ranks: of each its host, and whether it computes in bf16.
+    """
+    in_bf16, in_float32 = (
+        ", ".join(dict.fromkeys(host for host, has in ranks if has is bf16)) for bf16 in (True, False)
+    )
+    return f"bf16 auto is bf16 on {in_bf16}, and float32 on {in_float32}" if in_bf16 and in_float32 else None
 
 
 def _flag(name: str) -> bool:
