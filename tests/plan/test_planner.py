@@ -17,6 +17,7 @@ from manyrank.plan import memory, planner, speed
 from manyrank.plan.command import _nodes
 from manyrank.plan.memory import GiB
 from manyrank.plan.planner import Verdict, make_plan
+from manyrank.plan.view import summary
 from manyrank.topology import gpus
 from manyrank.topology.gpus import GPU_KINDS, find_kind
 
@@ -105,6 +106,15 @@ def test_host_memory_counts_where_it_is_known():
     assert enough.chosen.strategy.name in ("fsdp_offload", "zero3_offload") and enough.chosen.usable
     short = planned("llama-3.1-8b", "RTX4090", *argv, host=64 * GiB)
     assert short.chosen.verdict == Verdict.TOO_BIG
+    needs = max(short.chosen.memory.host, short.chosen.memory.host_loading)
+    assert f" GiB a GPU, host memory {needs / GiB:.1f} of 64.0 GiB (does not fit)" in summary(short)
+
+
+def test_a_gpu_that_is_too_small_for_loading_alone():
+    plan = planned("llama-3.1-70b", "A100-40GB", "--method=qlora", "--strategy=fsdp", "--max_length=512", nproc=8)
+    needs = plan.chosen.memory
+    assert plan.chosen.verdict == Verdict.TOO_BIG and needs.peak < 40 * GiB < needs.loading
+    assert f" GiB a GPU, loading {needs.loading / GiB:.1f} of 40.0 GiB (does not fit)" in summary(plan)
 
 
 def test_where_nothing_fits_it_says_so():

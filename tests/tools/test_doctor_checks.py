@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from planned import planned_context
@@ -170,10 +171,14 @@ def test_kinds_of_gpus(monkeypatch):
 def test_a_gpu_that_somebody_else_uses(monkeypatch):
     import torch
 
+    facts = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     for free, state in ((79, State.OK), (20, State.WARNING)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * GIB, 80 * GIB))
         check = ranks._gpu_memory(torch.device("cuda", 3))
-        assert (check.name, check.state, check.seen) == ("GPU 3", state, f"{free}.0 GiB of 80.0 GiB free")
+        assert (check.name, check.state) == ("GPU 3", state)
+        assert check.seen == f"{free}.0 GiB of 80.0 GiB free; in CUDA's order, at 00000000:C1:00.0"
+        assert ("nvidia-smi -i 00000000:C1:00.0" in check.fix) == (state == State.WARNING)
 
 
 # Memory and disks

@@ -421,11 +421,12 @@ def test_planned_memory_is_beside_the_measured(tmp_path):
         "allocated_bytes": 24 * gib,
         "reserved_bytes": 26 * gib,
         "in_use_bytes": 28 * gib,
+        "loading": {"planned_bytes": 60 * gib, "reserved_bytes": 61 * gib},
     }
     folder = made_run(tmp_path / "run", line(1, loss=1.0, memory_gib=24.0, mfu=0.4), memory=json.dumps(facts))
     text = report.write_report([folder]).read_text()
     dom = Page(text)
-    assert dom.figures["memory"] == ["30.0", "24.0", "26.0", "28.0", "20.0"]
+    assert dom.figures["memory"] == ["30.0", "24.0", "26.0", "28.0", "20.0", "60.0", "61.0"]
     assert (
         text.count("stroke: var(--ink)") == 1
         and "torch&#39;s peak on a GPU" in text

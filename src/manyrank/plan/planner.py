@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from ..models.spec import ModelSpec
 from ..rules.context import RunContext
@@ -228,19 +229,32 @@ def _choose(options: list[Option], context: RunContext, *, named: bool) -> tuple
     return chosen, f"{fastest}{tight}{because}"
 
 
-def short_of(option: Option, context: RunContext) -> str | None:
-    """Name what is too small, where it is not the peak."""
-    if option.verdict != Verdict.TOO_BIG or context.memory is None or option.memory.peak > context.memory:
+class Shortage(NamedTuple):
+    """Host memory or a GPU's for loading that does not suffice: the bytes that are needed, and that there are."""
+
+    memory: str
+    needed: int
+    available: int
+
+    def __str__(self) -> str:
+        return f"{self.memory} {self.needed / memory.GiB:.1f} of {self.available / memory.GiB:.1f} GiB"
+
+
+def shortage(option: Option, context: RunContext) -> Shortage | None:
+    """Find what is too small where it is not a GPU's memory at the peak, which a plan shows in any case."""
+    needs, available = option.memory, context.memory
+    if option.verdict != Verdict.TOO_BIG or (available is not None and needs.peak > available):
         return None
-    return "host memory" if exceeds_host(option.memory, context) else "loading"
+    if context.host_memory is not None and exceeds_host(needs, context):
+        return Shortage("host memory", max(needs.host, needs.host_loading), context.host_memory)
+    return Shortage("loading", needs.loading, available) if available is not None else None
 
 
 def _passed(option: Option, context: RunContext) -> str:
     if option.refused:
         return f"{option.strategy}: {option.refused}"
-    if exceeds_host(option.memory, context):
-        needed = max(option.memory.host, option.memory.host_loading)
-        return f"{option.strategy} needs {needed / memory.GiB:.0f} GiB of host memory"
+    if short := shortage(option, context):
+        return f"{option.strategy}: {short}"
     return f"{option.strategy} needs {option.memory.needed / memory.GiB:.0f} GiB"
 
 

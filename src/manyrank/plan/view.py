@@ -6,7 +6,7 @@ from typing import Any
 
 from .memory import GiB
 from .planned_run import PlannedRun
-from .planner import Option, Plan, Scale, Verdict, short_of
+from .planner import Option, Plan, Scale, Verdict, shortage
 from .speed import Speed
 
 WIDTH = 32  # characters of a bar
@@ -41,15 +41,15 @@ def as_text(plan: Plan, *, tokens: int | None, price: float | None, scales: list
 
 
 def summary(plan: Plan) -> str:
-    """Summarise the plan of a launch."""
+    """Summarise the plan of a launch, with the memory that is short where it is another than a GPU's at the peak."""
     chosen = plan.chosen
+    short = shortage(chosen, plan.context)
+    also = f", {short}" if short else ""
     of = f" of {plan.context.memory / GiB:.1f}" if plan.context.memory else ""
     rate = (
         f", {count(chosen.speed.tokens_per_second)} tokens/s, {chosen.speed.step:.3g} s a step" if chosen.speed else ""
     )
-    return (
-        f"planned: {chosen.memory.peak / GiB:.1f}{of} GiB a GPU ({chosen.verdict}){rate}; {chosen.strategy}: {plan.why}"
-    )
+    return f"planned: {chosen.memory.peak / GiB:.1f}{of} GiB a GPU{also} ({chosen.verdict}){rate}; {chosen.strategy}: {plan.why}"
 
 
 def headline(plan: Plan) -> str:
@@ -82,8 +82,8 @@ def _table(plan: Plan) -> str:
 
 def _line(option: Option, plan: Plan, most: int) -> str:
     mark = "*" if option is plan.chosen and not option.refused else " "
-    short = short_of(option, plan.context)
-    state = "refused" if option.refused else f"no: {short}" if short else str(option.verdict)
+    short = shortage(option, plan.context)
+    state = "refused" if option.refused else f"no: {short.memory}" if short else str(option.verdict)
     rate = f"{option.speed.tokens_per_second:>10,.0f} {option.speed.mfu:>5.0%}" if option.speed else f"{'':>10} {'':>5}"
     recomputed = f"{option.run.checkpointed}/{option.run.shape.depth}"
     largest = [

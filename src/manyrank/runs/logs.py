@@ -79,7 +79,7 @@ def write_samples(output_dir: Path, questions: list[str], before: list[str], aft
 
 
 def peak_memory(device_type: str) -> int:
-    """Most bytes this process has held: of the GPU's memory, or resident memory on a CPU."""
+    """Most bytes this process has held: of the GPU's memory since `take_peaks`, or resident memory on a CPU."""
     if device_type == "cuda":
         import torch
 

@@ -36,7 +36,7 @@ from ..runs import artifact
 from ..runs.watchdog import HeartbeatWriter
 from ..topology.ranks import Topology
 from . import trackers
-from .memory import describe_checkpointing, plan_run
+from .memory import describe_checkpointing, plan_run, take_peaks
 from .metrics import Meter, kind_of
 from .optim import build_optimizer
 from .run import TrainingRun
@@ -100,6 +100,7 @@ def _build(
     _check_alike(model, accelerator)
     with heartbeat.waiting("distributing the model and the optimizer", compile_locks.explain):
         engine = prepare_engine(accelerator, model, build_optimizer(model, config))
+    loading = take_peaks()
     torch.manual_seed(config.seed + accelerator.process_index)  # each rank has dropout of its own
     commit = getattr(model.config, "_commit_hash", None)
     run = identity(
@@ -124,8 +125,8 @@ def _build(
     start = _with_changes(start, trainer.run, config)
     if accelerator.is_main_process and (line := task.describe(trainer.loader)):
         print(line, flush=True)
-    own_tokenizer = objects.tokenizer is not None
-    return TrainingRun(config, engine, tokenizer, trainer, output_dir, start, planned, own_tokenizer, give_back)
+    own = objects.tokenizer is not None
+    return TrainingRun(config, engine, tokenizer, trainer, output_dir, start, planned, loading, own, give_back)
 
 
 def _amounts(config: TrainConfig, kind: type[Task], start: Start, processes: int) -> tuple[TrainConfig, int | None]:
@@ -269,8 +270,7 @@ def _data(
 
 def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:
     transformers_logging.disable_progress_bar()  # of reading weights, once for each rank
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of an earlier training in this process
+    take_peaks()  # of an earlier training in this process
     if not place.is_main:
         transformers_logging.set_verbosity_error()  # what all ranks would say alike
     trackers.prepare(config, output_dir)

@@ -73,8 +73,22 @@ def describe_checkpointing(run: PlannedRun, config: TrainConfig) -> str | None:
     )
 
 
-def compare_with_measured(run: PlannedRun, folder: Path) -> str | None:
-    """Planned against measured memory of this rank's GPU, also written to logs/memory.json; None without a GPU."""
+def take_peaks() -> dict[str, int]:
+    """Most bytes on this rank's GPU until now; from here on peaks are counted anew, without blocks that torch keeps unused."""
+    if not torch.cuda.is_available():
+        return {}
+    peaks = {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return peaks
+
+
+def compare_with_measured(run: PlannedRun, folder: Path, loading: dict[str, int]) -> str | None:
+    """Planned against measured memory of this rank's GPU, also written to logs/memory.json; None without a GPU.
+
+    Args:
+        loading: `take_peaks` after the model was loaded.
+    """
     if not run.gpu:
         return None
     planned = memory.estimate(run)
@@ -85,13 +99,16 @@ def compare_with_measured(run: PlannedRun, folder: Path) -> str | None:
         "allocated_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": reserved,
         "in_use_bytes": total - free,
+        "loading": {"planned_bytes": planned.loading, **loading},
     }
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "logs" / "memory.json").write_text(json.dumps(facts, indent=1))
     around = planned.parts.get("context", 0)
     return (
-        f"memory of a GPU: planned {planned.peak / GiB:.1f} GiB ({around / GiB:.1f} of it CUDA's own); "
-        f"measured {reserved / GiB:.1f} GiB held by torch, {(total - free) / GiB:.1f} in use"
+        f"memory of a GPU, of which {around / GiB:.1f} GiB are planned for CUDA itself: "
+        f"training planned {planned.peak / GiB:.1f} GiB, measured {reserved / GiB:.1f} held by torch and "
+        f"{(total - free) / GiB:.1f} in use at the end; "
+        f"loading planned {planned.loading / GiB:.1f}, measured {loading['reserved_bytes'] / GiB:.1f} held by torch"
     )
 
 

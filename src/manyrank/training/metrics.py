@@ -63,7 +63,7 @@ class Meter:
         Returns:
             Rates a second over all ranks; `mfu`, the share of the GPUs' rate that went into needed operations, where the
             kind of GPU is known; `padding`, the share of what was computed that is no token of the step; `memory_gib`,
-            the most that this process has held; the seconds of a step, and of those that are left.
+            the most that this process has held since its model was loaded (on a CPU since its start); the seconds of a step, and of those that are left.
         """
         window, self.window = self.window, Window()
         each = window.seconds / len(window.losses)

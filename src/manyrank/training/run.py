@@ -40,6 +40,7 @@ class TrainingRun:
     output_dir: Path
     start: Start
     planned: PlannedRun | None
+    loading: dict[str, int]  # peaks of a GPU's memory until the model was loaded
     own_tokenizer: bool  # a script has brought it
     give_back: Callable[[], None]  # what a script has brought, as it was
 
@@ -113,7 +114,7 @@ class TrainingRun:
             if (
                 self.planned
                 and self.accelerator.is_main_process
-                and (line := compare_with_measured(self.planned, self.output_dir))
+                and (line := compare_with_measured(self.planned, self.output_dir, self.loading))
             ):
                 self.say(line)
 

@@ -127,9 +127,11 @@ def _gpu_memory(device: torch.device) -> Check:
     import torch
 
     free, size = torch.cuda.mem_get_info(device)
-    name, seen = f"GPU {device.index}", f"{gib(free)} of {gib(size)} free"
+    facts = torch.cuda.get_device_properties(device)
+    place = f"{facts.pci_domain_id:08X}:{facts.pci_bus_id:02X}:{facts.pci_device_id:02X}.0"
+    name, seen = f"GPU {device.index}", f"{gib(free)} of {gib(size)} free; in CUDA's order, at {place}"
     if free < FREE * size:
-        fix = "see nvidia-smi for who uses it, and end that, or choose others by CUDA_VISIBLE_DEVICES"
+        fix = f"see `nvidia-smi -i {place}` for who uses it, and end that, or choose others by CUDA_VISIBLE_DEVICES"
         return warning(name, seen, fix, free=free, size=size)
     return ok(name, seen, free=free, size=size)
 

@@ -17,7 +17,7 @@ from ...models.spec import ModelSpec
 from ...models.tiny import EMBEDDED
 from ...plan.command import read_model
 from ...plan.planned_run import PlannedRun
-from ...plan.planner import Plan, Verdict
+from ...plan.planner import Plan, Verdict, shortage
 from ...plan.view import summary
 from ...rules.check import check_rules, find_violations
 from ...rules.context import RunContext
@@ -62,6 +62,8 @@ def planned(plan: Plan | None) -> Check:
     if plan.chosen.verdict == Verdict.FITS:
         return ok("memory plan", seen, needed=needed)
     fix = "see `manyrank plan` for what fits: fewer tokens, gradient_checkpointing, qlora, more GPUs"
+    if (short := shortage(plan.chosen, plan.context)) and short.memory == "host memory":
+        fix = "see `manyrank plan` for what fits: a strategy without offload, method lora, or more machines"
     make = failed if plan.chosen.verdict == Verdict.TOO_BIG else warning
     return make("memory plan", seen, fix, needed=needed)
 

@@ -209,6 +209,7 @@ def _memory(run: RunRecord) -> Iterator[Table]:
     names = {"planned": "planned", "allocated": "allocated", "reserved": "held by torch", "in_use": "in use on the GPU"}
     sizes = [(label, run.memory.get(f"{key}_bytes")) for key, label in names.items()]
     sizes += [(f"planned: {part}", size) for part, size in run.memory.get("parts", {}).items() if size]
+    sizes += [(f"loading: {names[key]}", run.memory.get("loading", {}).get(f"{key}_bytes")) for key in names]
     rows = tuple((word(name), GIB(size / GiB)) for name, size in sizes if isinstance(size, int | float))
     if rows:
         yield Table("memory", "Memory of a GPU: planned and measured", (), rows)
