@@ -1,6 +1,5 @@
 """Processes that are forked from a warm one give what new interpreters give, and end as these do."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,8 @@ import pytest
 import warm
 from launches import launch, nightly
 from processes import is_running
+
+from manyrank.runs.heartbeats import beats
 
 COMMAND = [sys.executable, "-m", "manyrank.cli"]
 
@@ -42,7 +43,7 @@ def test_what_takes_too_long_is_ended_with_its_ranks(embedded_model, tmp_path):
     options = ("--max_steps=100000", "--strategy=ddp", "--nproc=2", f"--output_dir={folder}")
     with pytest.raises(subprocess.TimeoutExpired):
         warm.run([*COMMAND, "train", "verify", *options], timeout=20)
-    ranks = [json.loads(file.read_text())["pid"] for file in (folder / "logs" / "heartbeats").glob("rank-*.json")]
+    ranks = [beat.pid for beat in beats(folder / "logs" / "heartbeats")]
     end = time.monotonic() + 10
     while any(map(is_running, ranks)) and time.monotonic() < end:
         time.sleep(0.1)

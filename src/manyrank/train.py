@@ -22,9 +22,10 @@ from .errors import EXIT_USER, UserError
 from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
 from .rules.check import check_new_folder, check_output_dir, check_rules
 from .rules.context import RunContext
+from .runs.heartbeats import HeartbeatWriter
 from .runs.run_folder import LAUNCH_FOLDER, writable
 from .runs.run_lock import claimed
-from .runs.watchdog import HeartbeatWriter, Watchdog
+from .runs.watchdog import Watchdog
 from .topology import gpus, ranks, strategy_files
 from .topology.ranks import Topology
 from .topology.strategies import default_strategy, named_strategy

@@ -12,7 +12,7 @@ import pytest
 from launches import ROOT, launch
 from processes import running, wait_until, workers, workers_alive
 
-from manyrank.runs import run_folder, watchdog
+from manyrank.runs import heartbeats, run_folder
 
 
 def saved_step(folder) -> int:
@@ -124,13 +124,13 @@ def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sl
     assert "rank 0 in waiting for the others" in named or "rank 0 in forward and backward" in named
     stacks = (run.folder / "logs" / "heartbeats" / "stacks-00001.txt").read_text()
     assert "sleeping.py" in stacks and "in on_step_begin" in stacks
-    assert [beat.phase for beat in watchdog.beats(run.folder / "logs" / "heartbeats")] == ["done", "done"]
+    assert [beat.phase for beat in heartbeats.beats(run.folder / "logs" / "heartbeats")] == ["done", "done"]
 
 
 ASKED = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from manyrank.runs.watchdog import HeartbeatWriter
+from manyrank.runs.heartbeats import HeartbeatWriter
 heartbeat = HeartbeatWriter(0)
 heartbeat.attach(Path(sys.argv[1]))
 def start_and_end():

@@ -20,7 +20,8 @@ from processes import is_running, running, wait_until, workers, workers_alive
 from manyrank.errors import UserError
 from manyrank.parallel import compile_locks
 from manyrank.runs import run_folder, run_lock
-from manyrank.runs.watchdog import HeartbeatWriter, Watchdog
+from manyrank.runs.heartbeats import HeartbeatWriter
+from manyrank.runs.watchdog import Watchdog
 
 # Workers and their launcher
 

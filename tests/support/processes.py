@@ -8,7 +8,7 @@ import psutil
 import warm
 from launches import ROOT
 
-from manyrank.runs import watchdog
+from manyrank.runs import heartbeats
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def wait_until(true, seconds=90):
 
 def workers(folder) -> dict[int, psutil.Process]:
     """The processes of a run by rank, as their signs of life name them; those that are there."""
-    found = {beat.rank: process_of(beat.pid) for beat in watchdog.beats(folder / "logs" / "heartbeats")}
+    found = {beat.rank: process_of(beat.pid) for beat in heartbeats.beats(folder / "logs" / "heartbeats")}
     return {rank: process for rank, process in found.items() if process}
 
 

@@ -17,7 +17,7 @@ from launches import ROOT
 
 from manyrank import cli
 from manyrank.errors import UserError
-from manyrank.runs.watchdog import beats
+from manyrank.runs.heartbeats import beats
 from manyrank.tools.doctor import main as doctor
 from manyrank.topology import gpus
 

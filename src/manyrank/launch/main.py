@@ -21,7 +21,8 @@ from ..plan.planner import MICRO_BATCH, Plan, Verdict, make_plan, with_micro_bat
 from ..plan.view import summary
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
-from ..runs.watchdog import HeartbeatWriter, Watchdog
+from ..runs.heartbeats import HeartbeatWriter
+from ..runs.watchdog import Watchdog
 from ..topology import gpus
 from ..topology.gpus import Hardware
 from .command import LaunchPlan, choose_output_dir, choose_strategy, plan_launch, run_launch

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint.resume import Start, base_fingerprint, find_start
+from ..checkpoint.resume import Start, base_fingerprint, broadcast_from_rank0, find_start
 from ..config.identity import batch_per_process, identity, refuse_changes
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples, prepare
@@ -33,7 +33,7 @@ from ..parallel.accelerator import start_accelerator
 from ..parallel.engine import prepare_engine
 from ..plan.planned_run import PlannedRun
 from ..runs import artifact
-from ..runs.watchdog import HeartbeatWriter
+from ..runs.heartbeats import HeartbeatWriter, new_run
 from ..topology.ranks import Topology
 from . import trackers
 from .memory import describe_checkpointing, plan_run, take_peaks
@@ -145,7 +145,8 @@ def _meet(
     with heartbeat.waiting(f"waiting for all {place.world_size} processes to meet", compile_locks.explain):
         accelerator = start_accelerator(config, place, bf16=bf16)
     if folder:
-        heartbeat.attach(folder)
+        run = broadcast_from_rank0(accelerator, lambda: new_run(folder))
+        heartbeat.attach(folder, run=run, meet=accelerator.wait_for_everyone)
     heartbeat.beat(0, "looking for a checkpoint")
     return accelerator
 

@@ -25,7 +25,7 @@ from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step
 from ..errors import NonFiniteError, Preempted, UserError
 from ..parallel.engine import Engine
-from ..runs.watchdog import HeartbeatWriter
+from ..runs.heartbeats import HeartbeatWriter
 from ..signals import STOP
 from .callbacks import build_callbacks, callback_states, check_states, exportable, training_arguments
 from .metrics import Meter

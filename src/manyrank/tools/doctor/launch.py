@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from ...errors import in_one_line
 from ...launch.command import LaunchPlan, run_in_process
+from ...runs.heartbeats import beats
 from ...runs.run_folder import HEARTBEATS
-from ...runs.watchdog import beats
 from ...signals import die_with_parent
 
 if TYPE_CHECKING:

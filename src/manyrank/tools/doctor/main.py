@@ -28,9 +28,9 @@ from ...errors import EXIT_FAILED, UserError
 from ...launch.command import LaunchPlan, choose_output_dir, plan_launch
 from ...launch.main import ResolvedLaunch, resolve_launch
 from ...project_files import asset
+from ...runs.heartbeats import DONE, Heartbeat, beats
 from ...runs.run_folder import HEARTBEATS
 from ...runs.versions import software
-from ...runs.watchdog import DONE, Heartbeat, beats
 from ...topology.gpus import Hardware, probe, probe_host
 from ...topology.strategies import EngineKind
 from . import machine, recipe

@@ -23,9 +23,9 @@ from ...config.args import parse
 from ...config.resolve import Setting, TrainConfig, resolve
 from ...errors import EXIT_FAILED, UserError, in_one_line
 from ...models.tiny import EMBEDDED
+from ...runs.heartbeats import HeartbeatWriter
 from ...runs.logs import read_metrics
 from ...runs.versions import software
-from ...runs.watchdog import HeartbeatWriter
 from ...signals import end_with_parent
 from ...topology import gpus, ranks
 from ...topology.ranks import Topology
