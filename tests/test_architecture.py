@@ -69,7 +69,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "data": 3400,
     "rules": 1770,
     "plan": 1790,
-    "parallel": 930,
+    "parallel": 1160,  # with what ZeRO-3 gathers, time-outs and NUMA nodes
     "checkpoint": 470,
     "training": 2310,
     "tasks": 950,

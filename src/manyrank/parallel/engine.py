@@ -25,6 +25,7 @@ from ..models.adapters import trainable
 from ..models.shards import take_parts
 from . import first_look
 from .fsdp_preparation import name_layers
+from .zero3_preparation import gather_by_layer, gathered_together
 
 OptimizerState = dict[str, torch.Tensor]
 
@@ -314,6 +315,8 @@ class DeepSpeedEngine(Engine):
     keeps_parameters = False
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
+        if self.accelerator.deepspeed_plugin.zero_stage == 3:
+            gather_by_layer(self.accelerator.deepspeed_plugin, model)
         prepared = super()._prepare(model, optimizer)
         for parameter in model.parameters():
             if hasattr(parameter, "part"):  # frozen, so that the optimizer has no copy of its stand-in
@@ -333,7 +336,8 @@ class DeepSpeedEngine(Engine):
     def step(self, *, learning_rate: float, max_grad_norm: float) -> float:
         # max_grad_norm is in the DeepSpeed config already; see accelerator._deepspeed_plugin.
         self._set_learning_rate(learning_rate)
-        self.wrapped.step()
+        with gathered_together(self.wrapped.optimizer):
+            self.wrapped.step()
         if not self.wrapped.was_step_applied():
             raise NonFiniteError("the gradient's norm is not finite")
         return float(self.wrapped.get_global_grad_norm())

@@ -154,10 +154,10 @@ def _lasting(run: PlannedRun) -> dict[str, int]:
     """Bytes by part that are there all the time."""
     weights, constants = base_weights(run)
     shards = run.shards if run.sharded else 1
-    off = run.strategy.offload
+    off, whole = run.strategy.offload, run.strategy.zero_stage == 3  # see parallel.zero3_preparation
     return {
         "weights": constants + (0 if off else weights // shards),
-        "adapters": 0 if run.full or off else _adapters(run, shards),
+        "adapters": 0 if run.full or (off and not whole) else _adapters(run, 1 if whole else shards),
         "optimizer": 0 if off else _optimizer(run),
     }
 
