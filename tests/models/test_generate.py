@@ -14,7 +14,13 @@ QUESTION = ["How many beads are on the string?"]
 def said(model, tokenizer) -> list[str]:
     with torch.no_grad():
         return generate_completions(
-            model.eval(), model, tokenizer, QUESTION, options=RenderOptions(), max_new_tokens=12
+            model.eval(),
+            model,
+            tokenizer,
+            QUESTION,
+            options=RenderOptions(),
+            max_new_tokens=12,
+            device=torch.device("cpu"),
         )
 
 

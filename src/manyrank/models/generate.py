@@ -18,6 +18,7 @@ def generate_completions(
     *,
     options: RenderOptions,
     max_new_tokens: int,
+    device: torch.device,
 ) -> list[str]:
     """Answer each question greedily. All ranks together, in evaluation mode.
 
@@ -27,10 +28,11 @@ def generate_completions(
     Args:
         wrapped: what the engine forwards.
         model: the same model without its wrapper.
+        device: on which it computes; its parameters may rest in host memory.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with own_attention(base):  # packed attention knows no key-value cache
-        return [_answer(wrapped, tokenizer, question, options, max_new_tokens) for question in questions]
+        return [_answer(wrapped, tokenizer, question, options, max_new_tokens, device) for question in questions]
 
 
 def _answer(
@@ -39,8 +41,9 @@ def _answer(
     question: str,
     options: RenderOptions,
     max_new_tokens: int,
+    device: torch.device,
 ) -> str:
-    device, stops = next(wrapped.parameters()).device, stop_ids(tokenizer, options)
+    stops = stop_ids(tokenizer, options)
     prompt = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True, **options.template_kwargs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -25,7 +26,7 @@ from ..models.adapters import trainable
 from ..models.shards import take_parts
 from . import first_look
 from .fsdp_preparation import name_layers
-from .zero3_preparation import gather_by_layer, gathered_together
+from .zero3_preparation import gather_by_layer, gathered_together, held_whole
 
 OptimizerState = dict[str, torch.Tensor]
 
@@ -159,6 +160,24 @@ class Engine:
         """Hold the whole model on each rank, which may then forward by itself. (Under ZeRO-3 trl sees to it.)"""
         yield
 
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[bool]:
+        """Hold the whole model while it generates, where each rank has room for it. All ranks together.
+
+        Yields whether it is held; else each token gathers each layer.
+        """
+        crowded = float(self._whole_bytes() > _free_bytes(self.accelerator.device))
+        held = self.sum(torch.tensor(crowded, device=self.accelerator.device)).item() == 0
+        with self._held() if held else contextlib.nullcontext():
+            yield held
+
+    def _held(self) -> contextlib.AbstractContextManager[None]:
+        return self.whole()
+
+    def _whole_bytes(self) -> int:
+        """Bytes that a rank holds more than now, at most, with the whole model."""
+        return 0
+
     # Full state
 
     def full_parameters(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -283,6 +302,10 @@ class FsdpEngine(Engine):
                 unit.set_reshard_after_forward(True, recurse=False)
             self.reshard()
 
+    def _whole_bytes(self) -> int:
+        element = 2 if self.accelerator.mixed_precision == "bf16" else 4
+        return sum(p.numel() * min(element, p.element_size()) for p in self.model.parameters())
+
     @cached_property
     def _units(self) -> list[FSDPModule]:
         return [module for module in self.wrapped.modules() if isinstance(module, FSDPModule)]
@@ -323,6 +346,12 @@ class DeepSpeedEngine(Engine):
                 parameter.ds_tensor.data[: parameter.part.numel()].copy_(parameter.part)
                 del parameter.part
         return prepared
+
+    def _held(self) -> contextlib.AbstractContextManager[None]:
+        return held_whole(self.model)
+
+    def _whole_bytes(self) -> int:
+        return sum(self._bytes(p) for p in self.model.parameters() if hasattr(p, "ds_status"))
 
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):
@@ -411,6 +440,16 @@ class DeepSpeedEngine(Engine):
     def _bytes_here(self, parameter: torch.Tensor) -> int:
         shard = getattr(parameter, "ds_tensor", parameter)
         return shard.numel() * shard.element_size()
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Bytes that this rank may still allocate, with a tenth left over."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return 0.9 * (torch.cuda.mem_get_info(device)[0] + cached)
+    import psutil
+
+    return 0.9 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def prepare_engine(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Engine:

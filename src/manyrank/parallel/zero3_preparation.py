@@ -25,6 +25,7 @@ from ..errors import UserError
 from .fsdp_preparation import layers_apart
 
 LIVE = 10**9  # elements
+HOLDER = -1  # in place of a module's id, for parameters that no module may give back
 
 
 def gather_by_layer(plugin: DeepSpeedPlugin, model: torch.nn.Module) -> None:
@@ -108,6 +109,27 @@ def gathered_together(optimizer: object) -> Iterator[None]:
         yield
     finally:
         optimizer.persistent_parameters = kept
-    missing = [parameter for parameter in kept if parameter.ds_status.name == "NOT_AVAILABLE"]
+    _gather(kept)
+
+
+@contextlib.contextmanager
+def held_whole(model: torch.nn.Module) -> Iterator[None]:
+    """Gather a model's parameters, layer by layer, and keep the modules from giving them back. All ranks together."""
+    shards = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_status")]
+    for module in [*(layer for layer in model.modules() if getattr(layer, "_z3_leaf", False)), model]:
+        _gather([parameter for parameter in module.parameters() if hasattr(parameter, "ds_status")])
+    for parameter in shards:
+        parameter.ds_active_sub_modules.add(HOLDER)
+    try:
+        yield
+    finally:
+        for parameter in shards:
+            parameter.ds_active_sub_modules.discard(HOLDER)
+        if shards:
+            shards[0].partition(shards)
+
+
+def _gather(parameters: list) -> None:
+    missing = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
     if missing:
         missing[0].all_gather_coalesced(missing).wait()

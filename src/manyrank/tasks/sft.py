@@ -55,7 +55,7 @@ class SFT(Task):
         with evaluation_mode(engine.wrapped):
             if packed:
                 exact = not bf16 and self.config.method != "int8"  # whose products round each row of activations
-                prove_packing(engine.wrapped, engine.model, exact=exact)
+                prove_packing(engine.wrapped, engine.model, exact=exact, device=self.device)
             self.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=self._agree)
         engine.reshard()
 

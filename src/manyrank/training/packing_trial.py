@@ -34,19 +34,22 @@ ROUNDING = 2**-8
 
 
 @torch.no_grad()
-def prove_packing(wrapped: torch.nn.Module, model: torch.nn.Module, *, exact: bool) -> None:
+def prove_packing(
+    wrapped: torch.nn.Module, model: torch.nn.Module, *, exact: bool, device: torch.device | None = None
+) -> None:
     """See that documents of a pack come out as documents by themselves. All ranks together, in evaluation mode.
 
     Args:
         wrapped: the model as it is called, with packed attention.
         model: the same without wrappers.
         exact: whether it computes in float32.
+        device: on which it computes; None: where its parameters are, which may also rest in host memory.
 
     Raises:
         UserError: they do not, or the model's attention receives what packed attention does not know.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, device = base.config.get_text_config(), next(model.parameters()).device
+    config, device = base.config.get_text_config(), device or next(model.parameters()).device
     first, second = (np.arange(start, start + length) % config.vocab_size for start, length in ((10, 5), (20, 7)))
     single = torch.as_tensor(first)[None].to(device)
     with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a few tokens

@@ -186,7 +186,9 @@ class TrainingRun:
     def _answers(self) -> list[str]:
         if not self.config.sample_questions:
             return []
-        with evaluation_mode(self.engine.wrapped):
+        with evaluation_mode(self.engine.wrapped), self.engine.generating() as held:
+            if not held:
+                self.say("the whole model has no room on one device: completions gather each layer for each token")
             return generate_completions(
                 self.engine.wrapped,
                 self.engine.model,
@@ -194,6 +196,7 @@ class TrainingRun:
                 self.config.sample_questions,
                 options=render_options(self.config),
                 max_new_tokens=self.config.sample_max_new_tokens,
+                device=self.accelerator.device,
             )
 
     def _write_facts(self) -> StrategyInfo:
