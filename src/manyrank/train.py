@@ -86,7 +86,9 @@ def train(
         UserError, NonFiniteError, SaveError, Preempted: see `main` for the exit codes they stand for.
     """
     config, heartbeat = resolved.config, HeartbeatWriter(place.rank)
-    with Watchdog(heartbeat, patience=config.hang_timeout, notices=place.local_rank == 0):
+    # A rank that hangs is named before the others end.
+    patience = min(config.hang_timeout, 0.8 * config.ddp_timeout) if place.world_size > 1 else config.hang_timeout
+    with Watchdog(heartbeat, patience=patience, notices=place.local_rank == 0):
         try:
             heartbeat.beat(0, "checking the recipe, the model's files and the data")
             machine = gpus.probe()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launches import ROOT, launch
+from launches import ROOT, launch, nightly
 from processes import running, wait_until, workers, workers_alive
 
 from manyrank.runs import heartbeats, run_folder
@@ -125,6 +125,40 @@ def test_a_rank_that_hangs_is_named_with_its_stacks(embedded_model, tmp_path, sl
     stacks = (run.folder / "logs" / "heartbeats" / "stacks-00001.txt").read_text()
     assert "sleeping.py" in stacks and "in on_step_begin" in stacks
     assert [beat.phase for beat in heartbeats.beats(run.folder / "logs" / "heartbeats")] == ["done", "done"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *nightly("fsdp", "zero2", "zero3")])
+def test_a_rank_that_stays_away_ends_the_run(strategy, embedded_model, tmp_path, sleeper):
+    """It is named before the others end; with its own groups of processes under fsdp and DeepSpeed."""
+    limits = ("--ddp_timeout=20", "--max_steps=4")
+    run = launch(tmp_path / "run", f"--strategy={strategy}", "--nproc=2", *limits, sleeper(1, 300))
+    assert run.code == 1 and len(run.metrics()) == 2
+    assert "another rank did not come to a collective within ddp_timeout (20 s)" in run.stderr
+    assert re.search(r"WARNING: rank 1 \(host .*\) has given no sign of life for \d+ s: step 3, callbacks", run.stderr)
+
+
+SLOW = """
+import os, time
+from manyrank.checkpoint import state
+from transformers import TrainerCallback
+seal = state._seal
+def slow(*args):
+    time.sleep(20)
+    seal(*args)
+state._seal = slow
+if os.environ.get("RANK") == "1":
+    time.sleep(20)
+class Slow(TrainerCallback):
+    pass
+"""
+
+
+def test_loads_and_saves_may_take_longer_than_a_step(embedded_model, tmp_path):
+    (tmp_path / "slowly.py").write_text(SLOW)
+    args = ("--strategy=ddp", "--nproc=2", "--ddp_timeout=10", "--max_steps=2", "--save_steps=1")
+    run = launch(tmp_path / "run", *args, "--callbacks=slowly:Slow", PYTHONPATH=f"{tmp_path}:{ROOT / 'src'}")
+    assert run.code == 0, run.stderr
+    assert len(run_folder.checkpoints(run.folder)) == 2
 
 
 ASKED = """

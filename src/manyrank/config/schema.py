@@ -362,6 +362,9 @@ class TrainConfig(BaseModel):
     hang_timeout: Float = Field(
         600, gt=0, description="seconds without progress after which a rank is named and its stacks are written"
     )
+    ddp_timeout: Int = Field(
+        900, gt=0, description="seconds that ranks wait for another in a training step, after which the run ends"
+    )
     callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
     sample_questions: Strings = Field([], description="prompts that are completed before and after the training")
     sample_max_new_tokens: Int = Field(64, gt=0, description="most tokens of these completions")

@@ -12,7 +12,6 @@ import socket
 import sys
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -33,9 +32,8 @@ from ..topology.ranks import Topology
 from ..topology.strategies import EngineKind, Strategy, default_strategy, named_strategy
 from . import compile_locks
 from .fsdp_on_cpu import promote_to_fsdp
+from .timeouts import UNHURRIED
 
-# Rank 0 reads, hashes and writes while the others wait; NCCL's default of 10 minutes would end big runs.
-TIMEOUT = timedelta(hours=2)
 # Of the environment, through which `accelerate launch` tells its processes what a config says.
 PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
@@ -150,10 +148,10 @@ def _accelerator(
     config: TrainConfig, parallelism: ParallelismConfig | None, *, bf16: bool, on_cpu: bool
 ) -> Accelerator:
     options = {"mixed_precision": "bf16" if bf16 else "no"}
-    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=TIMEOUT)]
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=UNHURRIED)]
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         if on_cpu:
-            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=TIMEOUT)]
+            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=UNHURRIED)]
         return Accelerator(deepspeed_plugin=_deepspeed_plugin(config), **options)
     if _flag("ACCELERATE_USE_FSDP"):
         # Without an accelerator the plugin cannot pin host memory.

@@ -24,6 +24,7 @@ from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step
 from ..errors import NonFiniteError, Preempted, UserError
+from ..parallel import timeouts
 from ..parallel.engine import Engine
 from ..runs.heartbeats import HeartbeatWriter
 from ..signals import STOP
@@ -111,7 +112,8 @@ class Trainer:
             Preempted: a signal came; the checkpoint is complete.
         """
         STOP.remember()  # a step saves what it has
-        self._loop()
+        with timeouts.training(self.config.ddp_timeout):
+            self._loop()
 
     def _in_phase(self, phase: str) -> None:
         """A sign of life. Each rank gives the same ones, one at the latest before it waits for the others."""
@@ -138,9 +140,10 @@ class Trainer:
             if result.stop_requested and not self._is_over():
                 self._save(must=True)
                 raise Preempted
-        if best := self._best():
-            load_weights(self.engine, best)
-        self._event("on_train_end")
+        with timeouts.within(timeouts.UNHURRIED):
+            if best := self._best():
+                load_weights(self.engine, best)
+            self._event("on_train_end")
 
     def _is_over(self) -> bool:
         return self.state.global_step >= self.total_steps or self.control.should_training_stop
@@ -261,7 +264,8 @@ class Trainer:
             "task": self.task.state(),
             "stopped": self.control.should_training_stop and self.state.global_step < self.total_steps,
         }
-        saved = self.saver.save(self.state.global_step, state, best=self._best(), must=must)
+        with timeouts.within(timeouts.UNHURRIED):
+            saved = self.saver.save(self.state.global_step, state, best=self._best(), must=must)
         self._in_phase("after the save")
         if saved:
             self._event("on_save")
