@@ -28,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 from ..project_files import asset
+from ..topology import numa
 from ..topology.ranks import Topology
 from ..topology.strategies import EngineKind, Strategy, default_strategy, named_strategy
 from . import compile_locks
@@ -79,6 +80,8 @@ def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) ->
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which other packages do, too
+    elif topology.local_world_size > 1:
+        _bind(topology)
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         for line in compile_locks.remove_stale():
             print(line, file=sys.stderr, flush=True)
@@ -100,6 +103,14 @@ def unlike(ranks: Sequence[tuple[str, bool]]) -> str | None:
         ", ".join(dict.fromkeys(host for host, has in ranks if has is bf16)) for bf16 in (True, False)
     )
     return f"bf16 auto is bf16 on {in_bf16}, and float32 on {in_float32}" if in_bf16 and in_float32 else None
+
+
+def _bind(topology: Topology) -> None:
+    """Run near this rank's GPU, before the process group and the readers of data have threads."""
+    gpu = torch.cuda.get_device_properties(topology.local_rank % torch.cuda.device_count())
+    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    if (line := numa.bind(address)) and topology.is_main:
+        print(f"each process runs on CPUs near its GPU: rank 0 on {line}", flush=True)
 
 
 def _flag(name: str) -> bool:
