@@ -1,4 +1,8 @@
-"""Completions and validations of sharded models: how often a layer is gathered."""
+"""Completions and validations of sharded models: how often a layer is gathered.
+
+A completion of 12 tokens took 60 gathers of 4 layers. A validation under fsdp took 7 in a micro-batch after completions and
+5 before: the root and lm_head, which keep what they gathered, had been told to give it back.
+"""
 
 import json
 
@@ -25,7 +29,7 @@ def counted(owner, name):
         return real(*args, **kwargs)
     setattr(owner, name, gather)
 
-counted(dist, "all_gather_into_tensor")  # of FSDP2
+counted(dist, "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor")  # of FSDP2
 for name in ("all_gather_into_tensor", "all_gather"):
     counted(backend, name)
 broadcast = generate.broadcast
@@ -73,9 +77,12 @@ def test_layers_are_gathered_once_for_completions_and_once_for_a_micro_batch(str
     assert run.code == 0, run.stderr
     lines = [json.loads(line) for line in (tmp_path / "counted").read_text().splitlines()]
     before, after = (line for line in lines if line["what"] == "_answers")
-    assert before["tokens"] > 1 and max(before["gathers"], after["gathers"]) <= LAYERS + 6
+    for line in (before, after):
+        assert line["tokens"] > 1 and LAYERS <= line["gathers"] <= LAYERS + 6, line
     for line in (line for line in lines if line["what"] == "evaluate"):
-        assert line["gathers"] <= line["micro_batches"] * (LAYERS + 3) + 2, line
+        assert line["micro_batches"] * LAYERS <= line["gathers"] <= line["micro_batches"] * (LAYERS + 2), (
+            line
+        )  # embedding, head
     assert run.metrics("eval_loss") == pytest.approx(single.metrics("eval_loss"), abs=1e-5)
     samples = [(folder / "logs" / "samples.json").read_text() for folder in (run.folder, single.folder)]
     assert samples[0] == samples[1]

@@ -292,15 +292,22 @@ class FsdpEngine(Engine):
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
+        before = [(unit, self._reshards(unit)) for unit in self._units]
         for unit in self._units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         try:
             yield
         finally:
-            for unit in self._units:
-                unit.set_reshard_after_forward(True, recurse=False)
+            for unit, reshards in before:
+                unit.set_reshard_after_forward(reshards, recurse=False)
             self.reshard()
+
+    def _reshards(self, unit: FSDPModule) -> bool:
+        """Whether a unit gives back after a forward what it gathered: not the root, nor lm_head, which come next again."""
+        state = unit._get_fsdp_state()  # torch 2.13 has no public getter
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        return unit is not self.wrapped and any(group and group.post_forward_mesh_info for group in groups)
 
     def _whole_bytes(self) -> int:
         element = 2 if self.accelerator.mixed_precision == "bf16" else 4
