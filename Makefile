@@ -18,7 +18,7 @@ override TORCH_INDEX := $(or $(shell $(PYTHON) src/manyrank/topology/cuda_driver
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults cuda-dry doctor verify chat merge bench bench-gpu bench-data bench-save lint audit help clean
+.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults cuda-dry doctor verify chat merge bench bench-gpu gpu-check bench-data bench-save lint audit help clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions; TORCH_INDEX=auto for an older driver or GPU
 
@@ -89,6 +89,9 @@ bench: setup  ## speed, memory and losses against trl and bare loops: ARGS="--ro
 
 bench-gpu: setup  ## speed and memory of real architectures with random weights on a GPU: ARGS=--toy tries it on the CPU
 	python benchmarks/gpu.py $(ARGS)
+
+gpu-check: setup  ## the first quarter of an hour on a GPU, written to docs/gpu.json and docs/gpu.md: ARGS="--only speed"
+	python benchmarks/gpu_check.py $(ARGS); code=$$?; python docs/make_gpu.py; exit $$code
 
 bench-data: setup  ## the preparation of data, as tables: ARGS=ROWS.jsonl
 	python benchmarks/prepare_data.py $(ARGS)

@@ -12,6 +12,7 @@ measured in the same process.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -47,7 +48,7 @@ TOY = dict(
 
 @dataclass(frozen=True)
 class Case:
-    """rows x length: tokens of a micro-batch. by: whose trainer."""
+    """rows x length: tokens of a micro-batch. by: whose trainer. compiled: torch_compile."""
 
     model: str
     method: str
@@ -56,14 +57,14 @@ class Case:
     checkpointing: str = "off"
     plain: tuple[str, ...] = ()
     by: str = "manyrank"
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         without = "".join(f" -{part}" for part in self.plain)
         again = " +ckpt" if self.checkpointing != "off" else ""
-        return f"{self.model} {self.method} {self.rows}x{self.length}{again}{without}" + (
-            " trl" if self.by == "trl" else ""
-        )
+        more = (" trl" if self.by == "trl" else "") + (" +compile" if self.compiled else "")
+        return f"{self.model} {self.method} {self.rows}x{self.length}{again}{without}{more}"
 
 
 CASES = [
@@ -120,6 +121,7 @@ class Bench:
             "method": self.case.method,
             "gradient_checkpointing": self.case.checkpointing,
             "disable_fused": list(self.case.plain),
+            "torch_compile": self.case.compiled,
         }
         return resolve(None, [Setting(key, value, "bench") for key, value in given.items()]).config
 
@@ -149,9 +151,19 @@ class Bench:
         )
 
     def _steps(self, base, rows) -> Iterator[tuple[float, float]]:
+        from manyrank.data.loader import side_by_side
+
+        engine, token_loss = self.prepared(base)
+        micro = side_by_side(rows).to(self.device)
+        for _ in range(STEPS):
+            started = self._now()
+            loss = self.step(engine, token_loss, micro)
+            yield self._now() - started, loss.item() / len(micro.targets)
+
+    def prepared(self, base):
+        """The engine of the model with adapters, and its loss."""
         from accelerate import Accelerator
 
-        from manyrank.data.loader import side_by_side
         from manyrank.models.load import with_adapters
         from manyrank.parallel.engine import prepare_engine
         from manyrank.training.loss import TokenLoss
@@ -160,18 +172,22 @@ class Bench:
         accelerator = Accelerator(mixed_precision="bf16", cpu=self.toy)
         model = with_adapters(base, self.config)
         engine = prepare_engine(accelerator, model, build_optimizer(model, self.config))
-        token_loss = TokenLoss(engine.wrapped, engine.model, fused="lm_head" not in self.case.plain)
-        micro = side_by_side(rows).to(self.device)
-        for _ in range(STEPS):
-            started = self._now()
-            with engine.forward_backward(last=True):
-                loss = token_loss(micro.inputs, micro.positions, micro.targets)
-                engine.backward(loss / len(micro.targets), last=True)
-            engine.step(learning_rate=1e-4, max_grad_norm=1.0)
-            yield self._now() - started, loss.item() / len(micro.targets)
+        return engine, TokenLoss(engine.wrapped, engine.model, fused="lm_head" not in self.case.plain)
+
+    @staticmethod
+    def step(engine, token_loss, micro):
+        """A step of one micro-batch; returns the sum of its losses."""
+        with engine.forward_backward(last=True):
+            loss = token_loss(micro.inputs, micro.positions, micro.targets)
+            engine.backward(loss / len(micro.targets), last=True)
+        engine.step(learning_rate=1e-4, max_grad_norm=1.0)
+        return loss
 
     def _trl(self, base, rows) -> Iterator[tuple[float, float]]:
-        """SFTTrainer on the same documents, side by side; with sdpa, for which transformers makes a dense mask of them."""
+        """SFTTrainer on the same documents, side by side, with the kernels that are installed (see `kernels_of_trl`).
+
+        Without flash attention transformers makes a dense mask of them for sdpa.
+        """
         from datasets import Dataset
         from peft import LoraConfig
         from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -181,7 +197,9 @@ class Bench:
             {"input_ids": row["input_ids"].tolist(), "completion_mask": (row["labels"] >= 0).astype(int).tolist()}
             for row in rows
         ]
-        seconds, output = [], tempfile.TemporaryDirectory()
+        seconds, output, kernels = [], tempfile.TemporaryDirectory(), kernels_of_trl()
+        if kernels["flash attention"] and not self.toy:
+            base.set_attn_implementation("flash_attention_2")
 
         class Timer(TrainerCallback):
             def on_step_begin(_, *args, **kwargs):
@@ -205,6 +223,7 @@ class Bench:
             gradient_checkpointing=self.case.checkpointing != "off",
             disable_tqdm=True,
             completion_only_loss=True,
+            use_liger_kernel=kernels["liger"] and not self.toy,
         )
         trainer = SFTTrainer(
             base,
@@ -328,6 +347,12 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def kernels_of_trl() -> dict[str, bool]:
+    """Which of the kernels that make trl fast are installed."""
+    names = {"flash attention": "flash_attn", "liger": "liger_kernel"}
+    return {kernel: importlib.util.find_spec(name) is not None for kernel, name in names.items()}
 
 
 def row(case: Case, found: Figures, first: Figures) -> str:

@@ -1,10 +1,14 @@
 """The benchmarks run, and their baselines train the same rows to the same losses. Their speeds are not judged here."""
 
+import importlib.util
 import json
+import subprocess
 
 import gpu
+import gpu_check
 import pytest
 import speed
+from launches import ROOT
 
 
 @pytest.mark.nightly
@@ -71,3 +75,38 @@ def test_the_peak_of_a_gpu_case_is_planned():
     case = next(case for case in gpu.CASES if case.model == "Llama-3.1-8B" and case.method == "lora")
     planned = gpu.Bench(case, toy=False)._planned()
     assert 55 * 2**30 < planned < 70 * 2**30  # 15 GiB of weights, 45 of activations
+
+
+def test_the_page_of_gpus_is_made_from_the_results():
+    spec = importlib.util.spec_from_file_location("make_gpu", ROOT / "docs" / "make_gpu.py")
+    make_gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_gpu)
+    results = json.loads(gpu_check.FILE.read_text()) if gpu_check.FILE.exists() else None
+    assert (ROOT / "docs" / "gpu.md").read_text() == make_gpu.page(results)
+    assert make_gpu.page(None).count("| not measured |") == len(gpu_check.PARTS)
+    page = make_gpu.page({"nf4": {"state": "done", "result": {"right": True}}, "trl": {"state": "out of time"}})
+    assert "| NF4 | right: True |" in page and "documents | out of time |" in page
+
+
+def test_a_part_of_the_gpu_check_that_is_done_is_not_run_again(tmp_path, capsys):
+    argv = ["--toy", "--only=versions", f"--output={tmp_path / 'found.json'}"]
+    assert gpu_check.main(argv) == 0
+    first = json.loads((tmp_path / "found.json").read_text())
+    assert first["versions"]["state"] == "done" and first["versions"]["result"]["transformers"]
+    assert gpu_check.main(argv) == 0
+    assert json.loads((tmp_path / "found.json").read_text()) == first
+    assert capsys.readouterr().out.count("versions (at most") == 1
+
+
+def test_what_is_wrong_in_a_part_of_the_gpu_check_is_seen():
+    right = {"state": "done", "result": {"nf4": {"right": True}}}
+    assert not gpu_check._is_wrong(right)
+    assert gpu_check._is_wrong({"state": "done", "result": {"lora": {"right": True}, "full": {"right": False}}})
+    assert gpu_check._is_wrong({"state": "out of time"})
+    with pytest.raises(RuntimeError, match="boom"):
+        gpu_check._result(subprocess.CompletedProcess([], 1, "", "boom"))
+
+
+@pytest.mark.nightly
+def test_every_part_of_the_gpu_check_runs_at_toy_size(tmp_path):
+    assert gpu_check.main(["--toy", f"--output={tmp_path / 'found.json'}"]) == 0
