@@ -102,6 +102,7 @@ def packed_attention(
     return _one_by_one(query, key, value, cu_seq_lens_q, short=short, **options), None
 
 
+@torch.compiler.disable  # numbers and lengths of documents differ in each pack, and would be compiled anew
 def _one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, **options
 ) -> torch.Tensor:

@@ -69,10 +69,25 @@ def speed_up(model: torch.nn.Module) -> int:
     reasons = [_reason(layer) for layer in layers]
     for layer, reason in zip(layers, reasons):
         if not reason:
-            layer.forward = functools.partial(_forward, layer, layer.forward)
+            layer.__class__ = _faster(type(layer))
     for reason in sorted(set(filter(None, reasons))):
         logger.warning("%d LoRA layers run as peft has them (slower): %s", reasons.count(reason), reason)
     return reasons.count(None)
+
+
+@functools.cache
+def _faster(kind: type[LoraLayer]) -> type[LoraLayer]:
+    """The class of such layers with the fast forward.
+
+    One for all of them: torch.compile traces a layer anew for each forward that is an attribute of one instance.
+    """
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.disable_adapters or self.merged or args or kwargs:
+            return kind.forward(self, x, *args, **kwargs)
+        return _forward(self, x, whole=kind is Linear)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _reason(layer: LoraLayer) -> str | None:
@@ -87,13 +102,11 @@ def _reason(layer: LoraLayer) -> str | None:
     return None
 
 
-def _forward(layer: LoraLayer, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    if layer.disable_adapters or layer.merged or args or kwargs:
-        return plain(x, *args, **kwargs)
+def _forward(layer: LoraLayer, x: torch.Tensor, *, whole: bool) -> torch.Tensor:
+    """Args: whole: with the product of the base's weight, which is not quantised."""
     (name,) = layer.active_adapters
     base, down, up = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
-    kind, whole = x.device.type, type(layer) is Linear
-    shape = x.shape
+    kind, shape = x.device.type, x.shape
     given = None if whole else base(x).flatten(0, -2)
     dtype = given.dtype if given is not None else x.dtype
     if torch.is_autocast_enabled(kind):

@@ -41,16 +41,20 @@ def obstacle(
         query_width, value_width: the size of a head of queries and keys, and of one of values.
     """
     reasons = {
-        f"a {device} device": device != "cuda",
-        f"{dtype}": dtype not in (torch.float16, torch.bfloat16),
-        f"heads of {query_width}, no multiple of 8": query_width % 8 != 0,
-        f"heads of {query_width}, above {WIDEST}": query_width > WIDEST,
-        f"values of {value_width} beside queries of {query_width}": value_width != query_width,
-        f"dropout {dropout:g}": bool(dropout),
-        f"soft-cap {softcap}": bool(softcap),
+        "a {device} device": device != "cuda",
+        "{dtype}": dtype not in (torch.float16, torch.bfloat16),
+        "heads of {query_width}, no multiple of 8": query_width % 8 != 0,
+        "heads of {query_width}, above {widest}": query_width > WIDEST,
+        "values of {value_width} beside queries of {query_width}": value_width != query_width,
+        "dropout {dropout:g}": bool(dropout),
+        "soft-cap {softcap}": bool(softcap),
         "attention sinks": sinks,
     }
-    return ", ".join(reason for reason, holds in reasons.items() if holds) or None
+    text = ", ".join(reason for reason, holds in reasons.items() if holds)
+    if not text:  # nothing is formatted: torch.compile would break the graph there
+        return None
+    widths = {"query_width": query_width, "value_width": value_width, "widest": WIDEST}
+    return text.format(device=device, dtype=dtype, dropout=dropout, softcap=softcap, **widths)
 
 
 def arguments(
