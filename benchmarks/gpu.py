@@ -154,11 +154,11 @@ class Bench:
         from manyrank.data.loader import side_by_side
 
         engine, token_loss = self.prepared(base)
-        micro = side_by_side(rows).to(self.device)
+        on_cpu = side_by_side(rows)
         for _ in range(STEPS):
             started = self._now()
-            loss = self.step(engine, token_loss, micro)
-            yield self._now() - started, loss.item() / len(micro.targets)
+            total = self.step(engine, token_loss, micro := on_cpu.to(self.device))
+            yield self._now() - started, total / len(micro.targets)
 
     def prepared(self, base):
         """The engine of the model with adapters, and its loss."""
@@ -175,13 +175,13 @@ class Bench:
         return engine, TokenLoss(engine.wrapped, engine.model, fused="lm_head" not in self.case.plain)
 
     @staticmethod
-    def step(engine, token_loss, micro):
+    def step(engine, token_loss, micro) -> float:
         """A step of one micro-batch; returns the sum of its losses."""
         with engine.forward_backward(last=True):
             loss = token_loss(micro.inputs, micro.positions, micro.targets)
             engine.backward(loss / len(micro.targets), last=True)
-        engine.step(learning_rate=1e-4, max_grad_norm=1.0)
-        return loss
+        total, _ = engine.step(learning_rate=1e-4, max_grad_norm=1.0, sums=loss.detach()[None])
+        return total
 
     def _trl(self, base, rows) -> Iterator[tuple[float, float]]:
         """SFTTrainer on the same documents, side by side, with the kernels that are installed (see `kernels_of_trl`).

@@ -88,6 +88,10 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not a finite number; raised before the optimizer has stepped."""
 
 
+class NonFiniteGradientError(NonFiniteError):
+    """The norm of a step's gradient is not a finite number; the optimizer has not used it."""
+
+
 class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are untouched."""
 

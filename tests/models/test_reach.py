@@ -254,7 +254,7 @@ def test_the_first_backward_tells_what_gets_no_gradient(capsys):
     for _ in range(2):
         with engine.forward_backward(last=True):
             engine.backward(engine.wrapped(input_ids=torch.arange(8)[None]).logits.sum(), last=True)
-        engine.step(learning_rate=1e-3, max_grad_norm=1.0)
+        engine.step(learning_rate=1e-3, max_grad_norm=1.0, sums=torch.zeros(1))
     (line,) = capsys.readouterr().out.splitlines()
     share = 3 * 32 * 48 / sum(p.numel() for p in model.parameters())
     assert line.startswith(f"{share:.1%} of the trained weights get no gradient in the first step: ")

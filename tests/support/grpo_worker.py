@@ -70,7 +70,8 @@ def main() -> int:
                 last = at + micro == each
                 with engine.forward_backward(last=last):
                     engine.backward(policy.loss(part, micro_batches=each // micro), last=last)
-            norms[policy.loss_type] = engine.step(learning_rate=0.0, max_grad_norm=1e9)
+            sums = torch.zeros(1, device=engine.accelerator.device)
+            _, norms[policy.loss_type] = engine.step(learning_rate=0.0, max_grad_norm=1e9, sums=sums)
         off = engine.sum(off.reshape(1)).item()
         if place.is_main:
             out.write_text(json.dumps({"norms": norms, "reference": off}))

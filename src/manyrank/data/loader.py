@@ -37,8 +37,11 @@ class MicroBatch:
     rows: list[tuple[str, int]]
 
     def to(self, device: torch.device) -> MicroBatch:
-        move = {key: value.to(device) if torch.is_tensor(value) else value for key, value in self.inputs.items()}
-        return MicroBatch(move, self.positions.to(device), self.targets.to(device), self.rows)
+        """Copy to a device. Copies to CUDA are from pinned memory, and nothing waits for them."""
+        tensors = [value for value in (*self.inputs.values(), self.positions, self.targets) if torch.is_tensor(value)]
+        copies = {id(tensor): _copied(tensor, device) for tensor in {id(one): one for one in tensors}.values()}
+        inputs = {key: copies.get(id(value), value) for key, value in self.inputs.items()}
+        return MicroBatch(inputs, copies[id(self.positions)], copies[id(self.targets)], self.rows)
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ def side_by_side(rows: list[dict]) -> MicroBatch:
         "cu_seq_lens_k": bounds,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
+        "document_lengths": tuple(lengths),
     }
     return _micro_batch(inputs, torch.as_tensor(np.concatenate([row["labels"] for row in rows])).long(), rows)
 
@@ -237,6 +241,10 @@ def trial(*, packed: bool) -> MicroBatch:
     ids = np.arange(4)
     micro = side_by_side([{"input_ids": ids, "labels": np.where(ids, ids, IGNORE), "source": "trial", "row": 0}])
     return micro if packed else replace(micro, inputs={"input_ids": micro.inputs["input_ids"]})
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _micro_batch(inputs: dict, labels: torch.Tensor, rows: list[dict]) -> MicroBatch:

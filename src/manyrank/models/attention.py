@@ -15,7 +15,7 @@ attention is more than these arguments say would train on other losses. `trainin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -51,6 +51,7 @@ def packed_attention(
     *,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    document_lengths: Sequence[int] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -68,6 +69,7 @@ def packed_attention(
         attention_mask: None; the document bounds say everything.
         cu_seq_lens_q: (documents + 1,), int32, from 0 to tokens.
         max_length_q: tokens of the longest document.
+        document_lengths: tokens of each; without them the bounds are read, which on a GPU waits for it.
         s_aux: (heads,), attention sinks: logits beside those of the keys, of no value.
         is_causal: of this call; None, as the module says.
         short: tokens up to which a document may be computed by plain products, see SHORT.
@@ -99,14 +101,20 @@ def packed_attention(
     if query.is_cuda:
         logger.warning_once(f"attention takes one document at a time (slower, more memory): {why}")
     options = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
-    return _one_by_one(query, key, value, cu_seq_lens_q, short=short, **options), None
+    bounds = (cu_seq_lens_q, document_lengths)
+    return _one_by_one(query, key, value, *bounds, short=short, **options), None
 
 
 @torch.compiler.disable  # numbers and lengths of documents differ in each pack, and would be compiled anew
 def _one_by_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, **options
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    lengths: Sequence[int] | None,
+    **options,
 ) -> torch.Tensor:
-    lengths = bounds.diff().tolist()
+    lengths = bounds.diff().tolist() if lengths is None else list(lengths)
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
     parts = [_document(q, k, v, **options).transpose(1, 2) for q, k, v in documents]
     return torch.cat(parts, dim=1).contiguous()

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteGradientError
 from ..models.adapters import trainable
 from ..models.shards import take_parts
 from . import first_look
@@ -29,6 +29,11 @@ from .fsdp_preparation import name_layers
 from .zero3_preparation import gather_by_layer, gathered_together, held_whole
 
 OptimizerState = dict[str, torch.Tensor]
+Check = Callable[[list[float]], None]
+
+
+def accept(sums: list[float]) -> None:
+    """Take a step whatever its sums are."""
 
 
 @dataclass(frozen=True)
@@ -115,26 +120,31 @@ class Engine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.accelerator.backward(loss)
 
-    def step(self, *, learning_rate: float, max_grad_norm: float) -> float:
-        """Clip, check and apply the gradients.
+    def step(
+        self, *, learning_rate: float, max_grad_norm: float, sums: torch.Tensor, check: Check = accept
+    ) -> list[float]:
+        """Clip, check and apply the gradients. The device is waited for once: to read the sums and the norm together.
+
+        Args:
+            sums: (n,), of the step over all ranks, still on the device.
+            check: looks at their values before any parameter changes, and raises where the step is not to be taken.
 
         Returns:
-            The norm of the whole gradient before clipping.
+            The values of the sums, and behind them the norm of the whole gradient before clipping.
 
         Raises:
-            NonFiniteError: the norm is not finite; no parameter has changed.
+            NonFiniteGradientError: the norm is not finite; no parameter has changed.
         """
-        self._set_learning_rate(learning_rate)
-        norm = self._clip(max_grad_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), max_grad_norm or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        *values, norm = torch.cat([sums, norm.to(sums).reshape(1)]).tolist()
+        check(values)
         if not math.isfinite(norm):
-            raise NonFiniteError(f"the gradient's norm is {norm}")
+            raise NonFiniteGradientError(f"the gradient's norm is {norm}")
+        self._set_learning_rate(learning_rate)
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad()
-        return norm
-
-    def _clip(self, max_norm: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), max_norm)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return [*values, norm]
 
     def discard_gradients(self) -> None:
         self.prepared_optimizer.zero_grad()
@@ -369,14 +379,18 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.wrapped.backward(loss)
 
-    def step(self, *, learning_rate: float, max_grad_norm: float) -> float:
+    def step(
+        self, *, learning_rate: float, max_grad_norm: float, sums: torch.Tensor, check: Check = accept
+    ) -> list[float]:
         # max_grad_norm is in the DeepSpeed config already; see accelerator._deepspeed_plugin.
+        values = sums.tolist()  # before the step, which clips and applies in one
+        check(values)
         self._set_learning_rate(learning_rate)
         with gathered_together(self.wrapped.optimizer):
             self.wrapped.step()
         if not self.wrapped.was_step_applied():
-            raise NonFiniteError("the gradient's norm is not finite")
-        return float(self.wrapped.get_global_grad_norm())
+            raise NonFiniteGradientError("the gradient's norm is not finite")
+        return [*values, float(self.wrapped.get_global_grad_norm())]
 
     def discard_gradients(self) -> None:
         # The engine has no other door to drop accumulated gradients than a step; at rate 0 it changes no parameter.

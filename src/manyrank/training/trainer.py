@@ -1,7 +1,7 @@
 """The training loop. It reads as the algorithm, and names neither backend nor task.
 
     for each step:  deal the step's examples -> forward and backward each micro-batch -> one sum over ranks
-                    -> is the loss finite? -> clip, is the norm finite? -> optimizer -> callbacks -> save?
+                    -> clip -> are loss and norm finite? (the one read of the device) -> optimizer -> callbacks -> save?
 
 transformers' callbacks are driven from here: progress bar, trackers, early stopping and users' own ones.
 """
@@ -23,7 +23,7 @@ from ..checkpoint.state import load_checkpoint, load_weights
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step
-from ..errors import NonFiniteError, Preempted, UserError
+from ..errors import NonFiniteError, NonFiniteGradientError, Preempted, UserError
 from ..parallel import timeouts
 from ..parallel.engine import Engine
 from ..runs.heartbeats import HeartbeatWriter
@@ -99,6 +99,7 @@ class Trainer:
         )
         self.saver = Saver(engine, output_dir, run=self.run, limit=config.save_total_limit)
         self.stopped = False  # whether the resumed run had come to its end
+        self.agreed = False  # whether all ranks have the same requests of callbacks
         check_states(self.handler)
 
     # The loop
@@ -152,17 +153,22 @@ class Trainer:
         """Take one optimizer step over this rank's micro-batches."""
         loss = self.task.forward_backward(step, number=self.state.global_step)
         local = torch.stack(loss.losses).sum()
-        wishes = local.new_tensor([float(STOP.requested), float(self.main and self.saver.wished)])
+        wishes = [local.new_full((), wish) for wish in (STOP.requested, self.main and self.saver.wished)]
         self._in_phase("waiting for the others")
-        total, stops, saves = self.engine.sum(torch.cat([local[None], wishes])).tolist()
-        if not math.isfinite(total):
-            raise self._non_finite(f"the loss is {total}", _bad_rows(step, loss))
-        self._in_phase("optimizer")
+
+        def check(values: list[float]) -> None:
+            if not math.isfinite(values[0]):
+                raise self._non_finite(f"the loss is {values[0]}", _bad_rows(step, loss))
+            self._in_phase("optimizer")
+
         try:
-            norm = self.engine.step(
-                learning_rate=self.schedule.get_last_lr()[0], max_grad_norm=self.config.max_grad_norm
+            total, stops, saves, norm = self.engine.step(
+                learning_rate=self.schedule.get_last_lr()[0],
+                max_grad_norm=self.config.max_grad_norm,
+                sums=self.engine.sum(torch.stack([local, *wishes])),
+                check=check,
             )
-        except NonFiniteError as error:
+        except NonFiniteGradientError as error:
             raise self._non_finite(str(error), sum((micro.rows for micro in step.micro_batches), [])) from None
         return StepResult(total / loss.divisor, norm, step.tokens, stops > 0, saves > 0)
 
@@ -233,15 +239,20 @@ class Trainer:
                 self.state.best_metric, self.state.best_global_step = before  # what is not on the disk cannot be loaded
 
     def _event(self, name: str, **kwargs) -> None:
+        self.agreed = False
         self.control = getattr(self.handler, name)(self.args, self.state, self.control, **kwargs)
 
     def _agree(self) -> None:
-        """Let all ranks do what one rank's callback asks for: a user's callback may look at the clock."""
+        """Let all ranks do what one rank's callback asks for: a user's callback may look at the clock.
+
+        All ranks have the same events. Without one since the last time, there is nothing new to agree on.
+        """
         self._in_phase("after the callbacks")
-        if self.has_own_callbacks:
+        if self.has_own_callbacks and self.world > 1 and not self.agreed:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
             requests = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
             vars(self.control).update(zip(flags, (self.engine.sum(requests) > 0).tolist()))
+        self.agreed = True
         if self.control.should_epoch_stop:
             raise UserError("a callback ends the epoch early", where="callbacks", fix="use should_training_stop")
 
