@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from manyrank.models.lora import speed_up
+from manyrank.models.lora import AdapterCasts, _Adapted, speed_up
 
 IDS = torch.arange(48).view(2, 24) % 200
 
@@ -97,6 +98,63 @@ def test_float32_activations_over_a_quantised_base_under_autocast(embedded_model
         wanted = layer(x)
         speed_up(layer)
         assert torch.allclose(layer(x).float(), wanted.float(), atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_to_the_bit_what_separate_multiplications_give(dtype, dropped):
+    """For a scaling that is a power of two; others are rounded once less."""
+    random = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(*shape, generator=random).to(dtype) for shape in ((9, 12), (20, 12), (9, 20)))
+    down, up = (torch.randn(*shape, generator=random).requires_grad_() for shape in ((4, 12), (20, 4)))
+    x.requires_grad_()
+    entry = (x.detach() * 2).requires_grad_() if dropped else None
+    y = _Adapted.apply(x, entry, weight, None, None, down, up, None, 0.5)
+    y.backward(dy)
+    with torch.no_grad():
+        given, low, high = x if entry is None else entry, down.to(dtype), up.to(dtype)
+        thin, dthin = (given @ low.T) * 0.5, (dy @ high) * 0.5
+        assert torch.equal(y, (x @ weight.T).addmm_(thin, high.T))
+        assert torch.equal(down.grad, (dthin.T @ given).float()) and torch.equal(up.grad, (dy.T @ thin).float())
+        if entry is None:
+            assert torch.equal(x.grad, (dthin @ low).addmm_(dy, weight))
+        else:
+            assert torch.equal(x.grad, dy @ weight) and torch.equal(entry.grad, dthin @ low)
+
+
+class Casts(TorchDispatchMode):
+    """Note the shapes of what is cast from float32 to 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and (args[0].dtype, made.dtype) == (torch.float32, torch.bfloat16):
+            self.shapes.append(made.shape)
+        return made
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_that_are_cast_at_once_give_the_same_to_the_bit(base, dropout):
+    model = adapted(base.to(torch.bfloat16), lora_dropout=dropout)
+    speed_up(model)
+    names, casts = set(model.state_dict()), AdapterCasts(model, torch.bfloat16)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    assert len(casts.copies) == len(adapters) == 28 and set(model.state_dict()) == names
+    for _ in range(2):
+        with Casts() as of_layers:
+            wanted, wanted_grads = results(model, bf16=True)
+        with casts.made(), Casts() as left:
+            found, grads = results(model, bf16=True)
+        assert found == wanted and all(torch.equal(grads[name], want) for name, want in wanted_grads.items())
+        shapes = {p.shape for p in adapters}
+        assert sum(shape in shapes for shape in of_layers.shapes) == 2 * 28  # forward, backward
+        assert sum(shape in shapes for shape in left.shapes) == 0
+        with torch.no_grad():  # the next casts are of what the adapters are then
+            for parameter in adapters:
+                parameter.data.mul_(1.5)
 
 
 def test_variants_stay_with_peft(base):

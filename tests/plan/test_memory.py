@@ -55,6 +55,15 @@ def test_weights_adapters_and_states_are_the_real_ones(kind, options):
     assert parts["optimizer"] == 2 * 4 * run.trainable
 
 
+@pytest.mark.parametrize(("strategy", "each"), [("single", 6), ("ddp", 6), ("fsdp", 4)])
+def test_adapters_have_a_copy_in_16_bits_where_a_process_holds_them_whole(strategy, each):
+    for plain, size in (([], each), (["lora"], 4)):
+        config = recipe("--method=lora").model_copy(update={"disable_fused": plain})
+        _, shape = made("llama", config, torch.bfloat16)
+        run = planned_run(config, shape, strategy, bf16=True, gpu=True)
+        assert memory.estimate(run).parts["adapters"] == size * run.trainable
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
 def test_optimizer_states_are_those_after_a_step(optim):
     config = recipe("--method=lora", f"--optim={optim}", "--lora_r=32")

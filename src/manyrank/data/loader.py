@@ -17,6 +17,7 @@ import torch
 
 from ..chat_template.types import IGNORE
 from ..errors import UserError
+from ..models.varlen import DocumentLengths
 from .dataset import Examples
 from .packing import Packs, dataset_layout, imbalance, padded_layout, step_layout
 
@@ -231,7 +232,7 @@ def side_by_side(rows: list[dict]) -> MicroBatch:
         "cu_seq_lens_k": bounds,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
-        "document_lengths": tuple(lengths),
+        "document_lengths": DocumentLengths(tuple(lengths)),
     }
     return _micro_batch(inputs, torch.as_tensor(np.concatenate([row["labels"] for row in rows])).long(), rows)
 

@@ -15,7 +15,7 @@ attention is more than these arguments say would train on other losses. `trainin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -51,7 +51,7 @@ def packed_attention(
     *,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    document_lengths: Sequence[int] | None = None,
+    document_lengths: varlen.DocumentLengths | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -69,7 +69,7 @@ def packed_attention(
         attention_mask: None; the document bounds say everything.
         cu_seq_lens_q: (documents + 1,), int32, from 0 to tokens.
         max_length_q: tokens of the longest document.
-        document_lengths: tokens of each; without them the bounds are read, which on a GPU waits for it.
+        document_lengths: without them the bounds are read, which on a GPU waits for it.
         s_aux: (heads,), attention sinks: logits beside those of the keys, of no value.
         is_causal: of this call; None, as the module says.
         short: tokens up to which a document may be computed by plain products, see SHORT.
@@ -83,9 +83,7 @@ def packed_attention(
     """
     causal = getattr(module, "is_causal", True) is not False if is_causal is None else is_causal
     _refuse_unknown(module, attention_mask, cu_seq_lens_q, causal, others)
-    if torch.is_autocast_enabled(query.device.type):  # a norm may have given float32 queries, beside 16-bit values
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = _of_autocast(query, key, value)
     why = varlen.obstacle(
         device=query.device.type,
         dtype=query.dtype,
@@ -105,16 +103,24 @@ def packed_attention(
     return _one_by_one(query, key, value, *bounds, short=short, **options), None
 
 
+def _of_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In the type of autocast: a norm may have given float32 queries, beside 16-bit values."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
 @torch.compiler.disable  # numbers and lengths of documents differ in each pack, and would be compiled anew
 def _one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     bounds: torch.Tensor,
-    lengths: Sequence[int] | None,
+    lengths: varlen.DocumentLengths | None,
     **options,
 ) -> torch.Tensor:
-    lengths = bounds.diff().tolist() if lengths is None else list(lengths)
+    lengths = bounds.diff().tolist() if lengths is None else list(lengths.tokens)
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
     parts = [_document(q, k, v, **options).transpose(1, 2) for q, k, v in documents]
     return torch.cat(parts, dim=1).contiguous()

@@ -4,13 +4,14 @@
 
 peft's own way is four nodes and two casts to float32 with copies of x, and adds the parts in passes of their own. Here
 the adapter is computed in the type of the activations from float32 master weights, which is what autocast comes to, and
-sums are made inside the matrix products. A quantised base keeps its own forward; the adapter is added to its result.
-Under ZeRO-3 DeepSpeed gathers what is read outside of its own module, too ("external parameters").
+sums and scaling are made inside the matrix products. Where a process holds whole adapters, they are cast all at once
+(`AdapterCasts`). A quantised base keeps its own forward; the adapter is added to its result. Under ZeRO-3 DeepSpeed gathers what is read outside of its own module, too ("external parameters").
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,35 +29,66 @@ class _Adapted(torch.autograd.Function):
     Args of `apply`:
         x: (tokens, in). dropped: the same after dropout, None without. weight: (out, in), frozen; None with `base`.
         base: (tokens, out), or None; the bias of a weight is (out,). down: A, (rank, in). up: B, (out, rank).
+        casts: down and up in the type of x, or None: they are cast here.
     """
 
     @staticmethod
-    def forward(ctx, x, dropped, weight, bias, base, down, up, scaling):
-        entry = x if dropped is None else dropped
-        thin = (entry @ down.to(x.dtype).T).mul_(scaling)
+    def forward(ctx, x, dropped, weight, bias, base, down, up, casts, scaling):
+        entry, ctx.dtypes = x if dropped is None else dropped, (down.dtype, up.dtype)
+        down, up = casts or (down, up)
+        thin, wide = entry @ down.to(x.dtype).T, up.to(x.dtype).T
         if weight is not None:
             base = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-            y = base.addmm_(thin, up.to(x.dtype).T)
+            y = base.addmm_(thin, wide, alpha=scaling)
         else:
-            y = torch.addmm(base, thin, up.to(x.dtype).T)
+            y = torch.addmm(base, thin, wide, alpha=scaling)
         ctx.save_for_backward(entry, thin, weight, down, up)
         ctx.split, ctx.scaling = dropped is not None, scaling
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        entry, thin, weight, down, up = ctx.saved_tensors
+        entry, thin, weight, *adapter = ctx.saved_tensors
+        down, up = (matrix.to(dy.dtype) for matrix in adapter)
         of_x, of_dropped, _, _, of_base, *_ = ctx.needs_input_grad
-        dthin = (dy @ up.to(dy.dtype)).mul_(ctx.scaling)
-        ddown, dup = (dthin.T @ entry).to(down.dtype), (dy.T @ thin).to(up.dtype)
-        dentry = dthin @ down.to(dy.dtype) if of_dropped or (of_x and not ctx.split) else None
+        scaled = {"beta": 0, "alpha": ctx.scaling}  # of the product; what stands before it says its shape only
+        dthin = dy @ up
+        ddown, dup = torch.addmm(down, dthin.T, entry, **scaled), torch.addmm(up, dy.T, thin, **scaled)
+        ddown, dup = ddown.to(ctx.dtypes[0]), dup.to(ctx.dtypes[1])
+        dentry = torch.addmm(entry, dthin, down, **scaled) if of_dropped or (of_x and not ctx.split) else None
         dx = None
         if of_x:
             if weight is None:  # the base gives its own part
                 dx = None if ctx.split else dentry
             else:
                 dx = dy @ weight if ctx.split else dentry.addmm_(dy, weight)
-        return dx, dentry if of_dropped else None, None, None, dy if of_base else None, ddown, dup, None
+        return dx, dentry if of_dropped else None, None, None, dy if of_base else None, ddown, dup, None, None
+
+
+class AdapterCasts:
+    """All adapters of a model in 16 bits, cast in a few launches instead of in every layer, forward and backward.
+
+    For a model whose process holds its adapters whole, on their device, in float32.
+    """
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        layers = [module for module in model.modules() if type(module) in _FASTER.values()]
+        self.masters = [matrix for layer in layers for matrix in _adapter(layer)]
+        self.copies = [torch.empty_like(master, dtype=dtype, requires_grad=False) for master in self.masters]
+        self.dtype, self.current = dtype, False
+        for layer, down, up in zip(layers, self.copies[::2], self.copies[1::2]):
+            layer.casts = (self, down, up)
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[None]:
+        """Cast the adapters; layers use the copies while this lasts. Nothing may change an adapter meanwhile."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.copies, [master.detach() for master in self.masters])
+        self.current = True
+        try:
+            yield
+        finally:
+            self.current = False
 
 
 def speed_up(model: torch.nn.Module) -> int:
@@ -75,7 +107,9 @@ def speed_up(model: torch.nn.Module) -> int:
     return reasons.count(None)
 
 
-@functools.cache
+_FASTER: dict[type[LoraLayer], type[LoraLayer]] = {}
+
+
 def _faster(kind: type[LoraLayer]) -> type[LoraLayer]:
     """The class of such layers with the fast forward.
 
@@ -87,7 +121,8 @@ def _faster(kind: type[LoraLayer]) -> type[LoraLayer]:
             return kind.forward(self, x, *args, **kwargs)
         return _forward(self, x, whole=kind is Linear)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    own = {"forward": forward, "casts": None, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return _FASTER.setdefault(kind, type(kind.__name__, (kind,), own))
 
 
 def _reason(layer: LoraLayer) -> str | None:
@@ -105,7 +140,7 @@ def _reason(layer: LoraLayer) -> str | None:
 def _forward(layer: LoraLayer, x: torch.Tensor, *, whole: bool) -> torch.Tensor:
     """Args: whole: with the product of the base's weight, which is not quantised."""
     (name,) = layer.active_adapters
-    base, down, up = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
+    base = layer.get_base_layer()
     kind, shape = x.device.type, x.shape
     given = None if whole else base(x).flatten(0, -2)
     dtype = given.dtype if given is not None else x.dtype
@@ -116,8 +151,19 @@ def _forward(layer: LoraLayer, x: torch.Tensor, *, whole: bool) -> torch.Tensor:
     dropped = dropout(x) if layer.training and getattr(dropout, "p", 0) else None
     weight, bias = (_cast(base.weight, dtype), _cast(base.bias, dtype)) if whole else (None, None)
     with torch.autocast(kind, enabled=False):
-        y = _Adapted.apply(x, dropped, weight, bias, given, down, up, layer.scaling[name])
+        adapter = (*_adapter(layer), _casts(layer, dtype))
+        y = _Adapted.apply(x, dropped, weight, bias, given, *adapter, layer.scaling[name])
     return y.unflatten(0, shape[:-1])
+
+
+def _adapter(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    (name,) = layer.active_adapters
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _casts(layer: LoraLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    casts, *copies = layer.casts or (None,)
+    return tuple(copies) if casts and casts.current and casts.dtype == dtype else None
 
 
 def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
 WIDEST = 256  # of a head; and flash attention reads heads in blocks of 8
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """Tokens of each document of a row, on the CPU.
+
+    An object of its own: strategies would send a tensor to the device, and torch.compile would compile anew for a tuple
+    of other numbers.
+    """
+
+    tokens: tuple[int, ...]
 
 
 def takes_groups(kernel: Callable) -> bool:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import NonFiniteGradientError
 from ..models.adapters import trainable
+from ..models.lora import AdapterCasts
 from ..models.shards import take_parts
 from . import first_look
 from .fsdp_preparation import name_layers
@@ -77,6 +78,7 @@ class Engine:
     """One prepared model and optimizer: run steps, read and write full state. Single process or DDP."""
 
     keeps_parameters = True  # the optimizer works on the model's own parameters
+    holds_adapters = True  # whole and in float32, on each rank
 
     def __init__(self, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator, self.model = accelerator, model  # every strategy changes the model in place or wraps it
@@ -87,6 +89,8 @@ class Engine:
         if self.keeps_parameters and sorted(map(id, held)) != sorted(map(id, self.trainable.values())):
             raise RuntimeError("the optimizer does not hold each trained parameter once")
         self.gradients = _Arrivals(self.trainable)  # in the first backward that exchanges them
+        casts = self.holds_adapters and accelerator.mixed_precision == "bf16"
+        self.adapter_casts = AdapterCasts(self.model, torch.bfloat16) if casts else None
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         return self.accelerator.prepare(model, optimizer)
@@ -96,7 +100,9 @@ class Engine:
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):
         """Around the forward and backward of one micro-batch; gradients are exchanged only in a step's last."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped), self._first_look(last=last):
+        no_exchange = contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+        casts = self.adapter_casts.made() if self.adapter_casts else contextlib.nullcontext()
+        with no_exchange, self._first_look(last=last), casts:
             yield
 
     @contextlib.contextmanager
@@ -256,6 +262,8 @@ class Engine:
 class FsdpEngine(Engine):
     """FSDP2: parameters and optimizer state are DTensors."""
 
+    holds_adapters = False
+
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         name_layers(self.accelerator.state.fsdp_plugin, model)
         parts = take_parts(model)
@@ -352,7 +360,7 @@ class FsdpEngine(Engine):
 class DeepSpeedEngine(Engine):
     """DeepSpeed ZeRO: the engine clips, checks and steps; full state goes through its own safe_* functions."""
 
-    keeps_parameters = False
+    keeps_parameters = holds_adapters = False
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         if self.accelerator.deepspeed_plugin.zero_stage == 3:

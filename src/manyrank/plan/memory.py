@@ -165,7 +165,14 @@ def _lasting(run: PlannedRun) -> dict[str, int]:
 def _adapters(run: PlannedRun, shards: int) -> int:
     # float32 masters; DeepSpeed works on 16-bit ones and keeps its masters with the optimizer. Of grpo a frozen copy.
     copies = 2 if run.config.is_grpo and run.config.beta else 1
-    return copies * run.trainable * (run.compute if run.strategy.engine is EngineKind.DEEPSPEED else FLOAT) // shards
+    masters = copies * run.trainable * (run.compute if run.strategy.engine is EngineKind.DEEPSPEED else FLOAT) // shards
+    return masters + (run.compute * run.trainable if _casts_adapters(run) else 0)
+
+
+def _casts_adapters(run: PlannedRun) -> bool:
+    """Whether the process keeps a copy of its adapters in 16 bits, see `lora.AdapterCasts`."""
+    whole = run.strategy.engine in (EngineKind.SINGLE, EngineKind.DDP)
+    return run.bf16 and whole and "lora" not in run.config.disable_fused
 
 
 def _optimizer(run: PlannedRun) -> int:
