@@ -60,3 +60,15 @@ def test_activations_are_what_autograd_saves(kind, precision, options):
     strategy = "single" if autocast or config.method != "full" else "fsdp"
     planned = activations.saved(planned_run(config, shape, strategy, bf16=precision != "float32", gpu=False))
     assert planned == pytest.approx(real, rel=0.05), planned / real
+
+
+def test_norms_of_torch_s_kernel_keep_their_input_in_its_type():
+    config = recipe("--method=lora")
+    _, shape = made("llama", config, torch.bfloat16)
+
+    def kept(**more) -> int:
+        run = planned_run(config.model_copy(update=more), shape, "single", bf16=True, gpu=True)
+        return activations._norm(run, 1000)
+
+    assert kept() == 2 * 1000 + 4
+    assert kept(disable_fused=["norm"]) == kept(torch_compile=True) == 4 * 1000 + 4

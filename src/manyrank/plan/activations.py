@@ -72,11 +72,19 @@ def _norm(run: PlannedRun, width: int) -> int:
     kind = run.shape.norm
     if kind == "layer":  # one operation of torch: its input, mean and inverse deviation
         return width * (FLOAT if run.autocast else run.compute) + 2 * FLOAT
-    size = FLOAT * width * (2 if kind == "centred" else 1) + FLOAT  # its input, and the inverse root
+    if kind == "rms" and _fuses_norms(run):  # its input, and the inverse root
+        return width * run.compute + FLOAT
+    size = FLOAT * width * (2 if kind == "centred" else 1) + FLOAT  # the same in float32
     if not run.full:
         return size
     wide = run.autocast or kind != "rms"
     return size + width * (FLOAT if wide else run.compute)
+
+
+def _fuses_norms(run: PlannedRun) -> bool:
+    """Whether torch's kernel computes the norms, see `models.fused_norm`."""
+    parts = run.config.disable_fused
+    return run.gpu and run.bf16 and not run.autocast and "norm" not in parts and not run.config.torch_compile
 
 
 def _norms(run: PlannedRun, layer: Layer) -> int:
