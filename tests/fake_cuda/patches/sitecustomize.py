@@ -47,11 +47,24 @@ class Hook(importlib.abc.MetaPathFinder):
 
 @after("torch")
 def _torch(torch):
-    """The trial of the loss and of packing compares tensors; generation takes the most probable token."""
+    """Losses and norms are read as 0. Trials of the loss and of packing compare tensors; generation takes a token."""
     # The tests fork processes after bitsandbytes has initialised CUDA; here there is no driver that this could break.
     torch.cuda._is_in_bad_fork = lambda: False
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds its graphs with a real driver
     equal, argmax, shown = torch.equal, torch.Tensor.argmax, torch.Tensor.__repr__
+
+    def reading(name):
+        read = getattr(torch.Tensor, name)
+
+        def number(self):
+            value = read(self)  # which waits for the device
+            known = not self.is_cuda or not self.is_floating_point()
+            return value if known else read(torch.zeros(self.shape, dtype=self.dtype))
+
+        setattr(torch.Tensor, name, number)
+
+    for name in ("item", "tolist", "__float__"):
+        reading(name)
 
     def same(a, b):
         return (a.shape, a.dtype) == (b.shape, b.dtype) if a.is_cuda else equal(a, b)
@@ -103,24 +116,6 @@ def _least_memory(memory):
     import torch
 
     memory._least_memory = lambda accelerator: torch.cuda.mem_get_info(accelerator.device)[1]
-
-
-@after("manyrank.parallel.engine")
-def _sums(engine):
-    """Losses, wishes to stop and the gradient's norm."""
-    import torch
-
-    reduce, clip = engine.Engine.sum, engine.Engine._clip
-
-    def zeros(self, values):
-        summed = reduce(self, values)
-        return torch.zeros(summed.shape, dtype=summed.dtype)
-
-    def half(self, most):
-        clip(self, most)
-        return 0.5
-
-    engine.Engine.sum, engine.Engine._clip = zeros, half
 
 
 if os.environ.get("FAKECUDA"):
