@@ -7,6 +7,7 @@ import torch
 from small_models import MODELS, SHAPE, SMALL, recipe
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from manyrank.models import fused_norm, spec
@@ -42,6 +43,15 @@ def test_the_norms_that_the_plan_takes_for_fused_are(kind):
         assert norms and all(map(is_plain_rms, norms))
     if kind.startswith("gemma"):
         assert norms and not any(map(is_plain_rms, norms))
+
+
+def test_a_norm_without_a_weight_stays():
+    """Gemma 4 has plain ones with a weight and such without, of one class."""
+    norms = torch.nn.Sequential(Gemma4RMSNorm(8), Gemma4RMSNorm(8, with_scale=False))
+    x = torch.randn(2, 8)
+    before = norms(x)
+    assert fuse_norms(norms) == 1
+    assert torch.equal(norms(x), before)
 
 
 def test_what_is_no_plain_norm_stays():

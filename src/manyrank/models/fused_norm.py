@@ -26,7 +26,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
         How many do.
     """
     others = {type(module).__name__ for module in model.modules() if "RMSNorm" in type(module).__name__}
-    norms = [module for module in model.modules() if is_plain_rms(type(module))]
+    norms = [module for module in model.modules() if is_plain_rms(type(module)) and hasattr(module, "weight")]
     others -= {type(norm).__name__ for norm in norms}
     if others and torch.cuda.is_available():
         logger.warning("norms run as transformers has them (slower), no plain RMSNorm: %s", ", ".join(sorted(others)))
