@@ -205,7 +205,9 @@ def _run(argv: Sequence[str], folder: str, env: dict[str, str], limits: Limits, 
         reader.join(GRACE)
     output = kept.decode("utf-8", "replace")
     number = None if code is None else -code if code < 0 else code - 128
-    if code is None or (number == signal.SIGKILL and time.monotonic() - started >= limits.seconds):
+    # 124: `timeout` was about to kill what the limit of CPU time ended at that very moment.
+    late = time.monotonic() - started >= limits.seconds
+    if code is None or (late and (number == signal.SIGKILL or code == 124)):
         return Outcome(None, None, output)
     try:
         return Outcome(None, signal.Signals(number).name, output)
