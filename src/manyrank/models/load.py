@@ -84,8 +84,8 @@ def _share(config: TrainConfig, accelerator: Accelerator, storage: torch.dtype) 
     if accelerator.distributed_type == DistributedType.FSDP:
         mesh, offload = accelerator.torch_device_mesh, accelerator.state.fsdp_plugin.cpu_offload
         count = mesh.shape[-1] if mesh is not None else processes
-        device = host if isinstance(offload, CPUOffloadPolicy) else device
         trained = config.method == "full"
+        device = host if trained or isinstance(offload, CPUOffloadPolicy) else device
         return Share(rank % count, count, flat=False, device=device, trained=trained, storage=storage)
     # Of a base in 16 bits transformers gives each rank of ZeRO-3 its part, as long as it is not quantised.
     if config.method == "qlora" and _is_zero3(accelerator):

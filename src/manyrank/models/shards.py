@@ -30,7 +30,7 @@ class Share:
     Attributes:
         index, count: the rank's place among those that share one copy of the model, and their number.
         flat: cut the flattened tensor into equal parts, as ZeRO-3 does, and not its rows, as FSDP2 does.
-        device: where parts are kept; trained ones stay in host memory until they are put in.
+        device: where parts are kept: those that are copied in later, in host memory.
         trained: whether the base itself is trained.
         storage: the type to pack 4-bit weights in: that of the computation, which FSDP2 gathers as it is.
     """
@@ -50,7 +50,7 @@ class Share:
         else:
             rows = math.ceil(tensor.shape[0] / self.count)
             part = tensor[self.index * rows : (self.index + 1) * rows]
-        return part.to(torch.device("cpu") if self.trained else self.device, copy=True)
+        return part.to(self.device, copy=True)
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def take_parts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not hasattr(parameter, "part"):
                 continue
-            parts.setdefault(f"{path}.{name}".lstrip("."), parameter.part)
+            parts[f"{path}.{name}".lstrip(".")] = parameter.part
             if parameter.requires_grad:
                 continue
             if id(parameter) not in replaced:
