@@ -5,27 +5,15 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from launches import launch
 from safetensors.torch import load_file
+from small_models import LAUNCHED, save_for_launch
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
 
 from manyrank.parallel.fsdp_preparation import layers_apart, name_layers
 
-SMALL = dict(
-    vocab_size=1536,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-    bos_token_id=None,
-    eos_token_id=1,
-    pad_token_id=0,
-)
 GEMMA4 = dict(
-    SMALL,
+    LAUNCHED,
     vocab_size_per_layer_input=1536,
     hidden_size_per_layer_input=8,
     global_head_dim=8,
@@ -53,7 +41,7 @@ def test_layers_to_shard_apart_are_those_that_are_there():
     name_layers(plugin, model)
     assert plugin.transformer_cls_names_to_wrap == layers_apart(model) == ["Gemma4TextDecoderLayer"]
     plugin.set_auto_wrap_policy(model)
-    llama = LlamaForCausalLM(LlamaConfig(**SMALL))
+    llama = LlamaForCausalLM(LlamaConfig(**LAUNCHED))
     assert layers_apart(llama) == ["LlamaDecoderLayer"]
     llama._no_split_modules = None
     assert layers_apart(llama) == ["LlamaDecoderLayer"]  # a layer that can be checkpointed
@@ -71,9 +59,7 @@ def test_the_names_of_layers_are_still_needed():
 def test_fsdp_trains_a_model_with_buffers_and_named_layers_it_lacks(embedded_model, tmp_path):
     """With the losses of one process; buffers come from the weights' files, and are saved."""
     model = gemma4()
-    model.save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "model" / name).write_bytes((embedded_model / name).read_bytes())
+    save_for_launch(model, tmp_path / "model", embedded_model)
     given = [f"--model_name_or_path={tmp_path}/model", "--method=full", "--max_steps=2", "--max_length=256"]
     single = launch(tmp_path / "single", *given, "--strategy=single")
     fsdp = launch(tmp_path / "fsdp", *given, "--strategy=fsdp", "--nproc=2")

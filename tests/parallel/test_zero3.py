@@ -7,6 +7,7 @@ import pytest
 import torch
 from launches import ROOT, Run, launch, nightly
 from peft import LoraConfig, get_peft_model
+from small_models import LAUNCHED, save_for_launch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from manyrank.errors import UserError
@@ -15,18 +16,6 @@ from manyrank.parallel import zero3_preparation
 LAYERS = 4  # of the embedded model
 MICRO_BATCHES = ("--global_batch_size=8", "--per_device_train_batch_size=1", "--max_length=96", "--max_steps=3")
 ZERO3 = ("--strategy=zero3", "--nproc=2")
-SMALL = dict(
-    vocab_size=1536,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=None,
-    eos_token_id=1,
-    pad_token_id=0,
-)
 
 # Gathers of a step's forward and backward, and of its optimizer.
 COUNTER = """
@@ -98,20 +87,18 @@ def test_a_layer_is_gathered_for_its_forward_and_its_backward(args, embedded_mod
 def test_experts_train_with_the_losses_of_one_process(embedded_model, tmp_path):
     """Ranks whose tokens take different experts gather the same: the layer."""
     torch.manual_seed(0)
-    shape = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 1}
-    MixtralForCausalLM(MixtralConfig(**shape)).save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "model" / name).write_bytes((embedded_model / name).read_bytes())
+    shape = {**LAUNCHED, "num_local_experts": 4, "num_experts_per_tok": 1}
+    save_for_launch(MixtralForCausalLM(MixtralConfig(**shape)), tmp_path / "model", embedded_model)
     given = [f"--model_name_or_path={tmp_path}/model", "--method=full", *MICRO_BATCHES]
     single = launch(tmp_path / "single", *given, "--strategy=single")
     assert single.code == 0, single.stderr
     run, gathers, _ = counted(tmp_path, *given)
     assert run.metrics() == pytest.approx(single.metrics(), abs=1e-5) and len(run.metrics()) == 3
-    assert max(gathers[1:]) <= 2 * SMALL["num_hidden_layers"] + 4
+    assert max(gathers[1:]) <= 2 * LAUNCHED["num_hidden_layers"] + 4
 
 
 def adapted() -> torch.nn.Module:
-    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model = LlamaForCausalLM(LlamaConfig(**LAUNCHED))
     return get_peft_model(model, LoraConfig(r=12, target_modules="all-linear"))
 
 

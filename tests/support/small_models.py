@@ -1,7 +1,9 @@
 """Small shapes of many architectures, and models of them with the adapters of a recipe."""
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
@@ -36,6 +38,20 @@ LATENT = {
     "n_group": 1,
     "topk_group": 1,
 }
+# For a model that is launched with the tokenizer of the embedded one.
+LAUNCHED = dict(
+    vocab_size=1536,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+)
 TOKENS, DOCUMENTS = 256, 4
 SHAPE = {**SMALL, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 32}
 MODELS = {
@@ -62,6 +78,13 @@ MODELS = {
 }
 LORA, FULL = ("--method=lora",), ("--method=full",)
 CHECKPOINTED = ("--gradient_checkpointing=full",)
+
+
+def save_for_launch(model: PreTrainedModel, folder: Path, embedded_model: Path) -> None:
+    """Save a model of LAUNCHED's vocabulary, with the tokenizer and template of the embedded one."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((embedded_model / name).read_bytes())
 
 
 def recipe(*argv: str):
