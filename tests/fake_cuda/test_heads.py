@@ -84,7 +84,7 @@ def rows() -> list[dict]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_packed_step(name, caplog, monkeypatch):
+def test_a_packed_step(name, monkeypatch):
     import cuda_counters as counters
     import torch
     from accelerate import Accelerator

@@ -9,7 +9,6 @@ namespace {
 constexpr size_t OPAQUE = 512;  // at least the size of cublasLt's own structures
 struct Layout {
     uint64_t rows, columns;
-    int type;
     int batch;
 };
 struct Operation {
@@ -23,9 +22,9 @@ cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) {
     return CUBLAS_STATUS_SUCCESS;
 }
 size_t cublasLtGetVersion() { return 130101; }
-cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t, cudaDataType type,
+cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t, cudaDataType,
                                                  uint64_t rows, uint64_t columns, int64_t) {
-    *(Layout*)layout = {rows, columns, type, 1};
+    *(Layout*)layout = {rows, columns, 1};
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows,
@@ -75,10 +74,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t operation, 
                               cublasLtMatrixLayout_t a, const void*, cublasLtMatrixLayout_t, const void*, const void*,
                               cublasLtMatrixLayout_t, void*, cublasLtMatrixLayout_t result,
                               const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t) {
-    static auto note = (void (*)(long, long, long, long, int))dlsym(RTLD_DEFAULT, "fakecublas_note");
+    static auto note = (void (*)(long, long, long, long))dlsym(RTLD_DEFAULT, "fakecublas_note");
     auto *left = (Layout*)a, *product = (Layout*)result;
     long inner = ((Operation*)operation)->transpose_a ? left->rows : left->columns;
-    if (note) note(product->rows, product->columns, inner, left->batch, left->type);
+    if (note) note(product->rows, product->columns, inner, left->batch);
     return CUBLAS_STATUS_SUCCESS;
 }
 }

@@ -60,7 +60,7 @@ auto& kernel_launches() { return lasting<std::unordered_map<std::string, uint64_
 auto& shared_limits() { return lasting<std::unordered_map<const void*, int>>(); }
 auto& variables() { return lasting<std::unordered_map<const char*, size_t>>(); }
 Counters counters;
-size_t used[MOST_DEVICES], peak[MOST_DEVICES];
+size_t used[MOST_DEVICES];
 thread_local int device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::vector<LaunchConfiguration>* configurations;
@@ -81,7 +81,6 @@ int count() {
 bool take(int where, size_t size) {
     if (used[where] + size > settings::memory()) return false;
     used[where] += size;
-    if (used[where] > peak[where]) peak[where] = used[where];
     counters.mallocs++;
     return true;
 }
@@ -177,8 +176,6 @@ void fakecuda_kernels(const char* path) {
     for (auto& [name, launches] : kernel_launches()) fprintf(file, "%lu\t%s\n", launches, name.c_str());
     fclose(file);
 }
-uint64_t fakecuda_used(int where) { return used[where]; }
-uint64_t fakecuda_peak(int where) { return peak[where]; }
 void fakecuda_count_launch() { counters.launches++; }  // of the driver's interface, by which Triton launches
 
 // Memory of expandable segments, which torch takes from the driver (cuda.cc)

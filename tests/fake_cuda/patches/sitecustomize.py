@@ -4,7 +4,6 @@ Python imports this file first in every process of tests/fake_cuda/run.sh. Each 
 else is changed; keep the list short.
 """
 
-import contextlib
 import importlib.abc
 import importlib.util
 import os
@@ -120,5 +119,3 @@ def _least_memory(memory):
 
 if os.environ.get("FAKECUDA"):
     sys.meta_path.insert(0, Hook())
-    with contextlib.suppress(KeyError):  # threads of two ranks on two cores
-        os.environ.setdefault("OMP_NUM_THREADS", os.environ["FAKECUDA_THREADS"])
