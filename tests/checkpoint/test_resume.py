@@ -63,6 +63,17 @@ def test_full_fine_tuning_resumes(embedded_model, tmp_path):
     assert part.metrics() == pytest.approx(whole.metrics()[2:], abs=1e-5)
 
 
+def test_a_save_after_a_validation(embedded_model, tmp_path):
+    """A validation left what FSDP2 had gathered last, and rank 0 gave it back alone when it saved: ranks then differed."""
+    common = ("--strategy=fsdp", "--nproc=2", "--max_steps=2", "--method=full", "--sample_questions=[]")
+    both = launch(tmp_path / "both", *common, "--save_steps=1", "--eval_steps=1", "--eval_data_path=data/validation.jsonl")
+    assert both.code == 0, both.stderr
+    saved = launch(tmp_path / "saved", *common, "--save_steps=1")
+    assert both.metrics() == saved.metrics() and len(both.metrics("eval_loss")) == 2
+    files = sorted((both.folder / "checkpoint-2").glob("*.safetensors"))
+    assert files and all(f.read_bytes() == (saved.folder / "checkpoint-2" / f.name).read_bytes() for f in files)
+
+
 def test_damage_is_found(whole_run, tmp_path):
     good = whole_run.folder / "checkpoint-3"
     assert run_folder.damage(good) is None

@@ -161,6 +161,8 @@ def test_variants_stay_with_peft(base):
     model = adapted(base, use_dora=True)
     before = {name: module.forward for name, module in model.named_modules() if name.endswith("q_proj")}
     assert speed_up(model) == 0
+    with AdapterCasts(model, torch.bfloat16).made():  # of none, as of a model that is trained whole
+        assert not any(layer.casts for layer in model.modules() if hasattr(layer, "casts"))
     assert all(model.get_submodule(name).forward == forward for name, forward in before.items())
 
 

@@ -82,8 +82,9 @@ class AdapterCasts:
     @contextlib.contextmanager
     def made(self) -> Iterator[None]:
         """Cast the adapters; layers use the copies while this lasts. Nothing may change an adapter meanwhile."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.copies, [master.detach() for master in self.masters])
+        if self.copies:  # none of a model that is trained whole, or whose adapters all run as peft has them
+            with torch.no_grad():
+                torch._foreach_copy_(self.copies, [master.detach() for master in self.masters])
         self.current = True
         try:
             yield

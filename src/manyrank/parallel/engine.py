@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import NonFiniteGradientError
 from ..models.adapters import trainable
+from ..models.load import evaluation_mode
 from ..models.lora import AdapterCasts
 from ..models.shards import take_parts
 from . import first_look
@@ -168,6 +169,13 @@ class Engine:
         """Sum a tensor over all ranks."""
         return self.accelerator.reduce(values, "sum")
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around forwards without a backward, without dropout; afterwards no rank holds what they gathered."""
+        with evaluation_mode(self.wrapped):
+            yield
+        self.reshard()
+
     def reshard(self) -> None:
         """After a forward without a backward: give back what it gathered."""
 
@@ -307,6 +315,9 @@ class FsdpEngine(Engine):
     def reshard(self) -> None:
         for unit in self._units:  # the root, and what it forwards last, keep theirs until a backward
             unit.reshard()
+            for group in self._groups(unit):  # by this record FSDP2 gathers ahead in a backward, which has not come
+                group._post_forward_indices.clear()
+                group.comm_ctx.post_forward_order.clear()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -323,9 +334,17 @@ class FsdpEngine(Engine):
 
     def _reshards(self, unit: FSDPModule) -> bool:
         """Whether a unit gives back after a forward what it gathered: not the root, nor lm_head, which come next again."""
-        state = unit._get_fsdp_state()  # torch 2.13 has no public getter
+        return unit is not self.wrapped and any(group.post_forward_mesh_info for group in self._groups(unit))
+
+    def _groups(self, unit: FSDPModule) -> list:
+        """The parameters of a unit that are gathered together. torch 2.13 has no public getter."""
+        state = unit._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        return unit is not self.wrapped and any(group and group.post_forward_mesh_info for group in groups)
+        return [group for group in groups if group]
+
+    def full_parameters(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        self.reshard()  # a unit that holds its parameters whole shows them in the type of the computation
+        yield from super().full_parameters(names)
 
     def _whole_bytes(self) -> int:
         element = 2 if self.accelerator.mixed_precision == "bf16" else 4

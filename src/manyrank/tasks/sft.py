@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
-from ..models.load import evaluation_mode
 from ..models.positions import check_lengths
 from ..training.loss import TokenLoss
 from ..training.packing_trial import prove_packing
@@ -52,12 +51,11 @@ class SFT(Task):
         """Check that packs, and then the fused lm_head, leave the model's results as they are."""
         engine, packed = self.engine, self.config.packing != "none"
         micro = trial(packed=packed).to(self.device)
-        with evaluation_mode(engine.wrapped):
+        with engine.evaluating():
             if packed:
                 exact = not bf16 and self.config.method != "int8"  # whose products round each row of activations
                 prove_packing(engine.wrapped, engine.model, exact=exact, device=self.device)
             self.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=self._agree)
-        engine.reshard()
 
     def _agree(self, seen: bool) -> bool:
         return self.engine.sum(torch.tensor(float(not seen), device=self.device)).item() == 0
@@ -88,7 +86,7 @@ class SFT(Task):
     def evaluate(self, loader: StepLoader, *, number: int) -> dict[str, float]:
         """Mean loss and perplexity over the supervised tokens."""
         total, supervised = torch.zeros((), device=self.device), 0
-        with evaluation_mode(self.engine.wrapped):
+        with self.engine.evaluating():
             for index in range(loader.steps_per_epoch):
                 self.in_phase(f"step {index + 1} of the validation")
                 step = loader.step(index)

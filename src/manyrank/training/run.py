@@ -19,7 +19,6 @@ from ..checkpoint.state import save_weights
 from ..config.resolve import TrainConfig
 from ..errors import Preempted, SaveError, is_out_of_memory
 from ..models.generate import generate_completions
-from ..models.load import evaluation_mode
 from ..parallel.engine import Engine, StrategyInfo
 from ..plan.planned_run import PlannedRun
 from ..rules.check import warnings_of_length
@@ -186,7 +185,7 @@ class TrainingRun:
     def _answers(self) -> list[str]:
         if not self.config.sample_questions:
             return []
-        with evaluation_mode(self.engine.wrapped), self.engine.generating() as held:
+        with self.engine.evaluating(), self.engine.generating() as held:
             if not held:
                 self.say("the whole model has no room on one device: completions gather each layer for each token")
             return generate_completions(

@@ -27,7 +27,7 @@ from ...data.questions import Question, prompt_of, read_questions
 from ...data.rewards import read_rewards, rewarded, scorers
 from ...data.scores import SCORES
 from ...errors import UserError
-from ...models.load import evaluation_mode, load_adapter, read_config
+from ...models.load import load_adapter, read_config
 from ...runs import artifact, logs
 from ...training.task import StepLoss, Task, UserObjects
 from .prompts import PromptLoader, PromptStep
@@ -209,7 +209,7 @@ class GRPO(Task):
         """The mean rewards of one group of completions of each validation prompt; the same draws every time."""
         rows, first = len(loader.examples), len(self.questions) - len(loader.examples)
         total = dict.fromkeys((reward.name for reward in self.rewards), 0.0)
-        with evaluation_mode(self.engine.wrapped), self._draws_of_its_own():
+        with self.engine.evaluating(), self._draws_of_its_own():
             for turn in range(loader.steps_per_epoch):
                 self.in_phase(f"step {turn + 1} of the validation")
                 numbers = [first + at for at in loader.step(turn).numbers]
