@@ -452,12 +452,20 @@ class DeepSpeedEngine(Engine):
     def optimizer_state(self) -> Iterator[tuple[str, OptimizerState]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        steps = torch.tensor(float(self.wrapped.global_steps))
+        steps, keys = torch.tensor(float(self.wrapped.global_steps)), self._moments()
         for name, parameter in self.trainable.items():
-            moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in self._moments()}
+            moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in keys}
             yield name, {"step": steps, **moments}
 
     def _moments(self) -> list[str]:
+        """Names of what the optimizer keeps of each parameter.
+
+        DeepSpeed 0.19.8 links it to the parameters of stages 1 and 2 after the step of the first group, when the others
+        have none yet (stage_1_and_2.py, _lazy_init_hp_params_optimizer_state). That can go when all groups are linked.
+        """
+        if hasattr(self.wrapped.optimizer, "_hp_optimizer_states_linked"):
+            self.wrapped.optimizer._hp_optimizer_states_linked = False
+            self.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
         state = next(iter(self.optimizer.state.values()), {})
         return [key for key in ("exp_avg", "exp_avg_sq", "momentum_buffer") if state.get(key) is not None]
 
@@ -466,8 +474,9 @@ class DeepSpeedEngine(Engine):
 
         dry_step()  # DeepSpeed's optimizer makes its state in its first step (KeyError before)
         self.discard_gradients()
+        keys = self._moments()
         for name, parameter in self.trainable.items():
-            for key in self._moments():
+            for key in keys:
                 value = states[name][key].to(device=self.accelerator.device, dtype=torch.float32)
                 safe_set_full_optimizer_state(parameter, value, key)
         steps = next(iter(states.values()))["step"]
