@@ -14,9 +14,8 @@ from manyrank.topology.strategies import STRATEGIES, EngineKind, Strategy
 
 pytestmark = pytest.mark.cuda
 METHODS = ("lora", "qlora", "int8", "full")
-# What the rules refuse: 8-bit weights in shards, and quantised ones that DeepSpeed offloads.
+# What the rules refuse: 8-bit weights in shards.
 REFUSED = {("int8", name) for name, strategy in STRATEGIES.items() if "parameters" in strategy.shards}
-REFUSED |= {("qlora", name) for name, s in STRATEGIES.items() if s.offload and s.engine is EngineKind.DEEPSPEED}
 CASES = [(method, name) for method in METHODS for name in STRATEGIES]
 
 
@@ -40,7 +39,7 @@ def tensors(folder, method: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("method", "name"), CASES)
-def test_run_and_resume(method, name, tmp_path):
+def test_run_and_resume(method, name, embedded_model, tmp_path):
     strategy = STRATEGIES[name]
     run = train(tmp_path / "run", method, strategy)
     if (method, name) in REFUSED:

@@ -76,6 +76,8 @@ size_t width(int type) {
 
 bool agree(Communicator* c, Operation operation, size_t elements, int type) {
     calls[operation]++, bytes[operation] += elements * width(type);
+    static bool traced = getenv("FAKENCCL_TRACE");
+    if (traced) fprintf(stderr, "FAKENCCL rank %d: %s of %zu of type %d\n", c->rank, NAMES[operation], elements, type);
     if (c->ranks == 1) return true;
     Call own = {operation, type, elements};
     c->shared->calls[c->rank] = own;

@@ -46,11 +46,12 @@ class Hook(importlib.abc.MetaPathFinder):
 
 @after("torch")
 def _torch(torch):
-    """Losses and norms are read as 0. Trials of the loss and of packing compare tensors; generation takes a token."""
+    """Losses and norms are read as 0, and no element is found. Trials of the loss and of packing compare tensors;
+    generation takes a token."""
     # The tests fork processes after bitsandbytes has initialised CUDA; here there is no driver that this could break.
     torch.cuda._is_in_bad_fork = lambda: False
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds its graphs with a real driver
-    equal, argmax, shown = torch.equal, torch.Tensor.argmax, torch.Tensor.__repr__
+    equal, argwhere, argmax, shown = torch.equal, torch.argwhere, torch.Tensor.argmax, torch.Tensor.__repr__
 
     def reading(name):
         read = getattr(torch.Tensor, name)
@@ -68,6 +69,11 @@ def _torch(torch):
     def same(a, b):
         return (a.shape, a.dtype) == (b.shape, b.dtype) if a.is_cuda else equal(a, b)
 
+    def nowhere(tensor):  # int8 looks for outliers
+        return (
+            argwhere(torch.zeros_like(tensor, device="cpu")).to(tensor.device) if tensor.is_cuda else argwhere(tensor)
+        )
+
     def first(self, *args, **kwargs):
         indices = argmax(self, *args, **kwargs)
         return indices.copy_(torch.zeros(indices.shape, dtype=indices.dtype)) if indices.is_cuda else indices
@@ -75,7 +81,7 @@ def _torch(torch):
     def show(self, **kwargs):
         return f"<{tuple(self.shape)} {self.dtype} on {self.device}>" if self.is_cuda else shown(self, **kwargs)
 
-    torch.equal, torch.Tensor.argmax, torch.Tensor.__repr__ = same, first, show
+    torch.equal, torch.argwhere, torch.Tensor.argmax, torch.Tensor.__repr__ = same, nowhere, first, show
     torch.nn.Parameter.__repr__ = show
 
 
@@ -104,9 +110,32 @@ def _objects(c10d):
 
 
 @after("deepspeed.runtime.engine")
-def _overflow(engine):
-    """DeepSpeed asks on the GPU whether a gradient has overflowed."""
+def _step(engine):
     engine.DeepSpeedEngine.was_step_applied = lambda self: True
+
+
+def _no_overflow(module, optimizer):
+    """Whether a gradient has overflowed, and the step is left out, are flags that a kernel sets and a collective sums."""
+
+    def never(asked):
+        def never_so(*args, **kwargs):
+            asked(*args, **kwargs)
+            return False
+
+        return never_so
+
+    optimizer.has_overflow = never(optimizer.has_overflow)
+    module.is_invalid_grad_norm = never(module.is_invalid_grad_norm)
+
+
+@after("deepspeed.runtime.zero.stage_1_and_2")
+def _stage_1_and_2(module):
+    _no_overflow(module, module.DeepSpeedZeroOptimizer)
+
+
+@after("deepspeed.runtime.zero.stage3")
+def _stage3(module):
+    _no_overflow(module, module.DeepSpeedZeroOptimizer_Stage3)
 
 
 @after("manyrank.training.memory")

@@ -1,0 +1,52 @@
+"""Loading Llama-3.1-8B in shards on two stand-in GPUs: the peak against the plan's, of a checkpoint that is all holes."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from launches import launch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from manyrank.models.catalog import known
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(scope="module")
+def holes(embedded_model, tmp_path_factory) -> Path:
+    """A folder of the model whose weights take no room on the disk."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = AutoConfig.for_model(**known()["llama-3.1-8b"], dtype="bfloat16")
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_model).save_pretrained(folder)
+    entries, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in model.state_dict().items():
+        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + at)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [("qlora", "fsdp"), ("qlora", "zero3"), ("lora", "fsdp"), ("lora", "zero3"), ("full", "zero3")],
+)
+def test_peak(method, strategy, holes, tmp_path):
+    args = [f"--model={holes}", f"--method={method}", f"--strategy={strategy}", "--nproc=2", "--max_steps=1"]
+    args += ["--bf16=true", "--sample_questions=[]", "--quantized_cache=off", "--learning_rate=1e-5"]
+    run = launch(tmp_path / "run", *args, recipe="quickstart")
+    assert run.code == 0, run.stdout + run.stderr
+    memory = json.loads((run.folder / "logs" / "memory.json").read_text())
+    print(method, strategy, json.dumps(memory))
+    loading = memory["loading"]
+    assert loading["allocated_bytes"] < 1.02 * loading["planned_bytes"]
+    assert run.facts()["base_bytes_here"][0] < 0.51 * run.facts()["base_bytes"]
