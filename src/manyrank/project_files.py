@@ -1,5 +1,6 @@
-"""The files that come with the project: accelerate_configs/, ds_configs/, launch/, data/."""
+"""The files that come with the project: accelerate_configs/, ds_configs/, launch/, data/; and the folder of its cache."""
 
+import os
 from pathlib import Path
 
 
@@ -8,3 +9,8 @@ def asset(*parts: str) -> Path:
     packaged = Path(__file__).parent / "assets"
     root = packaged if packaged.exists() else Path(__file__).parents[2]
     return root.joinpath(*parts)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: $MANYRANK_CACHE or ~/.cache/manyrank."""
+    return Path(os.environ.get("MANYRANK_CACHE") or Path.home() / ".cache" / "manyrank")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -96,22 +95,3 @@ def _check_shared(output_dir: Path, folder: Path | None, accelerator: Accelerato
     if blind:
         what = f"{', '.join(sorted(set(blind)))} cannot see {output_dir} of machine 0"
         raise UserError(what, where="output_dir", fix="give a folder that all machines share")
-
-
-def base_fingerprint(name: str, commit: str | None) -> str:
-    """Fingerprint a base model, wherever it lies: its config, and a piece of each file of weights.
-
-    Args:
-        name: a folder, or a name on the hub.
-        commit: of the hub.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"{name}@{commit}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            stream.seek(size // 2)
-            digest.update(b"%d" % size + stream.read(1 << 16))
-    return digest.hexdigest()[:32]

@@ -310,6 +310,12 @@ class TrainConfig(BaseModel):
     bf16: bool | Literal["auto"] = Field(
         "auto", description="compute in bf16; auto: where the GPU or CPU does it natively"
     )
+    quantized_cache: str = Field(
+        "auto",
+        min_length=1,
+        description="where qlora keeps the quantised base of a model that it loads in shards, for the next start: a folder, off, or "
+        "auto: in $MANYRANK_CACHE or ~/.cache/manyrank",
+    )
     gradient_checkpointing: Layers = Field(
         "auto",
         description="recompute activations instead of keeping them: off, full (every layer), the first N layers, "

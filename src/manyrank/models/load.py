@@ -6,13 +6,14 @@ import contextlib
 import copy
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
@@ -65,36 +66,43 @@ def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> L
     """Decide from the recipe and from what came up."""
     compute = torch.bfloat16 if bf16 else torch.float32
     quantization = {"qlora": "nf4", "int8": "int8"}.get(config.method)
+    share = _share(config, accelerator, compute)
     return LoadPlan(
         name=resolve_name(config.model_name_or_path),
         # What is trained whole keeps float32 weights; the forward runs in the compute type all the same.
         dtype=torch.float32 if config.method == "full" else compute,
         compute_dtype=compute,
         quantization=quantization,
-        # transformers takes no map under ZeRO-3; bitsandbytes then quantises on the rank's own GPU.
-        device_map={"": accelerator.device} if quantization and not _is_zero3(accelerator) else None,
-        share=_share(config, accelerator, compute),
+        # transformers takes no map where it partitions a model for ZeRO-3 itself.
+        device_map={"": accelerator.device} if quantization and (share or not _is_zero3(accelerator)) else None,
+        share=share,
         trust_remote_code=config.trust_remote_code,
     )
 
 
 def _share(config: TrainConfig, accelerator: Accelerator, storage: torch.dtype) -> Share | None:
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    host = torch.device("cpu")
+    rank, count = accelerator.process_index, accelerator.num_processes
+    trained, host = config.method == "full", torch.device("cpu")
     if accelerator.distributed_type == DistributedType.FSDP:
         mesh, offload = accelerator.torch_device_mesh, accelerator.state.fsdp_plugin.cpu_offload
-        count = mesh.shape[-1] if mesh is not None else processes
-        trained = config.method == "full"
-        device = host if trained or isinstance(offload, CPUOffloadPolicy) else device
+        count = mesh.shape[-1] if mesh is not None else count
+        device = host if trained or isinstance(offload, CPUOffloadPolicy) else accelerator.device
         return Share(rank % count, count, flat=False, device=device, trained=trained, storage=storage)
-    # Of a base in 16 bits transformers gives each rank of ZeRO-3 its part, as long as it is not quantised.
-    if config.method == "qlora" and _is_zero3(accelerator):
-        return Share(rank, processes, flat=True, device=host, trained=False, storage=storage)
+    if _is_zero3(accelerator) and _partitions_plainly(accelerator.deepspeed_plugin):
+        device = accelerator.device if accelerator.deepspeed_plugin.offload_param_device == "none" else host
+        return Share(rank, count, flat=True, device=device, trained=trained, storage=storage)
     return None
 
 
 def _is_zero3(accelerator: Accelerator) -> bool:
     return accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+def _partitions_plainly(plugin: DeepSpeedPlugin) -> bool:
+    """Return whether ranks of ZeRO-3 hold equal parts of each weight, as they are, and nothing more (ZeRO++, NVMe)."""
+    zero = plugin.deepspeed_config["zero_optimization"]
+    quantised = zero.get("zero_quantized_weights") or zero.get("zero_quantized_nontrainable_weights")
+    return zero.get("zero_hpz_partition_size", 1) == 1 and not quantised and plugin.offload_param_device != "nvme"
 
 
 def resolve_name(name: str) -> str:
@@ -194,16 +202,23 @@ def silent(line: str) -> None:
     """Say nothing."""
 
 
-def load_model(plan: LoadPlan, config: TrainConfig, *, say: Say = silent) -> torch.nn.Module:
+def load_model(
+    plan: LoadPlan,
+    config: TrainConfig,
+    *,
+    say: Say = silent,
+    read: Callable[[LoadPlan], torch.nn.Module] | None = None,
+) -> torch.nn.Module:
     """Load the base and put adapters on it; the same start on every rank and strategy for a seed.
 
     Args:
+        read: loads the base; None for `base_model`.
         say: takes a line on what is not quantised, not trained or has no adapters.
 
     Raises:
         UserError: the model cannot be loaded, quantised, packed or given these adapters.
     """
-    base = base_model(plan)
+    base = (read or base_model)(plan)
     if plan.quantization:
         _check_quantised(base, config, say)
     return with_adapters(base, config, say=say)
@@ -300,21 +315,41 @@ def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 def base_model(plan: LoadPlan) -> torch.nn.Module:
     """The base model as a plan has it."""
     options = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
-    if plan.quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=plan.compute_dtype,
-            # Packed into the compute type, the 4-bit base can be sharded; as bytes FSDP2 would copy it to every rank.
-            bnb_4bit_quant_storage=plan.compute_dtype,
-        )
-    elif plan.quantization == "int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    with loading(plan.name):
+        stored = plan.quantization == "nf4" and is_stored_in_4_bits(plan)
+    if plan.quantization and not stored:
+        options["quantization_config"] = _quantization(plan)
     if plan.device_map:
         options["device_map"] = plan.device_map
     with loading(plan.name), loading_in_shards(plan.share) if plan.share else contextlib.nullcontext():
-        return AutoModelForCausalLM.from_pretrained(plan.name, **options)
+        if not (stored and plan.share):
+            return AutoModelForCausalLM.from_pretrained(plan.name, **options)
+        # On the CPU the files stay mapped, so that a rank reads no more than it keeps. accelerate looks at the map.
+        model = AutoModelForCausalLM.from_pretrained(plan.name, **options | {"device_map": {"": "cpu"}})
+        model.hf_device_map = plan.device_map
+        for module in model.modules():
+            if getattr(module, "quant_state", None) is not None:
+                module.quant_state.to(plan.device_map[""])
+        return model
+
+
+def _quantization(plan: LoadPlan) -> BitsAndBytesConfig:
+    if plan.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=plan.compute_dtype,
+        # Packed into the compute type, the 4-bit base can be sharded; as bytes FSDP2 would copy it to every rank.
+        bnb_4bit_quant_storage=plan.compute_dtype,
+    )
+
+
+def is_stored_in_4_bits(plan: LoadPlan) -> bool:
+    """Return whether a base has been quantised already, by bitsandbytes."""
+    quantised = getattr(load_config(plan.name, trust_remote_code=plan.trust_remote_code), "quantization_config", None)
+    return bool(quantised) and bool(quantised.get("load_in_4bit"))
 
 
 def load_config(name: str, *, trust_remote_code: bool) -> PreTrainedConfig:

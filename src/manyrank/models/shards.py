@@ -57,10 +57,8 @@ class Share:
 def loading_in_shards(share: Share) -> Iterator[None]:
     """Replace each parameter that transformers loads by a stand-in with this rank's part as its `part`."""
 
-    def replace(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
-        # transformers marks what it has read; a parameter without values in the files stays whole and is initialised.
-        read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta and parameter.ndim
-        return None if not read or hasattr(parameter, "part") else _stand_in(parameter, share)
+    def replace(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        return _stand_in(parameter, share) if is_read(parameter) else None
 
     hook = register_module_parameter_registration_hook(replace)
     try:
@@ -68,6 +66,12 @@ def loading_in_shards(share: Share) -> Iterator[None]:
             yield
     finally:
         hook.remove()
+
+
+def is_read(parameter: torch.nn.Parameter | None) -> bool:
+    """Return whether transformers has read a parameter that can be cut; one without values in the files is initialised."""
+    marked = getattr(parameter, "_is_hf_initialized", False) and not hasattr(parameter, "part")
+    return bool(marked and not parameter.is_meta and parameter.ndim)
 
 
 @contextlib.contextmanager
@@ -93,7 +97,7 @@ def _stand_in(parameter: torch.nn.Parameter, share: Share) -> torch.nn.Parameter
     if _is_4bit(parameter) and data.dtype != share.storage:  # a checkpoint that is stored as bytes, say
         data = data.flatten().view(share.storage)[:, None]
     part = share.cut(data)
-    if share.flat or share.trained:  # what DeepSpeed and accelerate look into; untouched memory is not resident
+    if share.trained and not share.flat:  # accelerate looks into it; untouched memory is not resident
         empty = torch.empty(data.shape, dtype=data.dtype)
     else:
         empty = torch.zeros((), dtype=data.dtype, device=share.device).expand(data.shape)

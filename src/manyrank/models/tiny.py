@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..project_files import asset
+from ..project_files import asset, cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
@@ -103,8 +102,7 @@ def default_folder() -> Path:
     """Named after all that decides the model's bytes: the sample, this module and the libraries' versions."""
     versions = " ".join(version(name) for name in ("torch", "transformers", "tokenizers"))
     digest = hashlib.sha256(_sample().read_bytes() + Path(__file__).read_bytes() + versions.encode()).hexdigest()
-    cache = os.environ.get("MANYRANK_CACHE") or Path.home() / ".cache" / "manyrank"
-    return Path(cache) / f"embedded-{digest[:12]}"
+    return cache_folder() / f"embedded-{digest[:12]}"
 
 
 def build(folder: Path, steps: int = STEPS) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +28,7 @@ from ..models.lora import AdapterCasts
 from ..models.shards import take_parts
 from . import first_look
 from .fsdp_preparation import name_layers
-from .zero3_preparation import gather_by_layer, gathered_together, held_whole
+from .zero3_preparation import gather_by_layer, gathered_together, held_whole, partition
 
 OptimizerState = dict[str, torch.Tensor]
 Check = Callable[[list[float]], None]
@@ -55,26 +55,6 @@ class StrategyInfo:
         return asdict(self)
 
 
-class _Arrivals:
-    """Notes which parameters a backward brings a gradient to: an engine may take gradients away as they come."""
-
-    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
-        self.parameters = parameters
-        self.names: set[str] = set()
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        hooks = [p.register_hook(partial(self._note, name)) for name, p in self.parameters.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _note(self, name: str, gradient: torch.Tensor) -> None:
-        self.names.add(name)
-
-
 class Engine:
     """One prepared model and optimizer: run steps, read and write full state. Single process or DDP."""
 
@@ -89,7 +69,7 @@ class Engine:
         held = [p for group in self.prepared_optimizer.param_groups for p in group["params"]]
         if self.keeps_parameters and sorted(map(id, held)) != sorted(map(id, self.trainable.values())):
             raise RuntimeError("the optimizer does not hold each trained parameter once")
-        self.gradients = _Arrivals(self.trainable)  # in the first backward that exchanges them
+        self.gradients = first_look.Arrivals(self.trainable)  # in the first backward that exchanges them
         casts = self.holds_adapters and accelerator.mixed_precision == "bf16"
         self.adapter_casts = AdapterCasts(self.model, torch.bfloat16) if casts else None
 
@@ -382,14 +362,11 @@ class DeepSpeedEngine(Engine):
     keeps_parameters = holds_adapters = False
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
-        if self.accelerator.deepspeed_plugin.zero_stage == 3:
-            gather_by_layer(self.accelerator.deepspeed_plugin, model)
-        prepared = super()._prepare(model, optimizer)
-        for parameter in model.parameters():
-            if hasattr(parameter, "part"):  # frozen, so that the optimizer has no copy of its stand-in
-                parameter.ds_tensor.data[: parameter.part.numel()].copy_(parameter.part)
-                del parameter.part
-        return prepared
+        plugin = self.accelerator.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            gather_by_layer(plugin, model)
+            partition(plugin, model)
+        return super()._prepare(model, optimizer)
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         return held_whole(self.model)

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object
 
 from ..errors import UserError
 from ..models.reach import kinds
+
+
+class Arrivals:
+    """Notes which parameters a backward brings a gradient to: an engine may take gradients away as they come."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+        self.parameters = parameters
+        self.names: set[str] = set()
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        hooks = [p.register_hook(partial(self._note, name)) for name, p in self.parameters.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, name: str, gradient: torch.Tensor) -> None:
+        self.names.add(name)
 
 
 def look(missing: Collection[str], trained: Mapping[str, torch.Tensor], *, waits: bool) -> str | None:

@@ -11,15 +11,19 @@ different experts also needs it, else they wait for each other's gathers.
 
 accelerate 1.15 fills in its own from `config.hidden_size`, which multimodal models have in their text_config. What a
 user's own file says in numbers stands.
+
+Weights are partitioned here too, from the parts that each rank has read (models/shards.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
+from transformers.integrations import unset_hf_deepspeed_config
 
 from ..errors import UserError
 from .fsdp_preparation import layers_apart
@@ -37,6 +41,44 @@ def gather_by_layer(plugin: DeepSpeedPlugin, model: torch.nn.Module) -> None:
     for key, size in sizes(model, names).items():
         if settings.get(key) == "auto":
             settings[key] = size
+
+
+@contextlib.contextmanager
+def without_zero_init(accelerator: Accelerator) -> Iterator[None]:
+    """Keep transformers from partitioning what it loads; rank 0 would send each weight to the others."""
+    if accelerator.deepspeed_plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        accelerator.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def partition(plugin: DeepSpeedPlugin, model: torch.nn.Module) -> None:
+    """Make a model's parameters those of ZeRO-3, one after the other; parts that ranks have read are not sent again."""
+    if not any(hasattr(parameter, "part") for parameter in model.parameters()):
+        return
+    from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
+
+    class FromParts(Init):
+        # DeepSpeed 0.19.8 has no other way to partition without a broadcast from rank 0.
+        def _convert_to_zero_parameters(self, param_list: Iterable[torch.nn.Parameter]) -> None:
+            for parameter in param_list:
+                part = vars(parameter).pop("part", None)
+                if part is None:
+                    super()._convert_to_zero_parameters([parameter])
+                elif not is_zero_param(parameter):
+                    dtype = self.dtype if parameter.requires_grad else part.dtype
+                    parameter.data = torch.empty(parameter.shape, dtype=dtype, device=self.local_device)
+                    self._convert_to_deepspeed_param(parameter)
+                    parameter.partition()
+                    parameter.ds_tensor.data[: part.numel()].copy_(part)
+
+    zero = plugin.deepspeed_config["zero_optimization"]
+    config = plugin.dschf.config | {"zero_optimization": {key: size for key, size in zero.items() if size != "auto"}}
+    FromParts(module=model, config_dict_or_path=config)
 
 
 def _make_leaves(model: torch.nn.Module, names: list[str]) -> None:

@@ -394,12 +394,15 @@ _read_files = cache(strategy_files.read)  # a plan asks for them hundreds of tim
 def _loading(run: PlannedRun) -> int:
     """Bytes on a GPU while the model is loaded (models/shards.py): what lasts, and the largest piece beside it."""
     weights, constants = base_weights(run)
+    deepspeed = run.strategy.engine is EngineKind.DEEPSPEED
+    if run.full and run.sharded and deepspeed:  # in float32 until DeepSpeed has it in the type of the computation
+        weights = run.shape.parameters * FLOAT
     held = 0 if run.strategy.offload else weights // (run.shards if run.sharded else 1)
     if run.config.method in ("qlora", "int8"):
         # A matrix in 16 bits, and quantised where only a part of it lasts.
         matrix = _dequantised(run) + (_dequantised(run) // 4 if run.sharded else 0)
         return held + constants + max(matrix, run.shape.embedding * _element(run) if run.sharded else 0)
-    if not run.sharded or (run.strategy.engine is EngineKind.FSDP and not run.full):
+    if not run.sharded or not (deepspeed or run.full):
         return held
     layers = (layer_weights(run, layer) for layer in run.shape.layers)
     return held + max(run.shape.embedding * _element(run), *layers)
@@ -417,10 +420,8 @@ def _offloaded(run: PlannedRun) -> int:
 
 def _host_loading(run: PlannedRun) -> int:
     """Bytes that reading the weights takes in host memory; 16-bit weights are mapped from their file."""
-    deepspeed = run.strategy.engine is EngineKind.DEEPSPEED
-    if run.full:
-        whole = run.shape.parameters * FLOAT
-        return whole if run.sharded and deepspeed else whole * run.nproc // (run.shards if run.sharded else 1)
-    if run.config.method == "qlora" and run.sharded and (deepspeed or run.strategy.offload):
+    if run.full and not (run.sharded and run.strategy.engine is EngineKind.DEEPSPEED and not run.strategy.offload):
+        return run.nproc * run.shape.parameters * FLOAT // (run.shards if run.sharded else 1)
+    if run.sharded and run.strategy.offload:
         return run.nproc * base_weights(run)[0] // run.shards
     return 0

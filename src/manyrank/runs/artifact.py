@@ -9,6 +9,7 @@ embedded                  the small model of the examples
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,3 +136,22 @@ def _working_folders(run: Path | None) -> list[Path]:
     path = Path(str((config.get("output_dir") if isinstance(config, dict) else None) or f"output/{folder.name}"))
     inside = not path.is_absolute() and folder.parts[-len(path.parts) :] == path.parts
     return [folder.parents[len(path.parts) - 1]] if inside and path.parts else []
+
+
+def base_fingerprint(name: str, commit: str | None) -> str:
+    """Fingerprint a base model, wherever it lies: its config, and a piece of each file of weights.
+
+    Args:
+        name: a folder, or a name on the hub.
+        commit: of the hub.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{commit}"
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            stream.seek(size // 2)
+            digest.update(b"%d" % size + stream.read(1 << 16))
+    return digest.hexdigest()[:32]

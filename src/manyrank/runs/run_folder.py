@@ -101,18 +101,23 @@ def unsealed(folder: Path) -> str | None:
     return None if (folder / MANIFEST).is_file() else f"{folder} is not a complete checkpoint: it has no {MANIFEST}"
 
 
-def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used; None if it is complete, by the size and hash of every file."""
+def damage(folder: Path, *, needed: Iterable[str] = NEEDED, every: int = 1, first: int = 0) -> str | None:
+    """Why a checkpoint cannot be used; None if it is complete, by the size and hash of every file.
+
+    Args:
+        needed: files that it must have.
+        every, first: look into each so many files only, from that one on: processes share a big folder.
+    """
     if problem := unsealed(folder):
         return problem
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-        if not set(NEEDED) <= sizes.keys():
+        if not set(needed) <= sizes.keys():
             return f"{folder / MANIFEST} is damaged"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{folder / MANIFEST} is damaged"
-    for name, (size, digest) in sizes.items():
+    for name, (size, digest) in list(sizes.items())[first::every]:
         file = folder / name
         if not file.is_file():
             return f"{file} is missing"
@@ -145,13 +150,18 @@ def seal(partial: Path) -> Path:
     Returns:
         Its final name.
     """
+    write_manifest(partial)
+    return _rename_to_final(partial)
+
+
+def write_manifest(partial: Path) -> None:
+    """Have a folder's files on the disk, and the size and hash of each beside them."""
     manifest = {}
     for file in sorted(path for path in partial.iterdir() if path.name != MANIFEST):
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
         sync(file)
     write(partial / MANIFEST, json.dumps(manifest, indent=1))
     sync(partial)
-    return _rename_to_final(partial)
 
 
 def _rename_to_final(partial: Path) -> Path:

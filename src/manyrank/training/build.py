@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint.resume import Start, base_fingerprint, broadcast_from_rank0, find_start
+from ..checkpoint.resume import Start, broadcast_from_rank0, find_start
 from ..config.identity import batch_per_process, identity, refuse_changes
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples, prepare
@@ -28,9 +29,11 @@ from ..models.load import (
     resolve_name,
     with_adapters,
 )
+from ..models.quantised_cache import cached_base
 from ..parallel import compile_locks
 from ..parallel.accelerator import start_accelerator
 from ..parallel.engine import prepare_engine
+from ..parallel.zero3_preparation import without_zero_init
 from ..plan.planned_run import PlannedRun
 from ..runs import artifact
 from ..runs.heartbeats import HeartbeatWriter, new_run
@@ -106,7 +109,7 @@ def _build(
     run = identity(
         config,
         **task.identity(),
-        model=base or base_fingerprint(resolve_name(config.model_name_or_path), commit),
+        model=base or artifact.base_fingerprint(resolve_name(config.model_name_or_path), commit),
         loss=objects.loss and f"{objects.loss.__module__}.{objects.loss.__qualname__}",
         data=train.fingerprint,
         global_batch_size=config.batch(accelerator.num_processes),
@@ -197,7 +200,10 @@ def _model(
 
     if own:
         return with_adapters(fitted(own, config, bf16=bf16, say=say), config, say=say)
-    return load_model(plan_load(config, accelerator, bf16=bf16), config, say=say)
+    plan = plan_load(config, accelerator, bf16=bf16)
+    read = partial(cached_base, where=config.quantized_cache, say=say)
+    with without_zero_init(accelerator) if plan.share else contextlib.nullcontext():
+        return load_model(plan, config, say=say, read=read)
 
 
 def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:

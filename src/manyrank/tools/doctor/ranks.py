@@ -201,7 +201,7 @@ def _facts(config: TrainConfig) -> dict[str, str | None]:
     """Collect what must be the same on every machine: versions, recipe, model, and the data, whose path may differ."""
     import torch
 
-    from ...checkpoint.resume import base_fingerprint
+    from ...runs.artifact import base_fingerprint
 
     name, sources = config.model_name_or_path, [*config.data_path, *(config.eval_data_path or ())]
     return {

@@ -1,0 +1,224 @@
+"""A quantised base on disk, made once: the next start quantises nothing, and a rank reads its part alone.
+
+    CACHE/NAME-KEY/             config.json, model-RANK-PIECE.safetensors, their index, manifest.json
+    CACHE/NAME-KEY-HOST.partial/    being written
+
+The folder is a model as bitsandbytes and transformers store it in 4 bits. While a start quantises (models/shards.py), the
+ranks of a machine write every n-th tensor each; when all are there, the folder is sealed like a checkpoint and gets its name.
+Before it is used, the ranks of a machine share the work of comparing its files with their hashes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import save_file
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from ..project_files import cache_folder
+from ..runs import run_folder
+from ..runs.artifact import base_fingerprint
+from .adapters import Say
+from .load import LoadPlan, base_model, is_stored_in_4_bits, load_config
+from .shards import is_read
+
+OFF, AUTO = "off", "auto"
+PIECE = 256 << 20  # bytes that a rank collects before it writes a file
+INDEX = "model.safetensors.index.json"
+STALE = 24 * 3600  # seconds after which a folder that is being written belongs to a killed run
+
+
+def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
+    """Load a base that is quantised in shards, from the cache where it is there, and into it where it is not.
+
+    Args:
+        where: the cache's folder, "auto" for the project's, or "off". All ranks together.
+
+    Raises:
+        UserError: see `base_model`.
+    """
+    cached = where != OFF and plan.share and plan.quantization == "nf4"
+    if (
+        not cached or plan.trust_remote_code or is_stored_in_4_bits(plan)
+    ):  # the model's own code would have to come along
+        return base_model(plan)
+    commit = getattr(load_config(plan.name, trust_remote_code=False), "_commit_hash", None)
+    folder = (cache_folder() / "quantised" if where == AUTO else Path(where).expanduser()) / _name(plan, commit)
+    ranks = _Ranks()
+    problem = run_folder.damage(folder, needed=["config.json"], every=ranks.count, first=ranks.index)
+    if not ranks.any(problem is not None):
+        say(f"the quantised base comes from {folder}")
+        model = base_model(replace(plan, name=str(folder)))
+        model.name_or_path, model.config._commit_hash = plan.name, commit
+        return model
+    if folder.exists() and problem and not run_folder.unsealed(folder):
+        print(f"{problem}: the base is quantised again", flush=True)
+    recorder = _Recorder(folder, ranks, token=broadcast_object_list([f"{os.getpid()}-{time.time_ns()}"])[0])
+    with recorder.recording():
+        model = base_model(plan)
+    recorder.finish(model, say)
+    return model
+
+
+def _name(plan: LoadPlan, commit: str | None) -> str:
+    """Named after all that decides the bytes and the names of the tensors."""
+    facts = [base_fingerprint(plan.name, commit), str(plan.compute_dtype), torch.device(plan.device_map[""]).type]
+    facts += [version(name) for name in ("bitsandbytes", "transformers")]
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    return f"{Path(plan.name).name}-{key}"
+
+
+class _Ranks:
+    """The ranks of this machine, which share its disk."""
+
+    def __init__(self) -> None:
+        self.host = os.uname().nodename
+        self.index = int(os.environ.get("LOCAL_RANK", 0))
+        self.count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def gather(self, value: object) -> list:
+        """The values of this machine's ranks. All ranks of all machines together."""
+        return [other for host, other in gather_object([(self.host, value)]) if host == self.host]
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(flag))
+
+
+class _Recorder:
+    """Writes a rank's share of the tensors that transformers puts into a model, before they are cut."""
+
+    def __init__(self, folder: Path, ranks: _Ranks, *, token: str) -> None:
+        self.folder, self.ranks = folder, ranks
+        self.partial = folder.with_name(f"{folder.name}-{ranks.host}-{token}{run_folder.PARTIAL}")
+        self.problem: str | None = None
+        self.parents: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.seen = 0
+        self.piece: dict[str, torch.Tensor] = {}
+        self.files: dict[str, str] = {}  # of each tensor
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        with self._attempt():
+            _clear_away(self.folder.parent)
+            self.partial.mkdir(parents=True, exist_ok=True)
+        hooks = [
+            register_module_module_registration_hook(self._note),
+            register_module_parameter_registration_hook(self._add),
+        ]
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """A cache that cannot be written is no reason to end the run."""
+        try:
+            yield
+        except OSError as error:
+            self.problem = f"{error.filename or self.partial}: {error.strerror or error}"
+            self.piece = {}
+
+    def _note(self, parent: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
+        if child is not None:
+            self.parents[child] = weakref.ref(parent), name
+
+    def _path(self, module: torch.nn.Module | None, name: str) -> str:
+        """The whole name of a parameter; the model itself is not at hand while transformers fills it."""
+        while module in self.parents:
+            parent, own = self.parents[module]
+            module, name = parent(), f"{own}.{name}"
+        return name
+
+    def _add(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if self.problem or not is_read(parameter):
+            return
+        self.seen += 1
+        if self.seen % self.ranks.count != self.ranks.index:
+            return
+        path, state = self._path(module, name), getattr(parameter, "quant_state", None)
+        constants = state.as_dict(packed=True) if state else {}
+        self._collect({path: parameter.data, **{f"{path}.{key}": value for key, value in constants.items()}})
+
+    def _collect(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.piece |= {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        if sum(tensor.nbytes for tensor in self.piece.values()) >= PIECE:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what is collected, if anything is."""
+        if not self.piece:
+            return
+        with self._attempt():
+            disk = shutil.disk_usage(self.partial)
+            if disk.free < PIECE + disk.total // 20:
+                raise OSError(errno.ENOSPC, "less than 5% of the disk would be left", str(self.partial))
+            file = self.partial / f"model-{self.ranks.index:03d}-{len(set(self.files.values())):03d}.safetensors"
+            save_file(self.piece, file, {"format": "pt"})
+            self.files |= dict.fromkeys(self.piece, file.name)
+            self.piece = {}
+
+    def finish(self, model: torch.nn.Module, say: Say) -> None:
+        """Write the rest, and seal the folder once every rank of the machine is done."""
+        if self.ranks.index == 0 and not self.problem:
+            self._collect(_not_cut(model))
+        self._flush()
+        gathered = self.ranks.gather((self.problem, self.files))
+        self.problem = next((problem for problem, _ in gathered if problem), None)
+        if self.ranks.index == 0:
+            if not self.problem:
+                with self._attempt():
+                    self._seal(model, {name: file for _, files in gathered for name, file in files.items()})
+            shutil.rmtree(self.partial, ignore_errors=True)
+            say(
+                f"the quantised base is {f'not cached: {self.problem}' if self.problem else f'cached in {self.folder}'}"
+            )
+
+    def _seal(self, model: torch.nn.Module, files: dict[str, str]) -> None:
+        model.config.save_pretrained(self.partial)
+        if model.can_generate():
+            model.generation_config.save_pretrained(self.partial)
+        index = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
+        run_folder.write(self.partial / INDEX, json.dumps(index, indent=1))
+        run_folder.write_manifest(self.partial)
+        if self.folder.exists():  # damaged, or of another run that was faster
+            shutil.rmtree(self.folder)
+        self.partial.rename(self.folder)
+
+
+def _not_cut(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What every rank holds whole: buffers that belong to the weights, and parameters without a dimension or values."""
+    tensors = {name: parameter for name, parameter in model.named_parameters() if not hasattr(parameter, "part")}
+    for path, module in model.named_modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        tensors |= {
+            f"{path}.{name}".lstrip("."): module._buffers[name] for name in kept if module._buffers[name] is not None
+        }
+    return tensors
+
+
+def _clear_away(parent: Path) -> None:
+    """Remove what killed runs have left."""
+    for partial in parent.glob(f"*{run_folder.PARTIAL}"):
+        if time.time() - partial.stat().st_mtime > STALE:
+            shutil.rmtree(partial, ignore_errors=True)
