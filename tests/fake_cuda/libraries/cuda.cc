@@ -36,6 +36,11 @@ CUresult cuGetProcAddress_v2(const char* symbol, void** function, int, cuuint64_
     if (result) *result = *function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
     return CUDA_SUCCESS;
 }
+// NVRTC 13 calls what it finds in such a table
+CUresult cuGetExportTable(const void** table, const CUuuid*) {
+    *table = nullptr;
+    return CUDA_ERROR_NOT_FOUND;
+}
 CUresult cuDeviceGetCount(int* count) {
     if (runtime("cudaGetDeviceCount", count) == CUDA_ERROR_NOT_SUPPORTED) *count = settings::devices();
     return CUDA_SUCCESS;
@@ -89,7 +94,7 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
     return CUDA_SUCCESS;
 }
 
-// Kernels that Triton has compiled
+// Kernels that Triton or NVRTC has compiled
 CUresult cuModuleLoadData(CUmodule* module, const void*) {
     *module = (CUmodule)calloc(1, 64);
     return CUDA_SUCCESS;

@@ -176,7 +176,10 @@ void fakecuda_kernels(const char* path) {
     for (auto& [name, launches] : kernel_launches()) fprintf(file, "%lu\t%s\n", launches, name.c_str());
     fclose(file);
 }
-void fakecuda_count_launch() { counters.launches++; }  // of the driver's interface, by which Triton launches
+int fakecuda_count_launch() {  // of the driver's interface, by which Triton and torch's jiterator launch
+    counters.launches++;
+    return 0;
+}
 
 // Memory of expandable segments, which torch takes from the driver (cuda.cc)
 int fakecuda_take(size_t bytes, int where) {
