@@ -24,8 +24,8 @@ and what `manyrank plan` says of the same model, method, strategy, lengths and a
 this page. Nothing was fitted to these figures, and none was measured with this project: no GPU was at hand.
 
 Most of that software computes whole logits and uses peft's own adapters. Against it stands the plan with
-`--disable_fused lm_head,lora,norm`, which `manyrank plan` also prints beside its own figure; against losses in chunks stands the plan with
-`--disable_fused norm`. Where a source says that it does something else that takes or saves memory, the row says so and is not counted.
+`--disable_fused lm_head,lora,norm,mlp`, which `manyrank plan` also prints beside its own figure; against losses in chunks stands the plan with
+`--disable_fused norm,mlp`. Where a source says that it does something else that takes or saves memory, the row says so and is not counted.
 
 """
 ENDING = """
@@ -67,7 +67,7 @@ def _planned(row: dict[str, str]) -> int:
         "per_device_train_batch_size": int(row["micro_batch"]),
         "gradient_checkpointing": row["checkpointing"],
         "optim": row["optim"],
-        "disable_fused": ["norm"] if row["head"] == "chunks" else ["lm_head", "lora", "norm"],
+        "disable_fused": ["norm", "mlp"] if row["head"] == "chunks" else ["lm_head", "lora", "norm", "mlp"],
     }
     if row["method"] != "full":
         targets = row["lora_targets"].split(",")

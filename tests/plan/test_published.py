@@ -42,7 +42,7 @@ def test_a_plan_tells_what_other_software_takes(capsys):
     ]
     assert cli.main(model) == 0
     fused = json.loads(capsys.readouterr().out)
-    assert cli.main([*model, "--disable_fused=lm_head,lora,norm"]) == 0
+    assert cli.main([*model, "--disable_fused=lm_head,lora,norm,mlp"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert fused["plain_per_gpu_bytes"] == plain["per_gpu_bytes"] == plain["plain_per_gpu_bytes"]
     assert fused["per_gpu_bytes"] < 0.9 * plain["per_gpu_bytes"]

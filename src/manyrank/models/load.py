@@ -35,6 +35,7 @@ from ..project_files import asset
 from . import coverage
 from .adapters import Say, freeze_unreached, with_lora
 from .attention import use_packed_attention
+from .fused_mlp import fuse_mlps
 from .fused_norm import fuse_norms
 from .reach import reach
 from .shards import Share, loading_in_shards
@@ -261,6 +262,8 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = sil
     _checkpoint_layers(model, config.gradient_checkpointing)
     if "norm" not in config.disable_fused and not config.torch_compile:
         fuse_norms(model)
+    if "mlp" not in config.disable_fused and not config.torch_compile:
+        fuse_mlps(model)
     if config.uses_lora:
         model = with_lora(model, config, reached, say)
         for own in model.peft_config.values():  # of a base that a script has loaded by a relative path

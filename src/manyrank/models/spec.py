@@ -109,6 +109,7 @@ class ModelSpec:
     head_as_is: bool
     soft_capped: bool  # attention scores
     norm: str  # see Family
+    swiglu: bool  # a gated MLP's activation is SiLU
     rope: int  # width of a rotary table
     max_positions: int | None
     guessed: bool = False
@@ -156,6 +157,7 @@ class Family:
     fused_mlp: bool = False
     tied: bool = False  # where the config does not say
     head_dim: int | None = None
+    activation: str = "silu"  # of a gated MLP, where the config does not say
     plain_mlp: tuple[str, str] | None = None  # names of two matrices without a gate
     parallel: bool = False
 
@@ -172,9 +174,9 @@ FAMILIES = {
     "qwen2_moe": Family(qkv_bias=True, o_bias=False),
     "qwen3": Family(qk_norm="head"),
     "qwen3_moe": Family(qk_norm="head"),
-    "gemma": Family(norm="wide", tied=True, head_dim=256),
-    "gemma2": Family(norms=4, norm="wide", tied=True, head_dim=256),
-    "gemma3_text": Family(norms=4, norm="wide", tied=True, head_dim=256, qk_norm="head"),
+    "gemma": Family(norm="wide", tied=True, head_dim=256, activation="gelu"),
+    "gemma2": Family(norms=4, norm="wide", tied=True, head_dim=256, activation="gelu"),
+    "gemma3_text": Family(norms=4, norm="wide", tied=True, head_dim=256, activation="gelu", qk_norm="head"),
     "phi3": Family(fused=True, qkv_bias=False, o_bias=False),
     "olmo2": Family(norm="wide", qk_norm="full"),
     "olmoe": Family(qk_norm="full"),
@@ -245,6 +247,7 @@ def _from_config(config: Mapping[str, Any], *, name: str, where: str) -> ModelSp
         head_as_is=all(get(key) in (None, 1.0, 1) for key in CHANGES_LOGITS),
         soft_capped=bool(get("attn_logit_softcapping")),
         norm=family.norm,
+        swiglu=get("hidden_act", "hidden_activation", default=family.activation) in ("silu", "swish"),
         rope=rope,
         max_positions=get("max_position_embeddings", "n_positions"),
         guessed=model_type not in FAMILIES,

@@ -5,7 +5,7 @@ For each token of a decoder layer, in the type of computation unless it says flo
     norm            its input in float32 (and the normalised one, where norms are trained)
     q k v           the norm's output, once for all matrices that are trained or adapted
     attention       q and k after the rotary embedding, v, the output; float32 log-sum-exp of each head
-    gate up down    the norm's output, gate, act(gate), up, their product
+    gate up down    the norm's output, gate, act(gate) (of a SwiGLU that is not fused), up, their product
     adapters        the thin product of each
     experts         rows for each of a token's experts, and the merged weights of adapted ones
 
@@ -142,11 +142,17 @@ def _dense(run: PlannedRun, layer: Layer) -> int:
     if "down_proj" in layer.linears:
         inner = layer.linears["down_proj"].inputs
         product = _inputs(run, layer, inner, "down_proj")
-        return _inputs(run, layer, run.shape.hidden, *GATES) + run.compute * 3 * inner + product
+        factors = 2 if _fuses_mlps(run) else 3
+        return _inputs(run, layer, run.shape.hidden, *GATES) + run.compute * factors * inner + product
     if not layer.linears.keys() & {"c_fc"}:
         return 0
     inner = layer.linears["c_fc"].outputs
     return _inputs(run, layer, run.shape.hidden, "c_fc") + run.compute * inner + _inputs(run, layer, inner, "c_proj")
+
+
+def _fuses_mlps(run: PlannedRun) -> bool:
+    """Whether act(gate) is recomputed, see `models.fused_mlp`."""
+    return run.shape.swiglu and "mlp" not in run.config.disable_fused and not run.config.torch_compile
 
 
 def _thin(run: PlannedRun, layer: Layer) -> int:

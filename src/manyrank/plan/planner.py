@@ -146,7 +146,7 @@ def _option(unsettled: PlannedRun, *, searched: bool) -> Option:
         largest_micro_batch=_largest_fitting(most, MICRO_BATCH, MOST_EXAMPLES) if searched else None,
         largest_max_length=_largest_fitting(most, "max_length", LONGEST, unit=64) if searched else None,
         refused=refusal(run),
-        plain=memory.estimate(run.with_options(disable_fused=["lm_head", "lora", "norm"])).peak,
+        plain=memory.estimate(run.with_options(disable_fused=["lm_head", "lora", "norm", "mlp"])).peak,
     )
 
 

@@ -256,7 +256,7 @@ def option_values(option: Option, *, tokens: int | None, price: float | None) ->
         "refused": option.refused,
         "per_gpu_bytes": needs.peak,
         "parts": dict(needs.parts),
-        "plain_per_gpu_bytes": option.plain,  # with --disable_fused lm_head,lora,norm
+        "plain_per_gpu_bytes": option.plain,  # with --disable_fused lm_head,lora,norm,mlp
         "peak_moment": needs.moment,
         "loading_bytes": needs.loading,
         "host_bytes": needs.host,
