@@ -36,6 +36,8 @@ PACKAGES = (
     "deepspeed",
     "trl",
     "liger-kernel",
+    "flash-attn-3",
+    "flash-attn-4",
     "datasets",
     "triton",
 )
@@ -134,6 +136,46 @@ def _attention_error(heads: int, keys: int, width: int, window: int | None, devi
     true = [reference, *torch.autograd.grad(reference, exact, weights.float())]
     errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(own, true)]
     return {"errors of out, dq, dk, dv": errors, "right": max(errors) < ROUNDING}
+
+
+def flash(toy: bool) -> dict:
+    """FlashAttention 3 or 4, where its package is installed: the heads it takes, and its time beside torch's own kernel's."""
+    import torch
+
+    from manyrank.models.flash import Heads, chosen_here, restore, try_out
+
+    found = {"torch's own": {"ms": _milliseconds(toy)}}
+    if name := chosen_here():
+        found[name] = {}
+        for heads, keys, width, window in HEADS:
+            why = try_out(name, [Heads(heads // keys, width, width, window)], torch.device("cuda"))
+            found[name][f"heads of {width}, window {window}"] = why or "right"
+            if not why and (heads, width) == (32, 128):
+                found[name]["ms"] = _milliseconds(toy)
+            restore()
+    return found
+
+
+def _milliseconds(toy: bool) -> float:
+    """Of a layer of Llama 3 forward and backward, over four documents of 2,048 tokens."""
+    import torch
+
+    from manyrank.models.attention import packed_attention
+
+    device, length = ("cpu", 64) if toy else ("cuda", 2048)
+    bounds = torch.arange(0, 4 * length + 1, length, dtype=torch.int32, device=device)
+    given = [torch.randn(1, heads, 4 * length, 128, device=device, dtype=torch.bfloat16) for heads in (32, 8, 8)]
+    query, key, value = (tensor.requires_grad_() for tensor in given)
+    documents = {"cu_seq_lens_q": bounds, "max_length_q": length}
+    synchronize = (lambda: None) if toy else torch.cuda.synchronize
+    for repeats in (2, 2 if toy else 20):  # the first ones compile
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            out, _ = packed_attention(torch.nn.Module(), query, key, value, None, **documents)
+            torch.autograd.grad(out, given, out.detach())
+        synchronize()
+    return 1000 * (time.perf_counter() - started) / repeats
 
 
 def losses(toy: bool) -> dict:
@@ -279,6 +321,7 @@ def trl(toy: bool) -> dict:
 PARTS = (
     Part("versions", 60, "versions", versions),
     Part("attention", 90, "attention against float32: values and gradients", attention),
+    Part("flash", 120, "FlashAttention 3 or 4, where installed: heads that it takes, time of a layer", flash),
     Part("losses", 300, "losses of every method against the CPU's, in float32", losses),
     Part("nf4", 60, "NF4", nf4),
     Part("speed", 120, "Llama-3.1-8B, LoRA r 16, 2 x 4,096 tokens", speed),

@@ -326,7 +326,7 @@ class TrainConfig(BaseModel):
     torch_compile: bool = Field(False, description="compile each layer; takes a minute or two at the start")
     disable_fused: Parts = Field(
         [],
-        description="parts to run without this project's kernels, to compare: lm_head, lora, attention (on CPUs in bf16), norm (on CUDA), mlp",
+        description="parts to run without this project's kernels, to compare: lm_head, lora, attention (on CPUs in bf16; FlashAttention 3 and 4), norm (on CUDA), mlp",
     )
 
     # Where it runs

@@ -3,8 +3,8 @@
     tokens      [ a a a a | b b | c c c ]          one row, no padding
     cu_seq_lens [ 0         4     6       9 ]      where documents begin and end
 
-On CUDA this is one variable-length flash attention call, where its kernel takes such heads (see `varlen`); elsewhere
-one call per document. The function is registered with transformers under PACKED; a model uses it after
+On CUDA this is one variable-length flash attention call, where its kernel takes such heads (see `varlen`, and `flash`
+for whose kernel it is); elsewhere one call per document. The function is registered with transformers under PACKED; a model uses it after
 `model.set_attn_implementation(PACKED)`. transformers builds no mask for a name it has no mask function for, so nothing
 of size tokens x tokens ever exists.
 
@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import UserError
-from . import varlen
+from . import flash, varlen
 from .model_facts import ATTENTION_LAYERS
 
 logger = logging.get_logger(__name__)
@@ -196,7 +196,7 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None
     """Make `model` attend inside documents only.
 
     Args:
-        plain: by sdpa alone, where there is no kernel for packed documents.
+        plain: by torch's own flash attention, and by sdpa alone where there is no kernel for packed documents.
 
     Raises:
         UserError: the architecture mixes tokens in a way that document bounds do not stop. (What only a forward shows
@@ -211,6 +211,10 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None
     if model.config._attn_implementation not in (PACKED, PACKED_PLAIN):
         model.attention_before_packing = model.config._attn_implementation
     model.set_attn_implementation(PACKED_PLAIN if plain else PACKED)
+    if plain:
+        flash.restore()
+    else:
+        flash.use_for(config)
 
 
 @contextlib.contextmanager
@@ -222,7 +226,8 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
         return
     model.set_attn_implementation(model.attention_before_packing)
     try:
-        yield
+        with flash.suspended():
+            yield
     finally:
         model.set_attn_implementation(before)
 

@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 from ..project_files import asset
-from . import coverage
+from . import coverage, flash
 from .adapters import Say, freeze_unreached, with_lora
 from .attention import use_packed_attention
 from .fused_mlp import fuse_mlps
@@ -259,6 +259,10 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = sil
     reached = reach(model)
     if config.packing != "none":
         use_packed_attention(model, plain="attention" in config.disable_fused)
+        if name := flash.active():
+            say(f"packed attention in 16 bits runs by {name}")
+    else:
+        flash.restore()
     _checkpoint_layers(model, config.gradient_checkpointing)
     if "norm" not in config.disable_fused and not config.torch_compile:
         fuse_norms(model)

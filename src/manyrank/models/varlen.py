@@ -1,4 +1,5 @@
-"""Flash attention over packed documents: torch's variable-length kernel, what it takes, and how it is called.
+"""Flash attention over packed documents: torch's variable-length kernel (or the one that `flash` has put in its place, which takes
+no other attention), what it takes, and how it is called.
 
 torch 2.11's `varlen_attn` has as many key heads as query heads; 2.12 and later have `enable_gqa`. Where the argument is
 missing, each key head is repeated for the query heads that share it: the same values, and the same gradients.

@@ -19,6 +19,7 @@ from ..checkpoint.resume import Start, broadcast_from_rank0, find_start
 from ..config.identity import batch_per_process, identity, refuse_changes
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples, prepare
+from ..models import flash
 from ..models.adapters import remove_adapters
 from ..models.load import (
     fitted,
@@ -231,11 +232,15 @@ def _fingerprint(own: PreTrainedModel | None) -> str | None:
 
 
 def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
-    """Return what gives a script's model its attention back; the training's knows no key-value cache."""
-    if own is None:
-        return lambda: None
-    before = own.config._attn_implementation
-    return lambda: own.set_attn_implementation(before)
+    """Return what gives torch its flash attention back, and a script's model its own: the training's has no cache."""
+    before = own and own.config._attn_implementation
+
+    def give_back() -> None:
+        flash.restore()
+        if own is not None:
+            own.set_attn_implementation(before)
+
+    return give_back
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ..data.loader import side_by_side, trial
 from ..data.questions import Key, Question, prompt_of
 from ..data.scores import SCORES, RowScore, scored, spoken
 from ..errors import UserError
+from ..models import flash
 from ..models.attention import use_packed_attention
 from ..models.generation import Sampling, context_length, generate
 from ..topology.ranks import Topology
@@ -103,12 +104,14 @@ def _packed(model) -> Iterator[bool]:
         prove_packing(model, model, exact=model.dtype == torch.float32)
     except UserError:
         base.set_attn_implementation(before)
+        flash.restore()
         yield False
         return
     try:
         yield True
     finally:
         base.set_attn_implementation(before)
+        flash.restore()
 
 
 @dataclass(frozen=True)

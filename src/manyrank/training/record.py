@@ -15,6 +15,7 @@ from ..config.resolve import TrainConfig
 from ..data.dataset import Examples, write_quarantine
 from ..data.stats import of_run
 from ..errors import Preempted, in_one_line
+from ..models import flash
 from ..parallel.engine import StrategyInfo
 from ..runs import logs
 from ..runs.run_folder import TOKENIZER
@@ -54,6 +55,8 @@ def _versions() -> dict[str, str]:
     gpus = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
     cuda = {"CUDA": versions.cuda} if versions.cuda else {}
     where = {"GPUs": f"{len(machine.gpus)} x {gpus}"} if gpus else {"CPU cores": str(machine.cpu_cores)}
+    if gpus:
+        where["flash attention"] = flash.active() or "torch's own"
     return {
         "manyrank": __version__,
         "python": versions.python,

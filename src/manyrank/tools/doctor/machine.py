@@ -25,7 +25,7 @@ from ...topology.torch_gpus import fitting_build, torch_fix
 from .checks import Check, counted, failed, gib, ok, warning
 
 TESTED_PYTHON = "3.11"
-EXTRAS = ("trl", "vllm", "lm_eval", "flash-linear-attention", "causal-conv1d")
+EXTRAS = ("trl", "vllm", "lm_eval", "flash-linear-attention", "causal-conv1d", "flash-attn-3", "flash-attn-4")
 PROCESS_BYTES = 2 << 30  # of host memory: torch and the libraries, and what a step needs beside the weights
 SHARED_BYTES = 256 << 20  # of /dev/shm for each process: what NCCL's channels between GPUs of one machine take at most
 SPARE_BYTES = 2 << 30  # of a disk on which a run or the hub's cache grows by an amount that is not known
@@ -87,7 +87,7 @@ def libraries(software: Software, *, tested: dict[str, str], needed: dict[str, s
 
 
 def extras() -> Check:
-    """List the optional packages, for GRPO, benchmarks and kernels of linear attention."""
+    """List the optional packages, for GRPO, benchmarks and kernels of attention."""
     versions: dict[str, str | None] = dict.fromkeys(EXTRAS)
     for name in EXTRAS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
