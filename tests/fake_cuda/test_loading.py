@@ -38,7 +38,7 @@ def holes(embedded_model, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "strategy"),
-    [("qlora", "fsdp"), ("qlora", "zero3"), ("lora", "fsdp"), ("lora", "zero3"), ("full", "zero3")],
+    [("qlora", "fsdp"), ("qlora", "zero3"), ("lora", "fsdp"), ("lora", "zero3")],
 )
 def test_peak(method, strategy, holes, tmp_path):
     args = [f"--model={holes}", f"--method={method}", f"--strategy={strategy}", "--nproc=2", "--max_steps=1"]
@@ -47,6 +47,6 @@ def test_peak(method, strategy, holes, tmp_path):
     assert run.code == 0, run.stdout + run.stderr
     memory = json.loads((run.folder / "logs" / "memory.json").read_text())
     print(method, strategy, json.dumps(memory))
-    loading = memory["loading"]
-    assert loading["allocated_bytes"] < 1.02 * loading["planned_bytes"]
+    loading, context = memory["loading"], memory["parts"]["context"]  # which is none of torch's allocator
+    assert 0.75 < (loading["allocated_bytes"] + context) / loading["planned_bytes"] < 1.02
     assert run.facts()["base_bytes_here"][0] < 0.51 * run.facts()["base_bytes"]

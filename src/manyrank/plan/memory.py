@@ -398,14 +398,17 @@ def _loading(run: PlannedRun) -> int:
     if run.full and run.sharded and deepspeed:  # in float32 until DeepSpeed has it in the type of the computation
         weights = run.shape.parameters * FLOAT
     held = 0 if run.strategy.offload else weights // (run.shards if run.sharded else 1)
+    held += constants + (0 if run.full else FLOAT * run.trainable)
+    embedding = run.shape.embedding * _element(run) if run.sharded else 0
+    if run.sharded and deepspeed:  # which makes room for a whole weight before it has its part
+        embedding += embedding // run.shards
     if run.config.method in ("qlora", "int8"):
         # A matrix in 16 bits, and quantised where only a part of it lasts.
-        matrix = _dequantised(run) + (_dequantised(run) // 4 if run.sharded else 0)
-        return held + constants + max(matrix, run.shape.embedding * _element(run) if run.sharded else 0)
+        return held + max(_dequantised(run) + (_dequantised(run) // 4 if run.sharded else 0), embedding)
     if not run.sharded or not (deepspeed or run.full):
         return held
     layers = (layer_weights(run, layer) for layer in run.shape.layers)
-    return held + max(run.shape.embedding * _element(run), *layers)
+    return held + max(embedding, *layers)
 
 
 def _offloaded(run: PlannedRun) -> int:
