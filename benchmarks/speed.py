@@ -87,6 +87,10 @@ ENTRIES = [
 # What a step costs as it and the model grow: one thing at a time.
 GROWTH = [
     *(Setting(f"{rows} rows to a step", "step", (f"global_batch_size={rows}",)) for rows in (4, 8, 16, 32)),
+    *(
+        Setting(f"32 rows, {size} at once", "step", ("global_batch_size=32", f"per_device_train_batch_size={size}"))
+        for size in (2, 4, 8, 16)
+    ),
     *(Setting(f"packs of {length}", "dataset", (f"max_length={length}",)) for length in (256, 512, 1024, 2048)),
     *(Setting(f"{layers} layers", "step", layers=layers) for layers in (3, 6, 12, 24)),
 ]

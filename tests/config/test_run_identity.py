@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from manyrank.config.identity import FIXED, early_changes, identity, refuse_changes
+from manyrank.config.identity import FIXED, batch_per_process, early_changes, identity, refuse_changes
 from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
 
@@ -41,6 +41,15 @@ def test_every_name_that_is_compared_is_told_with_a_key_that_allows_it(saved):
         for key in told[1].split(" or ") if told else [name]:
             assert refuse_changes(folder, other, allowed=[key]) == [f"{name}: {run[name]} -> other"]
     assert fixed == {*FIXED, "loss", "needed"}
+
+
+def test_a_micro_batch_may_change_on_a_resume_where_the_batch_is_global():
+    def batches(*given: tuple[str, str]) -> int | None:
+        entries = [Setting(key, value, "test") for key, value in (("model", "m"), ("data_path", "d"), *given)]
+        return batch_per_process(resolve(None, entries).config)
+
+    assert batches(("per_device_train_batch_size", "16"), ("global_batch_size", "64")) is None
+    assert batches(("per_device_train_batch_size", "16")) == 16
 
 
 def test_a_name_that_is_no_key_is_told_by_its_keys(saved):

@@ -1,9 +1,12 @@
 """What a launch decides by itself, and what it does when the memory does not suffice."""
 
+import random
+
 import pytest
 from launches import launch
 
 from manyrank.config.args import parse
+from manyrank.data.packing import step_layout
 from manyrank.errors import EXIT_MEMORY, UserError
 from manyrank.launch.main import resolve_launch
 from manyrank.topology.gpus import Gpu, Hardware, find_kind
@@ -76,6 +79,56 @@ def test_an_automatic_micro_batch_needs_a_global_batch_and_a_model():
         decided(machine("H100-80GB"), "--model=llama-3.1-8b", "--micro_batch=auto")
     with pytest.raises(UserError, match="nothing is known here"):
         decided(machine("H100-80GB"), "--model=a/b", "--micro_batch=auto", "--global_batch_size=8")
+
+
+OPEN = ("--global_batch_size=64", "--max_length=1024")
+
+
+def test_a_micro_batch_that_nobody_gave_keeps_a_small_model_from_waiting_for_the_host():
+    """And its steps have fewer micro-batches, with every example once."""
+    found = decided(machine("H100-80GB"), "--model=qwen2.5-0.5b", *OPEN)
+    speeds = {}
+    for size in (4, found.config.micro_batch // 2, found.config.micro_batch):
+        speeds[size] = decided(
+            machine("H100-80GB"), "--model=qwen2.5-0.5b", *OPEN, f"--micro_batch={size}"
+        ).plan.chosen.speed
+    assert found.config.micro_batch > 4 and [speed.busy for speed in speeds.values()] == [False, False, True]
+    assert speeds[found.config.micro_batch].tokens_per_second > 1.5 * speeds[4].tokens_per_second
+    assert found.config.global_batch_size == 64 and found.plan.chosen.verdict == "fits" and found.retries
+    assert f"--per_device_train_batch_size={found.config.micro_batch}" in found.line.argv
+
+    lengths = random.Random(0).choices(range(50, 1025), k=64)
+    before, now = (step_layout(lengths, ranks=1, token_budget=size * 1024)[0] for size in (4, found.config.micro_batch))
+    assert len(now) <= len(before) / 3
+    for layout in (before, now):
+        assert sorted(example for micro_batch in layout for example in micro_batch) == list(range(64))
+
+
+def test_a_micro_batch_that_nobody_gave_follows_model_gpu_and_processes():
+    def size(gpu: str, model: str, count: int = 1) -> int:
+        return decided(machine(gpu, count), f"--model={model}", *OPEN).config.micro_batch
+
+    assert size("H100-80GB", "llama-3.1-8b") == 4 == size("RTX4090", "qwen2.5-0.5b")
+    assert size("H100-80GB", "qwen2.5-1.5b") > 4 > size("RTX4090", "llama-3.1-8b")
+    assert size("H100-80GB", "qwen2.5-0.5b", 8) == 64 // 8  # no larger than a process's share of the step
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--micro_batch=4",),
+        ("--packing=none",),
+        ("--gradient_accumulation_steps=16",),
+        ("--nnodes=2", "--node_rank=0", "--rdzv_endpoint=a:1"),
+    ],
+)
+def test_a_micro_batch_stays_where_it_is_given_or_others_depend_on_it(argv):
+    here = machine("H100-80GB")
+    found = decided(here, "--model=qwen2.5-0.5b", *OPEN, *argv)
+    assert found.config.micro_batch == 4 and not found.retries
+    assert decided(here, "--model=qwen2.5-0.5b").config.micro_batch == 4  # the batch would be another one
+    assert decided(machine(), "--model=qwen2.5-0.5b", *OPEN).config.micro_batch == 4  # no speeds are known
+    assert decided(here, "--model=a/b", *OPEN).config.micro_batch == 4
 
 
 # Asks for more memory than any machine has while the micro-batch is larger than 2.

@@ -175,6 +175,16 @@ def test_a_batch_of_fewer_examples_than_gpus_stops_scaling():
     assert "hsdp" in {row.option.strategy.name for row in rows}
 
 
+def test_few_tokens_take_as_long_as_the_host_needs_for_their_kernels():
+    small = planned("qwen2.5-0.5b", "H100", "--max_length=128", "--micro_batch=1").chosen.speed
+    twice = planned("qwen2.5-0.5b", "H100", "--max_length=256", "--micro_batch=1").chosen.speed
+    assert small.compute == small.host == twice.compute and "the host" in speed.why_slow(small)
+    recomputed = planned("qwen2.5-0.5b", "H100", "--max_length=128", "--micro_batch=1", "--gradient_checkpointing=full")
+    assert recomputed.chosen.speed.host > small.host
+    large = planned("llama-3.1-8b", "H100", "--max_length=4096").chosen.speed
+    assert large.busy and large.compute > 2 * large.host
+
+
 def test_slow_links_are_named():
     row = planned(
         "llama-3.1-70b",
@@ -258,6 +268,13 @@ def test_json_has_the_values(capsys):
     )
     assert out["fits"] is True and out["gpu_memory_bytes"] == 24 * GiB and out["tokens_per_second"] is None
     assert out["largest_micro_batch"] >= 1 and out["parameters"] == 8_030_261_248
+
+
+def test_a_plan_shows_the_micro_batch_that_a_launch_would_take(capsys):
+    argv = ("--model", "qwen2.5-0.5b", "--gpu", "H100", "--max_length", "1024")
+    assert "micro-batch 4 x 1,024 tokens" in run(capsys, *argv)
+    assert "micro-batch 16 x 1,024 tokens" in run(capsys, *argv, "--global_batch_size", "64")
+    assert "micro-batch 4 x 1,024 tokens" in run(capsys, *argv, "--global_batch_size", "64", "--nnodes", "1,2")
 
 
 def test_the_tables(capsys):

@@ -282,7 +282,8 @@ class TrainConfig(BaseModel):
     # Batch
     per_device_train_batch_size: MicroBatch = Field(
         4,
-        description="examples of max_length that a process forwards at once; auto: as many as fit, with a global_batch_size",
+        description="examples of max_length that a process forwards at once; auto: as many as fit, with a global_batch_size "
+        "(default with a global_batch_size on one machine with GPUs: as many as keep them busy and fit)",
     )
     gradient_accumulation_steps: Int | None = Field(None, gt=0, description="micro-batches to one optimizer step")
     global_batch_size: Int | None = Field(None, gt=0, description="examples to one optimizer step, over all processes")

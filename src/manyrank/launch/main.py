@@ -1,7 +1,8 @@
 """Launch a recipe: decide a strategy and a micro-batch of `auto` from the plan, then start the processes.
 
 On GPUs `strategy: auto` is the fastest strategy that fits. On CPUs it is single or ddp. A micro-batch of
-`auto` is the fastest that fits, or the largest where no speeds are known; where it does not fit after all, half is tried.
+`auto` is the fastest that fits, or the largest where no speeds are known. One that nobody gave is the default's, or larger
+where that would leave a GPU waiting, or smaller where it does not fit. Where it does not fit after all, half is tried.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from ..config.schema import TrainConfig
 from ..errors import EXIT_MEMORY, UserError
 from ..models.spec import ModelSpec
 from ..plan.command import read_model
-from ..plan.planner import MICRO_BATCH, Plan, Verdict, make_plan, with_micro_batch
+from ..plan.planner import (
+    MICRO_BATCH,
+    USUAL_MICRO_BATCH,
+    Plan,
+    Verdict,
+    leaves_micro_batch_open,
+    make_plan,
+    with_micro_batch,
+)
 from ..plan.view import summary
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
@@ -123,9 +132,10 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
     shape, notes = _shape(config, needed=automatic, wanted=bool(machine.gpus) or automatic)
     if shape is None:
         return ResolvedLaunch(line, context, None, notes, retries=False)
-    if automatic:
-        line, context = _with_micro_batch(line, context, shape)
-    retries = automatic and line.options.nnodes == 1  # elsewhere the other machines end with other exit codes
+    decided = automatic or leaves_micro_batch_open(context)
+    if decided:
+        line, context = _with_micro_batch(line, context, shape, least=None if automatic else USUAL_MICRO_BATCH)
+    retries = decided and line.options.nnodes == 1  # elsewhere the other machines end with other exit codes
     if not machine.gpus:
         return ResolvedLaunch(line, context, None, notes, retries)
     plan = make_plan(context, shape)
@@ -135,10 +145,12 @@ def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:
     return ResolvedLaunch(line, context.on(plan.chosen.strategy), plan, notes, retries)
 
 
-def _with_micro_batch(line: CommandLine, context: RunContext, shape: ModelSpec) -> tuple[CommandLine, RunContext]:
+def _with_micro_batch(
+    line: CommandLine, context: RunContext, shape: ModelSpec, *, least: int | None
+) -> tuple[CommandLine, RunContext]:
     """The micro-batch that fits, on the strategy that will run, or on the best where the GPUs' kind is known."""
     named = context.config.strategy or (None if context.kind else context.strategy.name)
-    sized = with_micro_batch(context.with_options(strategy=named), shape)
+    sized = with_micro_batch(context.with_options(strategy=named), shape, least=least)
     line = _with(line, MICRO_BATCH, str(sized.config.micro_batch))
     return line, replace(context, resolved=resolve(line.recipe, line.overrides))
 

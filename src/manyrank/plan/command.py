@@ -27,7 +27,7 @@ from ..rules.context import RunContext
 from ..topology import gpus
 from ..topology.gpus import GpuKind
 from ..topology.strategies import default_strategy
-from .planner import Plan, make_plan, scaling, with_micro_batch
+from .planner import USUAL_MICRO_BATCH, Plan, leaves_micro_batch_open, make_plan, scaling, with_micro_batch
 from .view import as_text, as_values
 
 DECIMAL = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
@@ -112,6 +112,8 @@ def main(argv: Sequence[str]) -> int:
     shape = read_model(resolved.config.model_name_or_path)
     if resolved.config.per_device_train_batch_size == "auto":
         context = with_micro_batch(context, shape)
+    elif leaves_micro_batch_open(context) and options.nnodes == [1]:
+        context = with_micro_batch(context, shape, least=USUAL_MICRO_BATCH)
     plan = make_plan(context, shape)
     scales = scaling(context, shape, options.nnodes) if len(options.nnodes) > 1 else []
     price = options.price if options.price is not None else context.kind.price if context.kind else None

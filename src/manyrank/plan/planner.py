@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+from ..config.schema import TrainConfig
 from ..models.spec import ModelSpec
 from ..rules.context import RunContext
 from ..rules.strategy import HSDP_RULES, ONE_PROCESS, SHARDING_RULES
@@ -19,6 +20,7 @@ from .speed import Speed
 
 ROOMY = 0.92  # of a GPU's memory: up to here a plan fits, up to all of it it is tight
 MICRO_BATCH = "per_device_train_batch_size"
+USUAL_MICRO_BATCH = TrainConfig.model_fields[MICRO_BATCH].default
 AS_FAST = 0.97  # of the fastest counts as fastest
 LONGEST, MOST_EXAMPLES = 2**20, 4096  # tokens, examples of a micro-batch; no more are looked for
 
@@ -155,9 +157,28 @@ def exceeds_host(needs: Memory, context: RunContext) -> bool:
     return context.host_memory is not None and max(needs.host, needs.host_loading) > context.host_memory
 
 
-def with_micro_batch(context: RunContext, shape: ModelSpec) -> RunContext:
-    """A micro-batch that fits in place of `auto`: the fastest, where speeds are known, else the largest; and no larger
-    than a process needs for a step."""
+def leaves_micro_batch_open(context: RunContext) -> bool:
+    """Whether a recipe says neither a micro-batch nor what depends on it, on one machine whose GPUs' speeds are known.
+
+    Padded rows would be padded more, and machines that decide each by itself may decide differently.
+    """
+    config, given = context.config, context.resolved.provenance
+    return (
+        MICRO_BATCH not in given
+        and bool(config.global_batch_size and not config.gradient_accumulation_steps)
+        and config.packing != "none"
+        and context.kind is not None
+        and context.nnodes == 1
+    )
+
+
+def with_micro_batch(context: RunContext, shape: ModelSpec, *, least: int | None = None) -> RunContext:
+    """A micro-batch that fits: the fastest, where speeds are known, else the largest; and no larger
+    than a process needs for a step.
+
+    Args:
+        least: stop at the first one from here on that keeps the GPU busy; None: of those that are as fast the largest.
+    """
     batch = context.config.global_batch_size
     share = math.ceil(batch / context.world_size) if batch else MOST_EXAMPLES
     best, size = None, 1
@@ -169,7 +190,8 @@ def with_micro_batch(context: RunContext, shape: ModelSpec) -> RunContext:
         rate = chosen.speed.tokens_per_second if chosen.speed else size
         if best is None or rate >= AS_FAST * best[0]:  # of two that are as fast the larger one has the larger products
             best = max(rate, best[0] if best else 0), tried
-        if size == share:
+        enough = least is not None and size >= least and chosen.speed is not None and chosen.speed.busy
+        if size == share or enough:
             return best[1]
         size = min(2 * size, share)
 

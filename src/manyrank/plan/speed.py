@@ -2,7 +2,8 @@
 
     compute        products of matrices at a share of the GPU's rate, attention, what is bound by its memory
     communication  bytes of gathering weights and reducing gradients over the slowest link; hidden behind compute
-    step           micro-batches x the longer of the two, then reduction and optimizer
+    host           launching the kernels of a micro-batch, whatever its tokens; a small one leaves the GPU waiting
+    step           micro-batches x the longest of these, then reduction and optimizer
 
 LoRA needs 4 operations a weight and token (forward, and the gradient of the input), full fine-tuning 6, and 2 more where
 activations are recomputed. These are estimates for comparing strategies: no constant is fitted to a measurement of
@@ -25,6 +26,11 @@ MATMUL, ATTENTION, TRAFFIC, LINK = 0.7, 0.5, 0.8, 0.8
 PASSES = 6
 SUPERVISED = 0.6  # of all tokens, as in GSM8K; the head runs on these alone
 LAUNCH, HOP = 20e-6, 3e-6  # seconds of a collective, and for each rank of its ring
+# Kernels of a layer, forward and backward, and more where it is recomputed, as counted for Llama with LoRA
+# (docs/performance.md); seconds of the host for one. The two cores of that page need 24 us; a GPU's host is taken to be
+# twice as fast.
+KERNELS, KERNELS_AGAIN, ISSUE = 130, 40, 12e-6
+BUSY = 2  # times as long as the host a GPU should take, for both are estimates
 BUCKET = 25 * 2**20  # bytes, of DistributedDataParallel
 HOST_LINK, HOST_ADAM = 25e9, 4e8  # bytes a second over PCIe, elements a second of AdamW on a CPU
 
@@ -36,11 +42,13 @@ class Speed:
     Attributes:
         compute: all micro-batches of a process.
         communication: the same, wherever it is hidden.
+        host: launching the kernels of all micro-batches; `compute` is never less.
         exposed: what of the communication compute does not hide.
         tokens: of all processes. examples: of one process.
     """
 
     compute: float
+    host: float
     communication: float
     exposed: float
     optimizer: float
@@ -53,6 +61,11 @@ class Speed:
     @property
     def step(self) -> float:
         return self.compute + self.exposed + self.optimizer
+
+    @property
+    def busy(self) -> bool:
+        """Whether the GPU sets the pace and not the host: larger micro-batches would not be faster."""
+        return self.compute >= BUSY * self.host
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,13 +87,15 @@ def estimate(run: PlannedRun, kind: GpuKind) -> Speed:
     count, share = micro_batches(run), run.config.batch(run.world) / run.world
     # A step with fewer examples than micro-batches hold is cut into smaller ones, down to one example.
     run = run.with_options(per_device_train_batch_size=min(run.config.micro_batch, max(1, math.ceil(share))))
-    compute = count * _micro_batch(run, kind)
+    host = count * _launching(run)
+    compute = max(count * _micro_batch(run, kind), host)
     each, once = _communication(run, kind)
     # Gathering runs beside compute; the first layers' and the reduction of the last gradients cannot hide.
     hidden = min(count * each * 0.9, compute) + min(once * 0.8, compute / count / 2)
     total = count * each + once
     return Speed(
         compute=compute,
+        host=host,
         communication=total,
         exposed=total - hidden,
         optimizer=_optimizer(run, kind),
@@ -145,6 +160,11 @@ def _micro_batch(run: PlannedRun, kind: GpuKind) -> float:
     return seconds
 
 
+def _launching(run: PlannedRun) -> float:
+    """Seconds in which the host launches the kernels of one micro-batch."""
+    return (run.shape.depth * KERNELS + run.checkpointed * KERNELS_AGAIN) * ISSUE
+
+
 def _optimizer(run: PlannedRun, kind: GpuKind) -> float:
     own = run.trainable / (run.shards if run.strategy.shards else 1)
     if run.strategy.offload:
@@ -201,6 +221,8 @@ def why_slow(speed: Speed) -> str:
     """Name what a run's step waits for."""
     if speed.examples < 1:
         return "the batch: it has fewer examples than there are GPUs"
+    if speed.compute == speed.host:
+        return "the host: micro-batches are too small for the GPU"
     if speed.exposed > 0.25 * speed.step:
         return "the links: weights and gradients take longer than the products"
     if speed.optimizer > 0.25 * speed.step:
