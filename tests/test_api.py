@@ -199,6 +199,8 @@ def test_full_fine_tuning_of_one_s_own_model_keeps_float32_masters(tmp_path, emb
     assert load_file(tmp_path / "final_model" / "model.safetensors")["model.norm.weight"].dtype == torch.float32
     with pytest.raises(UserError, match="not quantised"):
         SFTTrainer(config(tmp_path / "q", method="qlora"), model=model).train()
+    with pytest.raises(UserError, match="fp8 with a model in memory"):
+        SFTTrainer(config(tmp_path / "f", method="fp8"), model=model).train()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -130,6 +130,8 @@ FLAGS = [
     ({"use_qlora": "yes"}, "qlora"),
     ({"use_8bit": "true"}, "int8"),
     ({"use_lora": "true", "use_8bit": "on"}, "int8"),
+    ({"fp8": "true"}, "fp8"),
+    ({"use_lora": "true", "fp8": "true"}, "fp8"),
     ({"no_lora": "true"}, "full"),
     ({"use_lora": "false"}, "full"),
     ({"no_lora": "false"}, "lora"),
@@ -168,6 +170,9 @@ def test_method_flags_against_the_recipe(recipe, recipe_method, flags, method):
     [
         {"use_lora": True, "no_lora": True},
         {"use_4bit": True, "use_8bit": True},
+        {"fp8": True, "use_4bit": True},
+        {"fp8": True, "use_8bit": True},
+        {"fp8": True, "no_lora": True},
         {"use_4bit": True, "no_4bit": True},
         {"use_4bit": True, "no_lora": True},
         {"method": "full", "use_lora": True},

@@ -20,6 +20,7 @@ from manyrank.plan.planner import Verdict, make_plan
 from manyrank.plan.view import summary
 from manyrank.topology import gpus
 from manyrank.topology.gpus import GPU_KINDS, find_kind
+from manyrank.topology.strategies import STRATEGIES
 
 
 def config(*argv: str):
@@ -173,6 +174,19 @@ def test_a_batch_of_fewer_examples_than_gpus_stops_scaling():
     ddp = {row.nnodes: row for row in rows if row.option.strategy.name == "ddp"}
     assert ddp[8].efficiency > 0.9 and ddp[16].efficiency < 0.6 and "batch" in ddp[16].waits_for
     assert "hsdp" in {row.option.strategy.name for row in rows}
+
+
+def test_float8_pays_where_products_are_large():
+    def rate(model: str, method: str) -> float:
+        return planned(model, "H100", f"--method={method}", "--max_length=2048").chosen.tokens_per_second
+
+    assert 1.1 * rate("llama-3.1-8b", "lora") < rate("llama-3.1-8b", "fp8") < 2 * rate("llama-3.1-8b", "lora")
+    assert rate("qwen2.5-0.5b", "fp8") < rate("qwen2.5-0.5b", "lora")  # more kernels than are worth it
+    plan = planned("llama-3.1-8b", "H100", "--method=fp8", nproc=2)
+    sharded = {
+        name for name, strategy in STRATEGIES.items() if "parameters" in strategy.shards and not strategy.replicas
+    }
+    assert {option.strategy.name for option in plan.options if option.refused} == sharded
 
 
 def test_few_tokens_take_as_long_as_the_host_needs_for_their_kernels():

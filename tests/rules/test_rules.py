@@ -34,6 +34,7 @@ from manyrank.topology.strategies import STRATEGIES
 CPU = Hardware(gpus=(), cpu_cores=4, cpu_bf16=False)
 CPU_WITH_BF16 = Hardware(gpus=(), cpu_cores=4, cpu_bf16=True)
 GPUS = Hardware(gpus=(Gpu("H100", 80 << 30, (9, 0)),) * 2, cpu_cores=4, cpu_bf16=False)
+AMPERE = Hardware(gpus=(Gpu("A100", 80 << 30, (8, 0)),) * 2, cpu_cores=4, cpu_bf16=False)
 OLD_GPUS = Hardware(gpus=(Gpu("V100", 32 << 30, (7, 0)),) * 2, cpu_cores=4, cpu_bf16=True)
 DATA, OTHER = str(asset("data", "sample.jsonl")), str(asset("data", "validation.jsonl"))
 BY_NAME = {rule.name: rule for rule in RULES}
@@ -122,6 +123,7 @@ CASES = [
     ("generation-by-vllm", {**GRPO, "use_vllm": "colocate"}, {"use_vllm": "off"}),
     ("generation-by-vllm", {**GRPO, "use_vllm": "server", "hardware": GPUS}, {"task": "sft"}),
     ("vllm-and-quantised", {**GRPO, "use_vllm": "colocate", "method": "qlora"}, {"use_vllm": "off"}),
+    ("grpo-in-float8", {**GRPO, "method": "fp8"}, {"method": "qlora"}),
     ("generation-from-host-memory", {**GRPO, "strategy": "zero3_offload"}, {"strategy": "zero3"}),
     ("sft-model-of-sft", {"sft_model": "ADAPTER"}, {"sft_model": None}),
     ("compiled-generation", {**GRPO, "torch_compile": True}, {"torch_compile": False}),
@@ -133,6 +135,10 @@ CASES = [
     ("bf16-not-native", {"bf16": True}, {"bf16": "auto"}),
     ("bf16-not-native", {"bf16": True}, {"hardware": CPU_WITH_BF16}),
     ("bf16-not-native", {"bf16": True, "hardware": OLD_GPUS}, {"hardware": GPUS}),
+    ("float8-not-native", {"hardware": AMPERE, "method": "fp8"}, {"method": "int8"}),
+    ("float8-not-native", {"hardware": AMPERE, "method": "fp8"}, {"hardware": GPUS}),
+    ("float8-in-float32", {"hardware": GPUS, "method": "fp8", "bf16": False}, {"bf16": "auto"}),
+    ("float8-in-float32", {"hardware": GPUS, "method": "fp8", "bf16": False}, {"method": "lora"}),
     ("float32-on-gpus", {"hardware": OLD_GPUS}, {"hardware": GPUS}),
     ("float32-on-gpus", {"hardware": GPUS, "bf16": False}, {"bf16": "auto"}),
     (
@@ -147,6 +153,8 @@ CASES = [
     ("shards-of-one", {"strategy": "zero3", "nproc": 1}, {"strategy": "zero2"}),
     ("int8-in-shards", {"method": "int8", "strategy": "fsdp"}, {"method": "qlora"}),
     ("int8-in-shards", {"method": "int8", "strategy": "zero3"}, {"strategy": "zero2"}),
+    ("float8-in-shards", {"method": "fp8", "strategy": "fsdp"}, {"method": "qlora"}),
+    ("float8-in-shards", {"method": "fp8", "strategy": "zero3"}, {"strategy": "zero2"}),
     ("optimizer-in-shards", {"optim": "adamw_8bit", "strategy": "fsdp"}, {"strategy": "ddp"}),
     ("optimizer-in-shards", {"optim": "paged_adamw_8bit", "strategy": "zero2"}, {"optim": "sgd"}),
     ("optimizer-in-shards", {"optim": "paged_adamw_32bit", "strategy": "zero3"}, {"optim": "adamw_torch"}),
@@ -280,6 +288,7 @@ CASES = [
         {"model": quantised(load_in_4bit=False, load_in_8bit=True)},
     ),
     ("experts-not-quantised", {"model": llama(num_local_experts=8), "method": "qlora"}, {"method": "lora"}),
+    ("experts-not-in-float8", {"model": llama(num_local_experts=8), "method": "fp8"}, {"method": "lora"}),
     ("packing-unknown-layers", {"model": llama(layer_types=["conv", "full_attention"])}, {"packing": "none"}),
     ("packing-unknown-layers", {"model": llama(model_type="bloom")}, {"model": llama()}),
     ("attention-by-documents", {"model": llama(attention_dropout=0.1), "hardware": GPUS}, {"model": llama()}),

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.models import spec
+from manyrank.models.float8 import to_float8
 from manyrank.models.load import with_adapters
 
 SMALL = {
@@ -103,7 +104,10 @@ def recipe(*argv: str):
 def made(kind: str, config, dtype: torch.dtype):
     values = {key: value for key, value in {**SHAPE, **MODELS[kind]}.items() if value is not None}
     plain = AutoConfig.for_model(kind, **values)
-    model = with_adapters(AutoModelForCausalLM.from_config(plain, dtype=dtype), config)
+    base = AutoModelForCausalLM.from_config(plain, dtype=dtype)
+    if config.method == "fp8":
+        to_float8(base, torch.device("cpu"))
+    model = with_adapters(base, config)
     return model.train(), spec.from_config(plain.to_dict(), name=kind)
 
 

@@ -10,7 +10,7 @@ import cuda_drivers
 import pytest
 
 from manyrank.topology import cuda_driver, gpus, ranks
-from manyrank.topology.gpus import Gpu, Hardware, find_kind
+from manyrank.topology.gpus import Gpu, Hardware, find_kind, planned_hardware
 from manyrank.topology.ranks import Topology
 
 A100 = Gpu("A100", 80 << 30, (8, 0))
@@ -168,6 +168,15 @@ def test_kinds_by_the_memory_that_cuda_offers(name, mib, kind):
 )
 def test_bf16(devices, cpu_bf16, expected):
     assert Hardware(devices, cpu_cores=4, cpu_bf16=cpu_bf16).has_bf16 is expected
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("H100-80GB", True), ("L4", True), ("RTX4090", True), ("B200", True), ("A100-80GB", False), ("T4", False)],
+)
+def test_float8(name, expected):
+    (gpu,) = planned_hardware(1, find_kind(name)).gpus
+    assert gpu.has_float8 is expected
 
 
 # Topology

@@ -278,6 +278,21 @@ def test_int8(strategy, whole_run, tmp_path):
     assert 0.3 < run.facts()["base_bytes"] / whole_run.facts()["base_bytes"] < 0.7
 
 
+@pytest.mark.parametrize("strategy", ["single", "zero2", *nightly("ddp")])
+def test_fp8(strategy, whole_run, tmp_path):
+    run = launch(
+        tmp_path / "run",
+        f"--strategy={strategy}",
+        f"--nproc={1 if strategy == 'single' else 2}",
+        "--fp8",
+        "--max_steps=6",
+    )
+    assert run.code == 0, run.stderr
+    assert run.metrics() == pytest.approx(whole_run.metrics(), abs=0.05)
+    assert run.metrics() != pytest.approx(whole_run.metrics(), abs=1e-4)
+    assert 0.2 < run.facts()["base_bytes"] / whole_run.facts()["base_bytes"] < 0.7
+
+
 def test_bitsandbytes_optimizer_resumes(embedded_model, tmp_path):
     common = ("--max_steps=4", "--save_steps=2", "--optim=paged_adamw_8bit", "--method=qlora")
     whole = launch(tmp_path / "a", *common)

@@ -57,12 +57,13 @@ ALIASES = {
 
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
 METHOD_FLAGS = {
-    "use_lora": frozenset({"lora", "qlora", "int8"}),
+    "use_lora": frozenset({"lora", "qlora", "int8", "fp8"}),
     "no_lora": frozenset({"full"}),
     "use_qlora": frozenset({"qlora"}),
     "use_4bit": frozenset({"qlora"}),
-    "no_4bit": frozenset({"full", "lora", "int8"}),
+    "no_4bit": frozenset({"full", "lora", "int8", "fp8"}),
     "use_8bit": frozenset({"int8"}),
+    "fp8": frozenset({"fp8"}),
 }
 # What the task grpo sets where nobody says otherwise: answers are padded, and the best model has the best reward.
 BY_TASK = "task grpo"
@@ -82,7 +83,7 @@ PLAIN_ADAPTER = {
     "trainable_token_indices": None,
     "fan_in_fan_out": False,
 }
-METHOD_PREFERENCE = ("lora", "qlora", "int8", "full")
+METHOD_PREFERENCE = ("lora", "qlora", "int8", "fp8", "full")
 SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
 TYPED = frozenset({"trust_remote_code"})  # what a run's own config cannot switch on: it may be somebody else's
 KNOWN = Known(

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..topology.strategies import STRATEGIES
 
 Task = Literal["sft", "grpo"]
-Method = Literal["full", "lora", "qlora", "int8"]
+Method = Literal["full", "lora", "qlora", "int8", "fp8"]
 FORMATS = (
     "auto",
     "question_answer",
@@ -188,7 +188,10 @@ class TrainConfig(BaseModel):
         description="where grpo starts: a run, a checkpoint, an adapter or a merged model; its base need not be named",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    method: Method = Field("lora", description="full, lora, qlora (NF4, double quantisation) or int8 (8-bit LoRA)")
+    method: Method = Field(
+        "lora",
+        description="full, lora, or LoRA on a smaller base: qlora (NF4, double quantisation), int8, fp8 (products in float8, too)",
+    )
     lora_r: Int = Field(16, gt=0, description="rank of the adapters")
     lora_alpha: Float = Field(32, gt=0, description="adapters are scaled by lora_alpha / lora_r")
     lora_dropout: Float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")

@@ -84,7 +84,7 @@ def check_quantised(model: torch.nn.Module, *, method: str, where: str, fix: str
         say: takes a line on what stays in full precision, where that is more than a small share.
 
     Raises:
-        UserError: nothing is quantised, or less than half of what bitsandbytes can hold.
+        UserError: nothing is quantised, or less than half of the matrices that are not stacked.
     """
     every = list(matrices(model))
     left = [matrix for matrix in every if not matrix.quantised]
@@ -94,7 +94,7 @@ def check_quantised(model: torch.nn.Module, *, method: str, where: str, fix: str
     if left and (len(left) == len(every) or of_flat > 0.5):
         classes = dict.fromkeys(matrix.kind for matrix in sorted(left, key=lambda m: -m.weights))
         much = "nothing is quantised" if len(left) == len(every) else f"{of_flat:.0%} of the weights are not quantised"
-        what = f"{method}, and {much}: bitsandbytes knows no layers of class {', '.join(list(classes)[:3])}"
+        what = f"{method}, and {much}: it cannot hold layers of class {', '.join(list(classes)[:3])}"
         raise UserError(what, where=where, fix=fix)
     if share > SMALL:
         say(f"{method}: {share:.0%} of the weights of the layers are not quantised: {_largest(left)}")

@@ -35,6 +35,7 @@ from ..project_files import asset
 from . import coverage, flash
 from .adapters import Say, freeze_unreached, with_lora
 from .attention import use_packed_attention
+from .float8 import to_float8
 from .fused_mlp import fuse_mlps
 from .fused_norm import fuse_norms
 from .reach import reach
@@ -49,7 +50,7 @@ class LoadPlan:
     Attributes:
         name: a folder or a hub name.
         dtype: of the weights that are not quantised; "auto": the one that they are stored in.
-        quantization: None, "nf4" or "int8".
+        quantization: None, "nf4", "int8" or "float8".
         device_map: where quantised weights go; None leaves placing to accelerate.
         share: this rank's share, where the strategy shards the base; None: all of it.
     """
@@ -66,7 +67,7 @@ class LoadPlan:
 def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> LoadPlan:
     """Decide from the recipe and from what came up."""
     compute = torch.bfloat16 if bf16 else torch.float32
-    quantization = {"qlora": "nf4", "int8": "int8"}.get(config.method)
+    quantization = {"qlora": "nf4", "int8": "int8", "fp8": "float8"}.get(config.method)
     share = _share(config, accelerator, compute)
     return LoadPlan(
         name=resolve_name(config.model_name_or_path),
@@ -241,6 +242,9 @@ def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool, say: Say 
     """
     if hasattr(model, "peft_config"):
         raise UserError("the model has adapters", where="model", fix="give its base: the method puts adapters on it")
+    if config.method == "fp8":
+        fix = "name the model in model_name_or_path alone, or use method: lora"
+        raise UserError("method fp8 with a model in memory, whose weights it would replace", where="model", fix=fix)
     quantised, wanted = bool(getattr(model, "is_quantized", False)), config.method in ("qlora", "int8")
     if quantised != wanted:
         what = f"method {config.method} with a model that is {'' if quantised else 'not '}quantised"
@@ -324,13 +328,16 @@ def base_model(plan: LoadPlan) -> torch.nn.Module:
     options = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
     with loading(plan.name):
         stored = plan.quantization == "nf4" and is_stored_in_4_bits(plan)
-    if plan.quantization and not stored:
+    if plan.quantization in ("nf4", "int8") and not stored:
         options["quantization_config"] = _quantization(plan)
-    if plan.device_map:
+    if plan.device_map and plan.quantization != "float8":  # a matrix at a time goes there
         options["device_map"] = plan.device_map
     with loading(plan.name), loading_in_shards(plan.share) if plan.share else contextlib.nullcontext():
         if not (stored and plan.share):
-            return AutoModelForCausalLM.from_pretrained(plan.name, **options)
+            model = AutoModelForCausalLM.from_pretrained(plan.name, **options)
+            if plan.quantization == "float8":
+                to_float8(model, plan.device_map[""])
+            return model
         # On the CPU the files stay mapped, so that a rank reads no more than it keeps. accelerate looks at the map.
         model = AutoModelForCausalLM.from_pretrained(plan.name, **options | {"device_map": {"": "cpu"}})
         model.hf_device_map = plan.device_map

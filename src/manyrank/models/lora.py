@@ -5,7 +5,7 @@
 peft's own way is four nodes and two casts to float32 with copies of x, and adds the parts in passes of their own. Here
 the adapter is computed in the type of the activations from float32 master weights, which is what autocast comes to, and
 sums and scaling are made inside the matrix products. Where a process holds whole adapters, they are cast all at once
-(`AdapterCasts`). A quantised base keeps its own forward; the adapter is added to its result. Under ZeRO-3 DeepSpeed gathers what is read outside of its own module, too ("external parameters").
+(`AdapterCasts`). A base that is quantised or in float8 keeps its own forward; the adapter is added to its result. Under ZeRO-3 DeepSpeed gathers what is read outside of its own module, too ("external parameters").
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
 from transformers.utils import logging
+
+from .float8 import Float8Linear
 
 logger = logging.get_logger(__name__)
 
@@ -120,7 +122,7 @@ def _faster(kind: type[LoraLayer]) -> type[LoraLayer]:
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs:
             return kind.forward(self, x, *args, **kwargs)
-        return _forward(self, x, whole=kind is Linear)
+        return _forward(self, x)
 
     own = {"forward": forward, "casts": None, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return _FASTER.setdefault(kind, type(kind.__name__, (kind,), own))
@@ -131,18 +133,23 @@ def _reason(layer: LoraLayer) -> str | None:
     base, name = layer.get_base_layer(), type(layer).__name__
     if type(layer) is not Linear and name not in QUANTISED:
         return f"they are of type {name}"
-    if type(layer) is Linear and (type(base).forward is not torch.nn.Linear.forward or layer.fan_in_fan_out):
+    plain = _is_plain(base) or isinstance(base, Float8Linear)
+    if type(layer) is Linear and (not plain or layer.fan_in_fan_out):
         return f"their base is of type {type(base).__name__}"
     if layer.lora_variant or any(layer.lora_bias.values()) or len(layer.active_adapters) != 1:
         return "variants, biases or several adapters"
     return None
 
 
-def _forward(layer: LoraLayer, x: torch.Tensor, *, whole: bool) -> torch.Tensor:
-    """Args: whole: with the product of the base's weight, which is not quantised."""
+def _is_plain(base: torch.nn.Module) -> bool:
+    """Return whether a base computes x W' + bias from a weight as it is."""
+    return type(base).forward is torch.nn.Linear.forward
+
+
+def _forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     (name,) = layer.active_adapters
     base = layer.get_base_layer()
-    kind, shape = x.device.type, x.shape
+    kind, shape, whole = x.device.type, x.shape, _is_plain(base)
     given = None if whole else base(x).flatten(0, -2)
     dtype = given.dtype if given is not None else x.dtype
     if torch.is_autocast_enabled(kind):

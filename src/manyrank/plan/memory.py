@@ -100,12 +100,12 @@ def linear_bytes(weights: int, method: str, *, element: int) -> int:
     Args:
         element: bytes of an element that is not quantised.
     """
-    return {"qlora": weights // 2, "int8": weights}.get(method, weights * element)
+    return {"qlora": weights // 2, "int8": weights, "fp8": weights}.get(method, weights * element)
 
 
 def constant_bytes(weights: int, outputs: int, method: str) -> int:
     """Bytes of the constants with which a quantised matrix is read, that no strategy shards."""
-    if method == "int8":
+    if method in ("int8", "fp8"):
         return FLOAT * outputs
     if method != "qlora":
         return 0
@@ -315,11 +315,16 @@ def _working(run: PlannedRun, layer: Layer) -> int:
 
 
 def _dequantised(run: PlannedRun) -> int:
-    """A matrix of 4 or 8 bits is written out in 16 for each product."""
-    if run.config.method not in ("qlora", "int8"):
-        return 0
-    largest = max(linear.weights for layer in run.shape.layers for linear in layer.linears.values())
-    return largest * run.compute
+    """A matrix of 4 or 8 bits is written out in 16 for each product; one in float8 is transposed for the backward's.
+
+    Rows in float8 come when other gradients of the layer are gone.
+    """
+    element = {"qlora": run.compute, "int8": run.compute, "fp8": 1}.get(run.config.method, 0)
+    return _largest_matrix(run) * element
+
+
+def _largest_matrix(run: PlannedRun) -> int:
+    return max(linear.weights for layer in run.shape.layers for linear in layer.linears.values())
 
 
 def _step(run: PlannedRun) -> int:
@@ -402,9 +407,11 @@ def _loading(run: PlannedRun) -> int:
     embedding = run.shape.embedding * _element(run) if run.sharded else 0
     if run.sharded and deepspeed:  # which makes room for a whole weight before it has its part
         embedding += embedding // run.shards
-    if run.config.method in ("qlora", "int8"):
-        # A matrix in 16 bits, and quantised where only a part of it lasts.
-        return held + max(_dequantised(run) + (_dequantised(run) // 4 if run.sharded else 0), embedding)
+    if run.config.method in ("qlora", "int8", "fp8"):
+        # A matrix in 16 bits, and quantised where only a part of it lasts; float8 has another one, times its scales.
+        matrix = _largest_matrix(run) * run.compute
+        matrix += matrix // 4 if run.sharded else matrix if run.config.method == "fp8" else 0
+        return held + max(matrix, embedding)
     if not run.sharded or not (deepspeed or run.full):
         return held
     layers = (layer_weights(run, layer) for layer in run.shape.layers)

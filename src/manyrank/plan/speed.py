@@ -30,6 +30,9 @@ LAUNCH, HOP = 20e-6, 3e-6  # seconds of a collective, and for each rank of its r
 # (docs/performance.md); seconds of the host for one. The two cores of that page need 24 us; a GPU's host is taken to be
 # twice as fast.
 KERNELS, KERNELS_AGAIN, ISSUE = 130, 40, 12e-6
+# Of float8: products at twice the rate; kernels of a layer's rows that are scaled and cast, forward and backward; passes
+# over a row in 16 bits that these take (largest, times scale, cast; in backward also times the weight's scales).
+FLOAT8, KERNELS_FLOAT8, CASTS, CASTS_BACK = 2, 110, 4, 6
 BUSY = 2  # times as long as the host a GPU should take, for both are estimates
 BUCKET = 25 * 2**20  # bytes, of DistributedDataParallel
 HOST_LINK, HOST_ADAM = 25e9, 4e8  # bytes a second over PCIe, elements a second of AdamW on a CPU
@@ -157,12 +160,23 @@ def _micro_batch(run: PlannedRun, kind: GpuKind) -> float:
     ):  # each pass reads the packed weights and writes them in 16 bits, and reads these
         quantised = sum(layer.count * sum(x.weights for x in layer.linears.values()) for layer in shape.layers)
         seconds += (2 + again) * quantised * (2 * 2 + 0.5) / (kind.bandwidth * TRAFFIC)
-    return seconds
+    return seconds + (_float8(run, kind, again) if run.config.method == "fp8" else 0)
+
+
+def _float8(run: PlannedRun, kind: GpuKind, again: float) -> float:
+    """Seconds that float8 adds to a micro-batch; usually fewer than none."""
+    linears = [(layer.count, linear) for layer in run.shape.layers for linear in layer.linears.values()]
+    weights = sum(count * linear.weights for count, linear in linears)
+    saved = run.tokens * (4 + 2 * again) * weights * (1 - 1 / FLOAT8) / (rate(run, kind) * MATMUL)
+    rows = sum(count * ((1 + again) * CASTS * linear.inputs + CASTS_BACK * linear.outputs) for count, linear in linears)
+    # The backward's matrix is turned: read and written.
+    return (run.tokens * rows * run.compute + 2 * weights) / (kind.bandwidth * TRAFFIC) - saved
 
 
 def _launching(run: PlannedRun) -> float:
     """Seconds in which the host launches the kernels of one micro-batch."""
-    return (run.shape.depth * KERNELS + run.checkpointed * KERNELS_AGAIN) * ISSUE
+    layer = KERNELS + (KERNELS_FLOAT8 if run.config.method == "fp8" else 0)
+    return (run.shape.depth * layer + run.checkpointed * KERNELS_AGAIN) * ISSUE
 
 
 def _optimizer(run: PlannedRun, kind: GpuKind) -> float:

@@ -143,6 +143,14 @@ GRPO_RULES = (
         fix="use method lora",
     ),
     error(
+        "grpo-in-float8",
+        ("method",),
+        unless(lambda s: s.config.is_grpo and s.config.method == "fp8", "method fp8 with grpo"),
+        reason="Most of GRPO's time is generation, whose products of few rows float8 does not speed up, and its losses in "
+        "float8 have not been compared.",
+        fix="use method lora or qlora",
+    ),
+    error(
         "generation-from-host-memory",
         ("strategy",),
         unless(lambda s: s.config.is_grpo and s.strategy.offload, "grpo on {s.strategy}"),

@@ -59,6 +59,12 @@ def _experts(s: RunContext, model: ModelFacts) -> str | None:
     return f"method {s.config.method}, and {model.name} has {model.experts} experts"
 
 
+def _float8_experts(s: RunContext, model: ModelFacts) -> str | None:
+    if s.config.method != "fp8" or model.experts < 2:
+        return None
+    return f"method fp8, and {model.name} has {model.experts} experts"
+
+
 def _dropout_on_experts(s: RunContext, model: ModelFacts) -> str | None:
     meant = s.config.uses_lora and s.config.lora_dropout and s.config.lora_target_modules == "all-linear"
     if not meant or model.model_type not in PARAMETER_EXPERTS:
@@ -179,6 +185,14 @@ BASE_RULES = (
         "layers: most of the model stays in 16 bits.",
         fix="plan for the memory of method lora, and shard it with fsdp or zero3",
         upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1849",
+    ),
+    error(
+        "experts-not-in-float8",
+        ("method", "model:config.json"),
+        _of_model(_float8_experts),
+        reason="transformers 5 keeps all experts of a layer in one parameter, and only linear layers are put into float8: "
+        "most of the model would stay in 16 bits, and what chooses the experts would be rounded.",
+        fix="use method lora",
     ),
     error(
         "packing-unknown-layers",

@@ -28,7 +28,13 @@ TRACKERS = [
     "codecarbon",
 ]
 # Peak learning rates that people use, by method.
-USUAL_RATES = {"full": (1e-6, 1e-4), "lora": (1e-5, 1e-3), "qlora": (1e-5, 1e-3), "int8": (1e-5, 1e-3)}
+USUAL_RATES = {
+    "full": (1e-6, 1e-4),
+    "lora": (1e-5, 1e-3),
+    "qlora": (1e-5, 1e-3),
+    "int8": (1e-5, 1e-3),
+    "fp8": (1e-5, 1e-3),
+}
 FAR = 10
 OF_SFT = ("train_on_last_turn", "train_on_prompt", "train_on_opening", "lora_dropout", "per_device_eval_batch_size")
 # Options, and what makes them count.

@@ -135,6 +135,25 @@ MACHINE_RULES = (
         fix="set bf16: auto; GPUs before Ampere have no better way here",
     ),
     error(
+        "float8-not-native",
+        ("method",),
+        unless(
+            lambda s: s.config.method == "fp8" and not all(gpu.has_float8 for gpu in s.hardware.gpus),
+            "method fp8 on GPUs without float8 products ({s.hardware.smallest_gpu.name})",
+        ),
+        reason="Tensor cores multiply float8 from compute capability 8.9 on: Ada, Hopper, Blackwell.",
+        fix="use method int8, qlora or lora",
+    ),
+    error(
+        "float8-in-float32",
+        ("method", "bf16"),
+        unless(
+            lambda s: s.config.method == "fp8" and bool(s.gpus) and not s.bf16, "method fp8 on GPUs, and not in bf16"
+        ),
+        reason="Products of float8 rows with scales of their own come out in bf16 on CUDA.",
+        fix="set bf16: auto, or use method lora",
+    ),
+    error(
         "accumulation-in-environment",
         (f"environment:{ACCUMULATION}",),
         unless(
@@ -175,6 +194,13 @@ SHARDING_RULES = (
         reason="FSDP and ZeRO-3 shard floating-point parameters; 8-bit weights are integers, with statistics beside them.",
         fix="use method qlora, or strategy ddp or zero2",
         upstream="https://github.com/huggingface/peft/issues/2833",
+    ),
+    error(
+        "float8-in-shards",
+        ("method", "strategy"),
+        unless(lambda s: s.config.method == "fp8" and s.files.sharded, "method fp8 under {s.strategy}"),
+        reason="A base in float8 is bytes, with scales beside them, and FSDP and ZeRO-3 shard floating-point parameters.",
+        fix="use method lora or qlora, or strategy ddp or zero2",
     ),
     error(
         "optimizer-in-shards",

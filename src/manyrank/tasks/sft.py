@@ -53,7 +53,7 @@ class SFT(Task):
         micro = trial(packed=packed).to(self.device)
         with engine.evaluating():
             if packed:
-                exact = not bf16 and self.config.method != "int8"  # whose products round each row of activations
+                exact = not bf16 and self.config.method not in ("int8", "fp8")  # which round rows of activations
                 prove_packing(engine.wrapped, engine.model, exact=exact, device=self.device)
             self.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=self._agree)
 

@@ -41,6 +41,7 @@ class GpuKind:
         link: to the other GPUs of its machine, bytes a second in one direction (NVLink, else PCIe).
         network: its share of the machine's network, bytes a second, in the machines it is usually sold in.
         price: about what an hour costs to rent, in dollars.
+        compute_capability: as CUDA counts what the hardware can do.
     """
 
     name: str
@@ -51,7 +52,7 @@ class GpuKind:
     link: float
     network: float
     price: float
-    has_bf16: bool = True
+    compute_capability: tuple[int, int] = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Gpu:
     @property
     def has_bf16(self) -> bool:
         return self.compute_capability >= (8, 0)
+
+    @property
+    def has_float8(self) -> bool:
+        """Whether its tensor cores multiply float8: Ada, Hopper, and what came after."""
+        return self.compute_capability >= (8, 9)
 
     @property
     def kind(self) -> GpuKind | None:
@@ -103,44 +109,44 @@ def _kind(
     link: float,
     gbit: float,
     price: float,
-    has_bf16: bool = True,
+    capability: float = 8.0,
 ) -> GpuKind:
-    return GpuKind(
-        name, mib * 2**20, bf16 * 1e12, float32 * 1e12, gb_s * 1e9, link * 1e9, gbit / 8 * 1e9, price, has_bf16
-    )
+    major, _, minor = str(capability).partition(".")
+    sizes = (bf16 * 1e12, float32 * 1e12, gb_s * 1e9, link * 1e9, gbit / 8 * 1e9)
+    return GpuKind(name, mib * 2**20, *sizes, price, (int(major), int(minor)))
 
 
-# MiB, TFLOP/s in 16 and in 32 bits, GB/s of memory, GB/s of the link, Gbit/s of network for each GPU, $ an hour.
+# MiB, TFLOP/s in 16 and in 32 bits, GB/s of memory, GB/s of the link, Gbit/s of network for each GPU, $ an hour, compute capability.
 GPU_KINDS = (
-    _kind("B200", 183359, 2250, 75, 8000, 900, 400, 5.5),
-    _kind("H200", 143771, 989, 67, 4800, 450, 400, 3.5),
-    _kind("H100-80GB", 81559, 989, 67, 3350, 450, 400, 2.9),
-    _kind("H100-NVL", 95830, 835, 60, 3900, 300, 200, 2.8),
-    _kind("H100-PCIe", 81559, 756, 51, 2000, 50, 100, 2.4),
-    _kind("GH200", 97871, 989, 67, 4000, 50, 200, 2.5),
+    _kind("B200", 183359, 2250, 75, 8000, 900, 400, 5.5, 10.0),
+    _kind("H200", 143771, 989, 67, 4800, 450, 400, 3.5, 9.0),
+    _kind("H100-80GB", 81559, 989, 67, 3350, 450, 400, 2.9, 9.0),
+    _kind("H100-NVL", 95830, 835, 60, 3900, 300, 200, 2.8, 9.0),
+    _kind("H100-PCIe", 81559, 756, 51, 2000, 50, 100, 2.4, 9.0),
+    _kind("GH200", 97871, 989, 67, 4000, 50, 200, 2.5, 9.0),
     _kind("A100-80GB", 81920, 312, 19.5, 2039, 300, 200, 1.8),
     _kind("A100-40GB", 40960, 312, 19.5, 1555, 300, 100, 1.3),
-    _kind("L40S", 46068, 362, 91.6, 864, 25, 50, 1.0),
-    _kind("L40", 46068, 181, 90.5, 864, 25, 50, 0.9),
-    _kind("L4", 23034, 121, 30.3, 300, 25, 12.5, 0.7),
-    _kind("A40", 46068, 150, 37.4, 696, 25, 25, 0.5),
+    _kind("L40S", 46068, 362, 91.6, 864, 25, 50, 1.0, 8.9),
+    _kind("L40", 46068, 181, 90.5, 864, 25, 50, 0.9, 8.9),
+    _kind("L4", 23034, 121, 30.3, 300, 25, 12.5, 0.7, 8.9),
+    _kind("A40", 46068, 150, 37.4, 696, 25, 25, 0.5, 8.6),
     _kind("A30", 24576, 165, 10.3, 933, 25, 25, 0.6),
-    _kind("A10G", 23028, 70, 31.5, 600, 25, 12.5, 1.0),
-    _kind("A10", 23028, 125, 31.2, 600, 25, 25, 0.75),
-    _kind("RTX-PRO-6000", 97887, 503, 125, 1792, 50, 25, 1.8),
-    _kind("RTX6000-Ada", 49140, 364, 91.1, 960, 25, 12.5, 0.8),
-    _kind("A6000", 49140, 155, 38.7, 768, 25, 12.5, 0.5),
-    _kind("A5000", 24564, 111, 27.8, 768, 25, 12.5, 0.3),
-    _kind("RTX5090", 32607, 209, 105, 1792, 50, 12.5, 0.7),
-    _kind("RTX4090", 24564, 165, 82.6, 1008, 25, 12.5, 0.4),
-    _kind("RTX4080", 16376, 97, 48.7, 717, 25, 12.5, 0.3),
-    _kind("RTX4060Ti", 16380, 44, 22, 288, 12, 12.5, 0.15),
-    _kind("RTX3090", 24576, 71, 35.6, 936, 25, 12.5, 0.25),
-    _kind("RTX3080", 10240, 60, 29.8, 760, 25, 12.5, 0.2),
-    _kind("RTX3060", 12288, 25, 12.7, 360, 12, 12.5, 0.1),
-    _kind("V100-32GB", 32768, 125, 15.7, 900, 150, 25, 0.6, False),
-    _kind("V100-16GB", 16384, 125, 15.7, 900, 150, 25, 0.4, False),
-    _kind("T4", 15360, 65, 8.1, 320, 12, 12.5, 0.35, False),
+    _kind("A10G", 23028, 70, 31.5, 600, 25, 12.5, 1.0, 8.6),
+    _kind("A10", 23028, 125, 31.2, 600, 25, 25, 0.75, 8.6),
+    _kind("RTX-PRO-6000", 97887, 503, 125, 1792, 50, 25, 1.8, 12.0),
+    _kind("RTX6000-Ada", 49140, 364, 91.1, 960, 25, 12.5, 0.8, 8.9),
+    _kind("A6000", 49140, 155, 38.7, 768, 25, 12.5, 0.5, 8.6),
+    _kind("A5000", 24564, 111, 27.8, 768, 25, 12.5, 0.3, 8.6),
+    _kind("RTX5090", 32607, 209, 105, 1792, 50, 12.5, 0.7, 12.0),
+    _kind("RTX4090", 24564, 165, 82.6, 1008, 25, 12.5, 0.4, 8.9),
+    _kind("RTX4080", 16376, 97, 48.7, 717, 25, 12.5, 0.3, 8.9),
+    _kind("RTX4060Ti", 16380, 44, 22, 288, 12, 12.5, 0.15, 8.9),
+    _kind("RTX3090", 24576, 71, 35.6, 936, 25, 12.5, 0.25, 8.6),
+    _kind("RTX3080", 10240, 60, 29.8, 760, 25, 12.5, 0.2, 8.6),
+    _kind("RTX3060", 12288, 25, 12.7, 360, 12, 12.5, 0.1, 8.6),
+    _kind("V100-32GB", 32768, 125, 15.7, 900, 150, 25, 0.6, 7.0),
+    _kind("V100-16GB", 16384, 125, 15.7, 900, 150, 25, 0.4, 7.0),
+    _kind("T4", 15360, 65, 8.1, 320, 12, 12.5, 0.35, 7.5),
 )
 
 
@@ -154,7 +160,7 @@ def planned_hardware(
         bf16: of GPUs without a kind, or of the CPU.
         host: bytes of the machine's own memory.
     """
-    capability = (9, 0) if (kind.has_bf16 if kind else bf16) else (7, 0)
+    capability = kind.compute_capability if kind else (9, 0) if bf16 else (7, 0)
     gpu = Gpu(kind.name if kind else "planned", memory or (kind.memory if kind else 0), capability, planned=kind)
     return Hardware((gpu,) * count, cpu_cores=max(1, count), cpu_bf16=bf16, memory=host)
 

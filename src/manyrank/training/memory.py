@@ -141,7 +141,7 @@ def _ways(run: PlannedRun) -> list[str]:
         changes[f"--per_device_train_batch_size {half}"] = run.with_options(per_device_train_batch_size=half)
     if run.checkpointed < run.shape.depth:
         changes["--gradient_checkpointing full"] = run.with_options(gradient_checkpointing="full")
-    if run.world > 1 and not run.sharded and config.method != "int8":
+    if run.world > 1 and not run.sharded and config.method not in ("int8", "fp8"):
         sharded = find_strategy(EngineKind.FSDP)
         changes[f"--strategy {sharded}"] = run.on(sharded)
     if config.method == "lora":
