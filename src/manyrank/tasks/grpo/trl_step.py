@@ -81,6 +81,8 @@ class TrlStep(GRPOTrainer):
             kind=GRPOConfig,
             **_options(config, rewards, accumulation, bf16=bf16),
         )
+        if args.n_gpu > 1:  # one process sees several, of which it uses one
+            args._n_gpu = 1  # transformers 5.23 has no other way to say so, and trl refuses DataParallel
         # With that variable its arguments would set up DeepSpeed a second time (see `training_arguments`).
         with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
             super().__init__(
