@@ -3,7 +3,7 @@
     python benchmarks/speed.py [--rounds N] [--steps N] [--only NAME,...] [--output FOLDER]       make bench
     python benchmarks/speed.py --growth ...         what a step costs as rows, length and model grow
 
-Every round is a process of its own, and the baselines take turns, so that the noise of a shared machine meets all of
+Every round is a process of its own, and the loops take turns, so that the noise of a shared machine meets all of
 them. The table has medians over the rounds, without the first steps of each. A process has one thread of work, except
 that this project reads the next step in another one, which CPU seconds count. GPUs are hidden; gpu.py is for them.
 """
@@ -22,16 +22,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import baselines
+import loops
 import workload
-from baselines import BASELINES, STARTED, Round
+from loops import LOOPS, STARTED, Round
 
 from manyrank.launch.command import CPU_VARIABLES
 
 WARM_UP = 2  # steps
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 REFERENCE = "bare padded fp32"  # whose losses the others are compared with
-OTHER_ROWS = ("dataset", "trl packing")  # baselines whose steps have other rows
+OTHER_ROWS = ("dataset", "trl packing")  # loops whose steps have other rows
 COLUMNS = (
     f"{'who':<24} {'tokens/CPU-s':>12} {'of step':>8} {'tokens/s':>9} {'start s':>8} {'peak GiB':>9} {'loss diff':>10}"
 )
@@ -39,10 +39,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the table: a baseline, its processes, and what else is in the environment."""
+    """One line of the table: a loop, its processes, and what else is in the environment."""
 
     name: str
-    baseline: str
+    loop: str
     settings: tuple[str, ...] = ()  # KEY=VALUE of the recipe
     nproc: int = 1
     layers: int | None = None  # of the model; None: as usual
@@ -52,7 +52,7 @@ class Setting:
         head = [sys.executable]
         if self.nproc > 1:
             head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.nproc}"]
-        argv = [*head, baselines.__file__, self.baseline, str(folder), out, f"--steps={steps}"]
+        argv = [*head, loops.__file__, self.loop, str(folder), out, f"--steps={steps}"]
         return argv + [f"--set={setting}" for setting in self.settings]
 
     def environment(self) -> dict[str, str]:
@@ -78,7 +78,7 @@ class Line:
 
 
 ENTRIES = [
-    *(Setting(name, name) for name in BASELINES),
+    *(Setting(name, name) for name in LOOPS),
     Setting("step -malloc", "step", malloc=False),
     *(Setting(f"step {strategy} x2", "step", (f"strategy={strategy}",), nproc=2) for strategy in STRATEGIES),
     Setting("trl padding-free x2", "trl padding-free", nproc=2),
@@ -108,7 +108,7 @@ def one_round(entry: Setting, folder: Path, steps: int) -> list[Round]:
     with tempfile.TemporaryDirectory() as out:
         argv = entry.argv(folder, out, steps)
         done = subprocess.run(argv, capture_output=True, text=True, env=entry.environment())
-        rounds = baselines.read(Path(out))
+        rounds = loops.read(Path(out))
     if done.returncode or len(rounds) != entry.nproc:
         raise RuntimeError(f"{entry.name} failed: {' '.join(argv)}\n{done.stdout}{done.stderr}")
     return rounds
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=_at_least(1), default=3, help="rounds of each baseline (default: 3)")
+    parser.add_argument("--rounds", type=_at_least(1), default=3, help="rounds of each loop (default: 3)")
     parser.add_argument(
         "--steps", type=_at_least(WARM_UP + 1), default=10, help=f"steps of a round; {WARM_UP} warm up (default: 10)"
     )

@@ -1,4 +1,4 @@
-"""The benchmarks run, and their baselines train the same rows to the same losses. Their speeds are not judged here."""
+"""The benchmarks run, and the loops that they compare train the same rows to the same losses. Their speeds are not judged here."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from launches import ROOT
 
 
 @pytest.mark.nightly
-def test_the_baselines_train_the_same_rows_to_the_same_losses(tmp_path, capsys):
+def test_the_loops_train_the_same_rows_to_the_same_losses(tmp_path, capsys):
     """One short round on the project's own sample, in one process and in two."""
     names = "step fp32,trl fp32,bare padded fp32"
     argv = ["--rounds=1", "--steps=3", f"--only={names}", f"--data={tmp_path}", f"--output={tmp_path / 'out'}"]

@@ -1,6 +1,6 @@
-"""The baselines of the speed benchmark: this project with each optimization off in turn, trl's SFTTrainer, and bare loops.
+"""The training loops of the speed benchmark: this project with each optimization off in turn, trl's SFTTrainer, and bare loops.
 
-    python benchmarks/baselines.py NAME FOLDER OUT --steps N      one round in its own process; writes OUT/RANK.json
+    python benchmarks/loops.py NAME FOLDER OUT --steps N      one round in its own process; writes OUT/RANK.json
 
 All of them train on the same rows in the same order, with the same model, adapters and optimizer, and count real tokens only.
 """
@@ -238,8 +238,8 @@ def _timer(clock: Clock):
     return Timer()
 
 
-Baseline = Callable[[Path, int, Clock], tuple[list[int], list[float]]]
-BASELINES: dict[str, Baseline] = {
+Loop = Callable[[Path, int, Clock], tuple[list[int], list[float]]]
+LOOPS: dict[str, Loop] = {
     "dataset": partial(ours, packing="dataset"),
     "step": ours,
     "step -head": partial(ours, disable_fused=["lm_head"]),
@@ -261,7 +261,7 @@ BASELINES: dict[str, Baseline] = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=BASELINES)
+    parser.add_argument("name", choices=LOOPS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, help="folder for what each rank measured")
     parser.add_argument("--steps", type=int, default=12)
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     clock = Clock()
     more = dict(setting.split("=", 1) for setting in options.set)
-    tokens, losses = BASELINES[options.name](options.folder, options.steps, clock, **more)
+    tokens, losses = LOOPS[options.name](options.folder, options.steps, clock, **more)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     measured = asdict(Round(clock, tokens, losses, peak))
     (options.out / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(measured))
