@@ -18,7 +18,7 @@ override TORCH_INDEX := $(or $(shell $(PYTHON) src/manyrank/topology/cuda_driver
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults cuda-dry doctor verify chat merge bench bench-gpu gpu-check bench-data bench-save lint audit help clean
+.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults cuda-dry doctor verify chat merge bench bench-counts bench-gpu gpu-check bench-data bench-save lint audit help clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions; TORCH_INDEX=auto for an older driver or GPU
 
@@ -86,6 +86,9 @@ verify: setup  ## every strategy against one process
 
 bench: setup  ## speed, memory and losses against trl and bare loops: ARGS="--rounds 5 --output docs/bench"
 	python benchmarks/speed.py $(ARGS)
+
+bench-counts: setup  ## counts of a step against the stored ones: ARGS=--update stores them anew
+	python benchmarks/counts.py $(ARGS)
 
 bench-gpu: setup  ## speed and memory of real architectures with random weights on a GPU: ARGS=--toy tries it on the CPU
 	python benchmarks/gpu.py $(ARGS)
