@@ -129,6 +129,20 @@ MUTATIONS = (
         "tests/models/test_lora.py",
     ),
     Mutation(
+        "adapters cast in every layer",
+        "models/lora.py",
+        "down, up = casts or (down, up)",
+        "pass",
+        "tests/test_counts.py -k steps",
+    ),
+    Mutation(
+        "a read in every micro-batch",
+        "tasks/sft.py",
+        "losses.append(loss.detach())",
+        "losses.append(loss.detach() if loss.isfinite() else loss)",
+        "tests/test_counts.py -k steps",
+    ),
+    Mutation(
         "a head that forgets its chunks",
         "models/fused_head.py",
         "loss += torch.where(",
