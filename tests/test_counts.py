@@ -37,6 +37,25 @@ def test_a_change_is_seen_in_either_direction():
     assert moved(stored | {"a": {"launches": 106, "reads": 1}}) == [("a", "launches"), ("a", "reads")]
 
 
+def test_the_command_shows_flags_and_stores(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the command leaves it
+    assert counts.main(["packing"]) == 0
+    assert capsys.readouterr().out.count("+0.0%") == 6
+    monkeypatch.setattr(counts, "FOLDER", tmp_path)
+    assert counts.main(["packing"]) == 1  # nothing is stored there
+    assert counts.main(["packing", "--update"]) == 0 and counts.main(["packing"]) == 0
+    file = tmp_path / "packing.json"
+    file.write_text(file.read_text().replace('"packs": 84', '"packs": 79'))
+    assert counts.main(["packing"]) == 1
+    assert " 79 " in (line := next(x for x in capsys.readouterr().out.splitlines() if "+6.3%" in x)) and " 84 " in line
+
+
+def test_counts_of_another_torch_are_not_compared(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(counts, "versions", lambda: {"torch": "2.99.1"})
+    assert counts.main(["packing"]) == 1 and "here is 2.99.1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fake", [False, True])
 def test_what_is_counted_of_an_operator(fake):
     with FakeTensorMode() if fake else torch.device("cpu"):
