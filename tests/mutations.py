@@ -117,15 +117,15 @@ MUTATIONS = (
     Mutation(
         "adapters without their scale",
         "models/lora.py",
-        "down.to(x.dtype).T).mul_(scaling)",
-        "down.to(x.dtype).T)",
+        "y = base.addmm_(thin, wide, alpha=scaling)",
+        "y = base.addmm_(thin, wide)",
         "tests/models/test_lora.py",
     ),
     Mutation(
         "half a gradient of A",
         "models/lora.py",
-        "ddown, dup = (dthin.T @ entry)",
-        "ddown, dup = (dthin.T @ entry / 2)",
+        "ddown, dup = torch.addmm(down, dthin.T, entry,",
+        "ddown, dup = torch.addmm(down, dthin.T, entry / 2,",
         "tests/models/test_lora.py",
     ),
     Mutation(
@@ -152,8 +152,8 @@ MUTATIONS = (
     Mutation(
         "no clipping",
         "parallel/engine.py",
-        "clip_grad_norm_(self.trainable.values(), max_norm)",
-        'clip_grad_norm_(self.trainable.values(), float("inf"))',
+        "clip_grad_norm_(self.trainable.values(), max_grad_norm or math.inf)",
+        "clip_grad_norm_(self.trainable.values(), math.inf)",
         "tests/training/test_train.py -k clipping",
     ),
     Mutation(
@@ -166,8 +166,8 @@ MUTATIONS = (
     Mutation(
         "a norm that is not finite is used",
         "parallel/engine.py",
-        '        if not math.isfinite(norm):\n            raise NonFiniteError(f"the gradient\'s norm is {norm}")\n        self.prepared',
-        "        self.prepared",
+        '        if not math.isfinite(norm):\n            raise NonFiniteGradientError(f"the gradient\'s norm is {norm}")\n',
+        "",
         "tests/launchers/test_preemption.py tests/training/test_train.py tests/checkpoint/test_faults.py",
     ),
     Mutation(
