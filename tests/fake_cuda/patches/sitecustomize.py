@@ -149,18 +149,8 @@ def _least_memory(memory):
 
 @after("trl.trainer.grpo_trainer")
 def _completions(trl):
-    """Completions are cut where a kernel has found a stop token, and read."""
-    generate = trl.GRPOTrainer._generate_single_turn
-
-    def turn(self, prompt_ids, *args, **kwargs):
-        try:
-            generate(self, prompt_ids, *args, **kwargs)
-        except RuntimeError as error:
-            if "shape mismatch" not in str(error):
-                raise
-        return [[1, 2, 3] for _ in prompt_ids], None
-
-    trl.GRPOTrainer._generate_single_turn = turn
+    """transformers generates until a kernel says that all sequences have ended; completions are these three tokens."""
+    trl.GRPOTrainer._generate_single_turn = lambda self, prompts, *args, **kwargs: ([[1, 2, 3] for _ in prompts], None)
 
 
 @after("manyrank.tools.doctor.ranks")
