@@ -1,10 +1,11 @@
 """The doctor's checks of one machine, of a recipe and of what ranks have measured. Real examinations: test_doctor.py."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +167,8 @@ def test_kinds_of_gpus(monkeypatch):
     check = machine.gpus(with_gpus(H100, H100), "13.0")[1]
     assert (check.state, check.seen) == (State.OK, "2 x H100, 80.0 GiB, compute 9.0")
     assert machine.gpus(with_gpus(H100, V100), "12.8")[1].state == State.WARNING
+    (kind,) = json.loads(json.dumps(asdict(check)))["figures"]["kinds"].items()  # as --json prints it
+    assert kind == (check.seen.removeprefix("2 x "), 2)
 
 
 def test_a_gpu_that_somebody_else_uses(monkeypatch):

@@ -154,10 +154,9 @@ def _kinds(visible: Sequence[Gpu]) -> Check:
     )
     seen = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if len(kinds) > 1:
-        return warning(
-            "GPUs", seen, "the slowest sets the pace: choose alike ones by CUDA_VISIBLE_DEVICES", kinds=kinds
-        )
-    return ok("GPUs", seen, kinds=kinds)
+        fix = "the slowest sets the pace: choose alike ones by CUDA_VISIBLE_DEVICES"
+        return warning("GPUs", seen, fix, kinds=dict(kinds))  # of a Counter asdict makes one that counts its items
+    return ok("GPUs", seen, kinds=dict(kinds))
 
 
 # Memory and disks
