@@ -4,7 +4,6 @@ Python imports this file first in every process of tests/fake_cuda/run.sh. Each 
 else is changed; keep the list short.
 """
 
-import contextlib
 import importlib.abc
 import importlib.util
 import os
@@ -145,26 +144,6 @@ def _least_memory(memory):
     import torch
 
     memory._least_memory = lambda accelerator: torch.cuda.mem_get_info(accelerator.device)[1]
-
-
-@after("trl.trainer.grpo_trainer")
-def _completions(trl):
-    """transformers generates until a kernel says that all sequences have ended; completions are these three tokens."""
-    trl.GRPOTrainer._generate_single_turn = lambda self, prompts, *args, **kwargs: ([[1, 2, 3] for _ in prompts], None)
-    trl.nanmin = trl.nanmax = lambda tensor: tensor.new_zeros(())  # of a metric, from what a kernel says is no NaN
-
-
-@after("manyrank.tools.doctor.ranks")
-def _exchange(ranks):
-    """The time of an all-reduce is the maximum over all ranks, and the doctor divides by it."""
-    exchange = ranks._exchange
-
-    def timed(size, device):
-        with contextlib.suppress(ZeroDivisionError):
-            exchange(size, device)
-        return {"bytes": size, "ranks": 2, "wrong": 0, "seconds": 1e-3, "bus_bandwidth": 1e12}
-
-    ranks._exchange = timed
 
 
 if os.environ.get("FAKECUDA"):

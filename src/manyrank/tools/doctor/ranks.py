@@ -254,17 +254,23 @@ def _exchange(size: int, device: torch.device) -> dict[str, Any]:
     pattern = torch.arange(size // 4, device=device, dtype=torch.float32) % 251
     values = pattern + dist.get_rank()
     dist.all_reduce(values)
-    wrong = torch.tensor(float(not torch.equal(values, count * pattern + count * (count - 1) / 2)), device=device)
-    dist.all_reduce(wrong)
+    wrong = sum(_of_all_ranks(not torch.equal(values, count * pattern + count * (count - 1) / 2)))
     values.zero_()
     for _ in range(REPEATS):
-        took = torch.tensor(_timed(values, device), device=device)
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-        least, end = min(least, took.item()), end - took.item()
+        took = max(_of_all_ranks(_timed(values, device)))
+        least, end = min(least, took), end - took
         if end < 0:  # on all ranks alike
             break
     bus = size / least * 2 * (count - 1) / count
-    return {"bytes": size, "ranks": count, "wrong": int(wrong.item()), "seconds": least, "bus_bandwidth": bus}
+    return {"bytes": size, "ranks": count, "wrong": wrong, "seconds": least, "bus_bandwidth": bus}
+
+
+def _of_all_ranks(value: object) -> list:
+    import torch.distributed as dist
+
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _timed(values: torch.Tensor, device: torch.device) -> float:
