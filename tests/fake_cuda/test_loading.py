@@ -1,6 +1,7 @@
 """Loading Llama-3.1-8B in shards on two stand-in GPUs: the peak against the plan's, of a checkpoint that is all holes."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -50,3 +51,30 @@ def test_peak(method, strategy, holes, tmp_path):
     loading, context = memory["loading"], memory["parts"]["context"]  # which is none of torch's allocator
     assert 0.75 < (loading["allocated_bytes"] + context) / loading["planned_bytes"] < 1.02
     assert run.facts()["base_bytes_here"][0] < 0.51 * run.facts()["base_bytes"]
+
+
+BUFFERS = """
+import os
+from transformers import TrainerCallback
+
+class Note(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        with open(os.environ["NOTES"], "a") as file:
+            print(*sorted({buffer.device.type for buffer in model.buffers()}), file=file)
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"), [("lora", "zero3"), ("qlora", "zero3"), ("lora", "fsdp"), ("qlora", "fsdp")]
+)
+def test_buffers_are_on_the_gpu(method, strategy, embedded_model, tmp_path):
+    """DeepSpeed moves no buffers of a model whose parameters are partitioned already."""
+    (tmp_path / "noting.py").write_text(BUFFERS)
+    paths = {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}", "NOTES": str(tmp_path / "notes")}
+    args = [f"--method={method}", f"--strategy={strategy}", "--nproc=2", "--max_steps=1", "--bf16=true"]
+    args += ["--sample_questions=[]", f"--quantized_cache={tmp_path / 'cache'}"] if method == "qlora" else []
+    for start in ("first", "second"):  # the second from the cache
+        run = launch(tmp_path / start, *args, "--callbacks=noting:Note", recipe="quickstart", **paths)
+        assert run.code == 0, run.stdout + run.stderr
+    assert set((tmp_path / "notes").read_text().split()) == {"cuda"}
+    assert ("the quantised base comes from" in run.stdout) == (method == "qlora")

@@ -153,6 +153,20 @@ CASES = [
     ("shards-of-one", {"strategy": "zero3", "nproc": 1}, {"strategy": "zero2"}),
     ("int8-in-shards", {"method": "int8", "strategy": "fsdp"}, {"method": "qlora"}),
     ("int8-in-shards", {"method": "int8", "strategy": "zero3"}, {"strategy": "zero2"}),
+    (
+        "qlora-with-quantised-weights",
+        {"method": "qlora", "strategy": "zero3", "json": {"zero_optimization.zero_quantized_weights": True}},
+        {"method": "lora"},
+    ),
+    (
+        "qlora-with-quantised-weights",
+        {
+            "method": "qlora",
+            "strategy": "zero3",
+            "json": {"zero_optimization.zero_quantized_nontrainable_weights": True},
+        },
+        {"json": {}},
+    ),
     ("float8-in-shards", {"method": "fp8", "strategy": "fsdp"}, {"method": "qlora"}),
     ("float8-in-shards", {"method": "fp8", "strategy": "zero3"}, {"strategy": "zero2"}),
     ("optimizer-in-shards", {"optim": "adamw_8bit", "strategy": "fsdp"}, {"strategy": "ddp"}),
@@ -263,6 +277,7 @@ CASES = [
     ("unusual-learning-rate", {"learning_rate": 2e-7}, {"method": "full"}),
     ("unused-options", {"method": "full", "lora_r": 64, "learning_rate": 1e-5}, {"method": "lora"}),
     ("unused-options", {"resume_changes": ["learning_rate"]}, {"resume_changes": []}),
+    ("unused-options", {"quantized_cache": "off"}, {"method": "qlora"}),
     ("unused-options", {"optim": "sgd", "adam_beta1": 0.8}, {"optim": "adamw_torch"}),
     ("unknown-tracker", {"report_to": "wandbb"}, {"report_to": "none"}),
     ("unknown-tracker", {"report_to": "wandb,nonsense"}, {"report_to": "wandb"}),

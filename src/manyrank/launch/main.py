@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from ..plan.planner import (
 from ..plan.view import summary
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
+from ..runs import run_folder
 from ..runs.heartbeats import HeartbeatWriter
 from ..runs.watchdog import Watchdog
 from ..topology import gpus
@@ -51,10 +53,16 @@ class ResolvedLaunch:
     def config(self) -> TrainConfig:
         return self.context.config
 
-    def with_half_micro_batch(self) -> ResolvedLaunch:
-        """The same with half the micro-batch, resuming what there is."""
+    def with_half_micro_batch(self, *, saved: bool) -> ResolvedLaunch:
+        """The same with half the micro-batch.
+
+        Args:
+            saved: whether the run has saved a checkpoint since its launch, to resume from; else it begins where it did.
+        """
         half = self.config.micro_batch // 2
-        line = _with(_with(self.line, MICRO_BATCH, str(half)), "resume_from_checkpoint", "auto")
+        line = _with(self.line, MICRO_BATCH, str(half))
+        if saved or not self.config.resume_from_checkpoint:
+            line = _with(line, "resume_from_checkpoint", "auto")
         context = replace(self.context, resolved=resolve(line.recipe, line.overrides))
         return replace(self, line=line, context=context)
 
@@ -93,9 +101,11 @@ def train(line: CommandLine) -> int:
     print(f"{resolved.summary()}\n{launch}", flush=True)
     if line.options.check:
         return 0
+    began = time.time()
     code = run_launch(launch, stay=resolved.retries)
     while code == EXIT_MEMORY and resolved.retries and resolved.config.micro_batch > 1:
-        resolved = resolved.with_half_micro_batch()
+        saved = any(checkpoint.stat().st_mtime > began for checkpoint in run_folder.checkpoints(Path(folder)))
+        resolved = resolved.with_half_micro_batch(saved=saved)
         print(f"trying again with micro-batch {resolved.config.micro_batch}", file=sys.stderr, flush=True)
         code = run_launch(_checked(resolved, folder), stay=True)
     return code

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +141,7 @@ def try_out(name: str, heads: Collection[Heads], device: torch.device) -> str | 
     """
     try:
         registry.activate_flash_attention_impl(name)
-        wrong = max(deviation(each, device) for each in heads)
+        wrong = _largest(deviation(each, device) for each in heads)
         why = f"its values or gradients are off by {wrong:.1e}" if not wrong <= ROUNDING else None
     except Exception as error:  # whatever a package raises: no kernel for such heads or GPUs, a library that is missing
         why = in_one_line(error)
@@ -168,7 +168,12 @@ def deviation(heads: Heads, device: torch.device) -> float:
     pairs = zip(
         (found, *torch.autograd.grad(found, given, dy)), (wanted, *torch.autograd.grad(wanted, exact, dy.float()))
     )
-    return max(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)
+    return _largest(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """The largest of some errors; NaN if one is, which `max` may pass over."""
+    return torch.tensor(list(errors)).max().item()
 
 
 def _mask(window: int | None, device: torch.device) -> torch.Tensor:

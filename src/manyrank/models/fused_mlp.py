@@ -88,7 +88,7 @@ def kernels(kind: str) -> Kernels:
     )
     try:
         wrong = deviation(compiled, torch.device(kind, torch.cuda.current_device()))
-        why = f"they are off by {wrong:.1e}" if wrong > ROUNDING else None
+        why = f"they are off by {wrong:.1e}" if not wrong <= ROUNDING else None  # NaN is neither
     except RuntimeError as error:  # no NVRTC, or one that does not know this GPU
         why = str(error).strip().splitlines()[0]
     if why:
@@ -104,7 +104,8 @@ def deviation(compiled: Kernels, device: torch.device) -> float:
     found = (compiled.forward(gate, up), *compiled.backward(dy, gate, up))
     exact = (OPERATIONS.forward(gate.float(), up.float()), *OPERATIONS.backward(dy.float(), gate.float(), up.float()))
     tiny = torch.finfo(torch.bfloat16).tiny  # below it bf16 rounds more coarsely
-    return max(((a.float() - b).abs() / b.abs().clamp_min(tiny)).max().item() for a, b in zip(found, exact))
+    each = [((a.float() - b).abs() / b.abs().clamp_min(tiny)).max() for a, b in zip(found, exact)]
+    return torch.stack(each).max().item()
 
 
 def fuse_mlps(model: torch.nn.Module) -> int:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -61,8 +62,8 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
     commit = getattr(load_config(plan.name, trust_remote_code=False), "_commit_hash", None)
     folder = (cache_folder() / "quantised" if where == AUTO else Path(where).expanduser()) / _name(plan, commit)
     ranks = _Ranks()
-    problem = run_folder.damage(folder, needed=["config.json"], every=ranks.count, first=ranks.index)
-    if not ranks.any(problem is not None):
+    problem = _damage(folder, every=ranks.count, first=ranks.index)
+    if not any(gather_object([problem is not None])):  # on all machines: one that quantises meets the others
         say(f"the quantised base comes from {folder}")
         model = base_model(replace(plan, name=str(folder)))
         model.name_or_path, model.config._commit_hash = plan.name, commit
@@ -76,12 +77,33 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
     return model
 
 
+def _obstacle(plan: LoadPlan) -> str | None:
+    """Say why a base is not cached."""
+    if plan.quantization != "nf4":
+        return "the base is not quantised by qlora"
+    if plan.share is None:
+        return "the strategy does not shard the base"
+    if plan.trust_remote_code:
+        return "the model has code of its own, which would have to come along"
+    return "the base is stored in 4 bits" if is_stored_in_4_bits(plan) else None
+
+
 def _name(plan: LoadPlan, commit: str | None) -> str:
     """Named after all that decides the bytes and the names of the tensors."""
     facts = [base_fingerprint(plan.name, commit), str(plan.compute_dtype), torch.device(plan.device_map[""]).type]
     facts += [version(name) for name in ("bitsandbytes", "transformers")]
+    if (base := Path(plan.name)).is_dir():  # the fingerprint looks at a piece of each file
+        files = sorted(base.glob("*.safetensors"))
+        facts += [str(base.resolve()), *(f"{file.name} {file.stat().st_mtime_ns}" for file in files)]
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     return f"{Path(plan.name).name}-{key}"
+
+
+def _damage(folder: Path, **part: int) -> str | None:
+    try:
+        return run_folder.damage(folder, needed=["config.json"], **part)
+    except OSError as error:  # somebody has just removed it
+        return f"{folder}: {error.strerror or error}"
 
 
 class _Ranks:
@@ -95,9 +117,6 @@ class _Ranks:
     def gather(self, value: object) -> list:
         """The values of this machine's ranks. All ranks of all machines together."""
         return [other for host, other in gather_object([(self.host, value)]) if host == self.host]
-
-    def any(self, flag: bool) -> bool:
-        return any(self.gather(flag))
 
 
 class _Recorder:
@@ -135,8 +154,10 @@ class _Recorder:
         """A cache that cannot be written is no reason to end the run."""
         try:
             yield
-        except OSError as error:
-            self.problem = f"{error.filename or self.partial}: {error.strerror or error}"
+        except (OSError, SafetensorError, ValueError) as error:  # ValueError: a config that transformers does not write
+            self.problem = (
+                f"{getattr(error, 'filename', None) or self.partial}: {getattr(error, 'strerror', None) or error}"
+            )
             self.piece = {}
 
     def _note(self, parent: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
@@ -167,7 +188,7 @@ class _Recorder:
 
     def _flush(self) -> None:
         """Write what is collected, if anything is."""
-        if not self.piece:
+        if not self.piece or self.problem:
             return
         with self._attempt():
             disk = shutil.disk_usage(self.partial)
@@ -180,8 +201,13 @@ class _Recorder:
 
     def finish(self, model: torch.nn.Module, say: Say) -> None:
         """Write the rest, and seal the folder once every rank of the machine is done."""
+        rest = _not_cut(model)
+        if new := sorted(
+            name for name, tensor in rest.items() if isinstance(tensor, torch.nn.Parameter) and tensor.ndim
+        ):
+            self.problem = self.problem or f"its files have no {new[0]}"
         if self.ranks.index == 0 and not self.problem:
-            self._collect(_not_cut(model))
+            self._collect(rest)
         self._flush()
         gathered = self.ranks.gather((self.problem, self.files))
         self.problem = next((problem for problem, _ in gathered if problem), None)
@@ -201,8 +227,11 @@ class _Recorder:
         index = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
         run_folder.write(self.partial / INDEX, json.dumps(index, indent=1))
         run_folder.write_manifest(self.partial)
-        if self.folder.exists():  # damaged, or of another run that was faster
-            shutil.rmtree(self.folder)
+        if self.folder.exists():
+            if _damage(self.folder) is None:  # of another run, or machine, that was faster
+                return
+            removed = self.folder.rename(f"{self.partial}{run_folder.REMOVED}")
+            shutil.rmtree(removed, ignore_errors=True)
         self.partial.rename(self.folder)
 
 

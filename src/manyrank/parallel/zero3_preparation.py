@@ -78,7 +78,9 @@ def partition(plugin: DeepSpeedPlugin, model: torch.nn.Module) -> None:
 
     zero = plugin.deepspeed_config["zero_optimization"]
     config = plugin.dschf.config | {"zero_optimization": {key: size for key, size in zero.items() if size != "auto"}}
-    FromParts(module=model, config_dict_or_path=config)
+    device = FromParts(module=model, config_dict_or_path=config).local_device
+    for buffer in model.buffers():  # DeepSpeed moves those of models that it partitions itself
+        buffer.data = buffer.data.to(device)
 
 
 def _make_leaves(model: torch.nn.Module, names: list[str]) -> None:

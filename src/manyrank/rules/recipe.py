@@ -40,6 +40,7 @@ OF_SFT = ("train_on_last_turn", "train_on_prompt", "train_on_opening", "lora_dro
 # Options, and what makes them count.
 DEPENDENT = (
     (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), lambda c: c.uses_lora, "method full"),
+    (("quantized_cache",), lambda c: c.method == "qlora", "another method than qlora"),
     (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda c: c.optim != "sgd", "optim sgd"),
     (
         ("metric_for_best_model", "greater_is_better"),

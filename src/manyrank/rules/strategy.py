@@ -47,6 +47,12 @@ def _precision(s: RunContext) -> str | None:
     return None
 
 
+def _quantised_twice(s: RunContext) -> str | None:
+    zero = s.files.part("zero_optimization")
+    keys = [key for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights") if is_on(zero.get(key))]
+    return f"method qlora with {keys[0]} in {s.files.deepspeed_file}" if keys and s.config.method == "qlora" else None
+
+
 def _name(s: RunContext) -> str:
     return "bf16" if s.bf16 else "float32"
 
@@ -194,6 +200,13 @@ SHARDING_RULES = (
         reason="FSDP and ZeRO-3 shard floating-point parameters; 8-bit weights are integers, with statistics beside them.",
         fix="use method qlora, or strategy ddp or zero2",
         upstream="https://github.com/huggingface/peft/issues/2833",
+    ),
+    error(
+        "qlora-with-quantised-weights",
+        ("method", "json:zero_optimization"),
+        _quantised_twice,
+        reason="DeepSpeed would round the bytes of the 4-bit base as if they were numbers.",
+        fix="take it out of the file",
     ),
     error(
         "float8-in-shards",

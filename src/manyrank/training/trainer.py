@@ -251,7 +251,7 @@ class Trainer:
         if self.has_own_callbacks and self.world > 1 and not self.agreed:
             flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
             requests = torch.tensor([float(getattr(self.control, flag)) for flag in flags], device=self.device)
-            vars(self.control).update(zip(flags, (self.engine.sum(requests) > 0).tolist()))
+            vars(self.control).update(zip(flags, [count > 0 for count in self.engine.sum(requests).tolist()]))
         self.agreed = True
         if self.control.should_epoch_stop:
             raise UserError("a callback ends the epoch early", where="callbacks", fix="use should_training_stop")
