@@ -102,3 +102,11 @@ def test_a_base_with_adapters_is_named_after_its_own_folder(embedded_model, tmp_
         plan = LoadPlan(str(embedded_model), TYPE, TYPE, "nf4", {"": CPU}, share)
         model = load_model(plan, config, read=lambda plan: cached_base(plan, where=str(tmp_path), say=print))
         assert model.peft_config["default"].base_model_name_or_path == str(embedded_model)
+
+
+def test_a_cache_that_cannot_be_used_is_said(embedded_model, tmp_path):
+    lines, plan = [], LoadPlan(str(embedded_model), TYPE, TYPE, "nf4", {"": CPU}, share=None)
+    cached_base(plan, where=str(tmp_path), say=lines.append)
+    assert lines == ["quantized_cache is not used: the strategy does not shard the base"] and not list(
+        tmp_path.iterdir()
+    )

@@ -54,10 +54,11 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
     Raises:
         UserError: see `base_model`.
     """
-    cached = where != OFF and plan.share and plan.quantization == "nf4"
-    if (
-        not cached or plan.trust_remote_code or is_stored_in_4_bits(plan)
-    ):  # the model's own code would have to come along
+    if where == OFF:
+        return base_model(plan)
+    if reason := _obstacle(plan):
+        if where != AUTO and plan.quantization == "nf4":  # of other methods the rules speak
+            say(f"quantized_cache is not used: {reason}")
         return base_model(plan)
     commit = getattr(load_config(plan.name, trust_remote_code=False), "_commit_hash", None)
     folder = (cache_folder() / "quantised" if where == AUTO else Path(where).expanduser()) / _name(plan, commit)
