@@ -53,16 +53,15 @@ def _quantised(s: RunContext, model: ModelFacts) -> str | None:
     return f"method {method}, and the weights of {model.name} are quantised already ({kind})"
 
 
-def _experts(s: RunContext, model: ModelFacts) -> str | None:
-    if s.config.method not in BITS or model.experts < 2:
-        return None
-    return f"method {s.config.method}, and {model.name} has {model.experts} experts"
+def _experts(*methods: str) -> Callable[[RunContext, ModelFacts], str | None]:
+    """Object to methods that convert linear layers alone, where most weights are those of experts."""
 
+    def problem(s: RunContext, model: ModelFacts) -> str | None:
+        if s.config.method not in methods or model.experts < 2:
+            return None
+        return f"method {s.config.method}, and {model.name} has {model.experts} experts"
 
-def _float8_experts(s: RunContext, model: ModelFacts) -> str | None:
-    if s.config.method != "fp8" or model.experts < 2:
-        return None
-    return f"method fp8, and {model.name} has {model.experts} experts"
+    return problem
 
 
 def _dropout_on_experts(s: RunContext, model: ModelFacts) -> str | None:
@@ -180,7 +179,7 @@ BASE_RULES = (
     warning(
         "experts-not-quantised",
         ("method", "model:config.json"),
-        _of_model(_experts),
+        _of_model(_experts(*BITS)),
         reason="transformers 5 keeps all experts of a layer in one parameter, and bitsandbytes quantises only linear "
         "layers: most of the model stays in 16 bits.",
         fix="plan for the memory of method lora, and shard it with fsdp or zero3",
@@ -189,7 +188,7 @@ BASE_RULES = (
     error(
         "experts-not-in-float8",
         ("method", "model:config.json"),
-        _of_model(_float8_experts),
+        _of_model(_experts("fp8")),
         reason="transformers 5 keeps all experts of a layer in one parameter, and only linear layers are put into float8: "
         "most of the model would stay in 16 bits, and what chooses the experts would be rounded.",
         fix="use method lora",
