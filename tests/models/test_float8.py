@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from small_models import adapted
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from manyrank.models.float8 import E4M3, Float8Linear, rows_to_float8, to_float8
@@ -19,16 +20,6 @@ def base(dtype=torch.bfloat16):
     sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
     return LlamaForCausalLM(config).to(dtype)
-
-
-def adapted(model, **options):
-    torch.manual_seed(0)
-    lora = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
-    model = get_peft_model(model, lora).train()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:

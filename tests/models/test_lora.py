@@ -4,23 +4,14 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from small_models import adapted
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from manyrank.models.lora import AdapterCasts, _Adapted, speed_up
 
 IDS = torch.arange(48).view(2, 24) % 200
-
-
-def adapted(base, **options):
-    torch.manual_seed(0)
-    lora = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
-    model = get_peft_model(base, lora).train()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 @pytest.fixture

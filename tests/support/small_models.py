@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from manyrank.config.args import parse
@@ -79,6 +80,17 @@ MODELS = {
 }
 LORA, FULL = ("--method=lora",), ("--method=full",)
 CHECKPOINTED = ("--gradient_checkpointing=full",)
+
+
+def adapted(model, **options):
+    """A model with peft's adapters of rank 4, whose values are not zero."""
+    torch.manual_seed(0)
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+    model = get_peft_model(model, lora).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
 
 
 def save_for_launch(model: PreTrainedModel, folder: Path, embedded_model: Path) -> None:
