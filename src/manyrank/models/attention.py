@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import UserError
-from . import flash, varlen
+from . import document_groups, flash, varlen
 from .model_facts import ATTENTION_LAYERS
 
 logger = logging.get_logger(__name__)
@@ -121,6 +121,9 @@ def _one_by_one(
     **options,
 ) -> torch.Tensor:
     lengths = bounds.diff().tolist() if lengths is None else list(lengths.tokens)
+    if _by_products(query, min(lengths), **options):
+        attention = partial(_document, **options)
+        return document_groups.attend(query, key, value, tuple(lengths), attention, longest=options["short"])
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
     parts = [_document(q, k, v, **options).transpose(1, 2) for q, k, v in documents]
     return torch.cat(parts, dim=1).contiguous()
@@ -146,12 +149,17 @@ def unpackable(what: str, config) -> UserError:
     )
 
 
-def _document(query, key, value, *, scaling, window, dropout, softcap, sinks, short) -> torch.Tensor:
-    tokens = query.shape[2]
-    plain = query.dtype == torch.bfloat16 and query.device.type == "cpu" and tokens <= short
-    if softcap or sinks is not None or (plain and not dropout):
-        options = {"scaling": scaling, "window": window, "softcap": softcap, "sinks": sinks, "dropout": dropout}
-        return _products(query, key, value, **options)
+def _by_products(query: torch.Tensor, tokens: int, *, dropout: float, short: int, **_) -> bool:
+    """Return whether plain products are faster than sdpa for a document of so many tokens."""
+    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and tokens <= short and not dropout
+
+
+def _document(query, key, value, **options) -> torch.Tensor:
+    """Attend inside documents of equal length, (documents, heads, length, head_dim)."""
+    tokens, window = query.shape[2], options["window"]
+    softcap, sinks, short = (options.pop(name) for name in ("softcap", "sinks", "short"))
+    if softcap or sinks is not None or _by_products(query, tokens, dropout=options["dropout"], short=short):
+        return _products(query, key, value, softcap=softcap, sinks=sinks, **options)
     mask = _allowed(tokens, window, query.device) if window is not None and tokens > window else None
     return F.scaled_dot_product_attention(
         query,
@@ -159,30 +167,37 @@ def _document(query, key, value, *, scaling, window, dropout, softcap, sinks, sh
         value,
         attn_mask=mask,
         is_causal=mask is None,
-        dropout_p=dropout,
-        scale=scaling,
+        dropout_p=options["dropout"],
+        scale=options["scaling"],
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
 def _products(query, key, value, *, scaling, window, softcap, sinks, dropout) -> torch.Tensor:
     """Plain products of matrices, the heads that share a key one below the other."""
-    _, heads, tokens, size = query.shape
+    documents, heads, tokens, size = query.shape
     groups, times = key.shape[1], heads // key.shape[1]
-    hidden = ~_allowed(tokens, window, query.device)
-    mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, -torch.inf).repeat(times, 1)
-    queries, keys = query.reshape(groups, times * tokens, size), key.squeeze(0).transpose(1, 2)
+    queries = query.reshape(documents * groups, times * tokens, size)
+    keys, values = (tensor.reshape(documents * groups, tokens, -1) for tensor in (key, value))
     scaling = size**-0.5 if scaling is None else scaling
     if softcap:
-        scores = torch.tanh(queries @ keys * (scaling / softcap)) * softcap + mask
-    else:
-        scores = torch.baddbmm(mask, queries, keys, alpha=scaling)
+        scores = torch.tanh(queries @ keys.mT * (scaling / softcap)) * softcap
+    else:  # with beta 0 the first says nothing
+        scores = torch.baddbmm(queries.new_zeros(1), queries, keys.mT, beta=0, alpha=scaling)
+    scores = scores.view(-1, tokens, tokens).add_(_mask(tokens, window, query))
+    scores = scores.view(documents * groups, times * tokens, tokens)
     if sinks is not None:  # one more column, whose share goes nowhere
-        column = sinks.to(scores.dtype).view(groups, times, 1, 1).expand(-1, -1, tokens, -1)
-        scores = torch.cat([scores, column.reshape(groups, times * tokens, 1)], dim=-1)
+        column = sinks.to(scores.dtype).view(1, groups, times, 1, 1).expand(documents, -1, -1, tokens, -1)
+        scores = torch.cat([scores, column.reshape(documents * groups, times * tokens, 1)], dim=-1)
     shares = scores.softmax(-1)[..., :tokens]
     shares = F.dropout(shares, dropout) if dropout else shares
-    return torch.bmm(shares, value.squeeze(0)).view(1, heads, tokens, -1)
+    return torch.bmm(shares, values).view(documents, heads, tokens, -1)
+
+
+def _mask(tokens: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Return what is added to scores, (tokens, tokens): -inf where a query does not see a key, else 0."""
+    mask = like.new_full((tokens, tokens), -torch.inf).triu_(1)
+    return mask if window is None else mask.add_(torch.full_like(mask, -torch.inf).tril_(-window))
 
 
 def _allowed(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -21,8 +21,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Bytes of logits in one chunk. On CPUs they should stay in the cache, also when other ranks share it.
+# Bytes of logits in one chunk, and of those that are in float32 at a time. On CPUs chunks should stay in the last cache,
+# also when other ranks share it, and blocks in that of a core.
 CHUNK = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+BLOCK = {"cpu": 2**19, "cuda": 256 * 2**20}
 
 
 class HeadLoss(torch.autograd.Function):
@@ -72,31 +74,49 @@ def _loss_and_gradients(hidden, weight, bias, targets, wanted):
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
-    size = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // (weight.shape[0] * hidden.element_size()))
+    size = _rows(CHUNK, len(weight), hidden.dtype, hidden.device)
+    block = _rows(BLOCK, len(weight), wide, hidden.device)
+    buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         part = hidden[rows]
-        logits = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
-        shares = torch.softmax(logits, -1)
-        at_target = torch.arange(len(part), device=part.device) * len(weight) + targets[rows]
-        plain = (logits.amax(-1) - shares.amax(-1).to(wide).log() - logits.take(at_target)).to(wide)
-        del logits
-        sure = shares.take(at_target) > 0.5
-        # In 16 bits a share near one is so coarse that a small loss, and its gradient, would drown: the sum of the
-        # other shares tells it well.
-        others = shares.view(-1).index_fill_(0, at_target, 0).view_as(shares).sum(-1)
-        loss += torch.where(sure, -torch.log1p(-others.to(wide)), plain).sum()
-        if not any(wanted):
-            continue
-        gradient = shares.view(-1).index_copy_(0, at_target, -others).view_as(shares)
+        logits = buffer[: len(part)]
+        if bias is None:
+            torch.mm(part, weight.T, out=logits)
+        else:
+            torch.addmm(bias, part, weight.T, out=logits)
+        loss += _cross_entropy(logits, targets[rows], block, overwrite=any(wanted))
         if wanted[0]:
-            torch.mm(gradient, weight, out=of_hidden[rows])
+            torch.mm(logits, weight, out=of_hidden[rows])
         if wanted[1]:
-            of_weight += gradient.T @ part
+            of_weight += logits.T @ part
         if wanted[2]:
-            of_bias += gradient.sum(0, dtype=wide)
-        del shares, gradient  # before the next chunk's logits are made
+            of_bias += logits.sum(0, dtype=wide)
     return loss, of_hidden, of_weight, of_bias
+
+
+def _rows(limits: dict[str, int], vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many tokens' logits a limit in bytes holds, at least one."""
+    return max(1, limits.get(device.type, limits["cuda"]) // (vocabulary * dtype.itemsize))
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, block: int, *, overwrite: bool) -> torch.Tensor:
+    """Return the sum of the cross-entropies of logits (n, vocabulary), at least in float32.
+
+    Args:
+        block: tokens at a time.
+        overwrite: leave the gradient, softmax - one_hot, in place of the logits.
+    """
+    places = targets[:, None]
+    of_targets = torch.empty_like(places, dtype=torch.promote_types(logits.dtype, torch.float32))
+    for some, place, of_target in zip(*(tensor.split(block) for tensor in (logits, places, of_targets))):
+        log_shares = torch.log_softmax(some, -1, dtype=of_target.dtype)
+        torch.gather(log_shares, 1, place, out=of_target)
+        if overwrite:
+            some.copy_(log_shares.exp_())
+    if overwrite:
+        logits.scatter_(1, places, of_targets.expm1().to(logits.dtype))
+    return -of_targets.sum()
 
 
 class FusedHead:
