@@ -1,8 +1,8 @@
 """Time, memory and bytes of loading a base on two processes: whole, in shards, and from the cache of a quantised base.
 
-    python benchmarks/load_model.py [--layers 16] [--folder FOLDER]
+    python benchmarks/load_model.py [--model llama-3.1-8b] [--layers 16] [--only CASE,...] [--folder FOLDER]
 
-The model has the widths of Llama-3.2-1B and random weights in bf16. Before each load the files leave the page cache. Two processes load at the same time, with one thread each.
+The model has the shape of Llama-3.2-1B, or of another name of the catalog, and random weights in bf16. Before each load the files leave the page cache. Two processes load at the same time, with one thread each.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -18,26 +19,30 @@ import time
 from functools import partial
 from pathlib import Path
 
+from manyrank.models.catalog import known
+
 RANKS = 2
 CASES = ("lora whole", "lora fsdp", "lora zero3", "qlora whole", "qlora fsdp", "qlora fsdp again", "qlora zero3 again")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--model", choices=known(), default="llama-3.2-1b", metavar="NAME", help="a name of the catalog")
+    parser.add_argument("--layers", type=int, help="another number of them")
     parser.add_argument("--folder", type=Path, help="keep the model and the cache here")
+    parser.add_argument("--only", default=",".join(CASES), help="%(default)s")
     args = parser.parse_args()
     if "RANK" in os.environ:
         return measure(args.folder)
     with tempfile.TemporaryDirectory() as own:
         folder = args.folder or Path(own)
-        make(folder / "model", args.layers)
+        make(folder / "model", args.model, args.layers)
         size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         print(f"{size / 2**30:.2f} GiB of weights, {RANKS} processes; of each process:\n")
         print(
             "| load | seconds | GiB of files touched | peak GiB of its own memory | GiB held |\n|---|---|---|---|---|"
         )
-        for case in CASES:
+        for case in args.only.split(","):
             for file in folder.glob("*/*.safetensors"):
                 forget(file)
             ranks = [start(folder, case, rank) for rank in range(RANKS)]
@@ -60,23 +65,31 @@ def forget(file: Path) -> None:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def make(folder: Path, layers: int) -> None:
-    """Write a model of random weights, tensor by tensor alike."""
+def make(folder: Path, name: str, layers: int | None) -> None:
+    """Write a model of random weights, tensor by tensor: it need not fit into memory."""
     if (folder / "config.json").exists():
         return
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8)
-    config = LlamaConfig(
-        **shape, num_hidden_layers=layers, vocab_size=128256, tie_word_embeddings=False, dtype="bfloat16"
-    )
+    shape = known()[name] | ({"num_hidden_layers": layers} if layers else {})
+    config = AutoConfig.for_model(**shape, dtype="bfloat16")
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    entries, at = {"__metadata__": {"format": "pt"}}, 0
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys}
+    for key, tensor in tensors.items():
+        entries[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    header = json.dumps(entries).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor in tensors.values():
+            values = torch.empty_like(tensor, device="cpu").normal_(std=0.02)
+            file.write(values.view(torch.uint8).numpy().data)
+    config.save_pretrained(folder)
 
 
 def measure(folder: Path) -> None:

@@ -1,14 +1,16 @@
-"""Loading Llama-3.1-8B in shards on two stand-in GPUs: the peak against the plan's, of a checkpoint that is all holes."""
+"""Llama-3.1 of 8B and 70B in shards on stand-in GPUs: the peak while loading against the plan's, of checkpoints that are all holes."""
 
+import functools
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import init_empty_weights
-from launches import launch
+from launches import Run, launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from manyrank.models.catalog import known
@@ -17,24 +19,36 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(scope="module")
-def holes(embedded_model, tmp_path_factory) -> Path:
-    """A folder of the model whose weights take no room on the disk."""
-    folder = tmp_path_factory.mktemp("llama")
-    config = AutoConfig.for_model(**known()["llama-3.1-8b"], dtype="bfloat16")
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(embedded_model).save_pretrained(folder)
-    entries, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in model.state_dict().items():
-        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
-    header = json.dumps(entries).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + at)
-    return folder
+def holes(embedded_model, tmp_path_factory) -> Callable[[str], Path]:
+    """Folders of models, by name, whose weights take no room on the disk."""
+
+    @functools.cache
+    def folder_of(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("holes")
+        config = AutoConfig.for_model(**known()[name], dtype="bfloat16")
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(embedded_model).save_pretrained(folder)
+        entries, at = {"__metadata__": {"format": "pt"}}, 0
+        for key, tensor in model.state_dict().items():
+            entries[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+            at += tensor.nbytes
+        header = json.dumps(entries).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + at)
+        return folder
+
+    return folder_of
+
+
+def measured_to_planned(run: Run) -> float:
+    """Divide the peak of a GPU while loading by the plan's."""
+    memory = json.loads((run.folder / "logs" / "memory.json").read_text())
+    loading, context = memory["loading"], memory["parts"]["context"]  # which is none of torch's allocator
+    return (loading["allocated_bytes"] + context) / loading["planned_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -42,15 +56,31 @@ def holes(embedded_model, tmp_path_factory) -> Path:
     [("qlora", "fsdp"), ("qlora", "zero3"), ("lora", "fsdp"), ("lora", "zero3")],
 )
 def test_peak(method, strategy, holes, tmp_path):
-    args = [f"--model={holes}", f"--method={method}", f"--strategy={strategy}", "--nproc=2", "--max_steps=1"]
+    args = [
+        f"--model={holes('llama-3.1-8b')}",
+        f"--method={method}",
+        f"--strategy={strategy}",
+        "--nproc=2",
+        "--max_steps=1",
+    ]
     args += ["--bf16=true", "--sample_questions=[]", "--quantized_cache=off", "--learning_rate=1e-5"]
     run = launch(tmp_path / "run", *args, recipe="quickstart")
     assert run.code == 0, run.stdout + run.stderr
-    memory = json.loads((run.folder / "logs" / "memory.json").read_text())
-    print(method, strategy, json.dumps(memory))
-    loading, context = memory["loading"], memory["parts"]["context"]  # which is none of torch's allocator
-    assert 0.75 < (loading["allocated_bytes"] + context) / loading["planned_bytes"] < 1.02
+    assert 0.75 < measured_to_planned(run) < 1.02
     assert run.facts()["base_bytes_here"][0] < 0.51 * run.facts()["base_bytes"]
+
+
+@pytest.mark.parametrize(("cards", "strategy"), [(2, "fsdp_offload"), (4, "fsdp"), (8, "fsdp")])
+def test_70b_on_cards_of_24_gib(cards, strategy, holes, tmp_path):
+    args = [f"--model={holes('llama-3.1-70b')}", "--method=qlora", f"--strategy={strategy}", f"--nproc={cards}"]
+    args += ["--max_steps=1", "--bf16=true", "--sample_questions=[]", "--quantized_cache=off"]
+    here = {"FAKECUDA_DEVICES": str(cards), "FAKECUDA_NAME": "NVIDIA GeForce RTX 4090", "FAKECUDA_CAPABILITY": "89"}
+    here |= {"FAKECUDA_MEMORY_MIB": "24210"}
+    run = launch(tmp_path / "run", *args, recipe="quickstart", cold=True, **here)
+    assert run.code == 0, run.stdout + run.stderr
+    print(cards, strategy, (run.folder / "logs" / "memory.json").read_text())
+    assert 0.75 < measured_to_planned(run) < 1.02
+    assert run.facts()["base_bytes_here"][0] < 1.02 / cards * run.facts()["base_bytes"]
 
 
 BUFFERS = """
