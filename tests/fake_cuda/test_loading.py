@@ -18,6 +18,21 @@ from manyrank.models.catalog import known
 pytestmark = pytest.mark.cuda
 
 
+FILE = 5 * 2**30  # bytes
+
+
+def write_holes(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file that takes no room on the disk: a header, and a length."""
+    entries, at = {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in tensors.items():
+        entries[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    header = json.dumps(entries).encode()
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + at)
+
+
 @pytest.fixture(scope="module")
 def holes(embedded_model, tmp_path_factory) -> Callable[[str], Path]:
     """Folders of models, by name, whose weights take no room on the disk."""
@@ -31,14 +46,16 @@ def holes(embedded_model, tmp_path_factory) -> Callable[[str], Path]:
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
         AutoTokenizer.from_pretrained(embedded_model).save_pretrained(folder)
-        entries, at = {"__metadata__": {"format": "pt"}}, 0
+        files, room = [], 0
         for key, tensor in model.state_dict().items():
-            entries[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-            at += tensor.nbytes
-        header = json.dumps(entries).encode()
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
-            file.truncate(8 + len(header) + at)
+            if tensor.nbytes > room:
+                files, room = [*files, {}], FILE
+            files[-1][key], room = tensor, room - tensor.nbytes
+        names = [f"model-{number}.safetensors" for number in range(len(files))]
+        for file, tensors in zip(names, files):
+            write_holes(folder / file, tensors)
+        places = {key: file for file, tensors in zip(names, files) for key in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
         return folder
 
     return folder_of
@@ -70,15 +87,20 @@ def test_peak(method, strategy, holes, tmp_path):
     assert run.facts()["base_bytes_here"][0] < 0.51 * run.facts()["base_bytes"]
 
 
-@pytest.mark.parametrize(("cards", "strategy"), [(2, "fsdp_offload"), (4, "fsdp"), (8, "fsdp")])
-def test_70b_on_cards_of_24_gib(cards, strategy, holes, tmp_path):
-    args = [f"--model={holes('llama-3.1-70b')}", "--method=qlora", f"--strategy={strategy}", f"--nproc={cards}"]
-    args += ["--max_steps=1", "--bf16=true", "--sample_questions=[]", "--quantized_cache=off"]
-    here = {"FAKECUDA_DEVICES": str(cards), "FAKECUDA_NAME": "NVIDIA GeForce RTX 4090", "FAKECUDA_CAPABILITY": "89"}
-    here |= {"FAKECUDA_MEMORY_MIB": "24210"}
+# Eight ranks take 26 GiB of host memory here.
+@pytest.mark.parametrize(("cards", "name", "mib"), [(2, "RTX A6000", 48 * 1024), (4, "GeForce RTX 4090", 24 * 1024)])
+def test_70b(cards, name, mib, holes, tmp_path):
+    args = [f"--model={holes('llama-3.1-70b')}", "--method=qlora", "--strategy=fsdp", f"--nproc={cards}"]
+    args += [
+        "--max_steps=1",
+        "--bf16=true",
+        "--sample_questions=[]",
+        "--quantized_cache=off",
+        "--per_device_train_batch_size=1",
+    ]
+    here = {"FAKECUDA_DEVICES": str(cards), "FAKECUDA_NAME": f"NVIDIA {name}", "FAKECUDA_MEMORY_MIB": str(mib)}
     run = launch(tmp_path / "run", *args, recipe="quickstart", cold=True, **here)
     assert run.code == 0, run.stdout + run.stderr
-    print(cards, strategy, (run.folder / "logs" / "memory.json").read_text())
     assert 0.75 < measured_to_planned(run) < 1.02
     assert run.facts()["base_bytes_here"][0] < 1.02 / cards * run.facts()["base_bytes"]
 

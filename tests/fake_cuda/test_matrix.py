@@ -13,9 +13,14 @@ from manyrank.tools.verify import WRAPPERS
 from manyrank.topology.strategies import STRATEGIES, EngineKind, Strategy
 
 pytestmark = pytest.mark.cuda
-METHODS = ("lora", "qlora", "int8", "full")
+METHODS = ("lora", "qlora", "int8", "fp8", "full")
 # What the rules refuse: 8-bit weights in shards.
-REFUSED = {("int8", name) for name, strategy in STRATEGIES.items() if "parameters" in strategy.shards}
+REFUSED = {
+    (method, name)
+    for method in ("int8", "fp8")
+    for name, strategy in STRATEGIES.items()
+    if "parameters" in strategy.shards
+}
 CASES = [(method, name) for method in METHODS for name in STRATEGIES]
 
 
@@ -23,11 +28,11 @@ def ranks(strategy: Strategy) -> int:
     return 1 if strategy.engine is EngineKind.SINGLE else 4 if strategy.replicas else 2
 
 
-def train(folder, method: str, strategy: Strategy, *more: str) -> Run:
-    """Four steps with validation, checkpoints and sample questions, in bf16."""
+def train(folder, method: str, strategy: Strategy, *more: str, bf16: bool = True) -> Run:
+    """Four steps with validation, checkpoints and sample questions."""
     nproc = ranks(strategy)
     args = [f"--method={method}", f"--strategy={strategy}", f"--nproc={nproc}", "--max_steps=4", "--warmup_steps=1"]
-    args += ["--eval_steps=2", "--save_steps=2", "--bf16=true", "--sample_max_new_tokens=3"]
+    args += ["--eval_steps=2", "--save_steps=2", f"--bf16={bf16}", "--sample_max_new_tokens=3"]
     args += ["--hsdp_shard_size=2"] if strategy.replicas else []
     return launch(folder, *args, *more, recipe="quickstart")
 
@@ -62,3 +67,11 @@ def test_run_and_resume(method, name, embedded_model, tmp_path):
     assert resumed.code == 0, resumed.stdout + resumed.stderr
     assert len(resumed.metrics("loss")) == 2
     assert tensors(resumed.folder / "final_model", method) == saved
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp", "zero2", "zero3"])
+def test_float32(name, embedded_model, tmp_path):
+    run = train(tmp_path / "run", "lora", STRATEGIES[name], bf16=False)
+    assert run.code == 0, run.stdout + run.stderr
+    assert "FAKECUDA refused" not in run.stderr and "FAKENCCL" not in run.stderr
+    assert run.facts()["precision"] == "no" and len(run.metrics("loss")) == 4
