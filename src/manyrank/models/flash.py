@@ -75,12 +75,12 @@ def chosen_here() -> str | None:
 
 def _installed() -> set[str]:
     """By the names of packages: flash-attn (2) brings a folder flash_attn/cute, too."""
-    found = set()
+    names = set()
     for package in PACKAGES.values():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version(package)
-            found.add(package)
-    return found
+            names.add(package)
+    return names
 
 
 def use_for(config: PreTrainedConfig) -> None:
@@ -158,15 +158,15 @@ def deviation(heads: Heads, device: torch.device) -> float:
     random, tokens = torch.Generator().manual_seed(0), sum(DOCUMENTS)
     window = heads.window and min(heads.window, WINDOW)
     shapes = [(1, number, tokens, heads.query_width) for number in (2 * heads.share, 2, 2)]
-    given = [torch.randn(shape, generator=random).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
-    exact = [tensor.detach().float().requires_grad_() for tensor in given]
+    inputs = [torch.randn(shape, generator=random).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
+    copies = [tensor.detach().float().requires_grad_() for tensor in inputs]
     bounds = torch.tensor([0, *itertools.accumulate(DOCUMENTS)], dtype=torch.int32, device=device)
-    found = varlen.attend(*given, bounds, max(DOCUMENTS), scaling=None, window=window)
+    y = varlen.attend(*inputs, bounds, max(DOCUMENTS), scaling=None, window=window)
     grouped = {"attn_mask": _mask(window, device), "enable_gqa": heads.share > 1}
-    wanted = F.scaled_dot_product_attention(*exact, **grouped).transpose(1, 2)
-    dy = torch.randn(found.shape, generator=random).to(device, torch.bfloat16)
+    reference = F.scaled_dot_product_attention(*copies, **grouped).transpose(1, 2)
+    dy = torch.randn(y.shape, generator=random).to(device, torch.bfloat16)
     pairs = zip(
-        (found, *torch.autograd.grad(found, given, dy)), (wanted, *torch.autograd.grad(wanted, exact, dy.float()))
+        (y, *torch.autograd.grad(y, inputs, dy)), (reference, *torch.autograd.grad(reference, copies, dy.float()))
     )
     return _largest(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)
 

@@ -101,10 +101,13 @@ def deviation(compiled: Kernels, device: torch.device) -> float:
     """The largest difference of kernels in bf16 from float32, relative to the values, of the product and both gradients."""
     values = torch.linspace(-30, 30, ROWS * WIDTH, device=device).view(ROWS, WIDTH)
     dy, gate, up = (tensor.bfloat16() for tensor in (values.sin(), values, values.cos() * 3))
-    found = (compiled.forward(gate, up), *compiled.backward(dy, gate, up))
-    exact = (OPERATIONS.forward(gate.float(), up.float()), *OPERATIONS.backward(dy.float(), gate.float(), up.float()))
+    outputs = (compiled.forward(gate, up), *compiled.backward(dy, gate, up))
+    references = (
+        OPERATIONS.forward(gate.float(), up.float()),
+        *OPERATIONS.backward(dy.float(), gate.float(), up.float()),
+    )
     tiny = torch.finfo(torch.bfloat16).tiny  # below it bf16 rounds more coarsely
-    each = [((a.float() - b).abs() / b.abs().clamp_min(tiny)).max() for a, b in zip(found, exact)]
+    each = [((a.float() - b).abs() / b.abs().clamp_min(tiny)).max() for a, b in zip(outputs, references)]
     return torch.stack(each).max().item()
 
 

@@ -185,10 +185,10 @@ def _batches(order: list[int], prompts, room: list[int], size: int, context: int
         yield rows
 
 
-def _room(model, prompts: Sequence[Sequence[int]], numbers: Sequence[int], wanted: int) -> list[int]:
-    """The most tokens of each answer."""
+def _room(model, prompts: Sequence[Sequence[int]], numbers: Sequence[int], limit: int) -> list[int]:
+    """The most tokens of each answer, at most `limit`."""
     context = context_length(model.config)
-    room = [min(wanted, context - len(prompt)) if context else wanted for prompt in prompts]
+    room = [min(limit, context - len(prompt)) if context else limit for prompt in prompts]
     for prompt, number, left in zip(prompts, numbers, room):
         if not len(prompt):
             raise UserError("the prompt is empty", where=f"row {number}", fix="give a prompt")

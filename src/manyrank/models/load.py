@@ -245,8 +245,8 @@ def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool, say: Say 
     if config.method == "fp8":
         fix = "name the model in model_name_or_path alone, or use method: lora"
         raise UserError("method fp8 with a model in memory, whose weights it would replace", where="model", fix=fix)
-    quantised, wanted = bool(getattr(model, "is_quantized", False)), config.method in ("qlora", "int8")
-    if quantised != wanted:
+    quantised = bool(getattr(model, "is_quantized", False))
+    if quantised != (config.method in ("qlora", "int8")):
         what = f"method {config.method} with a model that is {'' if quantised else 'not '}quantised"
         raise UserError(what, where="model", fix="load it with that method's quantization_config, or change the method")
     if quantised:
@@ -306,16 +306,16 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> None:
         raise UserError(what, where=str(folder), fix="give the base that it was trained on") from None
 
 
-def _checkpoint_layers(model: torch.nn.Module, wanted: int | str) -> None:
-    if wanted in ("auto", "off", 0):  # auto was settled before, where there is a plan (see `training.memory`)
+def _checkpoint_layers(model: torch.nn.Module, checkpointing: int | str) -> None:
+    if checkpointing in ("auto", "off", 0):  # auto was settled before, where there is a plan (see `training.memory`)
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layers = _layers(model)
-    if isinstance(wanted, int):
-        if wanted > len(layers):
+    if isinstance(checkpointing, int):
+        if checkpointing > len(layers):
             fix = f"the model has {len(layers)} layers"
-            raise UserError(f"{wanted} layers to recompute", where="gradient_checkpointing", fix=fix)
-        for layer in layers[wanted:]:
+            raise UserError(f"{checkpointing} layers to recompute", where="gradient_checkpointing", fix=fix)
+        for layer in layers[checkpointing:]:
             layer.gradient_checkpointing = False
 
 

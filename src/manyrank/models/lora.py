@@ -150,17 +150,17 @@ def _forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     (name,) = layer.active_adapters
     base = layer.get_base_layer()
     kind, shape, whole = x.device.type, x.shape, _is_plain(base)
-    given = None if whole else base(x).flatten(0, -2)
-    dtype = given.dtype if given is not None else x.dtype
+    y_base = None if whole else base(x).flatten(0, -2)
+    dtype = y_base.dtype if y_base is not None else x.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    x, given = x.flatten(0, -2).to(dtype), _cast(given, dtype)
+    x, y_base = x.flatten(0, -2).to(dtype), _cast(y_base, dtype)
     dropout = layer.lora_dropout[name]
     dropped = dropout(x) if layer.training and getattr(dropout, "p", 0) else None
     weight, bias = (_cast(base.weight, dtype), _cast(base.bias, dtype)) if whole else (None, None)
     with torch.autocast(kind, enabled=False):
         adapter = (*_adapter(layer), _casts(layer, dtype))
-        y = _Adapted.apply(x, dropped, weight, bias, given, *adapter, layer.scaling[name])
+        y = _Adapted.apply(x, dropped, weight, bias, y_base, *adapter, layer.scaling[name])
     return y.unflatten(0, shape[:-1])
 
 
