@@ -1,11 +1,14 @@
 """Loading in shards: the parts of all ranks are the whole model, and no rank holds more than its own."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
 from manyrank.config.resolve import Setting, resolve
 from manyrank.models.load import LoadPlan, load_model
+from manyrank.models.quantised_cache import cached_base
 from manyrank.models.shards import Share, take_parts
 
 CPU = torch.device("cpu")
@@ -87,6 +90,24 @@ def test_a_base_that_is_stored_in_4_bits_is_not_quantised_again(embedded_model, 
     taken = [take_parts(loaded(stored_in_4_bits, "qlora", share)) for share in shares(2)]
     for name in taken[0]:
         assert same_bits(torch.cat([parts[name] for parts in taken]), whole[name].data), name
+
+
+@pytest.mark.parametrize("where", ["off", "cache"])
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "quantised"])
+def test_the_config_of_a_4_bit_base_is_read_once(
+    embedded_model, stored_in_4_bits, stored, where, tmp_path, monkeypatch
+):
+    """Each read of a hub name asks the hub."""
+    folder, read, files = stored_in_4_bits if stored else embedded_model, PreTrainedConfig._dict_from_json_file, []
+
+    def noted(file):
+        files.append(Path(file))
+        return read(file)
+
+    monkeypatch.setattr(PreTrainedConfig, "_dict_from_json_file", noted)
+    plan = LoadPlan(str(folder), TYPE, TYPE, "nf4", {"": CPU}, shares(2)[0])
+    model = cached_base(plan, where="off" if where == "off" else str(tmp_path), say=lambda line: None)
+    assert model.config.quantization_config is not None and files == [folder / "config.json"]
 
 
 def test_a_rank_holds_its_parts_and_no_more(embedded_model):

@@ -323,11 +323,16 @@ def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def base_model(plan: LoadPlan) -> torch.nn.Module:
-    """The base model as a plan has it."""
-    options = {"dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
-    with loading(plan.name):
-        stored = plan.quantization == "nf4" and is_stored_in_4_bits(plan)
+def base_model(plan: LoadPlan, config: PreTrainedConfig | None = None) -> torch.nn.Module:
+    """The base model as a plan has it.
+
+    Args:
+        config: the model's; it is read where nobody has read it.
+    """
+    if plan.quantization == "nf4":
+        config = config or load_config(plan.name, trust_remote_code=plan.trust_remote_code)
+    options = {"config": config, "dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
+    stored = plan.quantization == "nf4" and is_stored_in_4_bits(config)
     if plan.quantization in ("nf4", "int8") and not stored:
         options["quantization_config"] = _quantization(plan)
     if plan.device_map and plan.quantization != "float8":  # a matrix at a time goes there
@@ -360,9 +365,9 @@ def _quantization(plan: LoadPlan) -> BitsAndBytesConfig:
     )
 
 
-def is_stored_in_4_bits(plan: LoadPlan) -> bool:
+def is_stored_in_4_bits(config: PreTrainedConfig) -> bool:
     """Return whether a base has been quantised already, by bitsandbytes."""
-    quantised = getattr(load_config(plan.name, trust_remote_code=plan.trust_remote_code), "quantization_config", None)
+    quantised = getattr(config, "quantization_config", None)
     return bool(quantised) and bool(quantised.get("load_in_4bit"))
 
 

@@ -31,6 +31,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from transformers import PreTrainedConfig
 
 from ..project_files import cache_folder
 from ..runs import run_folder
@@ -54,13 +55,14 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
     Raises:
         UserError: see `base_model`.
     """
-    if where == OFF:
+    if where == OFF or plan.quantization != "nf4":  # of other methods the rules speak
         return base_model(plan)
-    if reason := _obstacle(plan):
-        if where != AUTO and plan.quantization == "nf4":  # of other methods the rules speak
+    config = load_config(plan.name, trust_remote_code=plan.trust_remote_code)
+    if reason := _obstacle(plan, config):
+        if where != AUTO:
             say(f"quantized_cache is not used: {reason}")
-        return base_model(plan)
-    commit = getattr(load_config(plan.name, trust_remote_code=False), "_commit_hash", None)
+        return base_model(plan, config)
+    commit = getattr(config, "_commit_hash", None)
     folder = (cache_folder() / "quantised" if where == AUTO else Path(where).expanduser()) / _name(plan, commit)
     ranks = _Ranks()
     problem = _damage(folder, every=ranks.count, first=ranks.index)
@@ -73,20 +75,18 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
         print(f"{problem}: the base is quantised again", flush=True)
     recorder = _Recorder(folder, ranks, token=broadcast_object_list([f"{os.getpid()}-{time.time_ns()}"])[0])
     with recorder.recording():
-        model = base_model(plan)
+        model = base_model(plan, config)
     recorder.finish(model, say)
     return model
 
 
-def _obstacle(plan: LoadPlan) -> str | None:
+def _obstacle(plan: LoadPlan, config: PreTrainedConfig) -> str | None:
     """Say why a base is not cached."""
-    if plan.quantization != "nf4":
-        return "the base is not quantised by qlora"
     if plan.share is None:
         return "the strategy does not shard the base"
     if plan.trust_remote_code:
         return "the model has code of its own, which would have to come along"
-    return "the base is stored in 4 bits" if is_stored_in_4_bits(plan) else None
+    return "the base is stored in 4 bits" if is_stored_in_4_bits(config) else None
 
 
 def _name(plan: LoadPlan, commit: str | None) -> str:
