@@ -10,6 +10,8 @@ import hosts
 import pytest
 from launches import Run, launch
 
+from manyrank.runs import run_folder
+
 pytestmark = [pytest.mark.hosts, pytest.mark.skipif(bool(hosts.available()), reason=str(hosts.available()))]
 STEPS = 14
 SLOWLY = """
@@ -85,6 +87,27 @@ def test_hsdp_has_a_copy_of_the_model_on_each_host(via, pair, whole_run, tmp_pat
     run = Run(0, "", "", folder)
     assert run.facts()["mesh"] == [2, 2] and max(run.facts()["base_bytes_here"]) == run.facts()["base_bytes"] / 2
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared disk", "own disks"])
+def test_hosts_write_one_quantised_cache_to_a_disk(shared, pair, embedded_model, tmp_path):
+    caches = [tmp_path / ("cache" if shared else f"cache-{host.number}") for host in pair]
+    args = ("--strategy=fsdp", "--method=qlora", f"--model_name_or_path={embedded_model}", "--max_steps=2")
+    runs = []
+    for start in ("first", "second"):
+        runs.append(Run(0, "", "", tmp_path / start))
+        own = [{"MANYRANK_CACHE": str(cache)} for cache in caches]
+        running = [host.train(*args, f"--output_dir={tmp_path / start}", **env) for host, env in zip(pair, own)]
+        (code, said), (other_code, other_said) = map(finished, running)
+        assert code == other_code == 0, said + other_said
+        assert f"the quantised base {'is cached in' if start == 'first' else 'comes from'} {caches[0]}" in said
+        for cache in caches:
+            (folder,) = (cache / "quantised").iterdir()
+            index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+            names = {f"model-{writer:03d}-000.safetensors" for writer in range(2 if shared else 1)}
+            assert set(index.values()) == names == {file.name for file in folder.glob("*.safetensors")}
+            assert len(index) > 4 * 7 and run_folder.damage(folder, needed=["config.json", *names]) is None
+    assert runs[0].metrics() == pytest.approx(runs[1].metrics(), abs=1e-5)
 
 
 def test_a_host_that_dies_and_comes_back(pair, slow, long_run, tmp_path):

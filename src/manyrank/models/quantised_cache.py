@@ -1,10 +1,12 @@
 """A quantised base on disk, made once: the next start quantises nothing, and a rank reads its part alone.
 
-    CACHE/NAME-KEY/             config.json, model-RANK-PIECE.safetensors, their index, manifest.json
-    CACHE/NAME-KEY-HOST.partial/    being written
+    CACHE/NAME-KEY/                 config.json, model-WRITER-PIECE.safetensors, their index, manifest.json
+    CACHE/NAME-KEY-START.partial/       a mark of each rank that reaches this disk
+    CACHE/NAME-KEY-START-RANK.partial/  being written by the ranks whose marks are there
 
 The folder is a model as bitsandbytes and transformers store it in 4 bits. While a start quantises (models/shards.py), the
-ranks of a machine write every n-th tensor each; when all are there, the folder is sealed like a checkpoint and gets its name.
+ranks that share a disk, of one machine or of many, write every n-th tensor each; when all are there, the folder is sealed
+like a checkpoint and gets its name. Machines with disks of their own have a cache each.
 Before it is used, the ranks of a machine share the work of comparing its files with their hashes.
 """
 
@@ -24,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -64,8 +67,8 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
         return base_model(plan, config)
     commit = getattr(config, "_commit_hash", None)
     folder = (cache_folder() / "quantised" if where == AUTO else Path(where).expanduser()) / _name(plan, commit)
-    ranks = _Ranks()
-    problem = _damage(folder, every=ranks.count, first=ranks.index)
+    place = {"every": int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "first": int(os.environ.get("LOCAL_RANK", 0))}
+    problem = _damage(folder, **place)
     if not any(gather_object([problem is not None])):  # on all machines: one that quantises meets the others
         say(f"the quantised base comes from {folder}")
         model = base_model(replace(plan, name=str(folder)))
@@ -73,7 +76,7 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
         return model
     if folder.exists() and problem and not run_folder.unsealed(folder):
         print(f"{problem}: the base is quantised again", flush=True)
-    recorder = _Recorder(folder, ranks, token=broadcast_object_list([f"{os.getpid()}-{time.time_ns()}"])[0])
+    recorder = _Recorder(folder, token=broadcast_object_list([f"{os.getpid()}-{time.time_ns()}"])[0])
     with recorder.recording():
         model = base_model(plan, config)
     recorder.finish(model, say)
@@ -107,36 +110,44 @@ def _damage(folder: Path, **part: int) -> str | None:
         return f"{folder}: {error.strerror or error}"
 
 
-class _Ranks:
-    """The ranks of this machine, which share its disk."""
-
-    def __init__(self) -> None:
-        self.host = os.uname().nodename
-        self.index = int(os.environ.get("LOCAL_RANK", 0))
-        self.count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-    def gather(self, value: object) -> list:
-        """The values of this machine's ranks. All ranks of all machines together."""
-        return [other for host, other in gather_object([(self.host, value)]) if host == self.host]
-
-
 class _Recorder:
-    """Writes a rank's share of the tensors that transformers puts into a model, before they are cut."""
+    """Writes a rank's share of the tensors that transformers puts into a model, before they are cut.
 
-    def __init__(self, folder: Path, ranks: _Ranks, *, token: str) -> None:
-        self.folder, self.ranks = folder, ranks
-        self.partial = folder.with_name(f"{folder.name}-{ranks.host}-{token}{run_folder.PARTIAL}")
+    Attributes:
+        writers: the ranks that write this copy. index: this rank's place among them.
+    """
+
+    def __init__(self, folder: Path, *, token: str) -> None:
+        self.folder = folder
         self.problem: str | None = None
+        rank = PartialState().process_index
+        self.writers = self._writers(rank, folder.with_name(f"{folder.name}-{token}{run_folder.PARTIAL}"))
+        self.index = self.writers.index(rank)
+        self.partial = folder.with_name(f"{folder.name}-{token}-{self.writers[0]}{run_folder.PARTIAL}")
         self.parents: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self.seen = 0
         self.piece: dict[str, torch.Tensor] = {}
         self.files: dict[str, str] = {}  # of each tensor
 
+    def _writers(self, rank: int, marks: Path) -> list[int]:
+        """The ranks that share this one's disk: they see the same marks. All ranks together."""
+        names: list[str] = []
+        with self._attempt():
+            _clear_away(marks.parent)
+            marks.mkdir(parents=True, exist_ok=True)
+            (marks / str(rank)).touch()
+        gather_object([None])  # every rank has left its mark
+        with self._attempt():
+            names = [] if self.problem else sorted(mark.name for mark in marks.iterdir())
+        writers = [other for other, theirs in enumerate(gather_object([names])) if theirs == names]
+        if rank == writers[0]:
+            shutil.rmtree(marks, ignore_errors=True)
+        return writers
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         with self._attempt():
-            _clear_away(self.folder.parent)
-            self.partial.mkdir(parents=True, exist_ok=True)
+            self.partial.mkdir(exist_ok=True)
         hooks = [
             register_module_module_registration_hook(self._note),
             register_module_parameter_registration_hook(self._add),
@@ -156,9 +167,8 @@ class _Recorder:
         try:
             yield
         except (OSError, SafetensorError, ValueError) as error:  # ValueError: a config that transformers does not write
-            self.problem = (
-                f"{getattr(error, 'filename', None) or self.partial}: {getattr(error, 'strerror', None) or error}"
-            )
+            place, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+            self.problem = self.problem or f"{place or self.folder}: {reason or error}"
             self.piece = {}
 
     def _note(self, parent: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
@@ -176,7 +186,7 @@ class _Recorder:
         if self.problem or not is_read(parameter):
             return
         self.seen += 1
-        if self.seen % self.ranks.count != self.ranks.index:
+        if self.seen % len(self.writers) != self.index:
             return
         path, state = self._path(module, name), getattr(parameter, "quant_state", None)
         constants = state.as_dict(packed=True) if state else {}
@@ -195,24 +205,25 @@ class _Recorder:
             disk = shutil.disk_usage(self.partial)
             if disk.free < PIECE + disk.total // 20:
                 raise OSError(errno.ENOSPC, "less than 5% of the disk would be left", str(self.partial))
-            file = self.partial / f"model-{self.ranks.index:03d}-{len(set(self.files.values())):03d}.safetensors"
+            file = self.partial / f"model-{self.index:03d}-{len(set(self.files.values())):03d}.safetensors"
             save_file(self.piece, file, {"format": "pt"})
             self.files |= dict.fromkeys(self.piece, file.name)
             self.piece = {}
 
     def finish(self, model: torch.nn.Module, say: Say) -> None:
-        """Write the rest, and seal the folder once every rank of the machine is done."""
+        """Write the rest, and seal the folder once every writer is done. All ranks together."""
         rest = _not_cut(model)
         if new := sorted(
             name for name, tensor in rest.items() if isinstance(tensor, torch.nn.Parameter) and tensor.ndim
         ):
             self.problem = self.problem or f"its files have no {new[0]}"
-        if self.ranks.index == 0 and not self.problem:
+        if self.index == 0 and not self.problem:
             self._collect(rest)
         self._flush()
-        gathered = self.ranks.gather((self.problem, self.files))
+        everywhere = gather_object([(self.problem, self.files)])
+        gathered = [everywhere[rank] for rank in self.writers]
         self.problem = next((problem for problem, _ in gathered if problem), None)
-        if self.ranks.index == 0:
+        if self.index == 0:
             if not self.problem:
                 with self._attempt():
                     self._seal(model, {name: file for _, files in gathered for name, file in files.items()})
