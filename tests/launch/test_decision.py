@@ -131,13 +131,15 @@ def test_a_micro_batch_stays_where_it_is_given_or_others_depend_on_it(argv):
     assert decided(here, "--model=a/b", *OPEN).config.micro_batch == 4
 
 
-# Asks for more memory than any machine has while the micro-batch is larger than 2.
+# Asks before a step, the third unless the environment has another, for more memory than any machine has while the
+# micro-batch is larger than 2.
 GREEDY = """
+import os
 import torch
 from transformers import TrainerCallback
 class Greedy(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2 and args.per_device_train_batch_size > 2:
+        if state.global_step == int(os.environ.get("STEPS_BEFORE", 2)) and args.per_device_train_batch_size > 2:
             torch.empty(2**50)
 """
 
@@ -172,3 +174,22 @@ def test_an_automatic_micro_batch_gets_smaller_until_it_fits(embedded_model, tmp
     assert "trying again with micro-batch 2" in run.stderr
     whole = launch(tmp_path / "whole", *common, "--per_device_train_batch_size=2")
     assert run.metrics() == pytest.approx(whole.metrics(), abs=1e-5)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["nothing saved", "saved"])
+def test_a_retry_begins_at_its_own_checkpoint_or_at_the_named_one(saved, embedded_model, tmp_path, greedy):
+    common = ("--max_steps=4", "--global_batch_size=8", "--strategy=single")
+    whole = launch(tmp_path / "whole", *common, "--per_device_train_batch_size=2", "--save_steps=2")
+    named, own = whole.folder / "checkpoint-2", tmp_path / "run" / "checkpoint-3"
+    more = ("--per_device_train_batch_size=auto", "--callbacks=greedy:Greedy", "--save_steps=1")
+    env = greedy | {"STEPS_BEFORE": "3" if saved else "2"}
+    run = launch(tmp_path / "run", *common, *more, f"--resume_from_checkpoint={named}", **env)
+    assert run.code == 0, run.stderr
+    assert [line for line in run.stderr.splitlines() if line.startswith("trying again")] == [
+        "trying again with micro-batch 4",
+        "trying again with micro-batch 2",
+    ]
+    starts = [line for line in run.stdout.splitlines() if line.startswith("resumed from")]
+    retries = [f"resumed from {own}, step 3" if saved else f"resumed from {named}, step 2"] * 2
+    assert starts == [f"resumed from {named}, step 2", *retries]
+    assert run.metrics() == pytest.approx(whole.metrics()[2:], abs=1e-5)
