@@ -362,8 +362,12 @@ def count(group: str) -> dict[str, Counts]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(GROUPS)} (default: all)")
-    parser.add_argument("--update", action="store_true", help="store what is counted now")
+    parser.add_argument("groups", nargs="*", metavar="group", help=f"{', '.join(GROUPS)} (default: all)")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="store the counts of now; else compare, and exit with 1 where one moved by more than 5%%",
+    )
     options = parser.parse_args(argv)
     if unknown := sorted(set(options.groups) - set(GROUPS)):
         parser.error(f"there is no group {', '.join(unknown)}: {', '.join(GROUPS)}")

@@ -398,7 +398,10 @@ def in_own_process(case: Case, *, toy: bool, seconds: float) -> Figures:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--case", type=int, choices=range(len(CASES)), help="measure this one here, and print JSON")
+    cases = "; ".join(f"{number}: {case.name}" for number, case in enumerate(CASES))
+    parser.add_argument(
+        "--case", type=int, choices=range(len(CASES)), metavar="N", help=f"measure one, and print JSON: {cases}"
+    )
     parser.add_argument("--toy", action="store_true", help="tiny models on the CPU, to try the script")
     options = parser.parse_args()
     if not options.toy and not probe().gpus:

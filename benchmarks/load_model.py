@@ -2,7 +2,8 @@
 
     python benchmarks/load_model.py [--model llama-3.1-8b] [--layers 16] [--only CASE,...] [--folder FOLDER]
 
-The model has the shape of Llama-3.2-1B, or of another name of the catalog, and random weights in bf16. Before each load the files leave the page cache. Two processes load at the same time, with one thread each.
+The model has the shape of Llama-3.2-1B, or of another name of the catalog, and random weights in bf16. Before each load
+the files leave the page cache. Two processes load at the same time, with one thread each. The cache is always a new one.
 """
 
 from __future__ import annotations
@@ -22,40 +23,44 @@ from pathlib import Path
 from manyrank.models.catalog import known
 
 RANKS = 2
+CASE = "MANYRANK_LOAD_CASE"  # of a process that measures
 CASES = ("lora whole", "lora fsdp", "lora zero3", "qlora whole", "qlora fsdp", "qlora fsdp again", "qlora zero3 again")
 
 
 def main() -> None:
+    if CASE in os.environ:
+        return measure(os.environ[CASE])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=known(), default="llama-3.2-1b", metavar="NAME", help="a name of the catalog")
+    parser.add_argument(
+        "--model", choices=known(), default="llama-3.2-1b", metavar="NAME", help="a name of the catalog"
+    )
     parser.add_argument("--layers", type=int, help="another number of them")
-    parser.add_argument("--folder", type=Path, help="keep the model and the cache here")
-    parser.add_argument("--only", default=",".join(CASES), help="%(default)s")
+    parser.add_argument("--folder", type=Path, help="an existing folder, on the disk to measure, that keeps the model")
+    parser.add_argument("--only", default=",".join(CASES), metavar="CASE,...", help="%(default)s")
     args = parser.parse_args()
-    if "RANK" in os.environ:
-        return measure(args.folder)
-    with tempfile.TemporaryDirectory() as own:
-        folder = args.folder or Path(own)
-        make(folder / "model", args.model, args.layers)
-        size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+    with tempfile.TemporaryDirectory(dir=args.folder) as cache:
+        model = Path(args.folder or cache, f"{args.model}-{args.layers or 'all'}")
+        make(model, args.model, args.layers)
+        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         print(f"{size / 2**30:.2f} GiB of weights, {RANKS} processes; of each process:\n")
         print(
             "| load | seconds | GiB of files touched | peak GiB of its own memory | GiB held |\n|---|---|---|---|---|"
         )
         for case in args.only.split(","):
-            for file in folder.glob("*/*.safetensors"):
+            for file in {*model.glob("*.safetensors"), *Path(cache).glob("*/*.safetensors")}:
                 forget(file)
-            ranks = [start(folder, case, rank) for rank in range(RANKS)]
+            ranks = [start(model, cache, case, rank) for rank in range(RANKS)]
             found = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
             worst = {key: max(rank[key] for rank in found) for key in found[0]}
             print("| {} | {seconds:.1f} | {files:.2f} | {own:.2f} | {held:.2f} |".format(case, **worst), flush=True)
 
 
-def start(folder: Path, case: str, rank: int) -> subprocess.Popen:
+def start(model: Path, cache: str, case: str, rank: int) -> subprocess.Popen:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511, "OMP_NUM_THREADS": 1, "CASE": case, "TQDM_DISABLE": 1}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511, "OMP_NUM_THREADS": 1, "TQDM_DISABLE": 1}
+    place |= {CASE: case, "MODEL": model, "CACHE": cache}
     environment = os.environ | {key: str(value) for key, value in place.items()}
-    return subprocess.Popen([sys.executable, __file__, "--folder", folder], stdout=subprocess.PIPE, env=environment)
+    return subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, env=environment)
 
 
 def forget(file: Path) -> None:
@@ -92,8 +97,8 @@ def make(folder: Path, name: str, layers: int | None) -> None:
     config.save_pretrained(folder)
 
 
-def measure(folder: Path) -> None:
-    """Load as CASE says, on this rank, and print what it took as JSON."""
+def measure(case: str) -> None:
+    """Load MODEL as a case says, on this rank, and print what it took as JSON."""
     import torch
     from accelerate import PartialState
 
@@ -101,15 +106,15 @@ def measure(folder: Path) -> None:
     from manyrank.models.quantised_cache import cached_base
     from manyrank.models.shards import Share, take_parts
 
-    method, strategy, *_ = os.environ["CASE"].split()
+    method, strategy, *_ = case.split()
     PartialState(cpu=True)
     cpu, rank = torch.device("cpu"), int(os.environ["RANK"])
     share = Share(rank, RANKS, flat=strategy == "zero3", device=cpu, trained=False, storage=torch.bfloat16)
     quantised = {"quantization": "nf4", "device_map": {"": cpu}} if method == "qlora" else {}
     plan = LoadPlan(
-        str(folder / "model"), torch.bfloat16, torch.bfloat16, **quantised, share=None if strategy == "whole" else share
+        os.environ["MODEL"], torch.bfloat16, torch.bfloat16, **quantised, share=None if strategy == "whole" else share
     )
-    read = partial(cached_base, where=str(folder), say=lambda line: None) if quantised else base_model
+    read = partial(cached_base, where=os.environ["CACHE"], say=lambda line: None) if quantised else base_model
     torch.distributed.barrier()
     before, began = resident(), time.perf_counter()
     with Peak() as peak:

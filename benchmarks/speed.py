@@ -1,6 +1,6 @@
 """Compare speed, memory, start-up and losses of this project, trl and bare loops, in one run on this machine.
 
-    python benchmarks/speed.py [--rounds N] [--steps N] [--only NAME,...] [--output FOLDER]       make bench
+    python benchmarks/speed.py [--rounds N] [--steps N] [--only NAME,...] [--data FOLDER] [--output FOLDER]       make bench
     python benchmarks/speed.py --growth ...         what a step costs as rows, length and model grow
 
 Every round is a process of its own, and the loops take turns, so that the noise of a shared machine meets all of
@@ -203,12 +203,15 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--steps", type=_at_least(WARM_UP + 1), default=10, help=f"steps of a round; {WARM_UP} warm up (default: 10)"
     )
     parser.add_argument(
-        "--data", type=Path, default=workload.DATA, help="folder with GSM8K and Alpaca (default: beside the checkout)"
+        "--data",
+        type=Path,
+        default=workload.DATA,
+        help="folder of GSM8K and Alpaca (default: shared/data beside the checkout), else the sample",
     )
-    parser.add_argument("--output", type=Path, help="folder for bench.txt and bench.json")
+    parser.add_argument("--output", type=Path, help="folder for the table, as text, and its figures, as JSON")
     which = parser.add_mutually_exclusive_group()
     names = "; ".join(entry.name for entry in ENTRIES)
-    which.add_argument("--only", type=_chosen, default=ENTRIES, metavar="NAME,...", help=names)
+    which.add_argument("--only", type=_chosen, default=ENTRIES, metavar="NAME,...", help=f"of {names} (default: all)")
     which.add_argument("--growth", action="store_true", help="what a step costs as rows, length and model grow")
     return parser.parse_args(argv)
 
