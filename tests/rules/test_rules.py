@@ -137,6 +137,8 @@ CASES = [
     ("bf16-not-native", {"bf16": True, "hardware": OLD_GPUS}, {"hardware": GPUS}),
     ("float8-not-native", {"hardware": AMPERE, "method": "fp8"}, {"method": "int8"}),
     ("float8-not-native", {"hardware": AMPERE, "method": "fp8"}, {"hardware": GPUS}),
+    ("float8-on-rocm", {"torch": {"cuda": None, "hip": "6.4"}, "method": "fp8"}, {"method": "lora"}),
+    ("float8-on-rocm", {"torch": {"cuda": None, "hip": "6.4"}, "method": "fp8"}, {"hardware": GPUS}),
     ("float8-in-float32", {"hardware": GPUS, "method": "fp8", "bf16": False}, {"bf16": "auto"}),
     ("float8-in-float32", {"hardware": GPUS, "method": "fp8", "bf16": False}, {"method": "lora"}),
     ("float32-on-gpus", {"hardware": OLD_GPUS}, {"hardware": GPUS}),
@@ -441,6 +443,13 @@ def model_folder(folder: Path, files: dict) -> str:
     return str(folder)
 
 
+def torch_folder(folder: Path, build: dict) -> Path:
+    """A torch that is built for something, as far as its file of versions says; its `__init__.py`."""
+    folder.mkdir(parents=True)
+    (folder / "version.py").write_text("".join(f"{key} = {value!r}\n" for key, value in build.items()))
+    return folder / "__init__.py"
+
+
 def adapter_folder(folder: Path) -> str:
     folder.mkdir(parents=True)
     shape = {"base_model_name_or_path": "embedded", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}
@@ -489,9 +498,12 @@ def made(tmp_path, monkeypatch):
             monkeypatch.setenv(name, str(int(time.time()) + 7200) if value == IN_TWO_HOURS else value)
         if "model" in case:
             case["model_name_or_path"] = model_folder(folder / "model", case.pop("model"))
+        there = importlib.util.find_spec
         if missing := case.pop("missing", None):
-            there = importlib.util.find_spec
             monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else there(name))
+        if build := case.pop("torch", None):
+            own = importlib.util.spec_from_file_location("torch", torch_folder(folder / "torch", build))
+            monkeypatch.setattr(importlib.util, "find_spec", lambda name: own if name == "torch" else there(name))
         if case.get("sft_model") == "ADAPTER":
             case["sft_model"] = adapter_folder(folder / "adapter")
         if "run" in case:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..runs.versions import torch_build
 from ..topology.strategies import EngineKind
 from ..topology.strategy_files import is_on
 from .context import RunContext
@@ -149,6 +150,16 @@ MACHINE_RULES = (
         ),
         reason="Tensor cores multiply float8 from compute capability 8.9 on: Ada, Hopper, Blackwell.",
         fix="use method int8, qlora or lora",
+    ),
+    error(
+        "float8-on-rocm",
+        ("method",),
+        unless(
+            lambda s: s.config.method == "fp8" and not s.gpus and bool(torch_build().get("hip")),
+            "method fp8 with a torch for AMD's GPUs",
+        ),
+        reason="Under ROCm an MI300 multiplies another float8 type, e4m3fnuz; fp8 is for NVIDIA's GPUs and for CPUs.",
+        fix="use method lora or full",
     ),
     error(
         "float8-in-float32",

@@ -22,7 +22,7 @@ class Software:
 
 
 def software() -> Software:
-    return Software(platform.python_version(), {name: _version(name) for name in LIBRARIES}, _cuda_of_torch())
+    return Software(platform.python_version(), {name: _version(name) for name in LIBRARIES}, torch_build().get("cuda"))
 
 
 def _version(name: str) -> str | None:
@@ -32,9 +32,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cuda_of_torch() -> str | None:
-    """From torch's file of versions: importing torch takes seconds."""
+def torch_build() -> dict[str, str | None]:
+    """The values of torch's file of versions, `cuda` and `hip` among them: importing torch takes seconds. Empty without torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.origin:
-        return None
-    return runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda")
+        return {}
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))
