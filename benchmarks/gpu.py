@@ -12,8 +12,8 @@ measured in the same process.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+
+import own_process
 
 from manyrank.config.resolve import ResolvedConfig
 from manyrank.errors import EXIT_FAILED
@@ -32,7 +34,6 @@ from manyrank.rules.context import RunContext
 from manyrank.topology.gpus import planned_hardware, probe
 from manyrank.topology.strategies import default_strategy
 
-MARK = "CASE "
 BUDGET = 9 * 60  # seconds for all cases
 STEPS, WARM_UP = 8, 3
 COLUMNS = f"{'case':<34} {'tokens/s':>9} {'of first':>8} {'TFLOP/s':>8} {'MFU':>6} {'weights GiB':>11} {'peak GiB':>9} {'planned':>8}"
@@ -129,6 +130,7 @@ class Bench:
         """Make the model, run the steps."""
         import torch
 
+        self._forget_earlier()
         torch.manual_seed(0)
         product = self._product()
         base = self._base()
@@ -149,6 +151,15 @@ class Bench:
             self._planned(),
             list(losses),
         )
+
+    def _forget_earlier(self) -> None:
+        """Free what an earlier case of this process has left, whose peak is not this one's."""
+        import torch
+
+        gc.collect()  # engines and models refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def _steps(self, base, rows) -> Iterator[tuple[float, float]]:
         from manyrank.data.loader import side_by_side
@@ -277,10 +288,12 @@ class Bench:
         return known()[self.case.model.lower()] | (TOY if self.toy else {})
 
     def _base(self):
-        """The architecture with random weights, made layer by layer on the device; NF4 where the case says so."""
+        """The architecture with random weights, made layer by layer on the device; NF4 or float8 where the case says so."""
         import torch
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
+
+        from manyrank.models.float8 import to_float8
 
         config = AutoConfig.for_model(**self._shape())
         with init_empty_weights(include_buffers=False):
@@ -295,7 +308,10 @@ class Bench:
                     value = value.normal_(std=0.02) if parameter.ndim > 1 else value.fill_(float(name != "bias"))
                     setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
         model.is_loaded_in_4bit = self.case.method == "qlora"
-        return model.to(self.device)
+        model.to(self.device)
+        if self.case.method == "fp8":
+            to_float8(model, self.device)
+        return model
 
     def _quantised(self, linear):
         import bitsandbytes as bnb
@@ -377,7 +393,8 @@ def run(cases: Sequence[Case] = CASES, *, toy: bool) -> int:
             line = row(case, found, first.setdefault((case.model, case.method), found))
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             late = isinstance(error, subprocess.TimeoutExpired)
-            line, code = f"{case.name:<34} {'no time left' if late else f'FAILED: {error}'}", EXIT_FAILED
+            why = "no time left" if late else f"FAILED: {str(error).splitlines()[-1][:160]}"
+            line, code = f"{case.name:<34} {why}", EXIT_FAILED
         print(line, flush=True)
     return code
 
@@ -389,11 +406,7 @@ def in_own_process(case: Case, *, toy: bool, seconds: float) -> Figures:
         RuntimeError: it fails; subprocess.TimeoutExpired: it takes too long.
     """
     argv = [sys.executable, __file__, f"--case={CASES.index(case)}", *(["--toy"] if toy else [])]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=max(1, seconds))
-    printed = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not printed:
-        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1][:160])
-    return Figures(**json.loads(printed[-1].removeprefix(MARK)))
+    return Figures(**own_process.result(own_process.run(argv, seconds=max(1, seconds))))
 
 
 def main() -> int:
@@ -408,7 +421,7 @@ def main() -> int:
         parser.error("there is no GPU here; add --toy to try it on the CPU")
     if options.case is None:
         return run(toy=options.toy)
-    print(MARK + json.dumps(asdict(Bench(CASES[options.case], options.toy).measure())), flush=True)
+    own_process.print_result(asdict(Bench(CASES[options.case], options.toy).measure()))
     return 0
 
 

@@ -3,30 +3,41 @@
     python benchmarks/gpu_check.py [--output FILE] [--only PART,...] [--toy]
 
 Each part runs in a process of its own under its own limit, and its result is in the file (docs/gpu.json) when it ends. A
-part that is done is not run again, so that the script can be stopped at any time; --again runs all. --toy tries it at
-small sizes on the CPU. `python docs/make_gpu.py` writes docs/gpu.md from the file. Takes torch 2.11 and newer.
+part that is done is not run again, so that the script can be stopped at any time, and leaves no process; --again runs all.
+The limits of the first nine parts (FIRST) are 14 minutes and 50 s together, those of all 30 minutes. --toy tries it at small
+sizes on the CPU. `python docs/make_gpu.py` writes docs/gpu.md from the file. Takes torch 2.11 and newer.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.metadata
+import inspect
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gpu
+import own_process
+from own_process import each, print_result, train
 
-from manyrank.runs.logs import read_metrics
+from manyrank.tools.verify import difference
+from manyrank.topology.allocator import EXPANDABLE
 from manyrank.topology.gpus import probe
 
+if TYPE_CHECKING:
+    import torch
+
 FILE = Path(__file__).parents[1] / "docs" / "gpu.json"
-MARK = "RESULT "
+TOY_FILE = Path("output", "gpu-toy.json")
 LLAMA = gpu.Case("Llama-3.1-8B", "lora", 2, 4096)
 PACKAGES = (
     "transformers",
@@ -41,6 +52,8 @@ PACKAGES = (
     "datasets",
     "triton",
 )
+# Imported in the first part, since a cold disk takes long for them.
+IMPORTED = ("transformers", "peft", "accelerate", "bitsandbytes")
 # Query heads, key heads, width of a head, window: of Llama 3, Qwen2.5, Phi 3, Gemma, Mistral, StableLM, wide heads.
 HEADS = (
     (32, 8, 128, None),
@@ -53,8 +66,12 @@ HEADS = (
 )
 DOCUMENTS = (1, 700, 3, 64, 1280, 17)  # tokens of each
 ROUNDING = 0.02  # of a relative error in bf16, whose steps are 0.004
-METHODS = ("lora", "qlora", "int8", "full")
-SAME_LOSS = {"lora": 1e-4, "qlora": 2e-2, "int8": 2e-2, "full": 1e-4}  # largest difference between CPU and GPU, float32
+METHODS = ("lora", "fp8", "qlora", "int8", "full")
+# Largest difference of losses: of GPU and CPU in float32 (fp8: in bf16 and in float32), of bf16 and fp8 from the others.
+SAME_LOSS = {"lora": 1e-4, "fp8": 2e-2, "qlora": 2e-2, "int8": 2e-2, "full": 1e-4}
+IN_BF16 = "--bf16=auto"
+NO_FLOAT8 = {"left out": "these GPUs do not multiply float8"}
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -73,34 +90,38 @@ class Part:
 
 
 def versions(toy: bool) -> dict:
-    import importlib.metadata
-    import inspect
-
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
-    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "kernels": torch.cuda.get_arch_list()}
-    found["varlen_attn"] = list(inspect.signature(varlen_attn).parameters)
+    started = time.perf_counter()
+    figures = {"torch": torch.__version__, "cuda": torch.version.cuda, "kernels": torch.cuda.get_arch_list()}
+    figures["varlen_attn"] = list(inspect.signature(varlen_attn).parameters)
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            figures[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+            figures[name] = None
+    for name in IMPORTED:
+        importlib.import_module(name)
+    figures["seconds of imports"] = time.perf_counter() - started
     if not toy:
-        found["gpu"], found["memory"] = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+        figures["gpu"], figures["memory"] = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+        figures["compute capability"] = list(torch.cuda.get_device_capability())
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        found["driver, clock, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return found
+        figures["driver, clock, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return figures
 
 
 def attention(toy: bool) -> dict:
     """Packed attention in bf16 against sdpa in float32, a document at a time: relative errors of values and gradients."""
-    return {
-        f"{heads} heads, {keys} of keys, {width} wide, window {window}": _attention_error(
-            heads, keys, width, window, "cpu" if toy else "cuda"
-        )
-        for heads, keys, width, window in (HEADS[:2] if toy else HEADS)
-    }
+    return each(
+        {
+            f"{heads} heads, {keys} of keys, {width} wide, window {window}": partial(
+                _attention_error, heads, keys, width, window, "cpu" if toy else "cuda"
+            )
+            for heads, keys, width, window in (HEADS[:2] if toy else HEADS)
+        }
+    )
 
 
 def _attention_error(heads: int, keys: int, width: int, window: int | None, device: str) -> dict:
@@ -134,8 +155,13 @@ def _attention_error(heads: int, keys: int, width: int, window: int | None, devi
         parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != keys))
     reference = torch.cat(parts, 2).transpose(1, 2)
     true = [reference, *torch.autograd.grad(reference, exact, weights.float())]
-    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(own, true)]
-    return {"errors of out, dq, dk, dv": errors, "right": max(errors) < ROUNDING}
+    errors = [_error(a, b) for a, b in zip(own, true)]
+    return {"errors of out, dq, dk, dv": errors, "right": all(error < ROUNDING for error in errors)}
+
+
+def _error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """The error of a result relative to an exact one in float32."""
+    return ((result.float() - exact).norm() / exact.norm()).item()
 
 
 def flash(toy: bool) -> dict:
@@ -144,16 +170,16 @@ def flash(toy: bool) -> dict:
 
     from manyrank.models.flash import Heads, chosen_here, restore, try_out
 
-    found = {"torch's own": {"ms": _milliseconds(toy)}}
+    figures = {"torch's own": {"ms": _milliseconds(toy)}}
     if name := chosen_here():
-        found[name] = {}
+        figures[name] = {}
         for heads, keys, width, window in HEADS:
             why = try_out(name, [Heads(heads // keys, width, width, window)], torch.device("cuda"))
-            found[name][f"heads of {width}, window {window}"] = why or "right"
+            figures[name][f"heads of {width}, window {window}"] = why or "right"
             if not why and (heads, width) == (32, 128):
-                found[name]["ms"] = _milliseconds(toy)
+                figures[name]["ms"] = _milliseconds(toy)
             restore()
-    return found
+    return figures
 
 
 def _milliseconds(toy: bool) -> float:
@@ -179,30 +205,35 @@ def _milliseconds(toy: bool) -> float:
 
 
 def losses(toy: bool) -> dict:
-    """Four steps of each method in float32, here and on the CPU of the same machine."""
-    found = {}
-    for method in METHODS:
-        here = _train(f"--method={method}", hidden=toy)
-        there = _train(f"--method={method}", hidden=True)
-        worst = max(abs(a - b) for a, b in zip(here, there, strict=True))
-        found[method] = {"gpu": here, "cpu": there, "difference": worst, "right": worst < SAME_LOSS[method]}
-    return found
+    """Four steps of each method in float32, here and on the CPU of the same machine; here in bf16 and float8, too."""
+    here: dict[str, list[float]] = {}
+
+    def beside_cpu(method: str) -> dict:
+        here[method] = train(f"--method={method}", *([IN_BF16] if method == "fp8" else []), hidden=toy)
+        there = train(f"--method={method}", hidden=True)
+        return {"gpu": here[method], "cpu": there} | _apart(here[method], there, SAME_LOSS[method])
+
+    def in_bf16() -> dict:
+        bf16 = train("--method=lora", IN_BF16, hidden=toy)
+        others = {
+            f"from {method}": _apart(bf16, here[method], SAME_LOSS["fp8"])
+            for method in ("lora", "fp8")
+            if method in here
+        }
+        return {"gpu": bf16} | others
+
+    methods = [method for method in METHODS if method != "fp8" or _has_float8()]
+    return each({method: partial(beside_cpu, method) for method in methods} | {"lora in bf16": in_bf16})
 
 
-def _train(*more: str, hidden: bool = False, recipe: str = "verify", launcher: tuple[str, ...] = ()) -> list[float]:
-    """The losses of a short training in a process of its own.
+def _apart(ones: Sequence[float], others: Sequence[float], limit: float) -> dict:
+    worst = difference(ones, others)
+    return {"difference": worst, "right": worst < limit}
 
-    Args:
-        hidden: whether it sees no GPU.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        argv = [sys.executable, "-m", *launcher, "manyrank.train", recipe, f"--output_dir={folder}/run"]
-        argv += ["--max_steps=4", "--logging_steps=1", "--report_to=none", *more]
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hidden else {})
-        done = subprocess.run(argv, capture_output=True, text=True, env=env)
-        if done.returncode:
-            raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
-        return [line["loss"] for line in read_metrics(Path(folder, "run")) if "loss" in line]
+
+def _has_float8() -> bool:
+    """Whether the GPUs multiply float8; a CPU emulates it."""
+    return all(gpu.has_float8 for gpu in probe().gpus)
 
 
 def nf4(toy: bool) -> dict:
@@ -219,8 +250,41 @@ def nf4(toy: bool) -> dict:
     same = (here.cpu().view(torch.uint8) == there.view(torch.uint8)).float().mean().item()
     x = torch.randn(64, size, dtype=torch.bfloat16, device=device)
     exact = x.float() @ functional.dequantize_4bit(here, state).float().T
-    error = ((matmul_4bit(x, here.t(), quant_state=state).float() - exact).norm() / exact.norm()).item()
+    error = _error(matmul_4bit(x, here.t(), quant_state=state), exact)
     return {"equal bytes": same, "error of a product": error, "right": same > 0.999 and error < ROUNDING}
+
+
+def float8(toy: bool) -> dict:
+    """A layer in float8: its bytes against the CPU's, its products against exact ones of the same bytes and of bf16."""
+    import torch
+
+    from manyrank.models.float8 import E4M3, Float8Linear, rows_to_float8
+
+    if not _has_float8():
+        return NO_FLOAT8
+
+    def decoded(matrix: torch.Tensor) -> torch.Tensor:
+        rows, scale = rows_to_float8(matrix)
+        return rows.float() * scale
+
+    device, size = ("cpu", 256) if toy else ("cuda", 4096)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(size, size, bias=False, dtype=torch.bfloat16)
+    here, there = (Float8Linear(linear, torch.device(place)) for place in (device, "cpu"))
+    x, dy = (torch.randn(64, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    y = here(x.requires_grad_())
+    (dx,) = torch.autograd.grad(y, x, dy)
+    x, weight = x.detach(), linear.weight.detach().to(device).float()
+    rows, scale = here.weight.view(E4M3).float(), here.scale
+    exact = (decoded(x) @ (rows * scale).T, decoded(dy * scale.T.to(dy.dtype)) @ rows)
+    errors = [_error(y, exact[0]), _error(dx, exact[1])]
+    same = (here.weight.cpu() == there.weight).float().mean().item()
+    return {
+        "equal bytes": same,
+        "errors of y, dx": errors,
+        "from bf16": [_error(y, x.float() @ weight.T), _error(dx, dy.float() @ weight)],
+        "right": same > 0.999 and all(error < ROUNDING for error in errors),
+    }
 
 
 def speed(toy: bool) -> dict:
@@ -241,10 +305,20 @@ def _bench(case: gpu.Case, toy: bool) -> dict:
     }
 
 
+def fp8(toy: bool) -> dict:
+    """The same on a base in float8, and the losses of both, of the same weights and documents."""
+    if not _has_float8():
+        return NO_FLOAT8
+    in_float8 = replace(LLAMA, method="fp8")
+    figures = each({case.method: partial(_bench, case, toy) for case in (LLAMA, in_float8)})
+    ones, others = (figures[method].get("losses", []) for method in ("lora", "fp8"))
+    return figures | {"losses": _apart(others, ones, SAME_LOSS["fp8"])}
+
+
 def without_parts(toy: bool) -> dict:
     """The same with peft's own LoRA, with whole logits, with transformers' own MLPs, and with all layers recomputed."""
-    changed = ({"plain": ("lora",)}, {"plain": ("lm_head",)}, {"plain": ("mlp",)}, {"checkpointing": "full"})
-    return {str(change): _bench(gpu.Case(**asdict(LLAMA) | change), toy) for change in changed}
+    changed = [replace(LLAMA, plain=(part,)) for part in ("lora", "lm_head", "mlp")]
+    return each({case.name: partial(_bench, case, toy) for case in (*changed, replace(LLAMA, checkpointing="full"))})
 
 
 def qlora(toy: bool) -> dict:
@@ -253,13 +327,12 @@ def qlora(toy: bool) -> dict:
 
 def fragments(toy: bool) -> dict:
     """Memory that torch holds for what is allocated, over micro-batches of other lengths, by the allocator's setting."""
-    found = {}
-    for setting in ("expandable_segments:True", ""):
-        env = os.environ | {"PYTORCH_ALLOC_CONF": setting}
-        argv = [sys.executable, __file__, "--part=varying_lengths", *(["--toy"] if toy else [])]
-        done = subprocess.run(argv, capture_output=True, text=True, env=env)
-        found[setting or "default"] = _result(done)
-    return found
+    argv = _argv("varying_lengths", toy=toy)
+
+    def with_setting(setting: str) -> dict:
+        return own_process.result(own_process.run(argv, env=os.environ | {"PYTORCH_ALLOC_CONF": setting}))
+
+    return each({setting or "default": partial(with_setting, setting) for setting in (EXPANDABLE, "")})
 
 
 def varying_lengths(toy: bool) -> dict:
@@ -298,39 +371,45 @@ def varying_lengths(toy: bool) -> dict:
 def compiled(toy: bool) -> dict:
     """The same step with compiled layers: its start-up, and its speed afterwards."""
     started = time.perf_counter()
-    found = _bench(gpu.Case(**asdict(LLAMA) | {"compiled": True}), toy)
-    return found | {"seconds in all": time.perf_counter() - started}
+    figures = _bench(replace(LLAMA, compiled=True), toy)
+    return figures | {"seconds in all": time.perf_counter() - started}
 
 
 def sharded(toy: bool) -> dict:
     """FSDP2 and ZeRO-3 with one rank, by torchrun: that they run at all, and the losses of one process."""
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m")
-    single, found = _train(hidden=toy), {}
-    for strategy in ("fsdp", "zero3"):
-        ran = _train(f"--strategy={strategy}", "--ignore_warnings=shards-of-one", hidden=toy, launcher=launcher)
-        worst = max(abs(a - b) for a, b in zip(ran, single, strict=True))
-        found[strategy] = {"losses": ran, "difference": worst, "right": worst < SAME_LOSS["lora"]}
-    return found
+    single = train(hidden=toy)
+
+    def beside_single(strategy: str) -> dict:
+        options = (f"--strategy={strategy}", "--ignore_warnings=shards-of-one")
+        ran = train(*options, hidden=toy, launcher=own_process.TORCHRUN)
+        return {"losses": ran} | _apart(ran, single, SAME_LOSS["lora"])
+
+    return each({strategy: partial(beside_single, strategy) for strategy in ("fsdp", "zero3")})
 
 
 def trl(toy: bool) -> dict:
     """trl's SFTTrainer at its best: flash attention over packed rows, Liger's kernels."""
-    return _bench(gpu.Case(**asdict(LLAMA) | {"by": "trl"}), toy) | gpu.kernels_of_trl()
+    return _bench(replace(LLAMA, by="trl"), toy) | gpu.kernels_of_trl()
 
 
+FIRST = (
+    Part("versions", 90, "versions", versions),
+    Part("attention", 60, "attention against float32: values and gradients", attention),
+    Part("nf4", 40, "NF4", nf4),
+    Part("float8", 40, "float8", float8),
+    Part("losses", 260, "losses of every method against the CPU's in float32, of bf16 and fp8", losses),
+    Part("speed", 80, "Llama-3.1-8B, LoRA r 16, 2 x 4,096 tokens", speed),
+    Part("fp8", 100, "the same on a base in float8", fp8),
+    Part("qlora", 80, "Qwen2.5-7B, QLoRA, 4 x 1,024 tokens", qlora),
+    Part("sharded", 140, "FSDP2 and ZeRO-3 with one rank", sharded),
+)
 PARTS = (
-    Part("versions", 60, "versions", versions),
-    Part("attention", 90, "attention against float32: values and gradients", attention),
+    *FIRST,
+    Part("fragments", 160, "memory held for what is allocated, lengths that vary", fragments),
     Part("flash", 120, "FlashAttention 3 or 4, where installed: heads that it takes, time of a layer", flash),
-    Part("losses", 300, "losses of every method against the CPU's, in float32", losses),
-    Part("nf4", 60, "NF4", nf4),
-    Part("speed", 120, "Llama-3.1-8B, LoRA r 16, 2 x 4,096 tokens", speed),
-    Part("fragments", 240, "memory held for what is allocated, lengths that vary", fragments),
-    Part("compiled", 240, "compiled layers", compiled),
-    Part("sharded", 180, "FSDP2 and ZeRO-3 with one rank", sharded),
-    Part("qlora", 120, "Qwen2.5-7B, QLoRA, 4 x 1,024 tokens", qlora),
+    Part("compiled", 200, "compiled layers", compiled),
     Part("trl", 180, "trl at its best, the same model and documents", trl),
-    Part("without_parts", 400, "without one of manyrank's own parts each", without_parts),
+    Part("without_parts", 250, "without one of manyrank's own parts each", without_parts),
 )
 
 
@@ -347,50 +426,55 @@ def check(file: Path, parts: tuple[Part, ...], *, toy: bool, again: bool) -> int
         started = time.monotonic()
         print(f"{part.name} (at most {part.seconds} s): {part.what}", flush=True)
         known[part.name] = _one(part, toy=toy) | {"seconds": round(time.monotonic() - started, 1)}
-        file.write_text(json.dumps(known, indent=1) + "\n")
+        _write(file, json.dumps(known, indent=1) + "\n")
         print(json.dumps(known[part.name], indent=1), flush=True)
     return int(any(_is_wrong(known[part.name]) for part in parts))
 
 
+def _write(file: Path, text: str) -> None:
+    """Replace a file at once: the script may be stopped here, too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(text)
+    partial_file.replace(file)
+
+
 def _one(part: Part, *, toy: bool) -> dict:
-    argv = [sys.executable, __file__, f"--part={part.name}", *(["--toy"] if toy else [])]
     try:
-        return {
-            "state": "done",
-            "result": _result(subprocess.run(argv, capture_output=True, text=True, timeout=part.seconds)),
-        }
-    except subprocess.TimeoutExpired:
-        return {"state": "out of time"}
+        done = own_process.run(_argv(part.name, toy=toy), seconds=part.seconds)
+    except subprocess.TimeoutExpired as error:
+        return {"state": "out of time", "result": own_process.last_result((error.stdout or b"").decode())}
+    try:
+        figures = own_process.result(done)
     except RuntimeError as error:
-        return {"state": "failed", "error": str(error)}
+        return {"state": "failed", "error": str(error), "result": own_process.last_result(done.stdout)}
+    failed = any("error" in case for case in figures.values() if isinstance(case, dict))
+    return {"state": "failed" if failed else "done", "result": figures}
 
 
-def _result(done: subprocess.CompletedProcess) -> dict:
-    printed = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not printed:
-        raise RuntimeError("\n".join((done.stderr.strip() or "no message").splitlines()[-6:]))
-    return json.loads(printed[-1].removeprefix(MARK))
+def _argv(part: str, *, toy: bool) -> list[str]:
+    return [sys.executable, "-X", "faulthandler", __file__, f"--part={part}", *(["--toy"] if toy else [])]
 
 
-def _is_wrong(found: dict) -> bool:
+def _is_wrong(figures: dict) -> bool:
     """Whether a result says that something is not right, at any depth, or is none."""
-    if "state" in found and found["state"] != "done":
+    if "state" in figures and figures["state"] != "done":
         return True
-    inner = [value for value in found.values() if isinstance(value, dict)]
-    return found.get("right") is False or any(map(_is_wrong, inner))
+    inner = [value for value in figures.values() if isinstance(value, dict)]
+    return figures.get("right") is False or any(map(_is_wrong, inner))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     runs = {part.name: part.run for part in PARTS} | {"varying_lengths": varying_lengths}
-    parser.add_argument("--output", type=Path, default=FILE, help="the file of results")
+    parser.add_argument("--output", type=Path, help=f"the file of results (default: docs/gpu.json; --toy: {TOY_FILE})")
     parser.add_argument("--only", help="names of parts, separated by commas")
     parser.add_argument("--again", action="store_true", help="also parts that are done")
     parser.add_argument("--toy", action="store_true", help="small sizes on the CPU, to try the script")
     parser.add_argument("--part", choices=runs, help="run this one here, and print JSON")
     options = parser.parse_args(argv)
     if options.part:
-        print(MARK + json.dumps(runs[options.part](options.toy)), flush=True)
+        print_result(runs[options.part](options.toy))
         return 0
     if not options.toy and not probe().gpus:
         parser.error("there is no GPU here; add --toy to try it on the CPU")
@@ -398,7 +482,12 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(chosen) - {part.name for part in PARTS}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}: {', '.join(part.name for part in PARTS)}")
     parts = tuple(part for part in PARTS if part.name in chosen)
-    return check(options.output, parts, toy=options.toy, again=options.again)
+    file = options.output or (TOY_FILE if options.toy else FILE)
+    try:
+        return check(file, parts, toy=options.toy, again=options.again)
+    except KeyboardInterrupt:
+        print("stopped; parts that are done are not run again", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from gpu_check import PARTS  # noqa: E402
 
 INTRO = """# What was measured on a GPU
 
-`make gpu-check` measures in a quarter of an hour, what would hurt most first, and writes `docs/gpu.json` as it goes; this page is made from it by
-`python docs/make_gpu.py`. A part that is done is not run again.
+`make gpu-check` measures what would hurt most first, and writes `docs/gpu.json` as it goes; this page is made from it by
+`python docs/make_gpu.py`. A part that is done is not run again. Limits of the parts down to FSDP2 and ZeRO-3 add up to a quarter of an
+hour, those of all to half an hour.
 """
 ONLY_A_GPU = """
 ## What only a GPU can tell
@@ -39,17 +40,18 @@ def page(results: dict | None) -> str:
     return "\n".join(lines) + "\n" + ONLY_A_GPU
 
 
-def _cell(found: dict | None) -> str:
-    if found is None:
+def _cell(entry: dict | None) -> str:
+    if entry is None:
         return "not measured"
-    if found["state"] != "done":
-        return f"{found['state']}: {found.get('error', '')}".replace("\n", " ").rstrip(": ")
-    return _text(found["result"])
+    result = _text(entry.get("result", {}))
+    if entry["state"] == "done":
+        return result
+    return ": ".join(filter(None, (entry["state"], entry.get("error"), result))).replace("\n", " ")
 
 
 def _text(value: object) -> str:
     if isinstance(value, dict):
-        return "; ".join(f"{key}: {_text(entry)}" for key, entry in value.items())
+        return "; ".join(f"{key}: {_text(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return " ".join(map(_text, value))
     return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,6 @@
 """One step of Llama-3.1-8B (LoRA r 16, 8,192 tokens) on a stand-in GPU of 80 GB: what can be counted of it."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -77,9 +76,10 @@ def test_memory_is_what_was_planned(step):
 def test_lengths_that_vary_do_not_fragment():
     """With torch's default allocator 61.3 GiB held 79.1."""
     import gpu_check
+    import own_process
 
     env = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     argv = [sys.executable, gpu_check.__file__, "--part=varying_lengths"]
-    found = gpu_check._result(subprocess.run(argv, capture_output=True, text=True, env=env))
-    print(found)
-    assert 0 < found["allocated GiB"] <= found["held GiB"] < 1.05 * found["allocated GiB"]
+    figures = own_process.result(own_process.run(argv, env=env))
+    print(figures)
+    assert 0 < figures["allocated GiB"] <= figures["held GiB"] < 1.05 * figures["allocated GiB"]
