@@ -16,6 +16,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -107,8 +108,9 @@ def versions(toy: bool) -> dict:
     if not toy:
         figures["gpu"], figures["memory"] = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
         figures["compute capability"] = list(torch.cuda.get_device_capability())
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        figures["driver, clock, power"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        query = ["--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        if program := shutil.which("nvidia-smi"):  # containers may lack it
+            figures["driver, clock, power"] = own_process.run([program, *query]).stdout.strip()
     return figures
 
 
