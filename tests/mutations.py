@@ -89,9 +89,16 @@ MUTATIONS = (
     Mutation(
         "attention across documents",
         "data/loader.py",
+        "DocumentLengths(tuple(lengths))",
+        "DocumentLengths((sum(lengths),))",
+        "tests/models/test_model_inputs.py",
+    ),
+    Mutation(
+        "attention across documents on GPUs",
+        "data/loader.py",
         "torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)",
         "torch.tensor([0, sum(lengths)], dtype=torch.int32)",
-        "tests/training/test_train.py tests/models/test_model_inputs.py",
+        "tests/models/test_model_inputs.py",
     ),
     Mutation(
         "positions that run on",
@@ -168,7 +175,7 @@ MUTATIONS = (
         "parallel/engine.py",
         '        if not math.isfinite(norm):\n            raise NonFiniteGradientError(f"the gradient\'s norm is {norm}")\n',
         "",
-        "tests/launchers/test_preemption.py tests/training/test_train.py tests/checkpoint/test_faults.py",
+        "tests/training/test_train.py -k non_finite_gradient",
     ),
     Mutation(
         "a stop that says it is done",
