@@ -107,7 +107,8 @@ def test_the_config_of_a_4_bit_base_is_read_once(
     monkeypatch.setattr(PreTrainedConfig, "_dict_from_json_file", noted)
     plan = LoadPlan(str(folder), TYPE, TYPE, "nf4", {"": CPU}, shares(2)[0])
     model = cached_base(plan, where="off" if where == "off" else str(tmp_path), say=lambda line: None)
-    assert model.config.quantization_config is not None and files == [folder / "config.json"]
+    assert files == [folder / "config.json"]
+    assert model.config.quantization_config.load_in_4bit
 
 
 def test_a_rank_holds_its_parts_and_no_more(embedded_model):
