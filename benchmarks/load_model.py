@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -49,18 +50,25 @@ def main() -> None:
         for case in args.only.split(","):
             for file in {*model.glob("*.safetensors"), *Path(cache).glob("*/*.safetensors")}:
                 forget(file)
-            ranks = [start(model, cache, case, rank) for rank in range(RANKS)]
+            port = free_port()
+            ranks = [start(model, cache, case, rank, port) for rank in range(RANKS)]
             found = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
             worst = {key: max(rank[key] for rank in found) for key in found[0]}
             print("| {} | {seconds:.1f} | {files:.2f} | {own:.2f} | {held:.2f} |".format(case, **worst), flush=True)
 
 
-def start(model: Path, cache: str, case: str, rank: int) -> subprocess.Popen:
+def start(model: Path, cache: str, case: str, rank: int, port: int) -> subprocess.Popen:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511, "OMP_NUM_THREADS": 1, "TQDM_DISABLE": 1}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "TQDM_DISABLE": 1}
     place |= {CASE: case, "MODEL": model, "CACHE": cache}
     environment = os.environ | {key: str(value) for key, value in place.items()}
     return subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, env=environment)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 def forget(file: Path) -> None:
