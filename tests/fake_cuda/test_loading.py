@@ -87,7 +87,7 @@ def test_peak(method, strategy, holes, tmp_path):
     assert run.facts()["base_bytes_here"][0] < 0.51 * run.facts()["base_bytes"]
 
 
-# Eight ranks take 26 GiB of host memory here.
+# Not eight ranks, which would take 26 GiB of host memory.
 @pytest.mark.parametrize(("cards", "name", "mib"), [(2, "RTX A6000", 48 * 1024), (4, "GeForce RTX 4090", 24 * 1024)])
 def test_70b(cards, name, mib, holes, tmp_path):
     args = [f"--model={holes('llama-3.1-70b')}", "--method=qlora", "--strategy=fsdp", f"--nproc={cards}"]

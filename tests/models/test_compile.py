@@ -101,7 +101,7 @@ def test_layers_one_document_at_a_time_are_compiled_around_them(compiler, monkey
         compiler.clear()
         losses, _, compiled = results(adapted(layers, "--torch_compile"), compiler)
         assert compiled[1] == compiled[-1] > 0
-        assert [reason for reason in counters["graph_break"] if "_one_by_one" not in reason] == []
+        assert [reason for reason in counters["graph_break"] if "_by_document" not in reason] == []
         found[layers] = compiled[-1]
     assert found[2] == found[12]
     assert losses == pytest.approx(results(adapted(12), CompileCounter())[0], rel=1e-6)

@@ -1,11 +1,13 @@
 """Documents in groups attend as they do one by one, forward and backward, and few shapes are met."""
 
+import functools
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from manyrank.models.attention import _products
 from manyrank.models.document_groups import MULTIPLE, attend, grouped
 
 LENGTHS = (5, 33, 1, 40, 31, 32, 70, 2)
@@ -21,15 +23,35 @@ def test_groups_attend_as_documents_one_by_one(longest):
     tokens = sum(LENGTHS)
     shapes = ((1, tokens, 4, 6), (1, tokens, 2, 6), (1, tokens, 2, 3))  # values are narrower
     inputs = [torch.randn(shape, dtype=torch.float64).transpose(1, 2).requires_grad_() for shape in shapes]
-    found = attend(*inputs, LENGTHS, causal, longest=longest)
+    together = attend(*inputs, LENGTHS, causal, longest=longest)
     documents = zip(*(tensor.split(LENGTHS, dim=2) for tensor in inputs))
-    expected = torch.cat([causal(*parts).transpose(1, 2) for parts in documents], dim=1)
-    torch.testing.assert_close(found, expected)
-    weights = torch.randn_like(found)
-    for one, other in zip(
-        torch.autograd.grad((found * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs)
-    ):
-        torch.testing.assert_close(one, other)
+    alone = torch.cat([causal(*parts).transpose(1, 2) for parts in documents], dim=1)
+    torch.testing.assert_close(together, alone)
+    weights = torch.randn_like(alone)
+    gradients = [torch.autograd.grad((result * weights).sum(), inputs) for result in (together, alone)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 5.0}, {"window": 7}, {"sinks": True}, {"sinks": True, "window": 20}], ids=str
+)
+@pytest.mark.parametrize("longest", [1024, 32])
+def test_plain_products_of_groups(options, longest):
+    """Soft-cap, sinks and windows of documents side by side are those of one document at a time."""
+    torch.manual_seed(0)
+    shapes = ((4, 6), (2, 6), (2, 3))
+    inputs = [torch.randn(1, sum(LENGTHS), *shape, dtype=torch.float64).transpose(1, 2) for shape in shapes]
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if options.get("sinks") else None
+    plain = {"scaling": None, "window": None, "softcap": None, "dropout": 0.0} | options | {"sinks": sinks}
+    attention = functools.partial(_products, **plain)
+    leaves = [tensor.requires_grad_() for tensor in inputs] + ([sinks] if options.get("sinks") else [])
+    together = attend(*inputs, LENGTHS, attention, longest=longest)
+    documents = zip(*(tensor.split(LENGTHS, dim=2) for tensor in inputs))
+    alone = torch.cat([attention(*parts).transpose(1, 2) for parts in documents], dim=1)
+    torch.testing.assert_close(together, alone)
+    weights = torch.randn_like(alone)
+    gradients = [torch.autograd.grad((result * weights).sum(), leaves) for result in (together, alone)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_each_row_has_one_place():
@@ -37,12 +59,12 @@ def test_each_row_has_one_place():
     rows = sum(LENGTHS) * 3
     assert (groups.there[groups.back] == range(rows)).all()
     assert sorted([*groups.back, *groups.empty]) == list(range(len(groups.there)))
-    assert groups.shapes == ((4, 32), (1, 32), (1, 33), (1, 40), (1, 70))
+    assert groups.shapes == ((2, 16), (1, 16), (2, 32), (1, 33), (1, 40), (1, 70))
 
 
 def test_many_lengths_have_few_shapes():
     draw = random.Random(0)
     steps = [tuple(draw.randint(1, 512) for _ in range(draw.randint(1, 40))) for _ in range(200)]
     shapes = {shape for lengths in steps for shape in grouped(lengths, 1, 1024).shapes}
-    assert len({length for lengths in steps for length in lengths}) == 512
-    assert len(shapes) <= 64 and {length % MULTIPLE for _, length in shapes} == {0}
+    assert {length for lengths in steps for length in lengths} == {*range(1, 513)}
+    assert len(shapes) <= 96 and {length % MULTIPLE for _, length in shapes} == {0}

@@ -49,10 +49,13 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
+@pytest.mark.parametrize("cross_entropy", [fused_head.in_blocks, fused_head.by_shares])
 @pytest.mark.parametrize("chunk", [300 * 8 * 7, 2**20], ids=["many chunks", "one chunk"])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
-def test_value_and_gradients_are_those_of_cross_entropy(case, dtype, close, chunk, monkeypatch):
+def test_value_and_gradients_are_those_of_cross_entropy(case, dtype, close, chunk, cross_entropy, monkeypatch):
     monkeypatch.setitem(fused_head.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(fused_head.BLOCK, "cpu", 300 * 8 * 3 // torch.get_num_threads())  # a few tokens
+    monkeypatch.setitem(fused_head.CROSS_ENTROPY, "cpu", cross_entropy)
     *tensors, targets = case
     tensors = [tensor.to(dtype) for tensor in tensors]
     wanted, wanted_grads = gradients(
@@ -65,8 +68,10 @@ def test_value_and_gradients_are_those_of_cross_entropy(case, dtype, close, chun
     assert HeadLoss.apply(*tensors, targets).item() == loss.item()  # without gradients
 
 
-def test_small_losses_in_16_bits_are_not_rounded_away():
+@pytest.mark.parametrize("cross_entropy", [fused_head.in_blocks, fused_head.by_shares])
+def test_small_losses_in_16_bits_are_not_rounded_away(cross_entropy, monkeypatch):
     """Of tokens that are all but known, loss and gradient come out as well as of others."""
+    monkeypatch.setitem(fused_head.CROSS_ENTROPY, "cpu", cross_entropy)
     weight = torch.eye(64).bfloat16()
     hidden, targets = torch.eye(64)[:20].bfloat16() * 12, torch.arange(20)
     exact, (wanted, _) = gradients(

@@ -4,7 +4,7 @@
     cu_seq_lens [ 0         4     6       9 ]      where documents begin and end
 
 On CUDA this is one variable-length flash attention call, where its kernel takes such heads (see `varlen`, and `flash`
-for whose kernel it is); elsewhere one call per document. The function is registered with transformers under PACKED; a model uses it after
+for whose kernel it is); elsewhere one call per document, or in bf16 on CPUs per group of similar lengths. The function is registered with transformers under PACKED; a model uses it after
 `model.set_attn_implementation(PACKED)`. transformers builds no mask for a name it has no mask function for, so nothing
 of size tokens x tokens ever exists.
 
@@ -100,7 +100,7 @@ def packed_attention(
         logger.warning_once(f"attention takes one document at a time (slower, more memory): {why}")
     options = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
     bounds = (cu_seq_lens_q, document_lengths)
-    return _one_by_one(query, key, value, *bounds, short=short, **options), None
+    return _by_document(query, key, value, *bounds, short=short, **options), None
 
 
 def _of_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -112,7 +112,7 @@ def _of_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @torch.compiler.disable  # numbers and lengths of documents differ in each pack, and would be compiled anew
-def _one_by_one(
+def _by_document(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -178,20 +178,19 @@ def _products(query, key, value, *, scaling, window, softcap, sinks, dropout) ->
     documents, heads, tokens, size = query.shape
     groups, times = key.shape[1], heads // key.shape[1]
     queries = query.reshape(documents * groups, times * tokens, size)
-    keys, values = (tensor.reshape(documents * groups, tokens, -1) for tensor in (key, value))
+    keys, values = (tensor.reshape(documents * groups, tokens, tensor.shape[-1]) for tensor in (key, value))
     scaling = size**-0.5 if scaling is None else scaling
+    mask = _mask(tokens, window, query).repeat(times, 1)
     if softcap:
-        scores = torch.tanh(queries @ keys.mT * (scaling / softcap)) * softcap
-    else:  # with beta 0 the first says nothing
-        scores = torch.baddbmm(queries.new_zeros(1), queries, keys.mT, beta=0, alpha=scaling)
-    scores = scores.view(-1, tokens, tokens).add_(_mask(tokens, window, query))
-    scores = scores.view(documents * groups, times * tokens, tokens)
+        scores = torch.tanh(queries @ keys.mT * (scaling / softcap)) * softcap + mask
+    else:
+        scores = torch.baddbmm(mask, queries, keys.mT, alpha=scaling)
     if sinks is not None:  # one more column, whose share goes nowhere
         column = sinks.to(scores.dtype).view(1, groups, times, 1, 1).expand(documents, -1, -1, tokens, -1)
         scores = torch.cat([scores, column.reshape(documents * groups, times * tokens, 1)], dim=-1)
     shares = scores.softmax(-1)[..., :tokens]
     shares = F.dropout(shares, dropout) if dropout else shares
-    return torch.bmm(shares, values).view(documents, heads, tokens, -1)
+    return torch.bmm(shares, values).view(documents, heads, tokens, value.shape[-1])
 
 
 def _mask(tokens: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

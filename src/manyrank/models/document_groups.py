@@ -2,8 +2,8 @@
 
     (tokens * heads, d)  --gather-->  groups of (documents, heads, length, d)  --attention-->  --gather back-->
 
-oneDNN compiles a kernel for each shape that it meets: 1.3 ms of a product of 16-bit matrices that takes 0.1 ms, and each
-document is as long as none before it. So lengths are rounded up to multiples of 16 and documents grouped by powers of
+oneDNN compiles a kernel for each shape that it meets, which takes 1.3 ms where the product of 16-bit matrices takes 0.1,
+and each document is as long as none before it. So lengths are rounded up to multiples of 16 and documents grouped by powers of
 two, which leaves some tens of shapes for the whole run. Places without a token come after those of the document, where
 no query of it looks, and get no gradient.
 """
@@ -37,7 +37,7 @@ class Groups:
     empty: np.ndarray
 
 
-@functools.lru_cache(maxsize=8)  # all layers of a micro-batch ask for the same two
+@functools.lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same two
 def grouped(lengths: tuple[int, ...], heads: int, longest: int) -> Groups:
     """Return the groups of documents of such lengths, in tokens; one longer than `longest` has a group of its own."""
     by_length = defaultdict(list)
@@ -118,4 +118,4 @@ def attend(
     groups = grouped(lengths, query.shape[1], longest)
     back, there, empty = map(torch.tensor, (groups.back, groups.there, groups.empty))
     done = torch.cat([attention(*parts).reshape(-1, value.shape[-1]) for parts in zip(*split)])
-    return _Gather.apply(done, back, there, empty).view(1, query.shape[2], query.shape[1], -1)
+    return _Gather.apply(done, back, there, empty).view(1, query.shape[2], query.shape[1], value.shape[-1])

@@ -21,10 +21,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Bytes of logits in one chunk, and of those that are in float32 at a time. On CPUs chunks should stay in the last cache,
-# also when other ranks share it, and blocks in that of a core.
+# Bytes of logits in one chunk; on CPUs they should stay in the last cache, also when other ranks share it.
 CHUNK = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-BLOCK = {"cpu": 2**19, "cuda": 256 * 2**20}
+BLOCK = {"cuda": 2**19}  # of those in float32 at a time, for each thread
 
 
 class HeadLoss(torch.autograd.Function):
@@ -75,7 +74,7 @@ def _loss_and_gradients(hidden, weight, bias, targets, wanted):
     of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
     size = _rows(CHUNK, len(weight), hidden.dtype, hidden.device)
-    block = _rows(BLOCK, len(weight), wide, hidden.device)
+    cross_entropy = CROSS_ENTROPY.get(hidden.device.type, by_shares)
     buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
@@ -85,38 +84,65 @@ def _loss_and_gradients(hidden, weight, bias, targets, wanted):
             torch.mm(part, weight.T, out=logits)
         else:
             torch.addmm(bias, part, weight.T, out=logits)
-        loss += _cross_entropy(logits, targets[rows], block, overwrite=any(wanted))
+        part_loss, gradient = cross_entropy(logits, targets[rows], differentiate=any(wanted))
+        loss += part_loss
         if wanted[0]:
-            torch.mm(logits, weight, out=of_hidden[rows])
+            torch.mm(gradient, weight, out=of_hidden[rows])
         if wanted[1]:
-            of_weight += logits.T @ part
+            of_weight += gradient.T @ part
         if wanted[2]:
-            of_bias += logits.sum(0, dtype=wide)
+            of_bias += gradient.sum(0, dtype=wide)
+        del gradient  # before that of the next chunk is made
     return loss, of_hidden, of_weight, of_bias
 
 
 def _rows(limits: dict[str, int], vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many tokens' logits a limit in bytes holds, at least one."""
+    """Return how many tokens' logits a limit in bytes holds, at least one.
+
+    Args:
+        limits: bytes by type of device; a type that is not there has those of "cuda".
+    """
     return max(1, limits.get(device.type, limits["cuda"]) // (vocabulary * dtype.itemsize))
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, block: int, *, overwrite: bool) -> torch.Tensor:
-    """Return the sum of the cross-entropies of logits (n, vocabulary), at least in float32.
+def in_blocks(
+    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the sum of the cross-entropies of logits (n, vocabulary) and their gradient, in place of the logits.
 
-    Args:
-        block: tokens at a time.
-        overwrite: leave the gradient, softmax - one_hot, in place of the logits.
+    In float32 at least, a few tokens at a time, which stay in the caches of the cores.
     """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    block = _rows(BLOCK, logits.shape[1], wide, logits.device) * torch.get_num_threads()
     places = targets[:, None]
-    of_targets = torch.empty_like(places, dtype=torch.promote_types(logits.dtype, torch.float32))
-    for some, place, of_target in zip(*(tensor.split(block) for tensor in (logits, places, of_targets))):
-        log_shares = torch.log_softmax(some, -1, dtype=of_target.dtype)
+    of_targets = torch.empty_like(places, dtype=wide)
+    for part, place, of_target in zip(*(tensor.split(block) for tensor in (logits, places, of_targets))):
+        log_shares = torch.log_softmax(part, -1, dtype=wide)
         torch.gather(log_shares, 1, place, out=of_target)
-        if overwrite:
-            some.copy_(log_shares.exp_())
-    if overwrite:
+        if differentiate:
+            part.copy_(log_shares.exp_())
+    if differentiate:  # the shares, less one at the target
         logits.scatter_(1, places, of_targets.expm1().to(logits.dtype))
-    return -of_targets.sum()
+    return -of_targets.sum(), logits if differentiate else None
+
+
+def by_shares(
+    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what `in_blocks` does from a softmax in the type of the logits: a third of the bytes read and written."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    shares = torch.softmax(logits, -1)
+    at_target = torch.arange(len(logits), device=logits.device) * logits.shape[1] + targets
+    plain = (logits.amax(-1) - shares.amax(-1).to(wide).log() - logits.take(at_target)).to(wide)
+    sure = shares.take(at_target) > 0.5
+    # In 16 bits a share near one is so coarse that a small loss, and its gradient, would drown: the sum of the other
+    # shares tells it well.
+    others = shares.view(-1).index_fill_(0, at_target, 0).view_as(shares).sum(-1)
+    loss = torch.where(sure, -torch.log1p(-others.to(wide)), plain).sum()
+    return loss, shares.view(-1).index_copy_(0, at_target, -others).view_as(shares) if differentiate else None
+
+
+CROSS_ENTROPY = {"cpu": in_blocks}  # of other devices by_shares
 
 
 class FusedHead:

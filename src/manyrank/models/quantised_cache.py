@@ -261,5 +261,6 @@ def _not_cut(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _clear_away(parent: Path) -> None:
     """Remove what killed runs have left."""
     for partial in parent.glob(f"*{run_folder.PARTIAL}"):
-        if time.time() - partial.stat().st_mtime > STALE:
-            shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            if time.time() - partial.stat().st_mtime > STALE:
+                shutil.rmtree(partial, ignore_errors=True)

@@ -31,7 +31,7 @@ FLOAT, ADAM = 4, 8  # bytes of an element: of float32, of AdamW's two moments
 CONTEXT, NCCL = 600 * MiB, 400 * MiB
 # The caching allocator rounds up, and keeps blocks that do not fit the next request.
 SLACK = 0.1
-LOGITS_CHUNK = LOGITS_BLOCK = 256 * MiB  # see fused_head
+LOGITS_CHUNK = 256 * MiB  # see fused_head.CHUNK
 NF4_BLOCK, NF4_NESTED = 64, 256  # elements that share a constant; constants that share another
 BNB_SMALL, BNB_BLOCK = 4096, 256  # elements, of bitsandbytes' 8-bit optimizers
 ZERO_DEFAULTS = {
@@ -297,11 +297,10 @@ def _head(run: PlannedRun) -> int:
         return logits * (run.compute + FLOAT) + _head_gradient(run)  # and the logits in both types
     chunk = min(LOGITS_CHUNK, logits * run.compute)
     weight = run.shape.embedding * run.compute
-    block = min(LOGITS_BLOCK, logits * FLOAT)
-    # Logits, and a block of their softmax in float32; of a trained head also a chunk's share of its gradient, and its
-    # weights cast.
-    trained = max(0, weight - block) if run.full else 0
-    return chunk + block + trained + (weight if run.autocast else 0) + _head_gradient(run)
+    shares = min(LOGITS_CHUNK, logits * FLOAT)
+    # Logits and their softmax; of a trained head also a chunk's share of its gradient, and its weights cast.
+    trained = max(0, weight - shares) if run.full else 0
+    return chunk + shares + trained + (weight if run.autocast else 0) + _head_gradient(run)
 
 
 def _working(run: PlannedRun, layer: Layer) -> int:
