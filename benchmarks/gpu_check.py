@@ -445,7 +445,10 @@ def _one(part: Part, *, toy: bool) -> dict:
     try:
         done = own_process.run(_argv(part.name, toy=toy), seconds=part.seconds)
     except subprocess.TimeoutExpired as error:
-        return {"state": "out of time", "result": own_process.last_result((error.stdout or b"").decode())}
+        return {
+            "state": "out of time",
+            "result": own_process.last_result((error.stdout or b"").decode(errors="replace")),
+        }
     try:
         figures = own_process.result(done)
     except RuntimeError as error:

@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="an existing folder, on the disk to measure, that keeps the model")
     parser.add_argument("--only", default=",".join(CASES), metavar="CASE,...", help="%(default)s")
     args = parser.parse_args()
+    if unknown := set(args.only.split(",")) - set(CASES):
+        parser.error(f"there is no case {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(dir=args.folder) as cache:
         model = Path(args.folder or cache, f"{args.model}-{args.layers or 'all'}")
         make(model, args.model, args.layers)
