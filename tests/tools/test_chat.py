@@ -223,6 +223,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talker):
             until(lambda text, before=before: len(text) > before + 2 * len(QUESTION))  # the answer has begun
             process.send_signal(signal.SIGINT)
             until(lambda text, turn=turn: text.count("[stopped]") == turn and text.endswith("> "))
+        time.sleep(0.5)  # the prompt is shown before it is read
         process.send_signal(signal.SIGINT)
         until(lambda text: "/exit or Ctrl-D ends" in text and text.endswith("> "))
         os.write(main, b"\x04")
