@@ -17,19 +17,24 @@ def causal(query, key, value):
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
+def assert_as_one_by_one(attention, *parameters, longest):
+    """Values, and gradients of queries, keys, values and `parameters`, are those of one document at a time."""
+    shapes = ((4, 6), (2, 6), (2, 3))  # values are narrower
+    inputs = [torch.randn(1, sum(LENGTHS), *shape, dtype=torch.float64).transpose(1, 2) for shape in shapes]
+    leaves = [*(tensor.requires_grad_() for tensor in inputs), *parameters]
+    together = attend(*inputs, LENGTHS, attention, longest=longest)
+    documents = zip(*(tensor.split(LENGTHS, dim=2) for tensor in inputs))
+    alone = torch.cat([attention(*parts).transpose(1, 2) for parts in documents], dim=1)
+    torch.testing.assert_close(together, alone)
+    weights = torch.randn_like(alone)
+    gradients = [torch.autograd.grad((result * weights).sum(), leaves) for result in (together, alone)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("longest", [1024, 32, 0], ids=["all in groups", "some alone", "all alone"])
 def test_groups_attend_as_documents_one_by_one(longest):
     torch.manual_seed(0)
-    tokens = sum(LENGTHS)
-    shapes = ((1, tokens, 4, 6), (1, tokens, 2, 6), (1, tokens, 2, 3))  # values are narrower
-    inputs = [torch.randn(shape, dtype=torch.float64).transpose(1, 2).requires_grad_() for shape in shapes]
-    together = attend(*inputs, LENGTHS, causal, longest=longest)
-    documents = zip(*(tensor.split(LENGTHS, dim=2) for tensor in inputs))
-    alone = torch.cat([causal(*parts).transpose(1, 2) for parts in documents], dim=1)
-    torch.testing.assert_close(together, alone)
-    weights = torch.randn_like(alone)
-    gradients = [torch.autograd.grad((result * weights).sum(), inputs) for result in (together, alone)]
-    torch.testing.assert_close(*gradients)
+    assert_as_one_by_one(causal, longest=longest)
 
 
 @pytest.mark.parametrize(
@@ -39,19 +44,10 @@ def test_groups_attend_as_documents_one_by_one(longest):
 def test_plain_products_of_groups(options, longest):
     """Soft-cap, sinks and windows of documents side by side are those of one document at a time."""
     torch.manual_seed(0)
-    shapes = ((4, 6), (2, 6), (2, 3))
-    inputs = [torch.randn(1, sum(LENGTHS), *shape, dtype=torch.float64).transpose(1, 2) for shape in shapes]
-    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if options.get("sinks") else None
-    plain = {"scaling": None, "window": None, "softcap": None, "dropout": 0.0} | options | {"sinks": sinks}
-    attention = functools.partial(_products, **plain)
-    leaves = [tensor.requires_grad_() for tensor in inputs] + ([sinks] if options.get("sinks") else [])
-    together = attend(*inputs, LENGTHS, attention, longest=longest)
-    documents = zip(*(tensor.split(LENGTHS, dim=2) for tensor in inputs))
-    alone = torch.cat([attention(*parts).transpose(1, 2) for parts in documents], dim=1)
-    torch.testing.assert_close(together, alone)
-    weights = torch.randn_like(alone)
-    gradients = [torch.autograd.grad((result * weights).sum(), leaves) for result in (together, alone)]
-    torch.testing.assert_close(*gradients)
+    sinks = [torch.randn(4, dtype=torch.float64, requires_grad=True)] if options.get("sinks") else []
+    plain = {"scaling": None, "window": None, "softcap": None, "dropout": 0.0} | options
+    attention = functools.partial(_products, **plain | {"sinks": sinks[0] if sinks else None})
+    assert_as_one_by_one(attention, *sinks, longest=longest)
 
 
 def test_each_row_has_one_place():

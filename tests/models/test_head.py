@@ -54,7 +54,7 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
 def test_value_and_gradients_are_those_of_cross_entropy(case, dtype, close, chunk, cross_entropy, monkeypatch):
     monkeypatch.setitem(fused_head.CHUNK, "cpu", chunk)
-    monkeypatch.setitem(fused_head.BLOCK, "cpu", 300 * 8 * 3 // torch.get_num_threads())  # a few tokens
+    monkeypatch.setattr(fused_head, "BLOCK", 300 * 8 * 3 // torch.get_num_threads())  # a few tokens
     monkeypatch.setitem(fused_head.CROSS_ENTROPY, "cpu", cross_entropy)
     *tensors, targets = case
     tensors = [tensor.to(dtype) for tensor in tensors]

@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 # Bytes of logits in one chunk; on CPUs they should stay in the last cache, also when other ranks share it.
 CHUNK = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-BLOCK = {"cuda": 2**19}  # of those in float32 at a time, for each thread
+BLOCK = 2**19  # of those that are in float32 at a time on a CPU, for each thread
 
 
 class HeadLoss(torch.autograd.Function):
@@ -73,7 +73,7 @@ def _loss_and_gradients(hidden, weight, bias, targets, wanted):
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
-    size = _rows(CHUNK, len(weight), hidden.dtype, hidden.device)
+    size = _rows(CHUNK.get(hidden.device.type, CHUNK["cuda"]), len(weight), hidden.dtype)
     cross_entropy = CROSS_ENTROPY.get(hidden.device.type, by_shares)
     buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
     for start in range(0, len(hidden), size):
@@ -96,13 +96,9 @@ def _loss_and_gradients(hidden, weight, bias, targets, wanted):
     return loss, of_hidden, of_weight, of_bias
 
 
-def _rows(limits: dict[str, int], vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many tokens' logits a limit in bytes holds, at least one.
-
-    Args:
-        limits: bytes by type of device; a type that is not there has those of "cuda".
-    """
-    return max(1, limits.get(device.type, limits["cuda"]) // (vocabulary * dtype.itemsize))
+def _rows(limit: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Return how many tokens' logits a limit in bytes holds, at least one."""
+    return max(1, limit // (vocabulary * dtype.itemsize))
 
 
 def in_blocks(
@@ -113,7 +109,7 @@ def in_blocks(
     In float32 at least, a few tokens at a time, which stay in the caches of the cores.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    block = _rows(BLOCK, logits.shape[1], wide, logits.device) * torch.get_num_threads()
+    block = _rows(BLOCK, logits.shape[1], wide) * torch.get_num_threads()
     places = targets[:, None]
     of_targets = torch.empty_like(places, dtype=wide)
     for part, place, of_target in zip(*(tensor.split(block) for tensor in (logits, places, of_targets))):
