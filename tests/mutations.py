@@ -180,7 +180,7 @@ MUTATIONS = (
     Mutation(
         "a stop that says it is done",
         "training/exits.py",
-        "return for_good(stop.code if",
+        "return for_good(error.code if",
         "return for_good(0 if",
         "tests/launchers/test_preemption.py",
     ),

@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STARTING = 20.0  # seconds that a worker has to start listening
 SAME = 1.0  # seconds in which a second SIGINT is the first one, which came from the terminal and from the launcher
 GRACE = 5.0  # seconds that a start has to end after a signal; it may wait in C++, where Python hears none
 NOTICE = 10.0  # seconds without a worker, after which the launcher says what it waits for
@@ -35,22 +35,24 @@ class StopRequest:
 
     Attributes:
         requested: a signal has come.
-        at_start: it has come before there was anything that could be lost.
+        at_start: it has come before there was anything that could be lost, and has raised.
+        number: of the first signal, 0 before.
     """
 
     def __init__(self) -> None:
         self.requested = self.at_start = False
+        self.number = 0
         self._remembers = True
         self._process = 0
         self._interrupted: float | None = None  # since when, by SIGINT
         self._watched = False  # by a thread, which hears a signal before the main thread does, and counts them
-        self._end: Callable[[int], object] = os._exit
+        self._end: Callable[[int], object] = _end_at_once
 
-    def listen(self, end: Callable[[int], object] = os._exit) -> None:
+    def listen(self, end: Callable[[int], object]) -> None:
         """Take over the signals of this process for good; only its main thread can.
 
         Args:
-            end: ends the process with an exit code, from any thread.
+            end: ends the process after a signal's number, from any thread.
         """
         self._remembers, self._end, self._watched = False, end, True
         reading, writing = os.pipe()
@@ -78,11 +80,19 @@ class StopRequest:
             yield
         finally:
             self.requested, self.at_start, self._remembers, self._interrupted = False, False, True, None
+            self.number = 0
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def remember(self) -> None:
-        """Remember signals from now on; something looks at `requested` before it is too late."""
+        """Remember signals from now on; something looks at `requested` before it is too late.
+
+        A library may have swallowed the exception of an earlier signal: that one is remembered, too.
+        """
+        self._remembers, self.at_start = True, False
+
+    def ignore(self) -> None:
+        """Raise nothing from now on: how this process ends is decided."""
         self._remembers = True
 
     def _take_over(self) -> None:
@@ -94,6 +104,7 @@ class StopRequest:
         if os.getpid() != self._process:  # a forked helper; its parent ends it so
             os._exit(128 + number)
         again, self.requested = self.requested, True
+        self.number = self.number or number
         if not self._watched and self._is_second_interrupt(number):
             raise KeyboardInterrupt
         if not self._remembers and not again:  # once: what unwinds is left in peace
@@ -119,7 +130,7 @@ class StopRequest:
     def _end_if_still_starting(self, number: int) -> None:
         time.sleep(GRACE)
         if not self._remembers:
-            self._end(ended_by(number))
+            self._end(number)
 
 
 @contextlib.contextmanager
@@ -136,16 +147,15 @@ def ending_at_a_signal() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_at_once(number: int, frame: object) -> None:
+def _end_at_once(number: int, frame: object = None) -> None:
     os._exit(ended_by(number))
 
 
 def begin_worker() -> None:
     """Begin a worker, in its first line: it ends with its launcher, and at a signal, until it takes signals over."""
-    end_with_parent()
     for number in SIGNALS:
         signal.signal(number, _end_at_once)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    end_with_parent()
 
 
 def become(argv: Sequence[str]) -> NoReturn:
@@ -159,11 +169,31 @@ def ended_by(number: int) -> int:
     return 128 + number if number == signal.SIGINT else EXIT_PREEMPTED
 
 
+def asked_to_stop(launcher: int) -> int | None:
+    """Return the exit code of a launcher, by its pid, that was asked to stop.
+
+    Its workers cannot tell otherwise: torch's agent sends SIGTERM also to those of a rank that has failed, and starts
+    them anew, with a restart count of 0 where the agent of another machine has left.
+    """
+    try:
+        written, code = _stop_file(launcher).stat().st_mtime, int(_stop_file(launcher).read_text())
+    except (OSError, ValueError):
+        return None
+    import psutil
+
+    return code if written > psutil.Process(launcher).create_time() else None
+
+
+def _stop_file(launcher: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"manyrank-{launcher}-stop"
+
+
 def end_with_parent() -> None:
-    """End this worker with the launcher that started it, also when that is killed.
+    """End this worker with the launcher that started it, also when that is killed, and hear signals from now on.
 
     torch's agents start workers in sessions of their own without a parent-death signal (torch 2.13, subprocess_handler.py).
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `become` and `pass_on_while`
     if not _launched():
         return
     parent = os.getppid()
@@ -234,11 +264,13 @@ def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> i
 
     Returns:
         What `work` returned. A signal that comes before there is a process ends this one: with 75, since nothing was
-        begun that could be lost, or 130 after an interrupt.
+        begun that could be lost, or 130 after an interrupt. So does one whose processes have ended while `work` waits
+        for those of other machines.
     """
     results: list[int | BaseException] = []
 
     def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it: one that does not listen yet loses none
         try:
             results.append(work())
         except BaseException as error:  # raised again below
@@ -252,54 +284,65 @@ def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> i
         thread.join(NOTICE)
         if waits_for and thread.is_alive() and not _children():
             print(f"still waiting after {NOTICE:.0f} s: {waits_for}", file=sys.stderr, flush=True)
-        thread.join()
+        passing.end_with(thread)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _stop_file(os.getpid()).unlink(missing_ok=True)
     if isinstance(results[0], BaseException):
         raise results[0]
     return results[0]
 
 
 class _Passing:
-    """The handler of the launcher's signals."""
+    """The handler of the launcher's signals.
+
+    Attributes:
+        code: the exit code of a launcher that was asked to stop, None before.
+        interrupts: how often SIGINT has come.
+    """
 
     def __init__(self) -> None:
+        self.code: int | None = None
         self.interrupts = 0
 
     def __call__(self, number: int, frame: object) -> None:
         import psutil
 
         self.interrupts += number == signal.SIGINT
+        self.code = self.code or ended_by(number)
         children = _children()
         if not children:
-            os._exit(ended_by(number))
+            self._exit(self.code)
+        with contextlib.suppress(OSError):  # a full disk stops no signal
+            _stop_file(os.getpid()).write_text(str(self.code))
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if self.interrupts > 1:  # it may wait for another one in C++, where it hears no signal
                     child.kill()
                 else:
-                    _wait_until_it_listens(child.pid, number)
                     child.send_signal(number)
         if self.interrupts > 1:
-            os._exit(128 + signal.SIGINT)
+            self._exit(128 + signal.SIGINT)
+
+    def end_with(self, thread: threading.Thread) -> None:
+        """Wait for a thread, after a stop only as long as it has processes: it may wait for other machines' then."""
+        alone = 0.0  # since when
+        while thread.is_alive():
+            thread.join(1.0)
+            if not self.code or _children():
+                alone = 0.0
+            elif not alone:
+                alone = time.monotonic()
+            elif time.monotonic() - alone > GRACE and thread.is_alive():
+                self._exit(self.code)
+
+    def _exit(self, code: int) -> None:
+        _stop_file(os.getpid()).unlink(missing_ok=True)
+        os._exit(code)
 
 
 def _children() -> list[psutil.Process]:
     import psutil
 
     return psutil.Process().children()
-
-
-def _wait_until_it_listens(pid: int, number: int) -> None:
-    """A worker that has just started would be ended by the signal, and not stopped."""
-    end = time.monotonic() + STARTING
-    while time.monotonic() < end:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            return
-        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
-        if caught >> (number - 1) & 1:
-            return
-        time.sleep(0.02)

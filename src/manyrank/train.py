@@ -30,7 +30,7 @@ from .topology import gpus, ranks, strategy_files
 from .topology.ranks import Topology
 from .topology.strategies import default_strategy, named_strategy
 from .topology.torch_gpus import use_gpu
-from .training.exits import exit_now, final_exit_code, for_good, run_with_exit_codes, say_stopped
+from .training.exits import end_start, exit_now, final_exit_code, run_with_exit_codes
 
 if TYPE_CHECKING:
     from .training.run import TrainingRun
@@ -57,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_with_exit_codes(lambda: _train(argv or sys.argv[1:], place), place)
 
 
-def _end_start(code: int) -> None:
+def _end_start(number: int) -> None:
     """End this process from another thread: its main thread waits where it hears no signal."""
-    say_stopped(int(os.environ.get("RANK", "0")))
-    os._exit(for_good(code))
+    os._exit(end_start(number, int(os.environ.get("RANK", "0"))))
 
 
 def _train(argv: Sequence[str], place: Topology) -> None:

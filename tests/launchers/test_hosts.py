@@ -146,9 +146,6 @@ def test_an_elastic_run_goes_on_alone(pair, slow, long_run, tmp_path):
     assert run.metrics() == pytest.approx(long_run.metrics(), abs=1e-5)
 
 
-# Not in CI: now and then one agent takes the other's leaving for a change of membership, starts its worker again and
-# waits, which is a fault of the stop that has still to be fixed.
-@pytest.mark.nightly
 def test_two_machines_that_are_stopped_and_started_again(pair, slow, long_run, tmp_path):
     """What a cluster does that takes a job's machines away: SIGTERM to all, then the same command on all."""
     args, env = slow

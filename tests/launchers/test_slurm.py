@@ -45,7 +45,6 @@ def tools(env: dict[str, str]):
     return tool
 
 
-@pytest.mark.nightly  # for the reason of the stop of two machines in test_hosts.py
 def test_a_job_is_signalled_requeued_and_resumed(embedded_model, tmp_path):
     whole = launch(tmp_path / "whole", f"--max_steps={STEPS}", "--strategy=single")
     (tmp_path / "slowly.py").write_text(SLOWLY)

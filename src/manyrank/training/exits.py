@@ -25,7 +25,7 @@ from ..errors import (
     is_out_of_memory,
     name_too_long,
 )
-from ..signals import STOP, ended_by
+from ..signals import STOP, asked_to_stop, ended_by
 from ..topology import ranks
 from ..topology.ranks import Topology
 
@@ -40,31 +40,38 @@ def run_with_exit_codes(work: Callable[[], None], place: Topology) -> int:
         except OSError as error:
             raise name_too_long(error) from None
         finally:
-            STOP.remember()  # how this ends is decided
-    except UserError as error:
-        _say(error, place)
-        return for_good(EXIT_MEMORY if isinstance(error, OutOfMemory) else EXIT_USER)
-    except NonFiniteError as error:
-        _say(f"stopped before the optimizer used it: {error}", place)
-        return for_good(EXIT_FAILED)
-    except SaveError as error:
-        _say(f"stopped: {error}", place)
-        return for_good(EXIT_FAILED)
-    except (Preempted, KeyboardInterrupt) as stop:
-        if STOP.at_start:
-            say_stopped(place.rank)
-        return for_good(stop.code if isinstance(stop, Preempted) else ended_by(signal.SIGINT))
-    except Exception as error:
-        if is_out_of_memory(error):
-            _say(_outside_a_step(error), place)
-            return for_good(EXIT_MEMORY)
-        print(f"rank {place.rank} failed:", file=sys.stderr)
-        traceback.print_exc()
-        return EXIT_FAILED
+            STOP.ignore()
+    except BaseException as error:
+        if STOP.at_start:  # it is the exception of that signal, or what a library that swallowed it made of it
+            return end_start(STOP.number, place.rank)
+        return _exit_code(error, place)
     return 0
 
 
-def _outside_a_step(error: Exception) -> OutOfMemory:
+def _exit_code(error: BaseException, place: Topology) -> int:
+    """Say what has ended this rank."""
+    if isinstance(error, UserError):
+        _say(error, place)
+        return for_good(EXIT_MEMORY if isinstance(error, OutOfMemory) else EXIT_USER)
+    if isinstance(error, NonFiniteError):
+        _say(f"stopped before the optimizer used it: {error}", place)
+        return for_good(EXIT_FAILED)
+    if isinstance(error, SaveError):
+        _say(f"stopped: {error}", place)
+        return for_good(EXIT_FAILED)
+    if isinstance(error, (Preempted, KeyboardInterrupt)):
+        return for_good(error.code if isinstance(error, Preempted) else ended_by(signal.SIGINT))
+    if is_out_of_memory(error):
+        _say(_outside_a_step(error), place)
+        return for_good(EXIT_MEMORY)
+    if not isinstance(error, Exception):
+        raise error
+    print(f"rank {place.rank} failed:", file=sys.stderr)
+    traceback.print_exception(error)
+    return EXIT_FAILED
+
+
+def _outside_a_step(error: BaseException) -> OutOfMemory:
     """Describe being out of memory where nothing compares it with the plan, such as while the model is loaded."""
     fix = "see `manyrank plan` for what needs less, and `nvidia-smi` for who else uses the GPU"
     return OutOfMemory(f"out of memory: {str(error).splitlines()[0]}", where="outside of a step", fix=fix)
@@ -82,10 +89,12 @@ def _word_file() -> Path:
 
 
 def final_exit_code() -> int | None:
-    """Return the exit code with which a worker of this agent has ended for good, if one has.
+    """Return the exit code with which a worker of this agent has ended for good, or with which its launcher ends.
 
     torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
     """
+    if (code := asked_to_stop(os.getppid())) is not None:
+        return code
     if not ranks.restarts() or not _word_file().exists():
         return None
     import psutil
@@ -94,9 +103,16 @@ def final_exit_code() -> int | None:
     return int(_word_file().read_text()) if _word_file().stat().st_mtime > since else None
 
 
-def say_stopped(rank: int) -> None:
+def end_start(number: int, rank: int) -> int:
+    """Say that a signal has stopped this rank before its first step.
+
+    Returns:
+        The exit code. A SIGTERM may be that of torch's agent, since another rank has failed: what that rank says holds.
+    """
     if rank == 0:
         print("stopped before the first step: nothing was begun that could be lost", file=sys.stderr, flush=True)
+    code = ended_by(number)
+    return code if number == signal.SIGTERM and asked_to_stop(os.getppid()) is None else for_good(code)
 
 
 def _say(message: object, place: Topology) -> None:
