@@ -5,6 +5,7 @@
 What transformers needs for the same text and tokens, without any mask, is the measure. Both take turns in one process.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -29,8 +30,7 @@ from manyrank.project_files import asset
 ROUNDS, ROWS = 5, 2000
 
 
-def conversations() -> list[list[dict]]:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else asset("data", "sample.jsonl")
+def conversations(path: Path) -> list[list[dict]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = (rows * (ROWS // len(rows) + 1))[:ROWS]
     return [
@@ -45,8 +45,8 @@ def per_second(work, items) -> float:
     return len(items) / (time.process_time() - started)
 
 
-def rendering() -> np.ndarray:
-    tokenizer, chats = AutoTokenizer.from_pretrained(ensure()), conversations()
+def rendering(path: Path) -> np.ndarray:
+    tokenizer, chats = AutoTokenizer.from_pretrained(ensure()), conversations(path)
     ways = {
         "transformers: text and tokens, no mask": lambda chat: tokenizer.apply_chat_template(chat, tokenize=True),
         "manyrank: text, tokens and checked mask": lambda chat: render(tokenizer, chat),
@@ -79,10 +79,10 @@ def packing(lengths: np.ndarray) -> None:
         print(f"{name:<42} {statistics.mean(over):>7.2%}  {max(over):.2%}")
 
 
-def preparing(numbers: tuple[int, ...] = (25_000, 50_000, 100_000)) -> None:
+def preparing(path: Path, numbers: tuple[int, ...] = (25_000, 50_000, 100_000)) -> None:
     """From a file of rows to the table of masked tokens, each in a process of its own and without a cache."""
     print(f"\n{'rows prepared from scratch':<42} {'seconds':>7}  GiB of the largest process")
-    chats = conversations()
+    chats = conversations(path)
     for number in numbers:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.jsonl"
@@ -109,8 +109,12 @@ def prepare_rows() -> None:
 
 
 if __name__ == "__main__":
-    if "--prepare" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("rows", nargs="?", type=Path, default=asset("data", "sample.jsonl"), help="a .jsonl file")
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)  # in a process of its own, measured
+    options = parser.parse_args()
+    if options.prepare:
         prepare_rows()
     else:
-        packing(rendering())
-        preparing()
+        packing(rendering(options.rows))
+        preparing(options.rows)

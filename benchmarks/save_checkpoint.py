@@ -8,9 +8,9 @@ Table 2: a LoRA of 7B (Llama-2-7B's shapes, r 16 on all linear layers) with Adam
 Medians of interleaved rounds.
 """
 
+import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -86,7 +86,9 @@ def _write_zeros(file: Path, total: int) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as folder:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="on the disk to measure; it must be there")
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         embedded(Path(folder))
         seven_billion(Path(folder))
         exit_now(0)

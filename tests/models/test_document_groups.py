@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from manyrank.models.attention import _products
-from manyrank.models.document_groups import MULTIPLE, attend, grouped
+from manyrank.models.document_groups import MULTIPLE, attend, group_documents
 
 LENGTHS = (5, 33, 1, 40, 31, 32, 70, 2)
 
@@ -51,16 +51,16 @@ def test_plain_products_of_groups(options, longest):
 
 
 def test_each_row_has_one_place():
-    groups = grouped(LENGTHS, 3, 32)
+    groups = group_documents(LENGTHS, 3, 32)
     rows = sum(LENGTHS) * 3
-    assert (groups.there[groups.back] == range(rows)).all()
-    assert sorted([*groups.back, *groups.empty]) == list(range(len(groups.there)))
+    assert (groups.rows[groups.places] == range(rows)).all()
+    assert sorted([*groups.places, *groups.empty]) == list(range(len(groups.rows)))
     assert groups.shapes == ((2, 16), (1, 16), (2, 32), (1, 33), (1, 40), (1, 70))
 
 
 def test_many_lengths_have_few_shapes():
     draw = random.Random(0)
     steps = [tuple(draw.randint(1, 512) for _ in range(draw.randint(1, 40))) for _ in range(200)]
-    shapes = {shape for lengths in steps for shape in grouped(lengths, 1, 1024).shapes}
+    shapes = {shape for lengths in steps for shape in group_documents(lengths, 1, 1024).shapes}
     assert {length for lengths in steps for length in lengths} == {*range(1, 513)}
     assert len(shapes) <= 96 and {length % MULTIPLE for _, length in shapes} == {0}

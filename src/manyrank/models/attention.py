@@ -195,15 +195,13 @@ def _products(query, key, value, *, scaling, window, softcap, sinks, dropout) ->
 
 def _mask(tokens: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
     """Return what is added to scores, (tokens, tokens): -inf where a query does not see a key, else 0."""
-    mask = like.new_full((tokens, tokens), -torch.inf).triu_(1)
-    return mask if window is None else mask.add_(torch.full_like(mask, -torch.inf).tril_(-window))
+    return like.new_full((tokens, tokens), -torch.inf).masked_fill_(_allowed(tokens, window, like.device), 0)
 
 
 def _allowed(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(tokens, tokens), which keys a query sees."""
-    position = torch.arange(tokens, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < (window or tokens))
+    """Return which keys a query sees, (tokens, tokens): itself and the `window - 1` tokens before."""
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_()
+    return allowed if window is None else allowed.triu_(1 - window)
 
 
 def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None:

@@ -25,37 +25,36 @@ MULTIPLE = 16  # tokens
 
 @dataclass(frozen=True)
 class Groups:
-    """Where the rows of heads stand, one row for each token and head.
+    """Which row stands where; a row is one token's of one head. No tensors, since this is kept from step to step.
 
-    shapes: (documents, length) of each group. there: (places,), the row that stands in each place; the last of the
-    document in a place without a token. back: (rows,), the place of each row. empty: the places without a token.
+    shapes: (documents, length) of each group. rows: (places,), the row in each place; the document's last one in a
+    place without a token. places: (rows,), the place of each row. empty: the places without a token.
     """
 
     shapes: tuple[tuple[int, int], ...]
-    there: np.ndarray
-    back: np.ndarray
+    rows: np.ndarray
+    places: np.ndarray
     empty: np.ndarray
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same two
-def grouped(lengths: tuple[int, ...], heads: int, longest: int) -> Groups:
+def group_documents(lengths: tuple[int, ...], heads: int, longest: int) -> Groups:
     """Return the groups of documents of such lengths, in tokens; one longer than `longest` has a group of its own."""
     by_length = defaultdict(list)
     for start, length in zip(itertools.accumulate(lengths, initial=0), lengths):
         by_length[length if length > longest else -(-length // MULTIPLE) * MULTIPLE].append((start, length))
-    shapes, there, filled = [], [], []
+    shapes, rows, full = [], [], []
     for length, documents in sorted(by_length.items()):
         for group in [[one] for one in documents] if length > longest else _powers_of_two(documents):
-            shape = (len(group), heads, length)
             begin, tokens = np.array(group).T[:, :, None, None]
             within = np.arange(length)
-            there.append(((begin + np.minimum(within, tokens - 1)) * heads + np.arange(heads)[:, None]).ravel())
-            filled.append(np.broadcast_to(within < tokens, shape).ravel())
+            rows.append(((begin + np.minimum(within, tokens - 1)) * heads + np.arange(heads)[:, None]).ravel())
+            full.append(np.broadcast_to(within < tokens, (len(group), heads, length)).ravel())
             shapes.append((len(group), length))
-    index, full = np.concatenate(there), np.concatenate(filled)
-    back = np.empty(sum(lengths) * heads, dtype=np.int64)
-    back[index[full]] = full.nonzero()[0]
-    return Groups(tuple(shapes), index, back, (~full).nonzero()[0])
+    all_rows, is_full = np.concatenate(rows), np.concatenate(full)
+    places = np.empty(sum(lengths) * heads, dtype=np.int64)
+    places[all_rows[is_full]] = is_full.nonzero()[0]
+    return Groups(tuple(shapes), all_rows, places, (~is_full).nonzero()[0])
 
 
 def _powers_of_two(documents: list) -> list[list]:
@@ -107,15 +106,17 @@ def attend(
     Returns:
         (1, tokens, heads of queries, d of values).
     """
-    split = []
+    heads_of_queries, tokens = query.shape[1:3]
+    groups = {heads: group_documents(lengths, heads, longest) for heads in {heads_of_queries, key.shape[1]}}
+    index = {heads: tuple(map(torch.tensor, (its.rows, its.places, its.empty))) for heads, its in groups.items()}
+    operands = []
     for tensor in (query, key, value):
-        heads, tokens, size = tensor.shape[1:]
-        groups = grouped(lengths, heads, longest)
-        rows = tensor.squeeze(0).transpose(0, 1).reshape(tokens * heads, size)
-        places = _Gather.apply(rows, torch.tensor(groups.there), torch.tensor(groups.back), None)
-        parts = places.split([documents * heads * length for documents, length in groups.shapes])
-        split.append([part.view(-1, heads, shape[1], size) for part, shape in zip(parts, groups.shapes)])
-    groups = grouped(lengths, query.shape[1], longest)
-    back, there, empty = map(torch.tensor, (groups.back, groups.there, groups.empty))
-    done = torch.cat([attention(*parts).reshape(-1, value.shape[-1]) for parts in zip(*split)])
-    return _Gather.apply(done, back, there, empty).view(1, query.shape[2], query.shape[1], value.shape[-1])
+        heads, size = tensor.shape[1], tensor.shape[3]
+        rows, places, _ = index[heads]
+        gathered = _Gather.apply(tensor.squeeze(0).transpose(0, 1).reshape(tokens * heads, size), rows, places, None)
+        shapes = groups[heads].shapes
+        parts = gathered.split([documents * heads * length for documents, length in shapes])
+        operands.append([part.view(-1, heads, length, size) for part, (_, length) in zip(parts, shapes)])
+    rows, places, empty = index[heads_of_queries]
+    outputs = torch.cat([attention(*parts).reshape(-1, value.shape[-1]) for parts in zip(*operands)])
+    return _Gather.apply(outputs, places, rows, empty).view(1, tokens, heads_of_queries, value.shape[-1])
