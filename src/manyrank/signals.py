@@ -27,6 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME = 1.0  # seconds in which a second SIGINT is the first one, which came from the terminal and from the launcher
 GRACE = 5.0  # seconds that a start has to end after a signal; it may wait in C++, where Python hears none
 NOTICE = 10.0  # seconds without a worker, after which the launcher says what it waits for
+STOPPED = "stop"  # of a file for a launcher's workers
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -175,8 +176,9 @@ def asked_to_stop(launcher: int) -> int | None:
     Its workers cannot tell otherwise: torch's agent sends SIGTERM also to those of a rank that has failed, and starts
     them anew, with a restart count of 0 where the agent of another machine has left.
     """
+    file = launcher_file(launcher, STOPPED)
     try:
-        written, code = _stop_file(launcher).stat().st_mtime, int(_stop_file(launcher).read_text())
+        written, code = file.stat().st_mtime, int(file.read_text())
     except (OSError, ValueError):
         return None
     import psutil
@@ -184,8 +186,9 @@ def asked_to_stop(launcher: int) -> int | None:
     return code if written > psutil.Process(launcher).create_time() else None
 
 
-def _stop_file(launcher: int) -> Path:
-    return Path(tempfile.gettempdir()) / f"manyrank-{launcher}-stop"
+def launcher_file(launcher: int, name: str) -> Path:
+    """Name a file through which a launcher, by its pid, and its workers tell each other how the run ends."""
+    return Path(tempfile.gettempdir()) / f"manyrank-{launcher}-{name}"
 
 
 def end_with_parent() -> None:
@@ -288,7 +291,7 @@ def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> i
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _stop_file(os.getpid()).unlink(missing_ok=True)
+        _forget_workers()
     if isinstance(results[0], BaseException):
         raise results[0]
     return results[0]
@@ -315,7 +318,7 @@ class _Passing:
         if not children:
             self._exit(self.code)
         with contextlib.suppress(OSError):  # a full disk stops no signal
-            _stop_file(os.getpid()).write_text(str(self.code))
+            launcher_file(os.getpid(), STOPPED).write_text(str(self.code))
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if self.interrupts > 1:  # it may wait for another one in C++, where it hears no signal
@@ -338,8 +341,14 @@ class _Passing:
                 self._exit(self.code)
 
     def _exit(self, code: int) -> None:
-        _stop_file(os.getpid()).unlink(missing_ok=True)
+        _forget_workers()
         os._exit(code)
+
+
+def _forget_workers() -> None:
+    """Remove what this launcher and its workers have left for each other."""
+    for file in Path(tempfile.gettempdir()).glob(launcher_file(os.getpid(), "*").name):
+        file.unlink(missing_ok=True)
 
 
 def _children() -> list[psutil.Process]:

@@ -6,7 +6,6 @@ import atexit
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from ..errors import (
     is_out_of_memory,
     name_too_long,
 )
-from ..signals import STOP, asked_to_stop, ended_by
+from ..signals import STOP, asked_to_stop, ended_by, launcher_file
 from ..topology import ranks
 from ..topology.ranks import Topology
 
@@ -85,7 +84,7 @@ def for_good(code: int) -> int:
 
 
 def _word_file() -> Path:
-    return Path(tempfile.gettempdir()) / f"manyrank-{os.getppid()}-{os.environ['TORCHELASTIC_RUN_ID']}"
+    return launcher_file(os.getppid(), os.environ["TORCHELASTIC_RUN_ID"])
 
 
 def final_exit_code() -> int | None:
