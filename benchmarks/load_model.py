@@ -18,10 +18,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from manyrank.models.catalog import known
+
+if TYPE_CHECKING:
+    import torch
 
 RANKS = 2
 CASE = "MANYRANK_LOAD_CASE"  # of a process that measures
@@ -54,8 +59,8 @@ def main() -> None:
                 forget(file)
             port = free_port()
             ranks = [start(model, cache, case, rank, port) for rank in range(RANKS)]
-            found = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
-            worst = {key: max(rank[key] for rank in found) for key in found[0]}
+            results = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
+            worst = {key: max(result[key] for result in results) for key in results[0]}
             print("| {} | {seconds:.1f} | {files:.2f} | {own:.2f} | {held:.2f} |".format(case, **worst), flush=True)
 
 
@@ -92,19 +97,24 @@ def make(folder: Path, name: str, layers: int | None) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.architectures = [type(model).__name__]
-    entries, at = {"__metadata__": {"format": "pt"}}, 0
     tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys}
-    for key, tensor in tensors.items():
-        entries[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
-    header = json.dumps(entries).encode()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
+        file.write(header(tensors))
         for tensor in tensors.values():
             values = torch.empty_like(tensor, device="cpu").normal_(std=0.02)
             file.write(values.view(torch.uint8).numpy().data)
     config.save_pretrained(folder)
+
+
+def header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return the beginning of a safetensors file of tensors in bf16, which follow it one by one."""
+    entries, at = {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in tensors.items():
+        entries[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
 
 
 def measure(case: str) -> None:
@@ -133,8 +143,8 @@ def measure(case: str) -> None:
         if strategy == "whole":  # a step reads every page
             for parameter in held:
                 parameter.detach().view(torch.uint8).flatten().numpy()[::4096].sum()
-    found = {"seconds": time.perf_counter() - began, "held": sum(tensor.nbytes for tensor in held) / 2**30}
-    print(json.dumps(found | {key: (peak.bytes[key] - before[key]) / 2**30 for key in before}))
+    result = {"seconds": time.perf_counter() - began, "held": sum(tensor.nbytes for tensor in held) / 2**30}
+    print(json.dumps(result | {key: (peak.bytes[key] - before[key]) / 2**30 for key in before}))
 
 
 def resident() -> dict[str, int]:

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from launches import Run, launch
+from load_model import header
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from manyrank.models.catalog import known
@@ -23,14 +23,9 @@ FILE = 5 * 2**30  # bytes
 
 def write_holes(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file that takes no room on the disk: a header, and a length."""
-    entries, at = {"__metadata__": {"format": "pt"}}, 0
-    for key, tensor in tensors.items():
-        entries[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
-    header = json.dumps(entries).encode()
     with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(header)) + header)
-        stream.truncate(8 + len(header) + at)
+        stream.write(header(tensors))
+        stream.truncate(stream.tell() + sum(tensor.nbytes for tensor in tensors.values()))
 
 
 @pytest.fixture(scope="module")
