@@ -97,10 +97,15 @@ class SaveError(RuntimeError):
 
 
 class Preempted(SystemExit):
-    """A signal asked the run to stop; its checkpoint is complete."""
+    """A signal asked the run to stop; its checkpoint is complete.
 
-    def __init__(self) -> None:
+    Args:
+        final: False where the signal may be that of torch's agent, which starts the workers anew.
+    """
+
+    def __init__(self, *, final: bool = True) -> None:
         super().__init__(EXIT_PREEMPTED)
+        self.final = final
 
 
 def in_one_line(error: BaseException) -> str:

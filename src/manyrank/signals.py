@@ -2,6 +2,9 @@
 
 SIGTERM, SIGUSR1 and SIGINT end a run at once before its first step, and after a checkpoint from then on: the worker
 remembers them until the step's end, the launcher passes them on. A second SIGINT ends it at once.
+
+The launcher passes SIGTERM on as SIGUSR1, since torch's agents send SIGTERM themselves: to the ranks that are left when
+one has failed, and to all when a machine comes or leaves. That ends workers, and not the run.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,7 +31,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME = 1.0  # seconds in which a second SIGINT is the first one, which came from the terminal and from the launcher
 GRACE = 5.0  # seconds that a start has to end after a signal; it may wait in C++, where Python hears none
 NOTICE = 10.0  # seconds without a worker, after which the launcher says what it waits for
-STOPPED = "stop"  # of a file for a launcher's workers
+ALONE = 30.0  # seconds without a worker, after which a launcher that was asked to stop waits for no other machine
+CODE_FILE, STOP_FILE = "exit-code", "stopped"  # in the folder of a launcher, for workers that torch's agent starts anew
+LAUNCHER = "MANYRANK_LAUNCHER"  # pid and folder of the launcher, in its workers
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -38,11 +44,12 @@ class StopRequest:
         requested: a signal has come.
         at_start: it has come before there was anything that could be lost, and has raised.
         number: of the first signal, 0 before.
+        final: a signal has come that torch's agent does not send: the run is not to be started anew.
     """
 
     def __init__(self) -> None:
         self.requested = self.at_start = False
-        self.number = 0
+        self.number, self.final = 0, False
         self._remembers = True
         self._process = 0
         self._interrupted: float | None = None  # since when, by SIGINT
@@ -81,7 +88,7 @@ class StopRequest:
             yield
         finally:
             self.requested, self.at_start, self._remembers, self._interrupted = False, False, True, None
-            self.number = 0
+            self.number, self.final = 0, False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -105,7 +112,7 @@ class StopRequest:
         if os.getpid() != self._process:  # a forked helper; its parent ends it so
             os._exit(128 + number)
         again, self.requested = self.requested, True
-        self.number = self.number or number
+        self.number, self.final = self.number or number, self.final or number != signal.SIGTERM
         if not self._watched and self._is_second_interrupt(number):
             raise KeyboardInterrupt
         if not self._remembers and not again:  # once: what unwinds is left in peace
@@ -156,6 +163,7 @@ def begin_worker() -> None:
     """Begin a worker, in its first line: it ends with its launcher, and at a signal, until it takes signals over."""
     for number in SIGNALS:
         signal.signal(number, _end_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `become` and `pass_on_while`
     end_with_parent()
 
 
@@ -170,33 +178,28 @@ def ended_by(number: int) -> int:
     return 128 + number if number == signal.SIGINT else EXIT_PREEMPTED
 
 
-def asked_to_stop(launcher: int) -> int | None:
-    """Return the exit code of a launcher, by its pid, that was asked to stop.
+def recorded_code(folder: Path) -> int | None:
+    """Return the exit code with which workers of a launcher have ended for good, else that of a launcher that was asked to stop."""
+    for name in (CODE_FILE, STOP_FILE):
+        with contextlib.suppress(OSError, ValueError):
+            return int((folder / name).read_text())
+    return None
 
-    Its workers cannot tell otherwise: torch's agent sends SIGTERM also to those of a rank that has failed, and starts
-    them anew, with a restart count of 0 where the agent of another machine has left.
+
+def launcher_folder() -> Path | None:
+    """Return the folder in which the `manyrank` that has started this worker and its workers say how the run ends.
+
+    None under another launcher.
     """
-    file = launcher_file(launcher, STOPPED)
-    try:
-        written, code = file.stat().st_mtime, int(file.read_text())
-    except (OSError, ValueError):
-        return None
-    import psutil
-
-    return code if written > psutil.Process(launcher).create_time() else None
-
-
-def launcher_file(launcher: int, name: str) -> Path:
-    """Name a file through which a launcher, by its pid, and its workers tell each other how the run ends."""
-    return Path(tempfile.gettempdir()) / f"manyrank-{launcher}-{name}"
+    pid, _, folder = os.environ.get(LAUNCHER, "").partition(":")
+    return Path(folder) if pid == str(os.getppid()) else None
 
 
 def end_with_parent() -> None:
-    """End this worker with the launcher that started it, also when that is killed, and hear signals from now on.
+    """End this worker with the launcher that started it, also when that is killed.
 
     torch's agents start workers in sessions of their own without a parent-death signal (torch 2.13, subprocess_handler.py).
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `become` and `pass_on_while`
     if not _launched():
         return
     parent = os.getppid()
@@ -279,19 +282,20 @@ def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> i
         except BaseException as error:  # raised again below
             results.append(error)
 
-    passing = _Passing()
-    before = {number: signal.signal(number, passing) for number in SIGNALS}
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        thread.join(NOTICE)
-        if waits_for and thread.is_alive() and not _children():
-            print(f"still waiting after {NOTICE:.0f} s: {waits_for}", file=sys.stderr, flush=True)
-        passing.end_with(thread)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _forget_workers()
+    with tempfile.TemporaryDirectory(prefix="manyrank-", ignore_cleanup_errors=True) as folder:
+        os.environ[LAUNCHER] = f"{os.getpid()}:{folder}"
+        passing = _Passing(Path(folder))
+        before = {number: signal.signal(number, passing) for number in SIGNALS}
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            thread.join(NOTICE)
+            if waits_for and thread.is_alive() and not _children():
+                print(f"still waiting after {NOTICE:.0f} s: {waits_for}", file=sys.stderr, flush=True)
+            passing.wait_for(thread)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     if isinstance(results[0], BaseException):
         raise results[0]
     return results[0]
@@ -301,11 +305,13 @@ class _Passing:
     """The handler of the launcher's signals.
 
     Attributes:
+        folder: of this launcher, for its workers.
         code: the exit code of a launcher that was asked to stop, None before.
         interrupts: how often SIGINT has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.code: int | None = None
         self.interrupts = 0
 
@@ -314,21 +320,21 @@ class _Passing:
 
         self.interrupts += number == signal.SIGINT
         self.code = self.code or ended_by(number)
+        with contextlib.suppress(OSError):  # a full disk stops no signal
+            (self.folder / STOP_FILE).write_text(str(self.code))
         children = _children()
         if not children:
             self._exit(self.code)
-        with contextlib.suppress(OSError):  # a full disk stops no signal
-            launcher_file(os.getpid(), STOPPED).write_text(str(self.code))
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if self.interrupts > 1:  # it may wait for another one in C++, where it hears no signal
                     child.kill()
                 else:
-                    child.send_signal(number)
+                    child.send_signal(signal.SIGUSR1 if number == signal.SIGTERM else number)
         if self.interrupts > 1:
             self._exit(128 + signal.SIGINT)
 
-    def end_with(self, thread: threading.Thread) -> None:
+    def wait_for(self, thread: threading.Thread) -> None:
         """Wait for a thread, after a stop only as long as it has processes: it may wait for other machines' then."""
         alone = 0.0  # since when
         while thread.is_alive():
@@ -337,18 +343,12 @@ class _Passing:
                 alone = 0.0
             elif not alone:
                 alone = time.monotonic()
-            elif time.monotonic() - alone > GRACE and thread.is_alive():
-                self._exit(self.code)
+            elif time.monotonic() - alone > ALONE and thread.is_alive():
+                self._exit(recorded_code(self.folder) or self.code)
 
     def _exit(self, code: int) -> None:
-        _forget_workers()
+        shutil.rmtree(self.folder, ignore_errors=True)
         os._exit(code)
-
-
-def _forget_workers() -> None:
-    """Remove what this launcher and its workers have left for each other."""
-    for file in Path(tempfile.gettempdir()).glob(launcher_file(os.getpid(), "*").name):
-        file.unlink(missing_ok=True)
 
 
 def _children() -> list[psutil.Process]:

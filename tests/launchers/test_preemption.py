@@ -238,10 +238,11 @@ def test_workers_that_are_started_anew_resume_by_themselves(whole_run, tmp_path)
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
 
 
-def test_a_run_that_was_told_to_stop_is_not_started_anew(embedded_model, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_was_asked_to_stop_is_not_started_anew(embedded_model, tmp_path, number):
     folder = tmp_path / "run"
     with running(folder, "--strategy=ddp", "--nproc=2", "--max_restarts=3") as process:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(60) == 75, process.communicate()
     log = folder / "logs" / "metrics.jsonl"
     assert saved_step(folder) == log.read_text().count("\n")
@@ -264,6 +265,26 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     END
 class Slow(TrainerCallback):
     pass
+"""
+
+
+def test_after_a_sigterm_that_the_launcher_has_not_sent_the_run_continues(whole_run, tmp_path):
+    """torch's agent sends it when a machine comes or leaves; the workers save, and are started anew."""
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    common = ("--strategy=ddp", "--nproc=2", "--max_steps=6", "--max_restarts=1", "--callbacks=leaving:Leaving")
+    run = launch(tmp_path / "run", *common, PYTHONPATH=str(tmp_path))
+    assert run.code == 0, run.stderr
+    assert f"resumed from {run.folder / 'checkpoint-4'}, step 4" in run.stdout
+    assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+LEAVING = """
+import os, signal
+from transformers import TrainerCallback
+class Leaving(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
 """
 
 

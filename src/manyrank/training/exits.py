@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from ..errors import (
     is_out_of_memory,
     name_too_long,
 )
-from ..signals import STOP, asked_to_stop, ended_by, launcher_file
+from ..signals import CODE_FILE, STOP, ended_by, launcher_folder, recorded_code
 from ..topology import ranks
 from ..topology.ranks import Topology
 
@@ -58,8 +60,10 @@ def _exit_code(error: BaseException, place: Topology) -> int:
     if isinstance(error, SaveError):
         _say(f"stopped: {error}", place)
         return for_good(EXIT_FAILED)
-    if isinstance(error, (Preempted, KeyboardInterrupt)):
-        return for_good(error.code if isinstance(error, Preempted) else ended_by(signal.SIGINT))
+    if isinstance(error, Preempted):
+        return for_good(error.code) if error.final else error.code
+    if isinstance(error, KeyboardInterrupt):
+        return for_good(ended_by(signal.SIGINT))
     if is_out_of_memory(error):
         _say(_outside_a_step(error), place)
         return for_good(EXIT_MEMORY)
@@ -79,39 +83,43 @@ def _outside_a_step(error: BaseException) -> OutOfMemory:
 def for_good(code: int) -> int:
     """Record an exit code that a restart would not change, for `final_exit_code` of restarted workers."""
     if ranks.may_restart():
-        _word_file().write_text(str(code))
+        with contextlib.suppress(OSError):  # of a full disk; the code itself stays
+            _code_file().write_text(str(code))
     return code
 
 
-def _word_file() -> Path:
-    return launcher_file(os.getppid(), os.environ["TORCHELASTIC_RUN_ID"])
+def _code_file() -> Path:
+    if folder := launcher_folder():
+        return folder / CODE_FILE
+    return Path(tempfile.gettempdir()) / f"manyrank-{os.getppid()}-{os.environ['TORCHELASTIC_RUN_ID']}"
 
 
 def final_exit_code() -> int | None:
-    """Return the exit code with which a worker of this agent has ended for good, or with which its launcher ends.
+    """Return the exit code with which a worker of this launcher has ended for good, or with which it was asked to stop.
 
-    torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise.
+    torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise; with a restart count
+    of 0 where another machine has left.
     """
-    if (code := asked_to_stop(os.getppid())) is not None:
-        return code
-    if not ranks.restarts() or not _word_file().exists():
+    if folder := launcher_folder():
+        return recorded_code(folder)
+    if not ranks.restarts() or not _code_file().exists():
         return None
     import psutil
 
-    since = psutil.Process(os.getppid()).create_time()
-    return int(_word_file().read_text()) if _word_file().stat().st_mtime > since else None
+    since = psutil.Process(os.getppid()).create_time()  # it may be the file of an agent with the same pid
+    return int(_code_file().read_text()) if _code_file().stat().st_mtime > since else None
 
 
 def end_start(number: int, rank: int) -> int:
     """Say that a signal has stopped this rank before its first step.
 
     Returns:
-        The exit code. A SIGTERM may be that of torch's agent, since another rank has failed: what that rank says holds.
+        The exit code, which a SIGTERM does not make final: torch's agent may have sent it, see `signals`.
     """
     if rank == 0:
         print("stopped before the first step: nothing was begun that could be lost", file=sys.stderr, flush=True)
     code = ended_by(number)
-    return code if number == signal.SIGTERM and asked_to_stop(os.getppid()) is None else for_good(code)
+    return code if number == signal.SIGTERM else for_good(code)
 
 
 def _say(message: object, place: Topology) -> None:

@@ -39,13 +39,15 @@ from .task import StepLoss, Task
 class StepResult:
     """loss: mean of the step over all ranks. grad_norm: before clipping.
 
-    Whether a signal on any rank asked to stop, and whether a file asked to save, is the same on all ranks.
+    Whether a signal on any rank asked to stop, for good (see `signals`), and whether a file asked to save, is the same on
+    all ranks.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     stop_requested: bool = False
+    stop_is_final: bool = False
     save_requested: bool = False
 
 
@@ -140,7 +142,7 @@ class Trainer:
             self._after_step(result)
             if result.stop_requested and not self._is_over():
                 self._save(must=True)
-                raise Preempted
+                raise Preempted(final=result.stop_is_final)
         with timeouts.within(timeouts.UNHURRIED):
             if best := self._best():
                 load_weights(self.engine, best)
@@ -153,7 +155,8 @@ class Trainer:
         """Take one optimizer step over this rank's micro-batches."""
         loss = self.task.forward_backward(step, number=self.state.global_step)
         local = torch.stack(loss.losses).sum()
-        wishes = [local.new_full((), wish) for wish in (STOP.requested, self.main and self.saver.wished)]
+        wishes = (STOP.requested, STOP.final, self.main and self.saver.wished)
+        wishes = [local.new_full((), wish) for wish in wishes]  # no copy from the host, which would wait
         self._in_phase("waiting for the others")
 
         def check(values: list[float]) -> None:
@@ -162,7 +165,7 @@ class Trainer:
             self._in_phase("optimizer")
 
         try:
-            total, stops, saves, norm = self.engine.step(
+            total, stops, final, saves, norm = self.engine.step(
                 learning_rate=self.schedule.get_last_lr()[0],
                 max_grad_norm=self.config.max_grad_norm,
                 sums=self.engine.sum(torch.stack([local, *wishes])),
@@ -170,7 +173,7 @@ class Trainer:
             )
         except NonFiniteGradientError as error:
             raise self._non_finite(str(error), sum((micro.rows for micro in step.micro_batches), [])) from None
-        return StepResult(total / loss.divisor, norm, step.tokens, stops > 0, saves > 0)
+        return StepResult(total / loss.divisor, norm, step.tokens, stops > 0, final > 0, saves > 0)
 
     def dry_step(self) -> StepResult:
         """Forward and backward of the first step, without using the gradients."""

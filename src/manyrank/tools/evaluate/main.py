@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from ...data.scores import row_scores
 from ...errors import UserError
 from ...launch.command import before_imports, plan_launch, run_launch
 from ...runs.run_folder import atomic_directory
-from ...signals import end_with_parent
+from ...signals import begin_worker
 from ...topology import gpus, ranks
 from ...topology.ranks import Topology
 from ...topology.strategies import default_strategy
@@ -115,7 +116,8 @@ def _launch(argv: list[str], nproc: int, machine: gpus.Hardware) -> int:
 
 def rank_main(argv: Sequence[str]) -> int:
     """Run one process of --nproc."""
-    end_with_parent()
+    begin_worker()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which leaves no temporary folders
     place = ranks.from_environment()
     before_imports(gpus.probe())
     options, reading = read(json.loads(argv[0]))
