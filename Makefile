@@ -55,8 +55,9 @@ test: setup  ## the default tier of the tests, on CPUs; JOBS= processes, a core 
 test-hosts: setup  ## two hosts, SLURM, full disks, a browser
 	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "hosts and not nightly" $(ARGS)
 
-test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks
+test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks; and cuda-dry
 	pytest -m nightly $(ARGS)
+	$(MAKE) cuda-dry ARGS=
 
 # Not from a local folder of wheels, where torch may be built for CPUs.
 CUDA_VENV := .venv-cuda
@@ -69,7 +70,7 @@ $(CUDA_VENV)/.installed: pyproject.toml constraints.txt
 
 cuda-dry: $(CUDA_VENV)/.installed  ## the CUDA path on stand-in libraries, without a GPU (3 GB of wheels)
 	$(CUDA_VENV)/bin/python tests/fake_cuda/build.py $(CUDA_VENV)/fake_cuda
-	FAKECUDA_DEVICES=4 tests/fake_cuda/run.sh $(CUDA_VENV) $(CUDA_VENV)/fake_cuda pytest -v -m cuda tests/fake_cuda $(ARGS)
+	FAKECUDA_DEVICES=4 timeout 1800 tests/fake_cuda/run.sh $(CUDA_VENV) $(CUDA_VENV)/fake_cuda pytest -v --durations=5 -m cuda tests/fake_cuda $(ARGS)
 
 test-slurm: setup  ## a real SLURM job over two nodes on this machine; as root on Debian, it installs SLURM first
 	@command -v slurmctld > /dev/null || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge; }

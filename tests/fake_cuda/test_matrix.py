@@ -4,9 +4,10 @@ Values are not computed there (README.md), so losses say nothing; files, wrapper
 """
 
 import json
+import os
 
 import pytest
-from launches import Run, launch
+from launches import ROOT, Run, launch
 from safetensors import safe_open
 
 from manyrank.tools.verify import WRAPPERS
@@ -58,6 +59,8 @@ def test_run_and_resume(method, name, embedded_model, tmp_path):
     if "parameters" in strategy.shards:
         assert max(facts["base_bytes_here"]) <= 0.55 * facts["base_bytes"]
     assert len(run.metrics("loss")) == 4 and len(run.metrics("eval_loss")) == 2
+    samples = json.loads((run.folder / "logs" / "samples.json").read_text())
+    assert len(samples) == 3 and all(sample.keys() >= {"question", "before", "after"} for sample in samples)
     memory = json.loads((run.folder / "logs" / "memory.json").read_text())
     assert 0 < memory["allocated_bytes"] <= memory["reserved_bytes"]
     saved = tensors(run.folder / "final_model", method)
@@ -75,3 +78,46 @@ def test_float32(name, embedded_model, tmp_path):
     assert run.code == 0, run.stdout + run.stderr
     assert "FAKECUDA refused" not in run.stderr and "FAKENCCL" not in run.stderr
     assert run.facts()["precision"] == "no" and len(run.metrics("loss")) == 4
+
+
+WAITS = """
+import json, os, pathlib
+import cuda_counters
+from transformers import TrainerCallback
+class Waits(TrainerCallback):
+    def __init__(self):
+        self.counts = []
+    def on_step_begin(self, args, state, control, **kwargs):
+        cuda_counters.reset()
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(cuda_counters.waits(cuda_counters.read()))
+        pathlib.Path(os.environ["WAITS"], os.environ.get("RANK", "0")).write_text(json.dumps(self.counts))
+"""
+
+
+# DeepSpeed's own: all but two in its clipping and stepping, and under zero3 one for each micro-batch's gradients.
+HOST_WAITS = {"single": 1, "ddp": 1, "fsdp": 1, "hsdp": 1, "zero2": 10, "zero3": 7}
+
+
+@pytest.mark.parametrize("name", HOST_WAITS)
+def test_waits_of_a_step(name, embedded_model, tmp_path):
+    """Of whole steps of a run, on each rank. In the first ten DDP measures itself, with events that are over (logger.cpp)."""
+    (tmp_path / "waits.py").write_text(WAITS)
+    (tmp_path / "counts").mkdir()
+    strategy = STRATEGIES[name]
+    args = [
+        f"--strategy={strategy}",
+        f"--nproc={ranks(strategy)}",
+        "--max_steps=14",
+        "--bf16=true",
+    ]
+    args += ["--hsdp_shard_size=2"] if strategy.replicas else []
+    env = {
+        "PYTHONPATH": f"{tmp_path}:{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}",
+        "WAITS": str(tmp_path / "counts"),
+    }
+    run = launch(tmp_path / "run", *args, "--callbacks=waits:Waits", **env)
+    assert run.code == 0, run.stdout + run.stderr
+    waits = [json.loads(file.read_text())[11:] for file in (tmp_path / "counts").iterdir()]
+    assert len(waits) == ranks(strategy)
+    assert waits == [[HOST_WAITS[name]] * 3] * len(waits)
