@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from manyrank.models.catalog import known
+from manyrank.models.spec import from_config
 from manyrank.models.varlen import arguments, obstacle, takes_groups
 
 
@@ -109,3 +111,35 @@ def test_the_kernel_is_taken_where_it_computes_the_attention(device, dtype):
             assert (why is None) == taken, (query_width, value_width, given)
             if query_width == 60:
                 assert "heads of 60, no multiple of 8" in why
+
+
+# The models of the catalog whose documents attend one at a time on GPUs, and why.
+BY_DOCUMENT = {
+    "gemma-2-2b": "soft-cap 50.0",
+    "gemma-2-9b": "soft-cap 50.0",
+    "gemma-2-27b": "soft-cap 50.0",
+    "deepseek-v2-lite": "values of 128 beside queries of 192",
+    "deepseek-v3": "values of 128 beside queries of 192",
+    "deepseek-r1": "values of 128 beside queries of 192",
+    "kimi-k2": "values of 128 beside queries of 192",
+    "gpt-oss-20b": "attention sinks",
+    "gpt-oss-120b": "attention sinks",
+}
+
+
+def test_which_models_of_the_catalog_the_kernel_takes():
+    reasons = {}
+    for name, config in known().items():
+        softcap, sinks = config.get("attn_logit_softcapping"), config["model_type"] == "gpt_oss"
+        for layer in from_config(config, name=name).layers:
+            widths = [width // layer.attention.heads for width in (layer.attention.query, layer.attention.output)]
+            why = obstacle(
+                device="cuda",
+                dtype=torch.bfloat16,
+                query_width=widths[0],
+                value_width=widths[1],
+                softcap=softcap,
+                sinks=sinks,
+            )
+            reasons |= {name: why} if why else {}
+    assert reasons == BY_DOCUMENT

@@ -1,7 +1,7 @@
 """Settings of torch's GPU allocator: expandable segments, where the run works with them.
 
-Micro-batches of different lengths fragment the default segments: Llama-3.1-8B with LoRA held 79.1 GiB for 61.3
-allocated, and 61.6 with segments that grow. vLLM in the same process does not work with them (see
+Micro-batches of different lengths fragment the default segments: Llama-3.1-8B with LoRA held 79.1 GiB for 50.1
+allocated, and 50.2 with segments that grow. vLLM in the same process does not work with them (see
 `TrainConfig.expandable_segments`).
 """
 
