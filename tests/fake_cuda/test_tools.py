@@ -16,9 +16,11 @@ from manyrank.training.build import build_run
 pytestmark = pytest.mark.cuda
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero2", "zero3"])
 def test_doctor(strategy, embedded_model, tmp_path):
-    argv = [sys.executable, "-m", "manyrank.cli", "doctor", "verify", f"--strategy={strategy}", "--nproc=2"]
+    nproc = 4 if strategy == "hsdp" else 2
+    argv = [sys.executable, "-m", "manyrank.cli", "doctor", "verify", f"--strategy={strategy}", f"--nproc={nproc}"]
+    argv += ["--hsdp_shard_size=2"] if strategy == "hsdp" else []
     argv += ["--bf16=true", "--json", "--limit=250", f"--output_dir={tmp_path}"]
     done = warm.run(argv, cwd=ROOT)
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}

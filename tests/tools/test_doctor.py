@@ -16,9 +16,11 @@ import warm
 from launches import ROOT
 
 from manyrank import cli
+from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
 from manyrank.runs.heartbeats import beats
 from manyrank.tools.doctor import main as doctor
+from manyrank.tools.doctor.ranks import _small_config
 from manyrank.topology import gpus
 
 GPUS = len(gpus.probe().gpus)
@@ -85,6 +87,14 @@ def test_two_processes(strategy, type_, tmp_path):
     assert found["step"]["figures"]["world_size"] == 2
     loss = pytest.approx(found["step"]["figures"]["losses"][1])
     assert found["save and load"]["figures"] == {"tensors": 56, "loss": loss}
+
+
+def test_the_small_run_has_what_the_recipe_says_of_how_to_train(tmp_path):
+    options = {"strategy": "hsdp", "hsdp_shard_size": "2", "method": "full", "bf16": "true", "optim": "adamw_torch"}
+    config = resolve("verify", [Setting(key, value, "test") for key, value in options.items()]).config
+    small = _small_config(config, "hsdp", tmp_path, 4)
+    assert {key: getattr(small, key) for key in options} == {key: getattr(config, key) for key in options}
+    assert small.global_batch_size == 8 and small.model_name_or_path == str(tmp_path)
 
 
 @pytest.mark.skipif(not GPUS, reason="there is no GPU")

@@ -339,10 +339,11 @@ def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, ru
 
 def _small_config(config: TrainConfig, strategy: str, model: Path, world_size: int) -> TrainConfig:
     """The recipe's way of training, on the small model and the project's sample."""
-    values = SMALL_RUN | {key: getattr(config, key) for key in ("method", "bf16", "optim")}
+    values = SMALL_RUN | {key: getattr(config, key) for key in ("method", "bf16", "optim", "hsdp_shard_size")}
     values |= {"model_name_or_path": str(model), "strategy": strategy}
     values |= {"per_device_train_batch_size": 2, "global_batch_size": 2 * world_size}
-    return resolve("verify", [Setting(key, value, "the doctor's step") for key, value in values.items()]).config
+    settings = [Setting(key, value, "the doctor's step") for key, value in values.items() if value is not None]
+    return resolve("verify", settings).config
 
 
 def _tensors(checkpoint: Path) -> int:
