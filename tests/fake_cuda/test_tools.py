@@ -1,12 +1,13 @@
 """The doctor's step, save and load, and the start of GRPO, on stand-in GPUs of which a process sees more than it uses."""
 
 import json
+import os
 import sys
 
 import pytest
 import torch
 import warm
-from launches import ROOT
+from launches import ROOT, launch
 
 from manyrank.config.resolve import Setting, resolve
 from manyrank.tasks.grpo.task import GRPO
@@ -27,6 +28,22 @@ def test_doctor(strategy, embedded_model, tmp_path):
     wrong = {name: check for name, check in checks.items() if check["state"] == "failed"}
     assert done.returncode == 0 and not wrong, f"{wrong}{done.stderr}"
     assert {"GPU 0", "GPU 1", "process group", "all-reduce", "step", "save and load"} <= checks.keys()
+
+
+def test_nvml_without_memory_figures(embedded_model, tmp_path):
+    """A part that shares the machine's memory, such as GB10, has none there; CUDA's own are taken."""
+    env = os.environ | {"FAKENVML_WITHOUT_MEMORY": "1"}
+    argv = [sys.executable, "-m", "manyrank.cli", "plan", "verify", "--json"]
+    planned = warm.run(argv, cwd=ROOT, env=env)
+    assert planned.returncode == 0, planned.stderr
+    run = launch(tmp_path / "run", "--strategy=single", "--max_steps=1", "--bf16=true", FAKENVML_WITHOUT_MEMORY="1")
+    assert run.code == 0, run.stdout + run.stderr
+    memory = json.loads((run.folder / "logs" / "memory.json").read_text())
+    assert 0 < memory["allocated_bytes"] <= memory["reserved_bytes"] and memory["planned_bytes"]
+    argv = [sys.executable, "-m", "manyrank.cli", "doctor", "verify", "--strategy=single", "--json", "--limit=250"]
+    examined = warm.run([*argv, f"--output_dir={tmp_path / 'doctor'}"], cwd=ROOT, env=env)
+    checks = {check["name"]: check for check in json.loads(examined.stdout)["checks"]}
+    assert checks["GPU 0"]["state"] == "ok" and "79.2 GiB" in checks["GPU 0"]["seen"], checks["GPU 0"]
 
 
 def test_grpo_uses_one_of_the_gpus_that_it_sees(embedded_model, tmp_path, monkeypatch):
