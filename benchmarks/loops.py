@@ -245,6 +245,7 @@ LOOPS: dict[str, Loop] = {
     "step -head": partial(ours, disable_fused=["lm_head"]),
     "step -lora": partial(ours, disable_fused=["lora"]),
     "step -attention": partial(ours, disable_fused=["attention"]),
+    "step -rope": partial(ours, disable_fused=["rope"]),
     "step -all": partial(ours, disable_fused=["lm_head", "lora", "attention"]),
     "step fp32": partial(ours, bf16=False),
     "padded": partial(ours, packing="none"),

@@ -221,4 +221,4 @@ def test_every_part_of_the_gpu_check_runs_at_toy_size(tmp_path):
     for method in gpu_check.METHODS:
         assert len(losses[method]["gpu"]) == 4 and losses[method]["gpu"][0] > losses[method]["gpu"][-1] > 1
     assert losses["lora in bf16"]["from fp8"]["difference"] > 0 and results["fp8"]["losses"]["difference"] > 0
-    assert len(results["without_parts"]) == 4 and len(results["fragments"]) == 2
+    assert len(results["without_parts"]) == 5 and len(results["fragments"]) == 2

@@ -59,6 +59,29 @@ def test_swiglu_is_a_launch_forward_and_one_backward(dtype):
     assert y.dtype == gate.dtype and cuda_counters.read()["launches"] == 2
 
 
+@pytest.mark.parametrize("dtype, rotary, launches", [("bfloat16", 64, 2), ("bfloat16", 32, 4), ("float32", 64, 6)])
+def test_the_rotary_embedding_is_a_launch_for_queries_and_one_for_keys(dtype, rotary, launches):
+    """Of heads that are rotated in part the rest is joined; other types take torch's operations."""
+    import torch
+    from transformers.models.phi3.modeling_phi3 import Phi3Attention
+
+    from manyrank.models import fused_rope
+
+    assert fused_rope.compiled("cuda")
+    options = {"device": "cuda", "dtype": getattr(torch, dtype)}
+    query, key = (
+        torch.ones(1, 9, n * 64, **options).view(1, 9, n, 64).transpose(1, 2).requires_grad_() for n in (4, 2)
+    )
+    angles = torch.ones(1, 9, rotary, **options)
+    rotate = fused_rope._fused(Phi3Attention).forward.__globals__[fused_rope.NAME]
+    cuda_counters.reset()
+    rotated = rotate(query, key, angles, angles)
+    assert cuda_counters.read()["launches"] == launches
+    torch.autograd.grad(rotated, (query, key), [y.detach() for y in rotated])
+    assert cuda_counters.read()["launches"] == 2 * launches
+    assert [(y.dtype, y.shape) for y in rotated] == [(x.dtype, x.shape) for x in (query, key)]
+
+
 def test_lengths_that_vary_do_not_fragment():
     """With torch's default allocator 50.1 GiB held 79.1."""
     import gpu_check

@@ -222,11 +222,12 @@ def test_layers_are_checkpointed_and_compiled_as_asked(embedded_model):
 
 
 def test_disabled_fused_parts_are_plain(embedded_model):
-    def attention_and_lora(*parts):
+    def parts_of_attention(*parts):
         made = with_adapters(AutoModelForCausalLM.from_pretrained(embedded_model), config(disable_fused=list(parts)))
         layer = made.get_base_model().model.layers[0].self_attn
-        return layer.config._attn_implementation, type(layer.q_proj) is not Linear
+        return layer.config._attn_implementation, type(layer.q_proj) is not Linear, hasattr(layer, "plain_forward")
 
-    assert attention_and_lora() == attention_and_lora("head") == (PACKED, True)
-    assert attention_and_lora("lora") == (PACKED, False)
-    assert attention_and_lora("attention") == (PACKED_PLAIN, True)
+    assert parts_of_attention() == parts_of_attention("head") == (PACKED, True, True)
+    assert parts_of_attention("lora") == (PACKED, False, True)
+    assert parts_of_attention("attention") == (PACKED_PLAIN, True, True)
+    assert parts_of_attention("rope") == (PACKED, True, False)

@@ -138,7 +138,7 @@ Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)],
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
-Parts = Annotated[list[Literal["lm_head", "lora", "attention", "norm", "mlp"]], BeforeValidator(_parts)]
+Parts = Annotated[list[Literal["lm_head", "lora", "attention", "norm", "mlp", "rope"]], BeforeValidator(_parts)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
 Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
 Format = Annotated[str, AfterValidator(_format)]
@@ -330,7 +330,7 @@ class TrainConfig(BaseModel):
     torch_compile: bool = Field(False, description="compile each layer; takes a minute or two at the start")
     disable_fused: Parts = Field(
         [],
-        description="parts to run without this project's kernels, to compare: lm_head, lora, attention (on CPUs in bf16; FlashAttention 3 and 4), norm (on CUDA), mlp",
+        description="parts to run without this project's kernels, to compare: lm_head, lora, attention (on CPUs in bf16; FlashAttention 3 and 4), norm (on CUDA), mlp, rope",
     )
 
     # Where it runs

@@ -86,14 +86,19 @@ def kernels(kind: str) -> Kernels:
     compiled = Kernels(
         jiterator._create_jit_fn(FORWARD), jiterator._create_multi_output_jit_fn(BACKWARD, num_outputs=2)
     )
-    try:
-        wrong = deviation(compiled, torch.device(kind, torch.cuda.current_device()))
-        why = f"they are off by {wrong:.1e}" if not wrong <= ROUNDING else None  # NaN is neither
-    except RuntimeError as error:  # no NVRTC, or one that does not know this GPU
-        why = str(error).strip().splitlines()[0]
+    why = fault(lambda: deviation(compiled, torch.device(kind, torch.cuda.current_device())))
     if why:
         logger.warning("SwiGLU takes torch's operations (slower), not its compiled kernels: %s", why)
     return OPERATIONS if why else compiled
+
+
+def fault(deviation: Callable[[], float]) -> str | None:
+    """Say why kernels whose deviation in bf16 this is cannot be taken; None where they can."""
+    try:
+        wrong = deviation()
+    except RuntimeError as error:  # no NVRTC, or one that does not know this GPU
+        return str(error).strip().splitlines()[0]
+    return f"they are off by {wrong:.1e}" if not wrong <= ROUNDING else None  # NaN is neither
 
 
 @torch.no_grad()

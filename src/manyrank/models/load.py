@@ -38,6 +38,7 @@ from .attention import use_packed_attention
 from .float8 import to_float8
 from .fused_mlp import fuse_mlps
 from .fused_norm import fuse_norms
+from .fused_rope import fuse_ropes
 from .reach import reach
 from .shards import Share, loading_in_shards
 from .tiny import EMBEDDED, ensure
@@ -272,6 +273,8 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = sil
         fuse_norms(model)
     if "mlp" not in config.disable_fused and not config.torch_compile:
         fuse_mlps(model)
+    if "rope" not in config.disable_fused and not config.torch_compile:
+        fuse_ropes(model)
     if config.uses_lora:
         model = with_lora(model, config, reached, say)
         for own in model.peft_config.values():  # of a base that a script has loaded by a relative path
