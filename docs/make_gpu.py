@@ -15,7 +15,7 @@ INTRO = """# What was measured on a GPU
 
 `make gpu-check` measures what would hurt most first, and writes `docs/gpu.json` as it goes; this page is made from it by
 `python docs/make_gpu.py`. A part that is done is not run again. Limits of the parts down to FSDP2 and ZeRO-3 add up to a quarter of an
-hour, those of all to half an hour.
+hour, those of all to about half an hour.
 """
 ONLY_A_GPU = """
 ## What only a GPU can tell

@@ -93,7 +93,7 @@ def test_a_micro_batch_that_nobody_gave_keeps_a_small_model_from_waiting_for_the
             machine("H100-80GB"), "--model=qwen2.5-0.5b", *OPEN, f"--micro_batch={size}"
         ).plan.chosen.speed
     assert found.config.micro_batch > 4 and [speed.busy for speed in speeds.values()] == [False, False, True]
-    assert speeds[found.config.micro_batch].tokens_per_second > 1.5 * speeds[4].tokens_per_second
+    assert speeds[found.config.micro_batch].tokens_per_second > 1.4 * speeds[4].tokens_per_second
     assert found.config.global_batch_size == 64 and found.plan.chosen.verdict == "fits" and found.retries
     assert f"--per_device_train_batch_size={found.config.micro_batch}" in found.line.argv
 
