@@ -18,6 +18,10 @@ override TORCH_INDEX := $(or $(shell $(PYTHON) src/manyrank/topology/cuda_driver
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+ifneq ($(filter-out cu126 cu130 cpu,$(TORCH_INDEX)),)
+$(error there is no build $(TORCH_INDEX) of this torch: TORCH_INDEX is one of cu126, cu130, cpu, auto, or empty)
+endif
+
 .PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults cuda-dry doctor verify chat merge bench bench-counts bench-gpu gpu-check bench-data bench-save lint audit help clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions; TORCH_INDEX=auto for an older driver or GPU
@@ -28,6 +32,7 @@ ifneq ($(TORCH_INDEX),$(BUILT))
 endif
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(if $(filter-out $(BUILT)-,$(TORCH_INDEX)-),$(VENV)/bin/pip uninstall -qq -y torch)
 	$(if $(TORCH_INDEX),$(VENV)/bin/pip install -q uv)

@@ -5,11 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from launches import ROOT, Run, launch
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported; spinning threads starve the launched runs
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # a machine may be busy
+settings.load_profile("untimed")
 
 SLOW = (  # the slowest first, as measured
     "launchers/test_hosts.py",

@@ -73,6 +73,12 @@ def test_auto_takes_the_build_for_the_driver(make, tmp_path):
     assert make() == []
 
 
+@pytest.mark.parametrize("build", ["cu128", "cu12"])
+def test_a_build_that_is_not_there_is_refused_before_anything_is_removed(make, build):
+    make()
+    assert make(f"TORCH_INDEX={build}", code=2) == []
+
+
 def test_auto_without_a_driver_installs_nothing(make):
     assert make("TORCH_INDEX=auto", code=2, CUDA_VISIBLE_DEVICES="") == []
     assert make() == PYPI

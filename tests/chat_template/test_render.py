@@ -1,7 +1,7 @@
 """The mask: exactly what the assistant says and the token that ends its turn are learned, or the row is refused."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import ENDS, OWN, PACKAGED, TEMPLATES, tokenizer_for, with_markers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -107,7 +107,7 @@ FAMILIES = [
 TOKENIZERS = {name: tokenizer_for(TEMPLATES[name]) for name in FAMILIES}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(st.sampled_from(FAMILIES), conversations())
 def test_random_conversations_are_masked_right_or_refused(name, messages):
     tokenizer = TOKENIZERS[name]

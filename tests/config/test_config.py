@@ -422,6 +422,18 @@ def test_as_yaml_loads_again(recipe, values):
     assert resolve(recipe(resolved.as_yaml())).config == resolved.config
 
 
+@pytest.mark.parametrize(("text", "value"), [("off", "off"), ("no", "off"), ("on", "auto"), ("./folder", "./folder")])
+def test_words_of_yaml_for_the_quantised_cache(recipe, text, value):
+    recipe_of = yaml.safe_dump(REQUIRED) + f"method: qlora\nquantized_cache: {text}\n"
+    assert resolve(recipe(recipe_of)).config.quantized_cache == value
+
+
+def test_a_word_is_no_folder_of_the_quantised_cache():
+    with pytest.raises(UserError, match="maybe") as caught:
+        resolve(None, entries(**REQUIRED, method="qlora", quantized_cache="maybe"))
+    assert "./maybe" in str(caught.value)
+
+
 LINE = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1)
 
 

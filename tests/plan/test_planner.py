@@ -101,6 +101,11 @@ def test_auto_passes_over_what_the_rules_refuse():
     assert not plan.chosen.refused
 
 
+def test_where_all_is_refused_nothing_is_called_the_fastest():
+    plan = planned("llama-3.1-8b", "A100-80GB", "--method=fp8")
+    assert all(option.refused for option in plan.options) and plan.why.startswith("refused, as all are: method fp8")
+
+
 def test_host_memory_counts_where_it_is_known():
     argv = ("--method=full", "--max_length=2048", "--micro_batch=1", "--gradient_checkpointing=full")
     enough = planned("llama-3.1-8b", "RTX4090", *argv)

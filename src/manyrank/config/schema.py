@@ -116,6 +116,15 @@ def _vllm(value: Any) -> Any:
     return {"true": "colocate", "yes": "colocate", "on": "colocate", "false": "off", "no": "off"}.get(text, text)
 
 
+def _cache(value: Any) -> Any:
+    """Read a yes/no value as auto or off; a folder in the working directory is written as ./NAME."""
+    text = str(value).strip()
+    known = {"auto": "auto", "true": "auto", "yes": "auto", "on": "auto", "off": "off", "false": "off", "no": "off"}
+    if text.lower() not in known and "/" not in text and text != "~":
+        raise ValueError(f"a folder in the working directory is written as ./{text or 'NAME'}")
+    return known.get(text.lower(), text)
+
+
 def _pattern(value: str) -> str:
     try:
         re.compile(value)
@@ -137,6 +146,7 @@ Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(lis
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+Cache = Annotated[str, BeforeValidator(_cache)]
 Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
 Parts = Annotated[list[Literal["lm_head", "lora", "attention", "norm", "mlp", "rope"]], BeforeValidator(_parts)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
@@ -314,9 +324,8 @@ class TrainConfig(BaseModel):
     bf16: bool | Literal["auto"] = Field(
         "auto", description="compute in bf16; auto: where the GPU or CPU does it natively"
     )
-    quantized_cache: str = Field(
+    quantized_cache: Cache = Field(
         "auto",
-        min_length=1,
         description="where qlora keeps the quantised base of a model that it loads in shards, for the next start: a folder, off, or "
         "auto: in $MANYRANK_CACHE or ~/.cache/manyrank",
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..config.schema import TrainConfig
 from ..models.spec import ModelSpec
 from ..rules.context import RunContext
-from ..rules.strategy import HSDP_RULES, ONE_PROCESS, SHARDING_RULES
+from ..rules.strategy import FLOAT8_NATIVE, HSDP_RULES, ONE_PROCESS, SHARDING_RULES
 from ..topology.strategies import STRATEGIES, EngineKind, Strategy, named_strategy
 from . import memory, speed
 from .memory import Memory
@@ -124,7 +124,7 @@ def verdict(needed: int, available: int | None) -> Verdict:
 
 def refusal(run: PlannedRun) -> str | None:
     """Say why a strategy cannot run a recipe, by the rules; one that nobody named is not chosen where it is doubtful."""
-    table = (ONE_PROCESS, *SHARDING_RULES, *HSDP_RULES)
+    table = (ONE_PROCESS, FLOAT8_NATIVE, *SHARDING_RULES, *HSDP_RULES)
     rules = [rule for rule in table if rule.severity == "error" or not run.config.strategy]
     return next((what for rule in rules if (what := rule.broken(run.context))), None)
 
@@ -233,7 +233,9 @@ def _choose(options: list[Option], context: RunContext, *, named: bool) -> tuple
     )
     usable = next(filter(None, groups), [])
     if not usable:
-        possible = [option for option in options if not option.refused] or options
+        possible = [option for option in options if not option.refused]
+        if not possible:
+            return options[0], f"refused, as all are: {options[0].refused}"
         if options[0].verdict == Verdict.UNKNOWN:
             return possible[0], "the memory of the GPUs is not known: the simplest"
         return min(

@@ -117,6 +117,16 @@ ONE_PROCESS = error(
     reason="It has no process group: each process would train by itself and write the same folder.",
     fix="use ddp, or one process",
 )
+FLOAT8_NATIVE = error(
+    "float8-not-native",
+    ("method",),
+    unless(
+        lambda s: s.config.method == "fp8" and not all(gpu.has_float8 for gpu in s.hardware.gpus),
+        "method fp8 on GPUs without float8 products ({s.hardware.smallest_gpu.name})",
+    ),
+    reason="Tensor cores multiply float8 from compute capability 8.9 on: Ada, Hopper, Blackwell.",
+    fix="use method int8, qlora or lora",
+)
 MACHINE_RULES = (
     ONE_PROCESS,
     error(
@@ -141,16 +151,7 @@ MACHINE_RULES = (
         "for it.",
         fix="set bf16: auto; GPUs before Ampere have no better way here",
     ),
-    error(
-        "float8-not-native",
-        ("method",),
-        unless(
-            lambda s: s.config.method == "fp8" and not all(gpu.has_float8 for gpu in s.hardware.gpus),
-            "method fp8 on GPUs without float8 products ({s.hardware.smallest_gpu.name})",
-        ),
-        reason="Tensor cores multiply float8 from compute capability 8.9 on: Ada, Hopper, Blackwell.",
-        fix="use method int8, qlora or lora",
-    ),
+    FLOAT8_NATIVE,
     error(
         "float8-on-rocm",
         ("method",),
