@@ -211,6 +211,8 @@ def test_a_preempted_run_ends_as_the_uninterrupted_one(whole_run, tmp_path):
     env = {"PYTHONPATH": str(tmp_path)}
     first = launch(tmp_path / "run", *common, "--callbacks=stopping:Stop", **env)
     assert first.code == 75, first.stderr
+    assert "checkpoint-4 is complete" in first.stdout
+    assert f"--output_dir {first.folder} --resume_from_checkpoint auto" in first.stdout
     assert [path.name for path in run_folder.checkpoints(first.folder)] == ["checkpoint-4"]
     again = launch(tmp_path / "run", *common, "--resume_from_checkpoint=auto")
     assert again.code == 0, again.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -93,6 +94,11 @@ class TrainingRun:
                     after = self._answers()
             except Preempted:
                 self._compare()
+                saved, more = f"checkpoint-{self.trainer.state.global_step}", "--resume_from_checkpoint auto"
+                self.say(f"stopped by a signal; {saved} is complete")
+                self.say(
+                    f"to continue, type the same command with --output_dir {shlex.quote(str(self.output_dir))} {more}"
+                )
                 raise
             self._tell(before, after, final)
             self._compare()
