@@ -2,8 +2,13 @@
 
     python benchmarks/load_model.py [--model llama-3.1-8b] [--layers 16] [--only CASE,...] [--folder FOLDER]
 
-The model has the shape of Llama-3.2-1B, or of another name of the catalog, and random weights in bf16. Before each load
+The model has the shape of Llama-3.1-8B, or of another name of the catalog, and random weights in bf16. Before each load
 the files leave the page cache. Two processes load at the same time, with one thread each. The cache is always a new one.
+
+    mapped    of the files of weights: what the process has touched, in whole pages. Ranks that map the same share them
+    read      into its own memory, with `read`: the hashes of a cache, which the ranks of a machine share out; small files
+    peak      of the process's own memory, over what it held before
+    held      at the end: its parts, or the whole model
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -18,7 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,16 +36,17 @@ if TYPE_CHECKING:
     import torch
 
 RANKS = 2
-CASE = "MANYRANK_LOAD_CASE"  # of a process that measures
-CASES = ("lora whole", "lora fsdp", "lora zero3", "qlora whole", "qlora fsdp", "qlora fsdp again", "qlora zero3 again")
+WHICH = "MANYRANK_LOAD_CASES"  # of a process that measures
+SHARDED = ("lora fsdp", "lora zero3", "qlora fsdp uncached", "qlora fsdp", "qlora fsdp again", "qlora zero3 again")
+CASES = ("lora whole", "qlora whole", *SHARDED)
 
 
 def main() -> None:
-    if CASE in os.environ:
-        return measure(os.environ[CASE])
+    if WHICH in os.environ:
+        return print(json.dumps({case: measure(case) for case in os.environ[WHICH].split(",")}))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", choices=known(), default="llama-3.2-1b", metavar="NAME", help="a name of the catalog"
+        "--model", choices=known(), default="llama-3.1-8b", metavar="NAME", help="a name of the catalog"
     )
     parser.add_argument("--layers", type=int, help="another number of them")
     parser.add_argument("--folder", type=Path, help="an existing folder, on the disk to measure, that keeps the model")
@@ -48,26 +56,34 @@ def main() -> None:
         parser.error(f"there is no case {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(dir=args.folder) as cache:
         model = Path(args.folder or cache, f"{args.model}-{args.layers or 'all'}")
-        make(model, args.model, args.layers)
+        make(model, known()[args.model] | ({"num_hidden_layers": args.layers} if args.layers else {}))
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         print(f"{size / 2**30:.2f} GiB of weights, {RANKS} processes; of each process:\n")
-        print(
-            "| load | seconds | GiB of files touched | peak GiB of its own memory | GiB held |\n|---|---|---|---|---|"
-        )
+        print("| load | seconds | GiB mapped | GiB read | peak GiB | GiB held |\n|---|---|---|---|---|---|")
         for case in args.only.split(","):
             for file in {*model.glob("*.safetensors"), *Path(cache).glob("*/*.safetensors")}:
                 forget(file)
-            port = free_port()
-            ranks = [start(model, cache, case, rank, port) for rank in range(RANKS)]
-            results = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
-            worst = {key: max(result[key] for result in results) for key in results[0]}
-            print("| {} | {seconds:.1f} | {files:.2f} | {own:.2f} | {held:.2f} |".format(case, **worst), flush=True)
+            results = load(model, cache, [case])[case]
+            worst = {key: max(result[key] for result in results) / 2**30 for key in results[0]}
+            seconds = worst["seconds"] * 2**30
+            print(
+                f"| {case} | {seconds:.1f} | {worst['mapped']:.2f} | {worst['read']:.2f} | {worst['peak']:.2f} | {worst['held']:.2f} |",
+                flush=True,
+            )
 
 
-def start(model: Path, cache: str, case: str, rank: int, port: int) -> subprocess.Popen:
+def load(model: Path, cache: str, cases: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """Load a model on all ranks, case after case, and return what each rank took: seconds, and bytes."""
+    port = free_port()
+    ranks = [start(model, cache, cases, rank, port) for rank in range(RANKS)]
+    results = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
+    return {case: [result[case] for result in results] for case in cases}
+
+
+def start(model: Path, cache: str, cases: Sequence[str], rank: int, port: int) -> subprocess.Popen:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "TQDM_DISABLE": 1}
-    place |= {CASE: case, "MODEL": model, "CACHE": cache}
+    place |= {WHICH: ",".join(cases), "MODEL": model, "CACHE": cache}
     environment = os.environ | {key: str(value) for key, value in place.items()}
     return subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, env=environment)
 
@@ -85,14 +101,17 @@ def forget(file: Path) -> None:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def make(folder: Path, name: str, layers: int | None) -> None:
-    """Write a model of random weights, tensor by tensor: it need not fit into memory."""
+def make(folder: Path, shape: Mapping[str, object]) -> None:
+    """Write a model of random weights, tensor by tensor: it need not fit into memory.
+
+    Args:
+        shape: keys of its config.json.
+    """
     if (folder / "config.json").exists():
         return
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = known()[name] | ({"num_hidden_layers": layers} if layers else {})
     config = AutoConfig.for_model(**shape, dtype="bfloat16")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -117,16 +136,18 @@ def header(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def measure(case: str) -> None:
-    """Load MODEL as a case says, on this rank, and print what it took as JSON."""
+def measure(case: str) -> dict[str, float]:
+    """Load MODEL as a case says, on this rank, and return what it took."""
+    import bitsandbytes  # noqa: F401  what a load imports is read before the count begins
     import torch
     from accelerate import PartialState
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from manyrank.models.load import LoadPlan, base_model
     from manyrank.models.quantised_cache import cached_base
     from manyrank.models.shards import Share, take_parts
 
-    method, strategy, *_ = case.split()
+    method, strategy, *more = case.split()
     PartialState(cpu=True)
     cpu, rank = torch.device("cpu"), int(os.environ["RANK"])
     share = Share(rank, RANKS, flat=strategy == "zero3", device=cpu, trained=False, storage=torch.bfloat16)
@@ -134,37 +155,70 @@ def measure(case: str) -> None:
     plan = LoadPlan(
         os.environ["MODEL"], torch.bfloat16, torch.bfloat16, **quantised, share=None if strategy == "whole" else share
     )
-    read = partial(cached_base, where=os.environ["CACHE"], say=lambda line: None) if quantised else base_model
+    where = "off" if "uncached" in more else os.environ["CACHE"]
+    read = partial(cached_base, where=where, say=lambda line: None) if quantised else base_model
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plan.name))
     torch.distributed.barrier()
-    before, began = resident(), time.perf_counter()
-    with Peak() as peak:
+    before, began = read_so_far(), time.perf_counter()
+    with Peak() as peak, mapped_when_read() as mapped:
         model = read(plan)
         held = take_parts(model).values() if plan.share else list(model.parameters())
         if strategy == "whole":  # a step reads every page
             for parameter in held:
                 parameter.detach().view(torch.uint8).flatten().numpy()[::4096].sum()
-    result = {"seconds": time.perf_counter() - began, "held": sum(tensor.nbytes for tensor in held) / 2**30}
-    print(json.dumps(result | {key: (peak.bytes[key] - before[key]) / 2**30 for key in before}))
+            mapped.append(mapped_weights())
+    took = {"seconds": time.perf_counter() - began, "mapped": max(mapped), "read": read_so_far() - before}
+    return took | {"peak": peak.bytes, "held": sum(tensor.nbytes for tensor in held)}
 
 
-def resident() -> dict[str, int]:
-    """Bytes of this process's memory: its own, and of mapped files what it has touched."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return {key: int(fields[name].split()[0]) * 1024 for key, name in (("own", "RssAnon"), ("files", "RssFile"))}
+def read_so_far() -> int:
+    """Bytes that this process has read into its own memory; pages of mapped files are not among them."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def mapped_weights() -> int:
+    """Bytes of mapped files of weights that this process has touched."""
+    mappings = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    sizes = [re.search(r"\.safetensors\n.*?^Rss:\s*(\d+)", mapping, re.DOTALL | re.MULTILINE) for mapping in mappings]
+    return sum(int(size[1]) * 1024 for size in sizes if size)
+
+
+@contextmanager
+def mapped_when_read() -> Iterator[list[int]]:
+    """Note `mapped_weights` after each load, when transformers is about to close the files."""
+    from transformers import modeling_utils
+
+    notes, load_all = [], modeling_utils.convert_and_load_state_dict_in_model
+
+    def noted(*args: object, **kwargs: object) -> object:
+        result = load_all(*args, **kwargs)
+        notes.append(mapped_weights())
+        return result
+
+    modeling_utils.convert_and_load_state_dict_in_model = noted
+    try:
+        yield notes
+    finally:
+        modeling_utils.convert_and_load_state_dict_in_model = load_all
 
 
 class Peak:
-    """Samples `resident` in a thread, and keeps the largest values."""
+    """Samples this process's own memory in a thread. `bytes`: the most of it, over what it held before."""
 
     def __enter__(self) -> Peak:
-        self.bytes, self.over = resident(), threading.Event()
+        self.bytes, self.before, self.over = 0, self.own(), threading.Event()
         self.thread = threading.Thread(target=self.sample)
         self.thread.start()
         return self
 
+    def own(self) -> int:
+        _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+
     def sample(self) -> None:
-        while not self.over.wait(0.01):
-            self.bytes = {key: max(value, self.bytes[key]) for key, value in resident().items()}
+        while not self.over.wait(0.002):
+            self.bytes = max(self.bytes, self.own() - self.before)
 
     def __exit__(self, *_: object) -> None:
         self.over.set()

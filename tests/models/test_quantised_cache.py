@@ -88,7 +88,7 @@ def test_a_run_without_a_cache(place, embedded_model, tmp_path):
 def test_a_full_disk_ends_the_cache_and_not_the_run(embedded_model, tmp_path, monkeypatch):
     from manyrank.models import quantised_cache
 
-    monkeypatch.setattr(quantised_cache, "PIECE", 1 << 60)  # what must be free before a file is written
+    monkeypatch.setattr(quantised_cache, "SPARE", 1)
     lines = []
     assert take_parts(loaded(embedded_model, tmp_path, lines))
     assert "not cached" in lines[0] and "would be left" in lines[0] and not list(tmp_path.iterdir())

@@ -44,7 +44,8 @@ from .load import LoadPlan, base_model, is_stored_in_4_bits, load_config
 from .shards import is_read
 
 OFF, AUTO = "off", "auto"
-PIECE = 256 << 20  # bytes that a rank collects before it writes a file
+PIECE = 64 << 20  # bytes of small tensors that a rank collects before it writes a file
+SPARE = 0.05  # of the disk, that stays free
 INDEX = "model.safetensors.index.json"
 STALE = 24 * 3600  # seconds after which a folder that is being written belongs to a killed run
 
@@ -169,7 +170,6 @@ class _Recorder:
         except (OSError, SafetensorError, ValueError) as error:  # ValueError: a config that transformers does not write
             place, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
             self.problem = self.problem or f"{place or self.folder}: {reason or error}"
-            self.piece = {}
 
     def _note(self, parent: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
         if child is not None:
@@ -193,22 +193,26 @@ class _Recorder:
         self._collect({path: parameter.data, **{f"{path}.{key}": value for key, value in constants.items()}})
 
     def _collect(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.piece |= {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        if sum(tensor.nbytes for tensor in self.piece.values()) >= PIECE:
-            self._flush()
+        """Write a large tensor as it is, and copies of small ones together: a rank holds no more than PIECE beside its base."""
+        for name, tensor in tensors.items():
+            if sum(other.nbytes for other in self.piece.values()) + tensor.nbytes > PIECE:
+                self._flush()
+            self.piece[name] = tensor.detach().to("cpu", copy=tensor.nbytes <= PIECE).contiguous()
+            if tensor.nbytes > PIECE:
+                self._flush()
 
     def _flush(self) -> None:
         """Write what is collected, if anything is."""
-        if not self.piece or self.problem:
+        piece, self.piece = self.piece, {}
+        if not piece or self.problem:
             return
         with self._attempt():
             disk = shutil.disk_usage(self.partial)
-            if disk.free < PIECE + disk.total // 20:
-                raise OSError(errno.ENOSPC, "less than 5% of the disk would be left", str(self.partial))
+            if disk.free - sum(tensor.nbytes for tensor in piece.values()) < SPARE * disk.total:
+                raise OSError(errno.ENOSPC, f"less than {SPARE:.0%} of the disk would be left", str(self.partial))
             file = self.partial / f"model-{self.index:03d}-{len(set(self.files.values())):03d}.safetensors"
-            save_file(self.piece, file, {"format": "pt"})
-            self.files |= dict.fromkeys(self.piece, file.name)
-            self.piece = {}
+            save_file(piece, file, {"format": "pt"})
+            self.files |= dict.fromkeys(piece, file.name)
 
     def finish(self, model: torch.nn.Module, say: Say) -> None:
         """Write the rest, and seal the folder once every writer is done. All ranks together."""

@@ -4,8 +4,10 @@
                                                                    \\-> stand-in              in the model
 
 A stand-in has the tensor's shape and type and next to no memory. What comes before the sharding (adapters, checks) looks
-at names, shapes and types alone. `parallel.engine` shards the stand-ins and puts the parts in. At no time does a rank hold
-more than its parts and one tensor; of 16-bit weights it reads only its part, since the files are mapped into memory.
+at names, shapes and types alone. `parallel.engine` shards the stand-ins and puts the parts in. Beside its parts a rank
+holds one tensor; a CPU quantises in float32 and needs 14 bytes for each element of a matrix meanwhile, and a rank that
+writes the quantised base (models/quantised_cache.py) collects up to 64 MiB. Of 16-bit weights it reads only its part, since
+the files are mapped into memory.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ CONTEXT, NCCL = 600 * MiB, 400 * MiB
 SLACK = 0.1
 LOGITS_CHUNK = 256 * MiB  # see fused_head.CHUNK
 NF4_BLOCK, NF4_NESTED = 64, 256  # elements that share a constant; constants that share another
+NF4_ON_CPU = 14  # bytes of an element while bitsandbytes 0.50 quantises it on a CPU, in float32
 BNB_SMALL, BNB_BLOCK = 4096, 256  # elements, of bitsandbytes' 8-bit optimizers
 ZERO_DEFAULTS = {
     "reduce_bucket_size": 5 * 10**8,
@@ -412,6 +413,8 @@ def _loading(run: PlannedRun) -> int:
         # A matrix in 16 bits, and quantised where only a part of it lasts; float8 has another one, times its scales.
         matrix = _largest_matrix(run) * run.compute
         matrix += matrix // 4 if run.sharded else matrix if run.config.method == "fp8" else 0
+        if run.config.method == "qlora" and not run.gpu:
+            matrix = _largest_matrix(run) * NF4_ON_CPU
         return held + max(matrix, embedding)
     if not run.sharded or not (deepspeed or run.full):
         return held

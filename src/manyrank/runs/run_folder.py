@@ -106,7 +106,7 @@ def damage(folder: Path, *, needed: Iterable[str] = NEEDED, every: int = 1, firs
 
     Args:
         needed: files that it must have.
-        every, first: look into each so many files only, from that one on: processes share a big folder.
+        every, first: look into each so many files only, from that one on, the largest first: processes share a big folder.
     """
     if problem := unsealed(folder):
         return problem
@@ -115,9 +115,10 @@ def damage(folder: Path, *, needed: Iterable[str] = NEEDED, every: int = 1, firs
         sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
         if not set(needed) <= sizes.keys():
             return f"{folder / MANIFEST} is damaged"
+        largest_first = sorted(sizes.items(), key=lambda item: -item[1][0])
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{folder / MANIFEST} is damaged"
-    for name, (size, digest) in list(sizes.items())[first::every]:
+    for name, (size, digest) in largest_first[first::every]:
         file = folder / name
         if not file.is_file():
             return f"{file} is missing"
