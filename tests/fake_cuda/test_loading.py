@@ -1,6 +1,7 @@
 """Llama-3.1 of 8B and 70B in shards on stand-in GPUs: the peak while loading against the plan's, of checkpoints that are all holes."""
 
 import functools
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -14,11 +15,14 @@ from load_model import header
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from manyrank.models.catalog import known
+from manyrank.models.load import LoadPlan, base_model
+from manyrank.models.shards import Share, take_parts
 
 pytestmark = pytest.mark.cuda
 
 
-FILE = 5 * 2**30  # bytes
+GiB = 2**30
+FILE = 5 * GiB
 
 
 def write_holes(file: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -82,7 +86,7 @@ def test_peak(method, strategy, holes, tmp_path):
     assert run.facts()["base_bytes_here"][0] < 0.51 * run.facts()["base_bytes"]
 
 
-# Not eight ranks, which would take 26 GiB of host memory.
+# Not eight ranks, which would take 26 GiB of host memory: test_70b_loads.
 @pytest.mark.parametrize(("cards", "name", "mib"), [(2, "RTX A6000", 48 * 1024), (4, "GeForce RTX 4090", 24 * 1024)])
 def test_70b(cards, name, mib, holes, tmp_path):
     args = [f"--model={holes('llama-3.1-70b')}", "--method=qlora", "--strategy=fsdp", f"--nproc={cards}"]
@@ -98,6 +102,27 @@ def test_70b(cards, name, mib, holes, tmp_path):
     assert run.code == 0, run.stdout + run.stderr
     assert 0.75 < measured_to_planned(run) < 1.02
     assert run.facts()["base_bytes_here"][0] < 1.02 / cards * run.facts()["base_bytes"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3", "fsdp_offload"])
+@pytest.mark.parametrize("cards", [2, 4, 8])
+def test_70b_loads(cards, strategy, holes):
+    """One process loads the parts of the first rank, then those of the last: the launch of so many does not fit here."""
+    gpu, layer, largest = torch.device("cuda", 0), 0.43e9, 2.11e9  # bytes: a layer in 4 bits; the embedding
+    kept = torch.device("cpu") if strategy == "fsdp_offload" else gpu
+    for index in (0, cards - 1):
+        share = Share(index, cards, strategy == "zero3", kept, trained=False, storage=torch.bfloat16)
+        plan = LoadPlan(str(holes("llama-3.1-70b")), torch.bfloat16, torch.bfloat16, "nf4", {"": gpu}, share)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model = base_model(plan)
+        held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        parts = sum(part.nbytes for part in take_parts(model).values())
+        print(f"{cards} {strategy} {index}: {[round(size / GiB, 2) for size in (parts, held, peak)]} GiB")
+        assert parts == pytest.approx(38.5e9 / cards, rel=0.02)
+        assert peak < max(held + 2 * layer, largest)
+        del model
 
 
 BUFFERS = """

@@ -99,6 +99,7 @@ def _stand_in(parameter: torch.nn.Parameter, share: Share) -> torch.nn.Parameter
     if _is_4bit(parameter) and data.dtype != share.storage:  # a checkpoint that is stored as bytes, say
         data = data.flatten().view(share.storage)[:, None]
     part = share.cut(data)
+    _free(data)
     if share.trained and not share.flat:  # accelerate looks into it; untouched memory is not resident
         empty = torch.empty(data.shape, dtype=data.dtype)
     else:
@@ -110,6 +111,16 @@ def _stand_in(parameter: torch.nn.Parameter, share: Share) -> torch.nn.Parameter
         stand_in = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
     stand_in._is_hf_initialized, stand_in.part = True, part
     return stand_in
+
+
+def _free(tensor: torch.Tensor) -> None:
+    """Free a tensor that is alone in its memory on a GPU: transformers 5.23 holds it until it has read the next one.
+
+    In host memory it may be a tensor of the checkpoint, to which another name belongs, too.
+    """
+    storage = tensor.untyped_storage()
+    if tensor.device.type != "cpu" and storage.nbytes() == tensor.nbytes:
+        storage.resize_(0)
 
 
 def _is_4bit(parameter: torch.nn.Parameter) -> bool:
