@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import launch
+from small_models import save_for_launch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 
 from manyrank.config.resolve import Setting, resolve
@@ -41,7 +43,7 @@ def stored_in_4_bits(embedded_model, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(
         embedded_model, quantization_config=quantised, dtype=TYPE, device_map={"": "cpu"}
     )
-    model.save_pretrained(folder)
+    save_for_launch(model, folder, embedded_model)
     return folder
 
 
@@ -90,6 +92,31 @@ def test_a_base_that_is_stored_in_4_bits_is_not_quantised_again(embedded_model, 
     taken = [take_parts(loaded(stored_in_4_bits, "qlora", share)) for share in shares(2)]
     for name in taken[0]:
         assert same_bits(torch.cat([parts[name] for parts in taken]), whole[name].data), name
+
+
+def test_a_base_that_is_stored_in_4_bits_trains_to_the_losses_of_one_process(stored_in_4_bits, tmp_path):
+    common = (f"--model={stored_in_4_bits}", "--method=qlora", "--max_steps=3", "--sample_questions=[]")
+    single = launch(tmp_path / "single", *common, "--strategy=single")
+    assert single.code == 0, single.stderr
+    losses = single.metrics()
+    assert len(losses) == 3
+    for strategy in ("fsdp", "zero3"):
+        run = launch(tmp_path / strategy, *common, f"--strategy={strategy}", "--nproc=2")
+        assert run.code == 0, run.stderr
+        assert run.metrics() == pytest.approx(losses, abs=1e-5)
+        assert max(run.facts()["base_bytes_here"]) < 0.51 * run.facts()["base_bytes"]
+
+
+def test_two_names_of_one_tensor_in_memory(embedded_model, tmp_path):
+    """A pickle of the old format is not mapped, and its tensors are the checkpoint's."""
+    model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=TYPE)
+    model.config.save_pretrained(tmp_path)
+    state = {**model.state_dict(), "lm_head.weight": model.model.embed_tokens.weight.data}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    taken = [take_parts(loaded(tmp_path, "lora", share)) for share in shares(2)]
+    assert state.keys() == {name.replace("base_model.model.", "").replace("base_layer.", "") for name in taken[0]}
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert same_bits(torch.cat([parts[f"base_model.model.{name}"] for parts in taken]), state[name])
 
 
 @pytest.mark.parametrize("where", ["off", "cache"])

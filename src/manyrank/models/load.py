@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,7 +41,7 @@ from .fused_mlp import fuse_mlps
 from .fused_norm import fuse_norms
 from .fused_rope import fuse_ropes
 from .reach import reach
-from .shards import Share, loading_in_shards
+from .shards import Share, is_read, loading_in_shards
 from .tiny import EMBEDDED, ensure
 
 
@@ -338,9 +339,12 @@ def base_model(plan: LoadPlan, config: PreTrainedConfig | None = None) -> torch.
     stored = plan.quantization == "nf4" and is_stored_in_4_bits(config)
     if plan.quantization in ("nf4", "int8") and not stored:
         options["quantization_config"] = _quantization(plan)
+    if stored:  # the recipe says in which type to compute
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(plan.compute_dtype).removeprefix("torch.")
     if plan.device_map and plan.quantization != "float8":  # a matrix at a time goes there
         options["device_map"] = plan.device_map
-    with loading(plan.name), loading_in_shards(plan.share) if plan.share else contextlib.nullcontext():
+    shards = loading_in_shards(plan.share) if plan.share else contextlib.nullcontext()
+    with loading(plan.name), _casting() if stored else contextlib.nullcontext(), shards:
         if not (stored and plan.share):
             model = AutoModelForCausalLM.from_pretrained(plan.name, **options)
             if plan.quantization == "float8":
@@ -353,6 +357,25 @@ def base_model(plan: LoadPlan, config: PreTrainedConfig | None = None) -> torch.
             if getattr(module, "quant_state", None) is not None:
                 module.quant_state.to(plan.device_map[""])
         return model
+
+
+@contextlib.contextmanager
+def _casting() -> Iterator[None]:
+    """Cast what is stored beside 4-bit weights to the types of the model, as transformers 5.23 does with all other files."""
+
+    def cast(module: torch.nn.Module, name: str, read: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        own = module._parameters.get(name)
+        if read is None or own is None or not is_read(read) or hasattr(read, "quant_state") or own.dtype == read.dtype:
+            return None
+        parameter = torch.nn.Parameter(read.data.to(own.dtype), requires_grad=read.requires_grad)
+        parameter._is_hf_initialized = True
+        return parameter
+
+    hook = register_module_parameter_registration_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _quantization(plan: LoadPlan) -> BitsAndBytesConfig:
