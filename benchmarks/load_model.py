@@ -5,7 +5,8 @@
 The model has the shape of Llama-3.1-8B, or of another name of the catalog, and random weights in bf16. Before each load
 the files leave the page cache. Two processes load at the same time, with one thread each. The cache is always a new one.
 
-    mapped    of the files of weights: what the process has touched, in whole pages. Ranks that map the same share them
+    disk      read from it: pages that a process needs first, and the kernel's read-ahead
+    mapped    files of weights: pages that the process has touched, and that the kernel has kept; processes share them
     read      into its own memory, with `read`: the hashes of a cache, which the ranks of a machine share out; small files
     peak      of the process's own memory, over what it held before
     held      at the end: its parts, or the whole model
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 RANKS = 2
 WHICH = "MANYRANK_LOAD_CASES"  # of a process that measures
+READ = {"disk": "read_bytes", "read": "rchar"}
+BYTES = ("disk", "mapped", "read", "peak", "held")
 SHARDED = ("lora fsdp", "lora zero3", "qlora fsdp uncached", "qlora fsdp", "qlora fsdp again", "qlora zero3 again")
 CASES = ("lora whole", "qlora whole", *SHARDED)
 
@@ -59,17 +62,14 @@ def main() -> None:
         make(model, known()[args.model] | ({"num_hidden_layers": args.layers} if args.layers else {}))
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         print(f"{size / 2**30:.2f} GiB of weights, {RANKS} processes; of each process:\n")
-        print("| load | seconds | GiB mapped | GiB read | peak GiB | GiB held |\n|---|---|---|---|---|---|")
+        print(f"| load | seconds | GiB {' | GiB '.join(BYTES)} |\n|---|---{'|---' * len(BYTES)}|")
         for case in args.only.split(","):
             for file in {*model.glob("*.safetensors"), *Path(cache).glob("*/*.safetensors")}:
                 forget(file)
             results = load(model, cache, [case])[case]
-            worst = {key: max(result[key] for result in results) / 2**30 for key in results[0]}
-            seconds = worst["seconds"] * 2**30
-            print(
-                f"| {case} | {seconds:.1f} | {worst['mapped']:.2f} | {worst['read']:.2f} | {worst['peak']:.2f} | {worst['held']:.2f} |",
-                flush=True,
-            )
+            worst = {key: max(result[key] for result in results) for key in results[0]}
+            sizes = " | ".join(f"{worst[key] / 2**30:.2f}" for key in BYTES)
+            print(f"| {case} | {worst['seconds']:.1f} | {sizes} |", flush=True)
 
 
 def load(model: Path, cache: str, cases: Sequence[str]) -> dict[str, list[dict[str, float]]]:
@@ -160,7 +160,7 @@ def measure(case: str) -> dict[str, float]:
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plan.name))
     torch.distributed.barrier()
-    before, began = read_so_far(), time.perf_counter()
+    began, before = time.perf_counter(), {key: read_so_far(field) for key, field in READ.items()}
     with Peak() as peak, mapped_when_read() as mapped:
         model = read(plan)
         held = take_parts(model).values() if plan.share else list(model.parameters())
@@ -168,13 +168,14 @@ def measure(case: str) -> dict[str, float]:
             for parameter in held:
                 parameter.detach().view(torch.uint8).flatten().numpy()[::4096].sum()
             mapped.append(mapped_weights())
-    took = {"seconds": time.perf_counter() - began, "mapped": max(mapped), "read": read_so_far() - before}
-    return took | {"peak": peak.bytes, "held": sum(tensor.nbytes for tensor in held)}
+    took = {"seconds": time.perf_counter() - began, "mapped": max(mapped), "peak": peak.bytes}
+    took |= {key: read_so_far(field) - before[key] for key, field in READ.items()}
+    return took | {"held": sum(tensor.nbytes for tensor in held)}
 
 
-def read_so_far() -> int:
-    """Bytes that this process has read into its own memory; pages of mapped files are not among them."""
-    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+def read_so_far(field: str) -> int:
+    """Bytes that this process has read, by a name of Linux; pages of mapped files are among those of the disk alone."""
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())[field])
 
 
 def mapped_weights() -> int:
