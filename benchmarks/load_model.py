@@ -5,7 +5,7 @@
 The model has the shape of Llama-3.1-8B, or of another name of the catalog, and random weights in bf16. Before each load
 the files leave the page cache. Two processes load at the same time, with one thread each. The cache is always a new one.
 
-    disk      read from it: pages that a process needs first, and the kernel's read-ahead
+    disk      read from it by both, the kernel's read-ahead among it
     mapped    files of weights: pages that the process has touched, and that the kernel has kept; processes share them
     read      into its own memory, with `read`: the hashes of a cache, which the ranks of a machine share out; small files
     peak      of the process's own memory, over what it held before
@@ -61,13 +61,14 @@ def main() -> None:
         model = Path(args.folder or cache, f"{args.model}-{args.layers or 'all'}")
         make(model, known()[args.model] | ({"num_hidden_layers": args.layers} if args.layers else {}))
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        print(f"{size / 2**30:.2f} GiB of weights, {RANKS} processes; of each process:\n")
+        print(f"{size / 2**30:.2f} GiB of weights, {RANKS} processes; of the one that takes most:\n")
         print(f"| load | seconds | GiB {' | GiB '.join(BYTES)} |\n|---|---{'|---' * len(BYTES)}|")
         for case in args.only.split(","):
             for file in {*model.glob("*.safetensors"), *Path(cache).glob("*/*.safetensors")}:
                 forget(file)
             results = load(model, cache, [case])[case]
             worst = {key: max(result[key] for result in results) for key in results[0]}
+            worst["disk"] = sum(result["disk"] for result in results)
             sizes = " | ".join(f"{worst[key] / 2**30:.2f}" for key in BYTES)
             print(f"| {case} | {worst['seconds']:.1f} | {sizes} |", flush=True)
 
