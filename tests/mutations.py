@@ -180,8 +180,8 @@ MUTATIONS = (
     Mutation(
         "a stop that says it is done",
         "training/exits.py",
-        "return for_good(error.code if",
-        "return for_good(0 if",
+        "return for_good(error.code) if error.final",
+        "return for_good(0) if error.final",
         "tests/launchers/test_preemption.py",
     ),
     Mutation(

@@ -266,7 +266,7 @@ def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> i
     middle of a save, and does not know SIGUSR1.
 
     Args:
-        waits_for: what it may wait for before it starts a process; told after NOTICE seconds.
+        waits_for: what it may wait for before it starts a process; printed after NOTICE seconds.
 
     Returns:
         What `work` returned. A signal that comes before there is a process ends this one: with 75, since nothing was

@@ -97,7 +97,7 @@ def _code_file() -> Path:
 def final_exit_code() -> int | None:
     """Return the exit code with which a worker of this launcher has ended for good, or with which it was asked to stop.
 
-    torch's agent starts its workers anew after every exit code but 0, and cannot be told otherwise; with a restart count
+    torch's agent starts its workers anew after every exit code but 0, whatever it means; with a restart count
     of 0 where another machine has left.
     """
     if folder := launcher_folder():

@@ -24,6 +24,8 @@ from ..parallel.engine import Engine, StrategyInfo
 from ..plan.planned_run import PlannedRun
 from ..rules.check import warnings_of_length
 from ..runs import logs, run_folder
+from ..signals import STOP
+from ..topology import ranks
 from . import record, trackers
 from .memory import compare_with_measured, out_of_memory
 from .trainer import Trainer
@@ -92,19 +94,22 @@ class TrainingRun:
                     self.trainer.train()
                     final = self.save_final_model()
                     after = self._answers()
-            except Preempted:
+            except Preempted as stop:
                 self._compare()
-                saved, more = f"checkpoint-{self.trainer.state.global_step}", "--resume_from_checkpoint auto"
-                self.say(f"stopped by a signal; {saved} is complete")
-                self.say(
-                    f"to continue, type the same command with --output_dir {shlex.quote(str(self.output_dir))} {more}"
-                )
+                if not STOP.at_start:
+                    self._say_stopped(started_anew=not stop.final and ranks.may_restart())
                 raise
             self._tell(before, after, final)
             self._compare()
         if self.accelerator.is_main_process and (page := report(self.output_dir)):
             self.say(f"report: {page}")
         self.accelerator.wait_for_everyone()
+
+    def _say_stopped(self, *, started_anew: bool) -> None:
+        self.say(f"stopped by a signal; checkpoint-{self.trainer.state.global_step} is complete")
+        if not started_anew:
+            folder = shlex.quote(str(self.output_dir))
+            self.say(f"to continue, type the same command with --output_dir {folder} --resume_from_checkpoint auto")
 
     def _tell(self, before: list[str], after: list[str], final: Path) -> None:
         for question, old, new in zip(self.config.sample_questions, before, after):
