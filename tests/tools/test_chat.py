@@ -1,5 +1,6 @@
 """Talking through a pipe and at a terminal: answers, commands, and what stops them."""
 
+import functools
 import io
 import json
 import os
@@ -194,9 +195,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talker):
         "--temperature",
         "0",
     ]
-    process = subprocess.Popen(
-        command, stdin=end, stdout=end, stderr=subprocess.DEVNULL, cwd=ROOT, env={**os.environ, "TERM": "dumb"}
-    )
+    pipes = {"stdin": end, "stdout": end, "stderr": subprocess.DEVNULL}
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background ignore it
+    process = subprocess.Popen(command, **pipes, cwd=ROOT, env={**os.environ, "TERM": "dumb"}, preexec_fn=hears)
     os.close(end)
     seen = []
 
