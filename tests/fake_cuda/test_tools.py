@@ -1,5 +1,6 @@
 """The doctor's step, save and load, and the start of GRPO, on stand-in GPUs of which a process sees more than it uses."""
 
+import functools
 import json
 import os
 import sys
@@ -10,8 +11,9 @@ import warm
 from launches import ROOT, launch
 
 from manyrank.config.resolve import Setting, resolve
+from manyrank.parallel import accelerator
 from manyrank.tasks.grpo.task import GRPO
-from manyrank.topology import ranks
+from manyrank.topology import numa, ranks
 from manyrank.training.build import build_run
 
 pytestmark = pytest.mark.cuda
@@ -44,6 +46,27 @@ def test_nvml_without_memory_figures(embedded_model, tmp_path):
     examined = warm.run([*argv, f"--output_dir={tmp_path / 'doctor'}"], cwd=ROOT, env=env)
     checks = {check["name"]: check for check in json.loads(examined.stdout)["checks"]}
     assert checks["GPU 0"]["state"] == "ok" and "79.2 GiB" in checks["GPU 0"]["seen"], checks["GPU 0"]
+
+
+def test_a_rank_runs_near_its_own_gpu(tmp_path, monkeypatch, capsys):
+    """On a machine of two NUMA nodes, of one CPU each; the second GPU is at the second."""
+    for node, cpu in enumerate(("0", "1")):
+        (folder := tmp_path / "devices" / "system" / "node" / f"node{node}").mkdir(parents=True)
+        (folder / "cpulist").write_text(cpu)
+        gpu = torch.cuda.get_device_properties(node)
+        address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+        (folder := tmp_path / "bus" / "pci" / "devices" / address).mkdir(parents=True)
+        (folder / "numa_node").write_text(str(node))
+    monkeypatch.setattr(numa, "bind", functools.partial(numa.bind, sys=tmp_path, environ={}))
+    before = os.sched_getaffinity(0)
+    try:
+        for rank in (0, 1):
+            os.sched_setaffinity(0, {0, 1})
+            accelerator._bind(ranks.Topology(rank=rank, local_rank=rank, world_size=2, local_world_size=2))
+            assert os.sched_getaffinity(0) == {rank}
+    finally:
+        os.sched_setaffinity(0, before)
+    assert capsys.readouterr().out.count("each process runs on CPUs near its GPU: rank 0 on 1 of 2 CPUs") == 1
 
 
 def test_grpo_uses_one_of_the_gpus_that_it_sees(embedded_model, tmp_path, monkeypatch):
