@@ -79,10 +79,8 @@ def count_step(case: gpu.Case) -> counts.Counts:
     reset()
     bench.step(engine, token_loss, micro.to(bench.device))
     counted = read()
-    lengths = [len(row["input_ids"]) for row in rows]
-    supervised = sum(int((row["labels"] >= 0).sum()) for row in rows)
     result = {key: counted[key] for key in ("launches", "products", "flop", "to_device_bytes", "refused_launches")}
-    result |= {"waits": waits(counted), "needed": bench._flops(lengths, supervised), "planned": bench._planned()}
+    result |= {"waits": waits(counted), "needed": bench._flops(rows), "planned": bench._planned()}
     return result | {"allocated": torch.cuda.max_memory_allocated(), "held": torch.cuda.max_memory_reserved()}
 
 

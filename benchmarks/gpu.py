@@ -136,15 +136,13 @@ class Bench:
         base = self._base()
         weights = sum(p.numel() * p.element_size() for p in base.parameters())
         rows = self._rows()
-        lengths = [len(row["input_ids"]) for row in rows]
-        supervised = sum(int((row["labels"] >= 0).sum()) for row in rows)
-        flops = self._flops(lengths, supervised)
+        tokens = sum(len(row["input_ids"]) for row in rows)
         steps = self._trl(base, rows) if self.case.by == "trl" else self._steps(base, rows)
         seconds, losses = zip(*steps)
         return Figures(
-            sum(lengths) / sorted(seconds[WARM_UP:])[len(seconds[WARM_UP:]) // 2],
-            sum(lengths),
-            flops,
+            tokens / sorted(seconds[WARM_UP:])[len(seconds[WARM_UP:]) // 2],
+            tokens,
+            self._flops(rows),
             product,
             weights,
             torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
@@ -333,7 +331,9 @@ class Bench:
             made.bias = torch.nn.Parameter(torch.zeros(linear.out_features, dtype=dtype, device=self.device), False)
         return made
 
-    def _flops(self, lengths: Sequence[int], supervised: int) -> float:
+    def _flops(self, rows: Sequence[dict]) -> float:
+        lengths = [len(row["input_ids"]) for row in rows]
+        supervised = sum(int((row["labels"] >= 0).sum()) for row in rows)
         shape = self._shape()
         size, heads = shape["hidden_size"] // shape["num_attention_heads"], shape["num_attention_heads"]
         keys = shape["num_key_value_heads"] * size

@@ -270,12 +270,10 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = sil
     else:
         flash.restore()
     _checkpoint_layers(model, config.gradient_checkpointing)
-    if "norm" not in config.disable_fused and not config.torch_compile:
-        fuse_norms(model)
-    if "mlp" not in config.disable_fused and not config.torch_compile:
-        fuse_mlps(model)
-    if "rope" not in config.disable_fused and not config.torch_compile:
-        fuse_ropes(model)
+    if not config.torch_compile:  # which fuses these by itself
+        for part, fuse in {"norm": fuse_norms, "mlp": fuse_mlps, "rope": fuse_ropes}.items():
+            if part not in config.disable_fused:
+                fuse(model)
     if config.uses_lora:
         model = with_lora(model, config, reached, say)
         for own in model.peft_config.values():  # of a base that a script has loaded by a relative path
