@@ -53,11 +53,13 @@ def test_what_takes_too_long_is_ended_with_its_ranks(embedded_model, tmp_path):
 
 KILLED_IN_A_BAR = """
 import os, signal
+from datasets.utils import tqdm as of_datasets
 from tqdm import tqdm
 from transformers import TrainerCallback
 class Bar(TrainerCallback):
     def on_step_begin(self, *args, **kwargs):
-        tqdm.get_lock().acquire()
+        for bar in (tqdm, of_datasets):
+            bar.get_lock().acquire()
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -66,7 +68,9 @@ def test_one_that_is_killed_holds_no_lock_of_the_next(embedded_model, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED_IN_A_BAR)
     killed = launch(tmp_path / "a", "--callbacks=killed:Bar", "--strategy=single", PYTHONPATH=str(tmp_path))
     assert killed.code == -signal.SIGKILL
-    assert launch(tmp_path / "b", "--max_steps=1", "--strategy=single").code == 0
+    rows = tmp_path / "rows.jsonl"  # which are tokenised in a bar
+    rows.write_text(8 * '{"question": "a", "answer": "b"}\n')
+    assert launch(tmp_path / "b", f"--data_path={rows}", "--max_steps=1", "--strategy=single").code == 0
 
 
 def test_what_needs_an_interpreter_of_its_own_is_refused(tmp_path):
