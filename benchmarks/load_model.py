@@ -31,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arguments import existing_folder
+
 from manyrank.models.catalog import known
 
 if TYPE_CHECKING:
@@ -52,7 +54,9 @@ def main() -> None:
         "--model", choices=known(), default="llama-3.1-8b", metavar="NAME", help="a name of the catalog"
     )
     parser.add_argument("--layers", type=int, help="another number of them")
-    parser.add_argument("--folder", type=Path, help="an existing folder, on the disk to measure, that keeps the model")
+    parser.add_argument(
+        "--folder", type=existing_folder, help="an existing folder, on the disk to measure, that keeps the model"
+    )
     parser.add_argument("--only", default=",".join(CASES), metavar="CASE,...", help="%(default)s")
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - set(CASES):

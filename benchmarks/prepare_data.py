@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
+from arguments import existing_file
 from transformers import AutoTokenizer
 
 from manyrank.chat_template.render import render
@@ -110,7 +111,9 @@ def prepare_rows() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("rows", nargs="?", type=Path, default=asset("data", "sample.jsonl"), help="a .jsonl file")
+    parser.add_argument(
+        "rows", nargs="?", type=existing_file, default=asset("data", "sample.jsonl"), help="a .jsonl file"
+    )
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)  # in a process of its own, measured
     options = parser.parse_args()
     if options.prepare:

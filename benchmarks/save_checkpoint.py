@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import existing_folder
 
 from manyrank.checkpoint.state import FullWriter
 from manyrank.config.resolve import Setting, resolve
@@ -87,7 +88,7 @@ def _write_zeros(file: Path, total: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="on the disk to measure; it must be there")
+    parser.add_argument("folder", nargs="?", type=existing_folder, help="on the disk to measure; it must be there")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         embedded(Path(folder))
         seven_billion(Path(folder))

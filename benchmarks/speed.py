@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import loops
 import workload
+from arguments import at_least
 from loops import LOOPS, STARTED, Round
 
 from manyrank.launch.command import CPU_VARIABLES
@@ -198,9 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=_at_least(1), default=3, help="rounds of each loop (default: 3)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="rounds of each loop (default: 3)")
     parser.add_argument(
-        "--steps", type=_at_least(WARM_UP + 1), default=10, help=f"steps of a round; {WARM_UP} warm up (default: 10)"
+        "--steps", type=at_least(WARM_UP + 1), default=10, help=f"steps of a round; {WARM_UP} warm up (default: 10)"
     )
     parser.add_argument(
         "--data",
@@ -214,15 +215,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--only", type=_chosen, default=ENTRIES, metavar="NAME,...", help=f"of {names} (default: all)")
     which.add_argument("--growth", action="store_true", help="what a step costs as rows, length and model grow")
     return parser.parse_args(argv)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"at least {least}")
-        return int(text)
-
-    return parse
 
 
 def _chosen(text: str) -> list[Setting]:

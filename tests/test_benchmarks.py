@@ -52,6 +52,20 @@ def test_wrong_options(argv):
     assert raised.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("script", "argv", "said"),
+    [
+        ("prepare_data.py", ["none.jsonl"], "there is no file none.jsonl"),
+        ("save_checkpoint.py", ["none"], "there is no folder none"),
+        ("load_model.py", ["--folder=none"], "there is no folder none"),
+    ],
+)
+def test_paths_that_are_not_there(script, argv, said, tmp_path):
+    argv = [sys.executable, str(ROOT / "benchmarks" / script), *argv]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith(f"{said}\n") and not list(tmp_path.iterdir())
+
+
 @pytest.mark.nightly
 def test_gpu_cases_run_at_toy_size():
     """The script that measures a GPU: its optimizations change no loss beyond bf16's rounding, and NF4 is NF4."""
