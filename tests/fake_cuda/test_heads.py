@@ -5,7 +5,6 @@ import pytest
 
 from manyrank.models.spec import FAMILIES
 
-pytestmark = pytest.mark.cuda
 SMALL = dict(
     vocab_size=512,
     hidden_size=256,
@@ -90,6 +89,7 @@ def test_every_architecture_of_the_planner_is_there():
     assert set(FAMILIES) <= {name.split()[0] for name in KINDS}
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", KINDS)
 def test_a_packed_step(name, monkeypatch):
     import cuda_counters as counters
