@@ -23,7 +23,7 @@ ONLY_A_GPU = """
 On a CPU every strategy and method trains with the losses of one process, and `make cuda-dry` runs the CUDA path on libraries that count
 and check and do not compute. Open until the parts above are measured:
 
-- values of kernels: flash attention, bitsandbytes' CUDA kernels, float8 products, the SwiGLU that is compiled on the card, fused optimizers;
+- values of kernels: flash attention, bitsandbytes' CUDA kernels, float8 products, the SwiGLU and the rotary embedding that are compiled on the card, fused optimizers;
   races and illegal accesses; whether a GPU quantises a base to the very bits of the cache;
 - speed: tokens a second, MFU, how much of the communication is hidden, what NVLink, PCIe and a network give;
 - memory beside tensors: CUDA contexts, NCCL's buffers, fragments;
