@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launches import accelerate_launch, launch, nightly
+import warm
+from launches import ROOT, accelerate_launch, launch, nightly
 from small_models import made, recipe
 
 from manyrank.launch.command import LaunchPlan
@@ -122,6 +124,19 @@ def test_bad_rows_are_put_aside_and_the_split_is_validated(embedded_model, tmp_p
         ("line 62", "not JSON"),
     ]
     assert len(run.metrics("eval_loss")) == 2
+
+
+def test_a_run_saves_and_validates_once_an_epoch_and_logs_its_end(embedded_model, tmp_path):
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(f"{line}\n" for line in Path("data/sample.jsonl").read_text().splitlines()[:24]))
+    argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--data_path={rows}", f"--output_dir={folder}"]
+    argv += ["--eval_data_path=data/validation.jsonl", "--save_steps=auto", "--num_train_epochs=2", "--strategy=single"]
+    done = warm.run(argv, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert [line["step"] for line in lines if "loss" in line] == [6]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
 
 
 def test_run_folder(whole_run, tmp_path):

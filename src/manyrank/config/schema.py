@@ -125,6 +125,14 @@ def _cache(value: Any) -> Any:
     return known.get(text.lower(), text)
 
 
+def _saves(value: Any) -> Any:
+    """Read a number of steps, and none or no as off."""
+    text = str(value).strip().lower()
+    return {"auto": "auto", **dict.fromkeys(("off", "no", "none", "null", "false", "0"), "off")}.get(text) or _number(
+        value
+    )
+
+
 def _pattern(value: str) -> str:
     try:
         re.compile(value)
@@ -144,6 +152,7 @@ Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Strings = Annotated[list[str], BeforeValidator(listed)]
 Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(listed)]
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
+SaveSteps = Annotated[Literal["auto", "off"] | Annotated[int, Field(gt=0)], BeforeValidator(_saves)]
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Cache = Annotated[str, BeforeValidator(_cache)]
@@ -211,7 +220,7 @@ class TrainConfig(BaseModel):
 
     # Data
     data_path: Sources = Field(description="training data: a file, folder or hub name, or a list of sources")
-    eval_data_path: Sources | None = Field(None, description="validation data, used every eval_steps")
+    eval_data_path: Sources | None = Field(None, description="validation data, see eval_steps")
     eval_split: Float = Field(
         0.0,
         ge=0,
@@ -360,8 +369,12 @@ class TrainConfig(BaseModel):
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
     wandb_project: str | None = Field(None, min_length=1, description="W&B project")
     wandb_tags: Tags = Field([], description="tags of the W&B run")
-    eval_steps: Int | None = Field(None, gt=0, description="steps between two validations; needs eval_data_path")
-    save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints (default: no checkpoints)")
+    eval_steps: Int | None = Field(
+        None, gt=0, description="steps between two validations (default: once an epoch, where there is validation data)"
+    )
+    save_steps: SaveSteps = Field(
+        "auto", description="steps between two checkpoints; auto: once an epoch, and every 500 steps at least; or off"
+    )
     save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
     load_best_model_at_end: bool = Field(False, description="final_model is the checkpoint with the best metric")
     metric_for_best_model: str = Field(

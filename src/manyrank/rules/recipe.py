@@ -144,7 +144,9 @@ def _unsaved_at_limit(s: RunContext) -> str | None:
     if not end.isdecimal():
         return None
     left, every = int(end) - time.time(), s.config.save_steps
-    if not every:
+    if every == "auto":
+        return None  # at most 500 steps, and the epoch is not known yet
+    if every == "off":
         return f"the job ends in {left / 3600:.1f} hours, and nothing is saved before"
     took = _seconds_per_step(s)
     if took and every * took > left:
@@ -262,23 +264,17 @@ STEP_RULES = (
         fix="give --eval_data_path or --eval_split",
     ),
     error(
-        "validation-without-steps",
-        ("eval_steps", "eval_data_path", "eval_split"),
-        unless(lambda s: s.config.has_validation and not s.config.eval_steps, "validation data without eval_steps"),
-        reason="The data would never be looked at.",
-        fix="say how often with --eval_steps",
-    ),
-    error(
         "best-without-validation",
         ("load_best_model_at_end", "early_stopping_patience"),
         unless(
             lambda s: (
-                (s.config.load_best_model_at_end or bool(s.config.early_stopping_patience)) and not s.config.eval_steps
+                (s.config.load_best_model_at_end or bool(s.config.early_stopping_patience))
+                and not s.config.has_validation
             ),
             "the best model or early stopping without validation",
         ),
         reason="Validation decides which model is the best one, and when to stop.",
-        fix="give --eval_data_path and --eval_steps",
+        fix="give --eval_data_path or --eval_split",
     ),
     warning(
         "validated-with-training-rows",
@@ -288,23 +284,13 @@ STEP_RULES = (
         fix="give other rows, or keep a part back with --eval_split",
     ),
     warning(
-        "never-validated",
-        ("eval_steps", "max_steps"),
-        unless(
-            lambda s: s.config.eval_steps is not None and 0 < s.config.max_steps < s.config.eval_steps,
-            "eval_steps {c.eval_steps}, and the run has {c.max_steps} steps",
-        ),
-        reason="The first validation comes after the end.",
-        fix="lower eval_steps",
-    ),
-    warning(
         "never-saved",
         ("save_steps", "max_steps"),
         unless(
-            lambda s: s.config.save_steps is not None and 0 < s.config.max_steps < s.config.save_steps,
+            lambda s: isinstance(s.config.save_steps, int) and 0 < s.config.max_steps < s.config.save_steps,
             "save_steps {c.save_steps}, and the run has {c.max_steps} steps",
         ),
-        reason="The first checkpoint comes after the end: a run that is killed starts from the beginning.",
+        reason="The first checkpoint is that of the end: a run that is killed starts from the beginning.",
         fix="lower save_steps",
     ),
     warning(
@@ -318,9 +304,9 @@ STEP_RULES = (
     warning(
         "machines-without-saves",
         ("save_steps",),
-        unless(lambda s: s.nnodes > 1 and not s.config.save_steps, "{s.nnodes} machines, and no save_steps"),
+        unless(lambda s: s.nnodes > 1 and s.config.save_steps == "off", "{s.nnodes} machines, and save_steps is off"),
         reason="When a machine goes away, the others resume from the newest checkpoint, and there is none.",
-        fix="give --save_steps",
+        fix="leave save_steps out, or give a number",
     ),
     warning(
         "machine-local-output",
@@ -338,7 +324,7 @@ STEP_RULES = (
             "an elastic run that does not resume by itself",
         ),
         reason="It starts its workers anew when a machine comes or goes, and they would begin at step 0.",
-        fix="give --resume_from_checkpoint auto, and --save_steps",
+        fix="give --resume_from_checkpoint auto",
     ),
     error(
         "elastic-batch",

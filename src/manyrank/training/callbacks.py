@@ -24,6 +24,8 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 
+LONGEST_UNSAVED = 500  # steps between two checkpoints, where the recipe says nothing
+
 
 class RunLog(TrainerCallback):
     """Appends every logged dictionary to metrics.jsonl (for machines) and training_log.txt (for people).
@@ -132,11 +134,18 @@ def check_states(handler: CallbackHandler) -> None:
             raise UserError(what, where="callbacks", fix="let its state() give what JSON can hold") from None
 
 
+def _save_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    if isinstance(config.save_steps, int):
+        return config.save_steps
+    return min(LONGEST_UNSAVED, steps_per_epoch) if config.save_steps == "auto" else 0
+
+
 def training_arguments(
     config: TrainConfig,
     *,
     output_dir: Path,
     total_steps: int,
+    steps_per_epoch: int = 1,
     on_cpu: bool,
     kind: type[TrainingArguments] = TrainingArguments,
     **more,
@@ -155,10 +164,10 @@ def training_arguments(
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
-        "eval_strategy": "steps" if config.eval_steps else "no",
-        "eval_steps": config.eval_steps,
-        "save_strategy": "steps" if config.save_steps else "no",
-        "save_steps": config.save_steps or 0,
+        "eval_strategy": "steps" if config.has_validation else "no",
+        "eval_steps": config.eval_steps or steps_per_epoch,
+        "save_strategy": "no" if config.save_steps == "off" else "steps",
+        "save_steps": _save_steps(config, steps_per_epoch),
         "save_total_limit": config.save_total_limit,
         "report_to": config.report_to or "none",
         "use_cpu": on_cpu,

@@ -89,7 +89,11 @@ class Trainer:
         self.run = run | {"total_steps": self.total_steps}
         self.schedule = build_schedule(config, self.total_steps)
         self.args = training_arguments(
-            config, output_dir=output_dir, total_steps=self.total_steps, on_cpu=self.device.type == "cpu"
+            config,
+            output_dir=output_dir,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            on_cpu=self.device.type == "cpu",
         )
         self.state, self.control = self._state(), TrainerControl()
         self.handler = CallbackHandler(
@@ -191,6 +195,7 @@ class Trainer:
         self.state.epoch = self.state.global_step / self.loader.steps_per_epoch * self.loader.examples.report.needed
         self._in_phase("callbacks")
         self._event("on_step_end")
+        self.control.should_log |= self.state.global_step == self.total_steps
         self._do_what_is_asked(result)
         if result.save_requested:
             self._save()

@@ -166,4 +166,4 @@ def checkpoint_bytes(context: RunContext, shape: ModelSpec) -> int:
 def run_bytes(context: RunContext, one: int) -> int:
     """About what a run takes: the checkpoints that it keeps, the one that it writes, and final_model."""
     config = context.config
-    return one * ((config.save_total_limit or 1) + 1 if config.save_steps else 0) + one // 3
+    return one * ((config.save_total_limit or 1) + 1 if config.save_steps != "off" else 0) + one // 3
