@@ -61,8 +61,7 @@ test-hosts: setup  ## two hosts, SLURM, full disks, a browser
 	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "hosts and not nightly" $(ARGS)
 
 test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks; and cuda-dry
-	pytest -m nightly $(ARGS)
-	$(MAKE) cuda-dry ARGS=
+	pytest -m nightly $(ARGS); code=$$?; $(MAKE) cuda-dry ARGS= && exit $$code
 
 # Not from a local folder of wheels, where torch may be built for CPUs.
 CUDA_VENV := .venv-cuda

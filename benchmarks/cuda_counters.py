@@ -64,7 +64,7 @@ def waits(counted: dict[str, float]) -> float:
 
 
 def count_step(case: gpu.Case) -> counts.Counts:
-    """Count a step of one micro-batch after two others: bytes at its peak, the FLOP it needs, and the bytes planned."""
+    """Count a case's third step, of one micro-batch, with the FLOP it needs, its peak bytes and the planned bytes."""
     import torch
 
     from manyrank.data.loader import side_by_side

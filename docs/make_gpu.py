@@ -25,7 +25,9 @@ and check and do not compute. Open until the parts above are measured:
 
 - values of kernels: flash attention, bitsandbytes' CUDA kernels, float8 products, the SwiGLU and the rotary embedding that are compiled on the card, fused optimizers;
   races and illegal accesses; whether a GPU quantises a base to the very bits of the cache;
-- speed: tokens a second, MFU, how much of the communication is hidden, what NVLink, PCIe and a network give;
+- speed: tokens a second, MFU, the host's time for a launch, how much of the communication is hidden, what NVLink, PCIe and a network give;
+- what `torch_compile` and FlashAttention 3 or 4 gain, and how long compiling takes; until then it is off by default;
+- GRPO: completions, and the losses of its trainer, which select tokens by masks that kernels compute;
 - memory beside tensors: CUDA contexts, NCCL's buffers, fragments;
 - NCCL between real GPUs and machines: time-outs, a rank that is lost, NUMA nodes;
 - drivers and kinds of GPUs other than the one measured.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME = 1.0  # seconds in which a second SIGINT is the first one, which came from the terminal and from the launcher
+SAME = 1.0  # seconds in which a second SIGINT is the same Ctrl-C, sent by the terminal and by the launcher
 GRACE = 5.0  # seconds that a start has to end after a signal; it may wait in C++, where Python hears none
 NOTICE = 10.0  # seconds without a worker, after which the launcher says what it waits for
 ALONE = 30.0  # seconds without a worker, after which a launcher that was asked to stop waits for no other machine
@@ -160,7 +160,7 @@ def _end_at_once(number: int, frame: object = None) -> None:
 
 
 def begin_worker() -> None:
-    """Begin a worker, in its first line: it ends with its launcher, and at a signal, until it takes signals over."""
+    """Call this in a worker's first line: it dies with its launcher, and a signal ends it until `StopRequest.listen`."""
     for number in SIGNALS:
         signal.signal(number, _end_at_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `become` and `pass_on_while`
@@ -270,8 +270,8 @@ def pass_on_while(work: Callable[[], int], *, waits_for: str | None = None) -> i
 
     Returns:
         What `work` returned. A signal that comes before there is a process ends this one: with 75, since nothing was
-        begun that could be lost, or 130 after an interrupt. So does one whose processes have ended while `work` waits
-        for those of other machines.
+        begun that could be lost, or 130 after an interrupt. The same holds if its processes have ended and `work` still
+        waits for other machines.
     """
     results: list[int | BaseException] = []
 
@@ -335,7 +335,7 @@ class _Passing:
             self._exit(128 + signal.SIGINT)
 
     def wait_for(self, thread: threading.Thread) -> None:
-        """Wait for a thread, after a stop only as long as it has processes: it may wait for other machines' then."""
+        """Wait for a thread; after a stop, end once no process is left for ALONE seconds: it may wait for other machines."""
         alone = 0.0  # since when
         while thread.is_alive():
             thread.join(1.0)

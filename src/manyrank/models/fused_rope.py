@@ -7,7 +7,7 @@ backward, and rounds three times. Here it is three of torch's operations for que
 bf16 it is one kernel each, which torch's jiterator compiles, as in `fused_mlp`; a thread takes a word of four
 numbers, and computes its indices once for all of them.
 
-Whether a modeling file's function computes this its values say, as in `fused_norm`. The modules get a class whose
+Whether a modeling file's function computes this is seen by comparing values, as in `fused_norm`. The modules get a class whose
 forward is the same code with this function for that one; the modeling file stays as it is. torch.compile fuses by
 itself.
 """
@@ -167,7 +167,9 @@ def fuse_ropes(model: torch.nn.Module) -> int:
     fused = {kind for kind in rotary if _is_fusible(kind)}
     if (others := rotary - fused) and torch.cuda.is_available():
         names = ", ".join(sorted(kind.__name__ for kind in others))
-        logger.warning("rotary embeddings run as transformers has them (slower), not of halves: %s", names)
+        logger.warning(
+            "transformers' own rotary embedding stays in these modules (slower), it does not rotate halves: %s", names
+        )
     modules = [module for module in model.modules() if type(module) in fused]
     for module in modules:
         module.__class__ = _fused(type(module))

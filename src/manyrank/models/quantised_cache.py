@@ -59,7 +59,7 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
     Raises:
         UserError: see `base_model`.
     """
-    if where == OFF or plan.quantization != "nf4":  # of other methods the rules speak
+    if where == OFF or plan.quantization != "nf4":  # rules refuse the key for other methods
         return base_model(plan)
     config = load_config(plan.name, trust_remote_code=plan.trust_remote_code)
     if reason := _obstacle(plan, config):
@@ -70,7 +70,7 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
     folder = (cache_folder() / "quantised" if where == AUTO else Path(where).expanduser()) / _name(plan, commit)
     place = {"every": int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "first": int(os.environ.get("LOCAL_RANK", 0))}
     problem = _damage(folder, **place)
-    if not any(gather_object([problem is not None])):  # on all machines: one that quantises meets the others
+    if not any(gather_object([problem is not None])):  # all ranks alike: quantising and writing need collectives
         say(f"the quantised base comes from {folder}")
         model = base_model(replace(plan, name=str(folder)))
         model.name_or_path, model.config._commit_hash = plan.name, commit
@@ -193,7 +193,7 @@ class _Recorder:
         self._collect({path: parameter.data, **{f"{path}.{key}": value for key, value in constants.items()}})
 
     def _collect(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write a large tensor as it is, and copies of small ones together: a rank holds no more than PIECE beside its base."""
+        """Write a large tensor by itself, and copies of small ones together: of these a rank holds no more than PIECE."""
         for name, tensor in tensors.items():
             if sum(other.nbytes for other in self.piece.values()) + tensor.nbytes > PIECE:
                 self._flush()

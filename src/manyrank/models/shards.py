@@ -32,7 +32,7 @@ class Share:
     Attributes:
         index, count: the rank's place among those that share one copy of the model, and their number.
         flat: cut the flattened tensor into equal parts, as ZeRO-3 does, and not its rows, as FSDP2 does.
-        device: where parts are kept: those that are copied in later, in host memory.
+        device: where parts are kept; host memory where they are offloaded, or copied into trained parameters later.
         trained: whether the base itself is trained.
         storage: the type to pack 4-bit weights in: that of the computation, which FSDP2 gathers as it is.
     """

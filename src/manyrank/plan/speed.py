@@ -28,8 +28,8 @@ PASSES = 5
 SUPERVISED = 0.6  # of all tokens, as in GSM8K; the head runs on these alone
 LAUNCH, HOP = 20e-6, 3e-6  # seconds of a collective, and for each rank of its ring
 # Kernels of a layer, forward and backward, and more where it is recomputed, as counted for Llama with LoRA before the
-# rotary embedding was fused, which spares the host little (docs/performance.md); seconds of the host for one. The two
-# cores of that page need 24 us; a GPU's host is taken to be twice as fast.
+# rotary embedding was fused, which spares the host little (docs/performance.md); seconds of the host for one. Two cores
+# without a GPU needed 24 us; a GPU's host is taken to be twice as fast.
 KERNELS, KERNELS_AGAIN, ISSUE = 130, 40, 12e-6
 # Of float8: products at twice the rate; kernels of a layer's rows that are scaled and cast, forward and backward; passes
 # over a row in 16 bits that these take (largest, times scale, cast; in backward also times the weight's scales).

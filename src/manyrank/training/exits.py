@@ -95,10 +95,9 @@ def _code_file() -> Path:
 
 
 def final_exit_code() -> int | None:
-    """Return the exit code with which a worker of this launcher has ended for good, or with which it was asked to stop.
+    """Return the final exit code that a worker of this launcher recorded, or that of a requested stop; None: neither.
 
-    torch's agent starts its workers anew after every exit code but 0, whatever it means; with a restart count
-    of 0 where another machine has left.
+    torch's agent restarts workers after any code but 0; where another machine has left, the restart count stays 0.
     """
     if folder := launcher_folder():
         return recorded_code(folder)
