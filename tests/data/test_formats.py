@@ -42,8 +42,8 @@ def refused(row: dict, format_type: str, columns: dict | None = None) -> BadRow:
 
 def samples(path: Path) -> tuple[str, list]:
     rows = [row.value for row in read_rows(Source(str(path)))]
-    format_type = detect(rows[0], where="")
-    return format_type, [to_sample(row, format_type) for row in rows]
+    format_type, columns = detect(rows[0], where="")
+    return format_type, [to_sample(row, format_type, columns) for row in rows]
 
 
 # Sample files
@@ -170,7 +170,7 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("format_type, row, expected", CONVERSATIONS)
 def test_rows_become_conversations(format_type, row, expected):
     before = json.dumps(row)
-    assert detect(row, where="") == format_type
+    assert detect(row, where="") == (format_type, None)
     assert to_sample(row, format_type) == Conversation(expected)
     assert json.dumps(row) == before
 
@@ -479,13 +479,57 @@ def test_no_format_fits():
     ],
 )
 def test_the_first_format_that_fits_is_taken(row, format_type):
-    assert detect(row, where="") == format_type
+    assert detect(row, where="") == (format_type, None)
+
+
+QA, ALPACA = "question_answer", "alpaca"
+
+
+@pytest.mark.parametrize(
+    ("row", "format_type", "expected"),
+    [
+        ({"prompt": "q", "response": "a"}, QA, ("q", "a")),
+        ({"question": "q", "output": "a", "id": 1}, QA, ("q", "a")),
+        ({"Question": "q", "Answer": "a"}, QA, ("q", "a")),
+        ({"problem": "q", "solution": "a"}, QA, ("q", "a")),
+        ({"input": "q", "output": "a"}, QA, ("q", "a")),
+        ({"inputs": "q", "targets": "a"}, QA, ("q", "a")),
+        ({"query": "q", "response": "a", "system_prompt": ""}, QA, ("q", "a")),
+        ({"instruction": "q", "answer": "a"}, ALPACA, ("q", "a")),
+        ({"instruction": "q", "input": "i", "response": "a"}, ALPACA, ("q\n\ni", "a")),
+        ({"instruction": "q", "context": "i", "response": "a", "category": "c"}, ALPACA, ("q\n\ni", "a")),
+    ],
+)
+def test_other_names_of_a_question_and_its_answer(row, format_type, expected):
+    name, columns = detect(row, where="")
+    assert name == format_type
+    assert to_sample(row, name, columns).messages == turns(("user", expected[0]), ("assistant", expected[1]))
+
+
+def test_a_system_prompt_under_its_other_name():
+    row = {"system_prompt": "s", "question": "q", "response": "a"}
+    assert to_sample(row, *detect(row, where="")).messages[0] == {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "q", "solution": "s", "answer": "a"},
+        {"prompt": "q", "chosen": "c", "rejected": "r"},
+        {"instruction": "q", "prompt": "p", "response": "a"},
+        {"response": "a"},
+        {"question": "q"},
+    ],
+)
+def test_names_that_could_mean_two_columns_are_refused(row):
+    with pytest.raises(UserError, match="no format has the keys"):
+        detect(row, where="")
 
 
 def test_columns_are_read_under_other_names():
     row = {"q": "1", "a": "2", "messages": []}
     columns = {"prompt": "q", "completion": "a"}
-    assert detect(row, where="", columns=columns) == "prompt_completion"
+    assert detect(row, where="", columns=columns) == ("prompt_completion", columns)
     made = to_sample(row, "prompt_completion", columns)
     assert made.messages == turns(("user", "1"), ("assistant", "2"))
 
@@ -497,7 +541,7 @@ def test_a_column_takes_the_place_of_the_field():
 
 def test_a_column_that_the_row_lacks():
     columns = {"instruction": "q", "output": "a"}
-    assert detect({"q": "1"}, where="", columns=columns) == "alpaca"
+    assert detect({"q": "1"}, where="", columns=columns) == ("alpaca", columns)
     assert refused({"q": "1"}, "alpaca", columns).reason == "missing column"
 
 

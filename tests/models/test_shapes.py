@@ -90,6 +90,14 @@ PARAMETERS = {
     "deepseek-ai/DeepSeek-V3": 671_026_404_352,
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
     "microsoft/phi-4": 14_659_507_200,
+    "deepseek-ai/deepseek-math-7b-instruct": 6_910_365_696,
+    "deepseek-ai/deepseek-coder-1.3b-base": 1_346_471_936,
+    "mistralai/Codestral-22B-v0.1": 22_247_282_688,
+    "upstage/SOLAR-10.7B-v1.0": 10_731_524_096,
+    "01-ai/Yi-1.5-9B-Chat": 8_829_407_232,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "teknium/OpenHermes-2.5-Mistral-7B": 7_241_732_096,
+    "HuggingFaceTB/SmolLM-135M": 134_515_008,
 }
 
 

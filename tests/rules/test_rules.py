@@ -667,14 +667,18 @@ def test_a_tracker_whose_package_is_not_installed(monkeypatch):
 
 
 def test_a_login_in_netrc(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_MODE")
     file = tmp_path / "netrc"
     file.write_text("machine api.wandb.ai login user password key\n")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NETRC", str(file))
     rule = BY_NAME["wandb-without-login"]
     assert rule.broken(situation(report_to="wandb")) is None
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
     assert rule.broken(situation(report_to="wandb")) == "report_to wandb, and no login for it was found"
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")  # as `wandb offline` does
+    assert rule.broken(situation(report_to="wandb")) is None
 
 
 def test_the_file_system_of_a_folder_that_is_not_there_yet(tmp_path, monkeypatch):

@@ -137,12 +137,21 @@ def test_rows_without_fields_are_kept_as_they_are(prepare):
     assert summary(folder)["format"] == "messages"
 
 
+def test_the_folder_itself_is_a_source_of_its_splits(prepare):
+    folder = prepare([{"question": f"q{n}", "answer": "a"} for n in range(40)])
+    for split, name in ((None, "train"), ("validation", "validation")):
+        rows = [row.value for row in read_rows(Source(str(folder), split=split))]
+        assert rows and rows == read_lines(folder / f"{name}.jsonl")
+    with pytest.raises(UserError, match="no split 'test'(.|\n)*train, validation"):
+        list(read_rows(Source(str(folder), split="test")))
+
+
 def test_what_is_written_can_be_trained_on(prepare):
     folder = prepare([raw(number) for number in range(1, 9)], fields=FIELDS, splits={"train": 1})
     for path in (folder / "train.jsonl", folder / "dataset"):
         rows = list(read_rows(Source(str(path), split="train" if path.is_dir() else None)))
         assert len(rows) == 8
-        assert all(detect(row.value, where="") == "question_answer" for row in rows)
+        assert all(detect(row.value, where="") == ("question_answer", None) for row in rows)
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -268,7 +277,7 @@ def test_one_split_takes_all(text):
     ],
 )
 def test_the_question_of_a_row(row, expected):
-    assert question(to_sample(row, detect(row, where=""))) == expected
+    assert question(to_sample(row, *detect(row, where=""))) == expected
 
 
 # Sources

@@ -98,7 +98,10 @@ def _auto(value: Any) -> Any:
 
 def _format(value: str) -> str:
     if value not in FORMATS and not (":" in value and all(part for part in value.split(":", 1))):
-        raise ValueError(f"it is none of {', '.join(FORMATS)}, nor module:function")
+        own = (
+            "rows of another shape: columns: {question: NAME, answer: NAME}, or module:function, which returns messages"
+        )
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, nor module:function ({own})")
     return value
 
 

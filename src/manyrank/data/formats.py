@@ -8,7 +8,8 @@
     tokens             {"input_ids", "labels"?, "attention_mask"?}
     text               {"text"}
 
-All but the last two also read system, tools and documents. Further columns of a row are ignored. Where several formats fit, the first of this list is taken. `columns` renames:
+Other names of a question and its answer (QUESTIONS, ANSWERS) are read where each can be one column only. All but the last two
+also read system, tools and documents. Further columns of a row are ignored. Where several formats fit, the first of this list is taken. `columns` renames:
 {"instruction": "q"} reads the field "instruction" from the column "q". A format can also be a user's function,
 "module:function", which turns a row into a row of one of these. How turns are read is in `messages`.
 """
@@ -206,7 +207,13 @@ FORMATS = {
 }
 
 
-def detect(row: Values, *, where: str, columns: Columns | None = None) -> str:
+# Names that published data sets have for the two, and for what may stand beside them, whatever their case.
+QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input", "inputs")
+ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "targets")
+BESIDE = {"system": ("system", "system_prompt"), "input": ("input", "context")}
+
+
+def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[str, Columns | None]:
     """The first format whose fields a row has, and which has all the fields that `columns` names.
 
     Args:
@@ -214,15 +221,37 @@ def detect(row: Values, *, where: str, columns: Columns | None = None) -> str:
         where: its place, for the error.
         columns: a field's column, where it is not called as the field; the row need not have that column.
 
+    Returns:
+        The format, and its columns: those that were given, or what they are called in the row.
+
     Raises:
         UserError: no format fits.
     """
     renamed = frozenset(columns or {})
     for name, form in FORMATS.items():
         if renamed <= form.fields and form.fits(renamed | row.keys()):
-            return name
+            return name, columns
+    if not columns and (other := _by_other_names(row)):
+        return other
     mapped = f" with the columns {dict(columns)}" if columns else ""
     raise UserError(f"no format has the keys {sorted(map(str, row))}{mapped}", where=where, fix=_known())
+
+
+def _by_other_names(row: Values) -> tuple[str, Columns] | None:
+    """Read a row that has one question and one answer, under other names; as alpaca where it is an instruction."""
+    named = {str(key).lower(): key for key in row}
+    beside = {field: named[key] for field, keys in BESIDE.items() for key in keys if key in named}
+    if "instruction" in named:
+        name, question, answer = "alpaca", "instruction", "output"
+        questions = [key for key in QUESTIONS if key in named and key != "input"]
+    else:
+        name, question, answer = "question_answer", "question", "answer"
+        questions = [key for key in QUESTIONS if key in named]
+        beside.pop("input", None)
+    answers = [key for key in ANSWERS if key in named]
+    if len(questions) != 1 or len(answers) != 1:
+        return None
+    return name, {question: named[questions[0]], answer: named[answers[0]], **beside}
 
 
 def _known() -> str:
@@ -321,4 +350,4 @@ def _by_function(row: Values, format_type: str, columns: Columns | None) -> Samp
     if not isinstance(result, dict):
         what = f"{format_type} returned {type(result).__name__}, not a dict"
         raise UserError(what, where="format_type", fix='return {"messages": [...]} or a row of another known format')
-    return to_sample(result, detect(result, where=f"what {format_type} returned"))
+    return to_sample(result, *detect(result, where=f"what {format_type} returned"))

@@ -8,7 +8,7 @@ lines of a .txt file               each of them a question
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def read_prompts(source: Source, *, system: str = "", limit: int | None = None) 
         try:
             value = _with_answer(row.readable(), source.columns or {})
             if form == "auto":
-                form = detect(value, where=row.place, columns=source.columns)
+                form, columns = detect(value, where=row.place, columns=source.columns)
+                source = replace(source, columns=columns)
             prompts.append(_prompt(row, value, form, source, system))
         except BadRow as error:
             prompts.append(Prompt(row.number, row.place, [], problem=str(error)))

@@ -1,7 +1,7 @@
 """Sources to rows: a file (see `files`), a folder, or a name on the hub.
 
 source                                              place of a row
-a file                                              its line, item or row
+a file, or a folder of `data prepare`               its line, item or row
 a folder that datasets saved (save_to_disk)         its row, from 1
 a folder with data files, or a name on the hub      its row, from 1; a broken one ends the source: a UserError
 """
@@ -23,6 +23,7 @@ from ..errors import UserError
 from .files import SUFFIXES, Row, file_rows, kind_of, numbered
 from .formats import detect
 
+PREPARED = "sft_data_summary.json"  # in a folder that `manyrank data prepare` has written, beside a file for each split
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WHERE = "data_path or eval_data_path"
 LOOKED_AT = 1000  # rows in which a known format is looked for
@@ -76,7 +77,10 @@ def read_rows(source: Source) -> Iterator[Row]:
     """
     path, any_row = Path(source.path), False
     try:
-        rows = _one_file(source, path) if path.is_file() else _dataset_rows(source, path)
+        if (path / PREPARED).is_file():
+            rows = file_rows(_prepared(source, path))
+        else:
+            rows = _one_file(source, path) if path.is_file() else _dataset_rows(source, path)
         for row in rows:
             any_row = True
             yield row
@@ -101,7 +105,8 @@ def known_format(source: Source) -> Source:
         if isinstance(row.value, BadRow):
             continue
         try:
-            return replace(source, format_type=detect(row.value, where=row.place, columns=source.columns))
+            name, columns = detect(row.value, where=row.place, columns=source.columns)
+            return replace(source, format_type=name, columns=columns and dict(columns))
         except UserError as error:
             problem, looked_at = problem or error, looked_at + 1
         if looked_at == LOOKED_AT:
@@ -167,6 +172,14 @@ def _one_file(source: Source, path: Path) -> Iterator[Row]:
 
 
 # Folders and the hub
+
+
+def _prepared(source: Source, folder: Path) -> Path:
+    splits = {file.stem: file for file in sorted(folder.glob("*.jsonl")) if file.stem != "quarantine"}
+    wanted = source.split or "train"
+    if wanted not in splits:
+        raise UserError(f"there is no split {wanted!r}", where=source.path, fix=f"its splits: {', '.join(splits)}")
+    return splits[wanted]
 
 
 def _dataset_rows(source: Source, path: Path) -> Iterator[Row]:

@@ -65,17 +65,41 @@ def known() -> dict[str, dict[str, Any]]:
 
 
 # Parts of a hub name that do not change the architecture.
-VARIANTS = frozenset({"instruct", "chat", "base", "it", "hf", "pt", "4bit", "bnb", "unsloth", "fp16", "bf16", "meta"})
+VARIANTS = frozenset(
+    [
+        "instruct",
+        "chat",
+        "base",
+        "it",
+        "hf",
+        "pt",
+        "4bit",
+        "bnb",
+        "unsloth",
+        "fp16",
+        "bf16",
+        "meta",
+        "rl",
+        "dpo",
+        "beta",
+        "preview",
+        "thinking",
+        "reasoning",
+    ]
+)
+DATED = re.compile(r"v[0-9.]+|[0-9]{4}|[0-9]+[km]")  # and what else comes after the size
 
 
 def _short(model: str, names: Collection[str]) -> str:
-    """The short name: `Qwen/Qwen2.5-7B-Instruct` and `qwen2.5-7b` are one architecture, as are dated versions."""
+    """The short name: `Qwen/Qwen2.5-7B-Instruct` and `qwen2.5-7b` are one architecture, as are dated versions.
+
+    A name that ends with a known one is a model made from it, such as `OpenHermes-2.5-Mistral-7B`.
+    """
     parts = model.rsplit("/", 1)[-1].lower().replace("_", "-").split("-")
     parts = [part for part in parts if part not in VARIANTS]
-    for end in range(len(parts), 0, -1):
-        name = "-".join(parts[:end])
-        if name in names:
-            return name
-        if not re.fullmatch(r"v[0-9.]+|[0-9]{4}|[0-9]+k", parts[end - 1]):
-            break  # a size or a family: another model
-    return "-".join(parts)
+    undated = [part for part in parts if not re.fullmatch("[0-9]{4}", part)]
+    ends = [parts]
+    while len(ends[-1]) > 1 and DATED.fullmatch(ends[-1][-1]):  # a size or a family is another model
+        ends.append(ends[-1][:-1])
+    written = [*ends, undated, *(undated[start:] for start in range(1, len(undated)))]
+    return next((name for name in map("-".join, written) if name in names), "-".join(parts))

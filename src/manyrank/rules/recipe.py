@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import importlib.util
 import json
 import netrc
@@ -92,15 +94,23 @@ def _tracker(s: RunContext) -> str | None:
 
 
 def _no_login(s: RunContext) -> bool:
-    if "wandb" not in s.config.report_to or os.environ.get("WANDB_API_KEY"):
-        return False
-    if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun"):
+    keys = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    if "wandb" not in s.config.report_to or keys or _wandb_mode() in ("offline", "disabled", "dryrun"):
         return False
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is None
     except (OSError, netrc.NetrcParseError):
         return True
+
+
+def _wandb_mode() -> str:
+    """W&B's mode: of the environment, or as `wandb offline` has written it for this folder or this user."""
+    settings = configparser.ConfigParser(default_section="none")
+    user = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
+    with contextlib.suppress(configparser.Error):
+        settings.read([Path(user).expanduser() / "settings", Path("wandb", "settings")])
+    return os.environ.get("WANDB_MODE") or settings.get("default", "mode", fallback="online")
 
 
 def _far_rate(s: RunContext) -> str | None:
@@ -373,11 +383,11 @@ OPTIMISATION_RULES = (
         reason="The run would fail when it begins to report.",
         fix="install the package, or choose another tracker",
     ),
-    warning(
+    error(
         "wandb-without-login",
         ("report_to", "environment:WANDB_API_KEY"),
         unless(_no_login, "report_to wandb, and no login for it was found"),
-        reason="W&B asks for a key at the start, and ends the run where nobody can answer.",
+        reason="W&B would ask for a key at the first step, and end the run where nobody can answer.",
         fix="run `wandb login`, set WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline",
     ),
 )

@@ -31,7 +31,7 @@ def sample_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """SEQUENCES x LENGTH tokens of conversations from the project's sample, by the tokenizer's template if it has one."""
     ids: list[int] = []
     for row in file_rows(asset("data", "sample.jsonl")):
-        messages = to_sample(row.readable(), detect(row.readable(), where=row.place)).messages
+        messages = to_sample(row.readable(), *detect(row.readable(), where=row.place)).messages
         plain = "\n".join(message["content"] for message in messages)
         text = tokenizer.apply_chat_template(messages, tokenize=False) if tokenizer.chat_template else plain
         ids += tokenizer.encode(text, add_special_tokens=False)

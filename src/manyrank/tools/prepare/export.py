@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 from ...chat_template.types import BadRow
 from ...errors import UserError
 
-SUMMARY = "sft_data_summary.json"
 QUARANTINE = "quarantine"
 
 

@@ -31,7 +31,7 @@ from ...errors import UserError
 from ...project_files import asset
 from ...runs.mapping_files import read_yaml
 from ...runs.run_folder import atomic_directory
-from .export import QUARANTINE, SUMMARY, Writer, json_line, save_dataset
+from .export import QUARANTINE, Writer, json_line, save_dataset
 from .filters import FilterStage, Item, build_stages, validated
 
 
@@ -171,7 +171,7 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
             what = f"it lies in the source folder {source.path}, which would have its rows too the next time"
             raise UserError(what, where="output_dir", fix="choose another --output_dir")
     stages = build_stages(config.filters, workers=config.workers, where=where)
-    with atomic_directory(output, overwrite=config.overwrite, mark=SUMMARY) as folder:
+    with atomic_directory(output, overwrite=config.overwrite, mark=sources.PREPARED) as folder:
         with closing(Writer(folder)) as writer:
             run = Preparation(config, writer)
             items: Generator[Item, None, None] = run.items()
@@ -186,7 +186,9 @@ def prepare(config: PrepareConfig, *, where: str) -> dict[str, Any]:
             raise UserError(f"no row is left of {run.read}", where=where, fix=fix)
         save_dataset(folder, [name for name in config.splits if writer.rows[name]])
         summary = run.summary(stages)
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / sources.PREPARED).write_text(
+            json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return summary
 
 
@@ -197,7 +199,7 @@ class Preparation:
         self.config, self.writer = config, writer
         self.read = 0
         self.sources: list[dict[str, Any]] = []
-        self.formats: dict[int, str] = {}  # by source
+        self.formats: dict[int, tuple[str, Columns | None]] = {}  # by source
         self.quarantined: Counter[str] = Counter()
 
     def items(self) -> Generator[Item, None, None]:
@@ -245,30 +247,29 @@ class Preparation:
         """Write a row that passed the filters."""
         try:
             row = item.training
-            sample = to_sample(row, self._format(item), self.config.data_path[item.source].columns)
+            sample = to_sample(row, *self._format(item))
             self.writer.write(split_of(question(sample), self.config.splits), json_line(row))
         except BadRow as error:
             self.refuse(item, "training row", error)
 
-    def _format(self, item: Item) -> str:
-        """Find the format of a source: the one given, or the one that its first good row fits."""
+    def _format(self, item: Item) -> tuple[str, Columns | None]:
+        """Find the format of a source with its columns: those given, or what its first good row fits."""
         if item.source in self.formats:
             return self.formats[item.source]
         source = self.config.data_path[item.source]
         try:
             auto = source.format_type == "auto"
-            format_type = (
-                detect(item.training, where=item.place, columns=source.columns) if auto else source.format_type
-            )
+            named = (source.format_type, source.columns)
+            format_type, columns = detect(item.training, where=item.place, columns=source.columns) if auto else named
         except UserError as error:
             if self.config.on_bad_row == "error":
                 raise
             raise BadRow(error.what, "unknown format") from None
-        if others := set(self.formats.values()) - {format_type}:
+        if others := {name for name, _ in self.formats.values()} - {format_type}:
             what = f"{source.path} has the format {format_type}, another source {others.pop()}"
             raise UserError(what, where="data_path", fix="bring them to one with `fields`, or prepare them apart")
-        self.formats[item.source] = format_type
-        return format_type
+        self.formats[item.source] = format_type, columns
+        return format_type, columns
 
     def summary(self, stages: list[FilterStage]) -> dict[str, Any]:
         filters = [stage.summary() for stage in stages]
@@ -276,7 +277,7 @@ class Preparation:
             "version": __version__,
             "config": self.config.model_dump(mode="json"),
             "sources": self.sources,
-            "format": next(iter(self.formats.values())),
+            "format": next(iter(self.formats.values()))[0],
             "rows_read": self.read,
             "filters": filters,
             "accuracy": next((one["accuracy"] for one in filters if "accuracy" in one), None),
