@@ -202,7 +202,7 @@ def _examples(sources: list[Source], subsamples: list[Subsample | None], tokeniz
     double = _is_double(columns["content"] ^ columns["tokens"], numbers, used)
     keep = np.flatnonzero(used & ~double if config.duplicates != "keep" else used)
     report = Report(
-        formats=tuple(source.format_type for source in sources),
+        formats=tuple(source.shape for source in sources),
         rows=rows,
         out_of=tuple(subsample.rows if subsample else read for subsample, read in zip(subsamples, rows)),
         needed=1.0,

@@ -51,6 +51,11 @@ class Source:
     max_rows: int | None = None
     name: str | None = None
 
+    @property
+    def shape(self) -> str:
+        """The format, with the columns of other names that are read."""
+        return f"{self.format_type} of {', '.join(self.columns.values())}" if self.columns else self.format_type
+
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError("the path is empty", where=WHERE, fix="give a file, a folder or a name on the hub")
