@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from safetensors.torch import load_file
 from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, PreTrainedTokenizerFast, TrainerCallback
 
-from manyrank import SFTConfig, SFTDataset, SFTTrainer, UserError, load_model
+from manyrank import SFTConfig, SFTDataset, SFTTrainer, UserError, api, load_model
 from manyrank.runs.logs import read_metrics
+from manyrank.topology import ranks
 
 DATA = str(ROOT / "data" / "sample.jsonl")
 SMALL = {
@@ -241,3 +244,21 @@ def test_the_package_imports_without_torch():
     code = "import sys, manyrank; assert 'torch' not in sys.modules; print(sorted(manyrank.__all__)); manyrank.nothing"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert "SFTTrainer" in done.stdout and "no attribute 'nothing'" in done.stderr
+
+
+def test_a_config_needs_no_torch():
+    code = (
+        "import sys; from manyrank import SFTConfig, UserError; SFTConfig('verify'); assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+
+
+def test_a_run_without_a_name_takes_the_next_free_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, place = SFTConfig("verify"), ranks.from_environment()
+    assert api._folder(config, place) == Path("output/run")
+    Path("output/run").mkdir(parents=True)
+    assert api._folder(config, place) == Path("output/run-2")
+    assert api._folder(SFTConfig("verify", overwrite_output_dir=True), place) == Path("output/run")
+    assert api._folder(SFTConfig("verify", resume_from_checkpoint="auto"), place) == Path("output/run")
+    assert api._folder(config, replace(place, world_size=2)) == Path("output/run")

@@ -15,54 +15,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from pydantic import PrivateAttr
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from . import train
-from .config.resolve import ResolvedConfig, Setting, resolve
-from .config.schema import TrainConfig
+from .config.keywords import SFTConfig
 from .data.dataset import prepare
 from .errors import UserError
 from .models.load import load_tokenizer
+from .runs import run_folder
 from .signals import STOP, end_with_parent
 from .topology import ranks
+from .topology.ranks import Topology
 from .training.task import UserObjects
-
-
-class SFTConfig(TrainConfig):
-    """A recipe as keyword arguments: every key of docs and `manyrank train --help`, also by its other names.
-
-    Args:
-        recipe: a YAML file or a preset's name to start from.
-        **values: override it; `use_lora=False`, `learning_rate=1e-4`, `data_path=["a.json", "b.json"]`, ...
-
-    Raises:
-        UserError: an unknown key, or a wrong value.
-    """
-
-    _resolved: ResolvedConfig = PrivateAttr()
-
-    if not TYPE_CHECKING:  # a type checker sees the fields
-
-        def __init__(self, recipe: str | Path | None = None, **values: Any) -> None:
-            entries = [Setting(key, _plain(value), f"SFTConfig, {key}") for key, value in values.items()]
-            resolved = resolve(None if recipe is None else str(recipe), entries)
-            super().__init__(**dict(resolved.config))
-            self._resolved = resolved
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text, also inside lists and mappings."""
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)
@@ -124,10 +93,11 @@ class SFTTrainer:
             NonFiniteError: a loss or gradient is not finite; the optimizer has not used it.
             Preempted: a signal came, and the checkpoint is complete; it ends a script with exit code 75.
         """
-        folder = Path(self.config.output_dir or "output/run")
+        place = ranks.from_environment()
+        folder = Path(self.config.output_dir or _folder(self.config, place))
         end_with_parent()  # where torchrun or accelerate has started this script
         with STOP.listening(), _as_it_was():
-            run = train.train(self.config._resolved, ranks.from_environment(), folder, self.objects)
+            run = train.train(self.config._resolved, place, folder, self.objects)
         state = run.trainer.state
         return Trained(
             folder,
@@ -136,6 +106,14 @@ class SFTTrainer:
             {key: value for line in state.log_history for key, value in line.items()},
             state.log_history,
         )
+
+
+def _folder(config: SFTConfig, place: Topology) -> Path:
+    """The folder of a run that nobody has named: the next free one, where no other rank has to come to the same name."""
+    last, free = run_folder.free_folder(Path("output/run"))
+    if place.world_size > 1:
+        return Path("output/run")
+    return last if config.resume_from_checkpoint or config.overwrite_output_dir else free
 
 
 @contextmanager

@@ -357,7 +357,7 @@ def test_formats_of_several_sources(examples_of, tmp_path):
     table.write_text("q,a\nwhat?,this\nwho?,she\n")
     sources = f"[{SAMPLE}, {{path: {table}, columns: {{question: q, answer: a}}}}, data/formats/alpaca.json, data/formats/text.jsonl]"
     examples = examples_of(data_path=sources)
-    assert examples.report.formats == ("question_answer", "question_answer", "alpaca", "text")
+    assert examples.report.formats == ("question_answer", "question_answer of q, a", "alpaca", "text")
     assert np.bincount(examples.source)[:2].tolist() == [160, 2]
     text = examples[len(examples) - 1]
     assert (text["labels"][1:] == text["input_ids"][1:]).all() and text["labels"][0] == IGNORE

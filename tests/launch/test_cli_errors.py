@@ -214,8 +214,8 @@ def test_an_output_folder_that_is_not_empty(refused):
     Path("mine").mkdir()
     write("mine/notes.txt", "")
     error, where, fix = refused("quickstart", "--output-dir", "mine")
-    assert (error, where) == ("the output folder mine is not empty", "output_dir")
-    assert "--resume_from_checkpoint auto" in fix
+    assert (error, where) == ("the output folder mine is not empty, and holds no run: notes.txt", "output_dir")
+    assert fix == "choose another --output_dir"
 
 
 # Models

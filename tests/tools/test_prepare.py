@@ -142,7 +142,7 @@ def test_the_folder_itself_is_a_source_of_its_splits(prepare):
     for split, name in ((None, "train"), ("validation", "validation")):
         rows = [row.value for row in read_rows(Source(str(folder), split=split))]
         assert rows and rows == read_lines(folder / f"{name}.jsonl")
-    with pytest.raises(UserError, match="no split 'test'(.|\n)*train, validation"):
+    with pytest.raises(UserError, match=r"no split 'test'(.|\n)*train, validation"):
         list(read_rows(Source(str(folder), split="test")))
 
 

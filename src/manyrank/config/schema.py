@@ -367,6 +367,9 @@ class TrainConfig(BaseModel):
     output_dir: str | None = Field(
         None, min_length=1, description="the run's folder (default: output/ and the recipe's name)"
     )
+    overwrite_output_dir: bool = Field(
+        False, description="remove the run that is in output_dir before a new one begins; other files stay there"
+    )
     run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
     logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")

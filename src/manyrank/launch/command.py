@@ -27,6 +27,7 @@ from ..config.args import JOBS, CommandLine, LaunchOptions
 from ..config.resolve import TrainConfig
 from ..errors import EXIT_FAILED, UserError
 from ..project_files import asset
+from ..runs import run_folder
 from ..signals import become, die_with_parent, pass_on_while
 from ..topology.allocator import allocator
 from ..topology.gpus import Hardware
@@ -401,8 +402,5 @@ def choose_output_dir(config: TrainConfig, line: CommandLine) -> str:
     # Every machine must come to the same name; and a job that was written first is the one that is submitted then.
     if line.options.nnodes > 1 or line.options.via in JOBS:
         return str(base)
-    last, folder, number = base, base, 1
-    while folder.exists():
-        last, number = folder, number + 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return str(last if resume else folder)
+    last, folder = run_folder.free_folder(base)
+    return str(last if resume or config.overwrite_output_dir else folder)

@@ -62,7 +62,7 @@ class ResolvedLaunch:
         half = self.config.micro_batch // 2
         line = _with(self.line, MICRO_BATCH, str(half))
         if saved or not self.config.resume_from_checkpoint:
-            line = _with(line, "resume_from_checkpoint", "auto")
+            line = _with(_with(line, "resume_from_checkpoint", "auto"), "overwrite_output_dir", "false")
         context = replace(self.context, resolved=resolve(line.recipe, line.overrides))
         return replace(self, line=line, context=context)
 

@@ -25,8 +25,8 @@ from ..data.messages import bad_rows_error, usual_fix
 from ..data.sources import known_format, read_rows, source_of
 from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
-from ..runs import run_lock
-from ..runs.run_folder import is_new, unsealed
+from ..runs import artifact, run_lock
+from ..runs.run_folder import is_new, others, unsealed
 from ..topology.gpus import Hardware
 from ..topology.strategies import default_strategy
 from .context import RunContext
@@ -276,9 +276,11 @@ def check_new_folder(config: TrainConfig, output_dir: Path) -> None:
     Raises:
         UserError: the folder has files, and this run does not resume.
     """
-    if not config.resume_from_checkpoint and not is_new(output_dir):
-        raise UserError(
-            f"the output folder {output_dir} is not empty",
-            where="output_dir",
-            fix="choose another --output_dir, or continue that run with --resume_from_checkpoint auto",
-        )
+    if config.resume_from_checkpoint or is_new(output_dir):
+        return
+    what, fix = f"the output folder {output_dir} is not empty", "choose another --output_dir"
+    if not artifact.is_run(output_dir) and (foreign := others(output_dir)):
+        raise UserError(f"{what}, and holds no run: {', '.join(foreign[:3])}", where="output_dir", fix=fix)
+    if not config.overwrite_output_dir:
+        fix += ", continue that run with --resume_from_checkpoint auto, or replace it with --overwrite_output_dir"
+        raise UserError(what, where="output_dir", fix=fix)

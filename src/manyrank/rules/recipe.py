@@ -327,6 +327,16 @@ STEP_RULES = (
         fix="give an output_dir on a file system that all machines share",
     ),
     error(
+        "overwrite-and-resume",
+        ("overwrite_output_dir", "resume_from_checkpoint"),
+        unless(
+            lambda s: s.config.overwrite_output_dir and bool(s.config.resume_from_checkpoint),
+            "a run that is removed and resumed",
+        ),
+        reason="The checkpoints that are removed are those to resume from.",
+        fix="leave one of them out",
+    ),
+    error(
         "elastic-without-resume",
         ("elastic", "resume_from_checkpoint"),
         unless(

@@ -33,6 +33,10 @@ MANIFEST, SAVE_NOW, LAUNCH_FOLDER, TOKENIZER = "manifest.json", "SAVE_NOW", "lau
 LOCK, HEARTBEATS = "run.lock", Path("logs", "heartbeats")
 PARTIAL, REMOVED = ".partial", ".removed"
 NEEDED = ("run.json", "trainer_state.json")
+OWN = re.compile(  # entries of a run's folder
+    rf"config\.yaml|launch\.json|{LAUNCH_FOLDER}|logs|report\.html|{TOKENIZER}|{SAVE_NOW}|{re.escape(LOCK)}.*|"
+    rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.escape(REMOVED)})?"
+)
 LEFTOVER = re.compile(rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.escape(REMOVED)})")
 
 
@@ -83,6 +87,21 @@ def is_new(output_dir: Path) -> bool:
         if not starting and name != HEARTBEATS.parent:
             return False
     return True
+
+
+def others(output_dir: Path) -> list[str]:
+    """Name the entries of a folder that are not a run's."""
+    entries = output_dir.iterdir() if output_dir.is_dir() else ()
+    return sorted(path.name for path in entries if not OWN.fullmatch(path.name))
+
+
+def free_folder(base: Path) -> tuple[Path, Path]:
+    """Find the last of BASE, BASE-2, BASE-3, ... that is there (BASE if none is), and the next, which is not."""
+    last, folder, number = base, base, 1
+    while folder.exists():
+        last, number = folder, number + 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return last, folder
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -233,6 +252,23 @@ def retain(output_dir: Path, limit: int | None, *, keep: Iterable[Path]) -> None
     removable.sort(key=lambda path: ((path / MANIFEST).is_file(), step_of(path)))
     for path in removable[: max(0, len(folders) - limit) if limit else 0]:
         _remove(path)
+
+
+def remove_run(output_dir: Path) -> str | None:
+    """Remove what a run has left in its folder, but the lock and what is written for the next launch.
+
+    Returns:
+        What was removed and kept, in words; None for a folder without a run.
+    """
+    if is_new(output_dir):
+        return None
+    removed = []
+    for path in sorted(output_dir.iterdir()):
+        if OWN.fullmatch(path.name) and not path.name.startswith(LOCK) and path.name != LAUNCH_FOLDER:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            removed.append(path.name)
+    kept = f"; kept: {', '.join(others(output_dir))}" if others(output_dir) else ""
+    return f"removed the run in {output_dir}: {', '.join(removed)}{kept}"
 
 
 def tidy(output_dir: Path) -> list[str]:
