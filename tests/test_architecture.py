@@ -62,7 +62,7 @@ LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 1400,  # with the watchdog, which the launch starts too, and the boards of machines
-    "config": 1650,  # with checkpoints by default
+    "config": 1800,  # with keywords of Python and the names that other tools have
     "topology": 870,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1460,
     "models": 4480,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8

@@ -100,8 +100,7 @@ def _run(name: str, *argv: str) -> int:
         "schema": _schema,
         "embedded-model": _embedded_model,
     }
-    if name not in COMMANDS and (name.endswith((".yaml", ".yml")) or Path(name).is_file()):
-        _refuse_data(name)
+    if name not in COMMANDS and (Path(name).suffix or Path(name).is_file()):
         return _train([name, *argv])
     if name in functions:
         return functions[name](argv)
@@ -114,15 +113,6 @@ def _run(name: str, *argv: str) -> int:
     close = difflib.get_close_matches(name, COMMANDS, 1)
     fix = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
     raise UserError(f"there is no command {name!r}", where="command line", fix=fix)
-
-
-def _refuse_data(name: str) -> None:
-    from .data.files import SUFFIXES, kind_of
-    from .errors import UserError
-
-    if kind_of(Path(name))[0] in SUFFIXES:
-        fix = f"manyrank train --model NAME --data {name}, or manyrank data inspect {name}"
-        raise UserError(f"{name} is a file of data, not a recipe", where="command line", fix=fix)
 
 
 def _call(name: str, argv: Sequence[str]) -> int:

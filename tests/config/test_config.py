@@ -1,5 +1,7 @@
 """Recipes to configs: precedence, other spellings, and errors that name the place."""
 
+import re
+
 import jsonschema
 import pytest
 import yaml
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyrank.config.json_schema import recipe_schema
-from manyrank.config.resolve import ALIASES, FIELDS, METHOD_FLAGS, METHODS, SWITCHES, Setting, presets, resolve
+from manyrank.config.resolve import FIELDS, KNOWN, METHODS, SWITCHES, Setting, presets, resolve
+from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, OTHER_TOOLS, VALUES
 from manyrank.errors import UserError
 from manyrank.project_files import asset
 
@@ -78,13 +81,13 @@ def test_a_base_with_a_base_is_refused(recipe):
 
 
 def test_a_base_that_is_not_there(recipe):
-    assert "no recipe 'nowhere.yaml'" in recipe_error(recipe("base: nowhere.yaml\n")).what
+    assert "no file nowhere.yaml" in recipe_error(recipe("base: nowhere.yaml\n")).what
 
 
 # Other spellings
 
 
-@pytest.mark.parametrize("alias, key", ALIASES.items())
+@pytest.mark.parametrize("alias, key", (ALIASES | OTHER_TOOLS).items())
 def test_aliases_and_dashes(alias, key):
     value = {
         "per_device_train_batch_size": 2,
@@ -96,6 +99,14 @@ def test_aliases_and_dashes(alias, key):
         "num_generations": 2,
         "max_completion_length": 9,
         "disable_fused": ["lora"],
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "linear",
+        "optim": "sgd",
+        "method": "full",
+        "packing": "dataset",
+        "gradient_checkpointing": "full",
+        "beta": 0.1,
     }.get(key, "0.5")
     given_key = alias.replace("_", "-")
     values = {name: text for name, text in REQUIRED.items() if name != key}
@@ -106,9 +117,34 @@ def test_aliases_and_dashes(alias, key):
 
 
 def test_no_name_means_two_things():
-    assert not set(ALIASES) & set(FIELDS)
-    assert not SWITCHES & (set(ALIASES) | set(FIELDS))
-    assert set(ALIASES.values()) <= set(FIELDS)
+    kinds = [set(FIELDS), SWITCHES, set(ALIASES), set(OTHER_TOOLS), set(INSTEAD)]
+    assert len(set().union(*kinds)) == sum(map(len, kinds))
+    assert set((ALIASES | OTHER_TOOLS).values()) | set(VALUES) <= set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("key", "theirs", "ours"),
+    [
+        ("packing", True, "dataset"),
+        ("neat_packing", "false", "step"),
+        ("lora_target", "all", "all-linear"),
+        ("optimizer", "adamw_bnb_8bit", "adamw_8bit"),
+        ("optim", "adamw_torch_fused", "adamw_torch"),
+        ("use_gradient_checkpointing", "unsloth", "full"),
+    ],
+)
+def test_values_of_other_tools(key, theirs, ours):
+    resolved = resolve(None, entries(**REQUIRED, **{key: theirs}))
+    assert resolved.config.plain()[KNOWN.spellings[key]] == ours
+
+
+@pytest.mark.parametrize("key", INSTEAD)
+def test_what_other_tools_have_and_we_do_not_is_answered(key):
+    with pytest.raises(UserError) as caught:
+        resolve(None, entries(**REQUIRED, **{key: "x"}))
+    assert caught.value.fix == INSTEAD[key] and caught.value.what == f"there is no option '--{key}'"
+    for word in re.findall(r"(?:write|--)\s?([a-z_0-9]+)[:,]?", caught.value.fix):
+        assert word in KNOWN.spellings, word
 
 
 def test_the_same_key_twice_with_two_values():

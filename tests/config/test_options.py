@@ -3,7 +3,7 @@
 import pytest
 
 from manyrank.config.args import LaunchOptions, parse
-from manyrank.config.resolve import ALIASES, FIELDS, SWITCHES, resolve
+from manyrank.config.resolve import FIELDS, KNOWN, SWITCHES, resolve
 from manyrank.errors import UserError
 
 
@@ -53,8 +53,15 @@ def test_two_yes_no_options_in_a_row():
 
 
 def test_every_option_is_accepted():
-    for name in (*FIELDS, *ALIASES, *SWITCHES):
+    for name in KNOWN.spellings:
         assert given(read(f"--{name}=1", "quickstart")) == {f"--{name}": "1"}
+
+
+def test_a_list_without_commas():
+    assert (
+        error("verify", "--target_modules", "q_proj", "v_proj", "o_proj").fix
+        == "write --target_modules=q_proj,v_proj,o_proj"
+    )
 
 
 def test_values_with_dashes_and_equals_signs():

@@ -119,7 +119,7 @@ def test_a_preset_that_is_not_there(refused, argv):
 
 
 def test_a_recipe_file_that_is_not_there(refused):
-    assert refused("mine.yaml")[0] == "there is no recipe 'mine.yaml'"
+    assert refused("mine.yaml")[0] == "there is no file mine.yaml"
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_first_words_that_work(capsys, line, shown):
     "line, error, fix",
     [
         ("plan", "there is nothing to plan", "manyrank plan Qwen2.5-7B"),
-        ("nope.yaml", "there is no recipe 'nope.yaml'", "presets: "),
+        ("nope.yaml", "there is no file nope.yaml", "presets: "),
         ("train --data my.json", "model_name_or_path must be given", "manyrank train --model_name_or_path=embedded "),
         ("plan quikstart", "there is no recipe or model 'quikstart'", "did you mean quickstart?"),
         ("plan qwen2.5-8b", "there is no recipe or model 'qwen2.5-8b'", "qwen2.5-7b"),
@@ -339,6 +339,11 @@ def test_first_words_that_are_answered(capsys, line, error, fix):
         ("plan quickstart --check", "a plan starts nothing", "leave --check out"),
         ("data inspect", "there is nothing to inspect", "manyrank data inspect data/sample.jsonl"),
         ("my.jsonl", "my.jsonl is a file of data, not a recipe", "manyrank train --model NAME --data my.jsonl"),
+        ("train my.jsonl", "my.jsonl is a file of data, not a recipe", "manyrank data inspect my.jsonl"),
+        ("data prepare my.jsonl", "my.jsonl is a file of data, not a recipe", "--data_path my.jsonl"),
+        ("plan my.jsonl", "my.jsonl is a file of data, not a recipe", "--data_path my.jsonl"),
+        ("none.csv.gz", "there is no file none.csv.gz", "--data none.csv.gz"),
+        ("none.yaml", "there is no file none.yaml", "presets: "),
         (f"train {'a' * 5000}", "a name is too long for a file", "give a shorter name"),
         ("train quickstart --resume_from_checkpoint nowhere", "there is no folder nowhere", "or auto"),
         ("train quickstart --resume_from_checkpoint .", ". is not a complete checkpoint", "or auto"),

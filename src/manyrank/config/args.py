@@ -13,7 +13,7 @@ import re
 import shutil
 import textwrap
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
@@ -23,8 +23,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError
-from .resolve import ALIASES, FIELDS, METHOD_FLAGS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key
+from .resolve import FIELDS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key
 from .schema import Int, TrainConfig
+from .spellings import ALIASES, METHOD_FLAGS, OTHER_TOOLS
 
 JOBS = ("slurm",)  # these write a job's file, and start nothing on this machine
 YES_NO = ("true", "false", "yes", "no", "on", "off", "1", "0", "auto", "none")
@@ -73,8 +74,10 @@ Name = Annotated[str, AfterValidator(_name)]
 class LaunchOptions(Options):
     """Where to run: node facts, which are never part of a recipe."""
 
-    nproc: Int | None = arg(None, "processes on this machine (default: one per GPU)", gt=0)
-    nnodes: Int = arg(1, "machines", gt=0)
+    nproc: Int | None = arg(
+        None, "processes on this machine (default: one per GPU)", also=["num_processes", "nproc_per_node"], gt=0
+    )
+    nnodes: Int = arg(1, "machines", also=["num_machines"], gt=0)
     node_rank: Int = arg(0, "number of this machine, from 0", ge=0)
     rdzv_endpoint: Name | None = arg(None, "HOST:PORT of machine 0, for several machines")
     max_restarts: Int | None = arg(
@@ -181,8 +184,8 @@ class Option:
     def help(self, width: int) -> list[str]:
         """Lay out its lines of a help text."""
         text = self.info.description or ""
-        if self.also:
-            text += f" (also {', '.join(f'--{name}' for name in self.also)})"
+        if also := [f"--{name}" for name in self.also if name not in OTHER_TOOLS]:
+            text += f" (also {', '.join(also)})"
         default = None if self.info.is_required() or self.info.default_factory else self.info.default
         if default is not None and default is not False and default not in ("", [], {}) and "(default" not in text:
             text += f" (default: {default})"
@@ -212,7 +215,7 @@ def recipe_options(keys: Collection[str] = (*FIELDS, *sorted(SWITCHES))) -> list
     """The keys of a recipe as options, with their other spellings."""
     options = []
     for key in keys:
-        also = [alias for alias, target in (ALIASES | DATA_ALIASES).items() if target == key]
+        also = [alias for alias, target in (ALIASES | DATA_ALIASES | OTHER_TOOLS).items() if target == key]
         options.append(Option(TrainConfig, key, FIELDS.get(key) or _switch(key), also))
     return options
 
@@ -268,12 +271,15 @@ class Parser:
             print(self.help(), end="", flush=True)
             raise SystemExit(0)
         words, settings, rest = [], [], deque(argv)
+        beside: dict[int, Setting] = {}  # by number of a word, the option with a list that stands before it
         while rest:
             word = rest.popleft()
             if word == "--":
                 words += rest
                 break
             if not re.match("--|-[A-Za-z]", word):
+                if settings and list in _alternatives(settings[-1][0].info.annotation):
+                    beside[len(words)] = settings[-1][1]
                 words.append(word)
                 continue
             name, equals, value = word.partition("=")
@@ -284,7 +290,7 @@ class Parser:
             value = value if equals else self._value(name, option, rest)
             _refuse_empty(name, option, value)
             settings.append((option, Setting(name, value, f"command line, {name}")))
-        return [*self._words(words), *settings]
+        return [*self._words(words, beside), *settings]
 
     def _value(self, name: str, option: Option, rest: deque[str]) -> str:
         """Take the value of an option from the words after it."""
@@ -297,14 +303,17 @@ class Parser:
             raise UserError(f"{name} needs a value", where="command line", fix=fix)
         return rest.popleft()
 
-    def _words(self, words: Sequence[str]) -> list[tuple[Option, Setting]]:
+    def _words(self, words: Sequence[str], beside: Mapping[int, Setting]) -> list[tuple[Option, Setting]]:
         """Give the words without a name to the positional options, in order; the last one may take all that are left."""
         places = list(self.words)
         if places and get_origin(places[-1].info.annotation) is list:
             places += places[-1:] * (len(words) - len(places))
         if len(words) > len(places):
             what = f"one word too many: {words[len(places)]!r} in {' '.join(words)!r}"
-            raise UserError(what, where="command line", fix=f"usage: {self.usage}")
+            option = beside.get(len(places))
+            more = [option.value, *words[len(places) :]] if option else []
+            fix = f"write {option.key}={','.join(more)}" if option else f"usage: {self.usage}"
+            raise UserError(what, where="command line", fix=fix)
         for option, word in zip(places, words):
             _refuse_empty(option.label, option, word)
         return [(o, Setting(o.field, word, f"command line, {o.label}")) for o, word in zip(places, words)]

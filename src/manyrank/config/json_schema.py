@@ -10,8 +10,9 @@ from typing import Any
 
 from ..topology.strategies import STRATEGIES
 from .recipe_file import SECTIONS
-from .resolve import ALIASES, SWITCHES
+from .resolve import SWITCHES
 from .schema import TrainConfig
+from .spellings import ALIASES, OTHER_TOOLS
 
 TEXT = {"type": "string"}
 
@@ -21,7 +22,7 @@ def recipe_schema() -> dict[str, Any]:
     schema = TrainConfig.model_json_schema()
     properties = {key: _written(value) for key, value in schema["properties"].items()}
     properties["strategy"] |= {"anyOf": [{"enum": ["auto", *STRATEGIES]}, {"type": "null"}]}
-    for alias, key in ALIASES.items():
+    for alias, key in (ALIASES | OTHER_TOOLS).items():
         properties[alias] = properties[key] | {"description": f"the same as {key}"}
     for switch in sorted(SWITCHES):
         properties.setdefault(switch, {"type": "boolean"})

@@ -11,6 +11,7 @@ other mapping, in a key that takes none, is an error, also where the command lin
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,9 @@ SECTIONS = (
     "optimization",
     "wandb",
 )
+
+
+DATA_FILE = re.compile(r"\.(jsonl|csv|tsv|parquet|arrow|txt)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,17 @@ class Known:
 
 def normal(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
+
+
+def refuse_data(name: str, *, fix: str) -> None:
+    """Refuse a file of rows that is given in place of a YAML file; JSON may be either.
+
+    Raises:
+        UserError: by its name it is one, whether it is there or not.
+    """
+    if DATA_FILE.search(name):
+        what = f"{name} is a file of data, not a recipe" if Path(name).is_file() else f"there is no file {name}"
+        raise UserError(what, where="command line", fix=fix)
 
 
 def read_entries(path: Path, known: Known) -> list[Setting]:

@@ -1,7 +1,7 @@
 """The recipe: a flat YAML file or command line, turned into one typed, frozen `TrainConfig`.
 
 Precedence: defaults < the recipe's `base:` < the recipe < command line. Names are those of transformers'
-TrainingArguments; ALIASES and METHOD_FLAGS hold the other spellings that people type. Every value remembers where
+TrainingArguments; `spellings` holds the other names that people type. Every value remembers where
 it came from, so that an error can name the place.
 """
 
@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,47 +24,13 @@ from ..errors import UserError, UserErrors
 from ..project_files import asset
 from ..runs import artifact
 from ..runs.artifact import ModelSource
-from .recipe_file import Known, Setting, normal, read_entries
+from .recipe_file import Known, Setting, normal, read_entries, refuse_data
 from .schema import DataSource, Method, TrainConfig
+from .spellings import ALIASES, INSTEAD, METHOD_FLAGS, OTHER_TOOLS, as_ours
 
 FIELDS = TrainConfig.model_fields
 METHODS = frozenset(get_args(Method))
 
-# Other spellings of a key. Dashes and underscores are the same everywhere.
-ALIASES = {
-    "train_data": "data_path",
-    "dataset_path": "data_path",
-    "val_data": "eval_data_path",
-    "val_size": "eval_split",
-    "dedup": "duplicates",
-    "train_on_inputs": "train_on_prompt",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "base_model": "model_name_or_path",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch": "per_device_train_batch_size",
-    "lr": "learning_rate",
-    "max_seq_length": "max_length",
-    "lora_rank": "lora_r",
-    "target_modules": "lora_target_modules",
-    "experiment_name": "run_name",
-    "resume_from": "resume_from_checkpoint",
-    "num_samples": "num_generations",
-    "max_new_tokens": "max_completion_length",
-    "plain_parts": "disable_fused",
-}
-
-# Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
-METHOD_FLAGS = {
-    "use_lora": frozenset({"lora", "qlora", "int8", "fp8"}),
-    "no_lora": frozenset({"full"}),
-    "use_qlora": frozenset({"qlora"}),
-    "use_4bit": frozenset({"qlora"}),
-    "no_4bit": frozenset({"full", "lora", "int8", "fp8"}),
-    "use_8bit": frozenset({"int8"}),
-    "fp8": frozenset({"fp8"}),
-}
 # What the task grpo sets where nobody says otherwise: answers are padded, and the best model has the best reward.
 BY_TASK = "task grpo"
 DEFAULTS_OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "greater_is_better": True}
@@ -87,7 +53,7 @@ METHOD_PREFERENCE = ("lora", "qlora", "int8", "fp8", "full")
 SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
 TYPED = frozenset({"trust_remote_code"})  # what a run's own config cannot switch on: it may be somebody else's
 KNOWN = Known(
-    {**{key: key for key in (*FIELDS, *SWITCHES)}, **ALIASES},
+    {**{key: key for key in (*FIELDS, *SWITCHES)}, **ALIASES, **OTHER_TOOLS},
     frozenset(key for key, field in FIELDS.items() if re.search("dict|DataSource", str(field.annotation))),
 )
 
@@ -114,7 +80,7 @@ class ResolvedConfig:
 
 def canonical(key: str) -> str:
     """The key that a spelling stands for."""
-    return ALIASES.get(normal(key), normal(key))
+    return KNOWN.spellings.get(normal(key), normal(key))
 
 
 def presets() -> list[str]:
@@ -224,6 +190,7 @@ def _adapter_shape(adapter: Path, entry: Setting) -> dict[str, Any]:
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by path or by preset name."""
     path = Path(name)
+    refuse_data(name, fix=f"manyrank train --model NAME --data {name}, or manyrank data inspect {name}")
     if path.is_file():
         return path
     preset = asset("launch", "recipes", f"{name}.yaml")
@@ -231,7 +198,7 @@ def find_recipe(name: str) -> Path:
         return preset
     close = difflib.get_close_matches(name, presets(), 1)
     raise UserError(
-        f"there is no recipe {name!r}",
+        f"there is no file {name}" if path.suffix in (".yaml", ".yml") else f"there is no recipe {name!r}",
         where="the recipe, which is a YAML file or a preset's name",
         fix=(f"did you mean {close[0]}? " if close else "") + f"presets: {', '.join(presets())}",
     )
@@ -279,6 +246,7 @@ def _canonical(entries: Iterable[Setting], method: Setting | None) -> dict[str, 
             key = "report_to"
         if key not in FIELDS:
             raise unknown_key(entry)
+        entry = replace(entry, value=as_ours(key, entry.value))
         if key in settings and settings[key].value != entry.value:
             raise _contradiction([settings[key], entry])
         settings[key] = entry
@@ -326,6 +294,7 @@ def unknown_key(entry: Setting, known: Iterable[str] = KNOWN.spellings) -> UserE
     close = difflib.get_close_matches(normal(entry.key), known, 1, cutoff=0.5)
     dashes = "--" if entry.key.startswith("-") else ""
     fix = f"did you mean {dashes}{close[0]}?" if close else "`--help` lists every option"
+    fix = INSTEAD.get(normal(entry.key), fix) if FIELDS.keys() & set(known) else fix
     return UserError(f"there is no option {entry.key!r}", where=entry.where, fix=fix)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from ..config.args import CommandLine, Options, arg, parse_with
+from ..config.recipe_file import refuse_data
 from ..config.resolve import ResolvedConfig, Setting, TrainConfig, find_recipe, resolve
 from ..config.schema import Float
 from ..errors import UserError
@@ -146,6 +147,7 @@ def _model_as_option(line: CommandLine) -> CommandLine:
     if not name:
         return line
     no_recipe = ""
+    refuse_data(name, fix=f"manyrank plan --model NAME --data_path {name}")
     if Path(name).name != "config.json":
         try:
             find_recipe(name)

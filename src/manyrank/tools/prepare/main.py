@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from ... import __version__
 from ...chat_template.types import IGNORE, BadRow
 from ...config.args import Options, arg, options_of, read_with_keys, word
+from ...config.recipe_file import refuse_data
 from ...config.schema import Columns, Float, Format, Int
 from ...data import sources
 from ...data.dedup import digest
@@ -135,6 +136,9 @@ def read_config(argv: Sequence[str]) -> tuple[PrepareConfig, str]:
 
 def _find(name: str) -> Path:
     path, example = Path(name), asset("data", "prepare", f"{name}.yaml")
+    refuse_data(
+        name, fix=f"manyrank data prepare CONFIG --data_path {name}, where CONFIG is a YAML file, or {examples()}"
+    )
     if path.is_file() or (name in examples() and example.is_file()):
         return path if path.is_file() else example
     raise UserError(f"there is no config {name}", where="command line", fix=f"give a YAML file, or {examples()}")

@@ -1,0 +1,135 @@
+"""Other names of a recipe's keys: the project's own short forms, and what other tools call the same thing.
+
+ALIASES, METHOD_FLAGS    short forms; in help texts
+OTHER_TOOLS              the same meaning in TRL, Axolotl, LLaMA-Factory or Unsloth: read, and not in help texts
+VALUES                   values that these have for a key, and ours
+INSTEAD                  another meaning, or nothing to set: an error that says what to write
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Dashes and underscores are the same everywhere.
+ALIASES = {
+    "train_data": "data_path",
+    "dataset_path": "data_path",
+    "val_data": "eval_data_path",
+    "val_size": "eval_split",
+    "dedup": "duplicates",
+    "train_on_inputs": "train_on_prompt",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "lora_rank": "lora_r",
+    "target_modules": "lora_target_modules",
+    "experiment_name": "run_name",
+    "resume_from": "resume_from_checkpoint",
+    "num_samples": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "plain_parts": "disable_fused",
+}
+OTHER_TOOLS = {
+    "model_path": "model_name_or_path",
+    "model_id": "model_name_or_path",
+    "base_model_name": "model_name_or_path",
+    "pretrained_model_name_or_path": "model_name_or_path",
+    "dataset_name": "data_path",
+    "datasets": "data_path",
+    "data_file": "data_path",
+    "train_file": "data_path",
+    "train_path": "data_path",
+    "train_data_path": "data_path",
+    "training_data": "data_path",
+    "eval_data": "eval_data_path",
+    "eval_file": "eval_data_path",
+    "eval_dataset": "eval_data_path",
+    "val_path": "eval_data_path",
+    "val_data_path": "eval_data_path",
+    "validation_data": "eval_data_path",
+    "validation_file": "eval_data_path",
+    "val_split": "eval_split",
+    "val_set_size": "eval_split",
+    "validation_split": "eval_split",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_len": "max_length",
+    "model_max_length": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "per_device_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "num_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "finetuning_type": "method",
+    "lora_target": "lora_target_modules",
+    "neat_packing": "packing",
+    "sample_packing": "packing",
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "group_size": "num_generations",
+    "num_samples_per_question": "num_generations",
+    "kl_coef": "beta",
+    "output_path": "output_dir",
+    "save_dir": "output_dir",
+    "wandb_name": "run_name",
+    "wandb_run_name": "run_name",
+    "resume": "resume_from_checkpoint",
+}
+# Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
+METHOD_FLAGS = {
+    "use_lora": frozenset({"lora", "qlora", "int8", "fp8"}),
+    "no_lora": frozenset({"full"}),
+    "use_qlora": frozenset({"qlora"}),
+    "use_4bit": frozenset({"qlora"}),
+    "load_in_4bit": frozenset({"qlora"}),
+    "no_4bit": frozenset({"full", "lora", "int8", "fp8"}),
+    "use_8bit": frozenset({"int8"}),
+    "load_in_8bit": frozenset({"int8"}),
+    "fp8": frozenset({"fp8"}),
+}
+VALUES: dict[str, dict[str, str]] = {
+    "lora_target_modules": {"all": "all-linear"},
+    "optim": {"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"},
+    "packing": {"true": "dataset", "false": "step"},
+    "gradient_checkpointing": {"unsloth": "full"},
+}
+_INSTEAD = {
+    "deepspeed deepspeed_config": "choose --strategy zero2 or zero3; ds_configs/ has their files",
+    "fsdp fsdp_config": "choose --strategy fsdp; accelerate_configs/ has its file",
+    "stage": "write task: sft or grpo",
+    "adapter": "write method: lora or qlora",
+    "template": "leave it out for the model's own chat template, or write chat_template: chatml, llama3, ... or a file",
+    "save_strategy": "write save_steps: auto (once an epoch, every 500 steps at least), a number, or off",
+    "eval_strategy evaluation_strategy": "write eval_steps: a number; without it, validation is once an epoch",
+    "warmup_ratio": "write warmup_steps, a number of steps",
+    "max_samples": "write data_path: {path: FILE, max_rows: N}",
+    "attn_implementation flash_attn flash_attention use_flash_attention_2": "leave it out: documents of a pack attend by "
+    "flash attention wherever the GPU has it",
+    "liger_kernel use_liger_kernel": "leave it out: this project's own kernels are on; disable_fused switches them off",
+    "quantization_bit quantization": "write use_4bit: true (QLoRA, NF4 with double quantisation) or use_8bit: true",
+    "use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_type bnb_4bit_compute_dtype": "leave it out: use_4bit is NF4 "
+    "with double quantisation, computed in bf16, or in float32 with bf16: false",
+    "fp16": "write bf16: true, or bf16: false for float32 (on a T4 or V100)",
+    "dtype torch_dtype": "write bf16: true, or bf16: false for float32",
+    "do_train": "leave it out: `manyrank train` trains",
+    "do_eval": "leave it out: with eval_data_path or eval_split it validates",
+    "dataloader_num_workers": "leave it out: a thread reads the next step",
+    "remove_unused_columns": "leave it out: other columns of a row are not read",
+    "pad_to_sequence_len": "leave it out: there is no padding",
+    "logging_dir": "leave it out: logs are in the run's folder",
+    "wandb_entity": "set the environment variable WANDB_ENTITY",
+}
+INSTEAD = {name: what for names, what in _INSTEAD.items() for name in names.split()}
+
+
+def as_ours(key: str, value: Any) -> Any:
+    """Translate a value that another tool has for a key."""
+    return VALUES.get(key, {}).get(str(value).strip().lower(), value) if isinstance(value, str | bool) else value
