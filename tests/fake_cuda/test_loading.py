@@ -14,7 +14,7 @@ from launches import Run, launch
 from load_model import header
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from manyrank.models.catalog import known
+from manyrank.models.catalog import known, read
 from manyrank.models.load import LoadPlan, base_model
 from manyrank.models.shards import Share, take_parts
 
@@ -67,11 +67,13 @@ def measured_to_planned(run: Run) -> float:
     return (loading["allocated_bytes"] + context) / loading["planned_bytes"]
 
 
+# The plan has the whole embedding beside all that lasts, as a file may have it last. These have it first, when a rank of
+# QLoRA under FSDP2 holds little; DeepSpeed makes room for it again.
 @pytest.mark.parametrize(
-    ("method", "strategy"),
-    [("qlora", "fsdp"), ("qlora", "zero3"), ("lora", "fsdp"), ("lora", "zero3")],
+    ("method", "strategy", "reached"),
+    [("qlora", "fsdp", 0.81), ("qlora", "zero3", 1.0), ("lora", "fsdp", 1.01), ("lora", "zero3", 1.0)],
 )
-def test_peak(method, strategy, holes, tmp_path):
+def test_peak(method, strategy, reached, holes, tmp_path):
     args = [
         f"--model={holes('llama-3.1-8b')}",
         f"--method={method}",
@@ -82,13 +84,16 @@ def test_peak(method, strategy, holes, tmp_path):
     args += ["--bf16=true", "--sample_questions=[]", "--quantized_cache=off", "--learning_rate=1e-5"]
     run = launch(tmp_path / "run", *args, recipe="quickstart")
     assert run.code == 0, run.stdout + run.stderr
-    assert 0.75 < measured_to_planned(run) < 1.02
+    assert measured_to_planned(run) == pytest.approx(reached, abs=0.01)
     assert run.facts()["base_bytes_here"][0] < 0.51 * run.facts()["base_bytes"]
 
 
 # Not eight ranks, which would take 26 GiB of host memory: test_70b_loads.
-@pytest.mark.parametrize(("cards", "name", "mib"), [(2, "RTX A6000", 48 * 1024), (4, "GeForce RTX 4090", 24 * 1024)])
-def test_70b(cards, name, mib, holes, tmp_path):
+@pytest.mark.parametrize(
+    ("cards", "name", "mib", "reached"),
+    [(2, "RTX A6000", 48 * 1024, 0.93), (4, "GeForce RTX 4090", 24 * 1024, 0.87)],
+)
+def test_70b(cards, name, mib, reached, holes, tmp_path):
     args = [f"--model={holes('llama-3.1-70b')}", "--method=qlora", "--strategy=fsdp", f"--nproc={cards}"]
     args += [
         "--max_steps=1",
@@ -100,7 +105,7 @@ def test_70b(cards, name, mib, holes, tmp_path):
     here = {"FAKECUDA_DEVICES": str(cards), "FAKECUDA_NAME": f"NVIDIA {name}", "FAKECUDA_MEMORY_MIB": str(mib)}
     run = launch(tmp_path / "run", *args, recipe="quickstart", cold=True, **here)
     assert run.code == 0, run.stdout + run.stderr
-    assert 0.75 < measured_to_planned(run) < 1.02
+    assert measured_to_planned(run) == pytest.approx(reached, abs=0.01)
     assert run.facts()["base_bytes_here"][0] < 1.02 / cards * run.facts()["base_bytes"]
 
 
@@ -108,7 +113,11 @@ def test_70b(cards, name, mib, holes, tmp_path):
 @pytest.mark.parametrize("cards", [2, 4, 8])
 def test_70b_loads(cards, strategy, holes):
     """One process loads the parts of the first rank, then those of the last: the launch of so many does not fit here."""
-    gpu, layer, largest = torch.device("cuda", 0), 0.43e9, 2.11e9  # bytes: a layer in 4 bits; the embedding
+    gpu, shape = torch.device("cuda", 0), read("llama-3.1-70b")
+    largest = max(linear.weights for linear in shape.layers[0].linears.values())
+    matrix = largest * (2 + 1 / 2 + 4 / 64)  # in 16 and in 4 bits, and the blocks' float32, while it is quantised
+    own = (shape.active / 2 + 2 * (shape.parameters - shape.active)) / cards
+    constants = shape.active / 64 * (1 + 4 / 256)  # of each block a byte, and a float32 for 256 of them: on every rank
     kept = torch.device("cpu") if strategy == "fsdp_offload" else gpu
     for index in (0, cards - 1):
         share = Share(index, cards, strategy == "zero3", kept, trained=False, storage=torch.bfloat16)
@@ -120,8 +129,9 @@ def test_70b_loads(cards, strategy, holes):
         held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
         parts = sum(part.nbytes for part in take_parts(model).values())
         print(f"{cards} {strategy} {index}: {[round(size / GiB, 2) for size in (parts, held, peak)]} GiB")
-        assert parts == pytest.approx(38.5e9 / cards, rel=0.02)
-        assert peak < max(held + 2 * layer, largest)
+        assert parts == pytest.approx(own, rel=1e-3)
+        assert held == pytest.approx(constants + (own if kept == gpu else 0), rel=0.01)  # the allocator rounds up
+        assert peak < max(held + matrix, 1.01 * 2 * shape.embedding)  # which is read when little is held
         del model
 
 
