@@ -38,6 +38,8 @@ def test_nvml_without_memory_figures(embedded_model, tmp_path):
     argv = [sys.executable, "-m", "manyrank.cli", "plan", "verify", "--json"]
     planned = warm.run(argv, cwd=ROOT, env=env)
     assert planned.returncode == 0, planned.stderr
+    memory_of_cuda = torch.cuda.get_device_properties(0).total_memory
+    assert json.loads(planned.stdout)["gpu_memory_bytes"] == memory_of_cuda > 79 * 2**30
     run = launch(tmp_path / "run", "--strategy=single", "--max_steps=1", "--bf16=true", FAKENVML_WITHOUT_MEMORY="1")
     assert run.code == 0, run.stdout + run.stderr
     memory = json.loads((run.folder / "logs" / "memory.json").read_text())
