@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <map>
 #include <mutex>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -40,7 +39,7 @@ struct LaunchConfiguration {
     size_t shared;
     cudaStream_t stream;
 };
-// The order of tests/fake_cuda/counters.py.
+// The order of RUNTIME in benchmarks/cuda_counters.py.
 struct Counters {
     uint64_t launches, stream_syncs, event_syncs, device_syncs, to_device, to_host, in_device, to_device_bytes,
         to_host_bytes, in_device_bytes, mallocs, memsets, refused_launches;
@@ -56,7 +55,6 @@ std::recursive_mutex lock;
 using Guard = std::lock_guard<std::recursive_mutex>;
 auto& blocks() { return lasting<std::map<uintptr_t, Block>>(); }
 auto& kernel_names() { return lasting<std::unordered_map<const void*, const char*>>(); }
-auto& kernel_launches() { return lasting<std::unordered_map<std::string, uint64_t>>(); }
 auto& shared_limits() { return lasting<std::unordered_map<const void*, int>>(); }
 auto& variables() { return lasting<std::unordered_map<const char*, size_t>>(); }
 Counters counters;
@@ -144,8 +142,6 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared) {
     counters.launches++;
     auto known = kernel_names().find(kernel);
     const char* name = known == kernel_names().end() ? "?" : known->second;
-    static bool by_name = getenv("FAKECUDA_KERNEL_NAMES");
-    if (by_name) kernel_launches()[name]++;
     auto limit = shared_limits().find(kernel);
     size_t most = limit == shared_limits().end() ? STATIC_SHARED : limit->second;
     bool good = grid.x && grid.y && grid.z && block.x && block.y && block.z && grid.x <= 2147483647u &&
@@ -168,13 +164,6 @@ void fakecuda_counters(uint64_t* out) { memcpy(out, &counters, sizeof counters);
 void fakecuda_reset() {
     Guard guard(lock);
     counters = Counters();
-    kernel_launches().clear();
-}
-void fakecuda_kernels(const char* path) {
-    Guard guard(lock);
-    FILE* file = fopen(path, "w");
-    for (auto& [name, launches] : kernel_launches()) fprintf(file, "%lu\t%s\n", launches, name.c_str());
-    fclose(file);
 }
 int fakecuda_count_launch() {  // of the driver's interface, by which Triton and torch's jiterator launch
     counters.launches++;
