@@ -142,6 +142,12 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared) {
     counters.launches++;
     auto known = kernel_names().find(kernel);
     const char* name = known == kernel_names().end() ? "?" : known->second;
+    static const char* refused = getenv("FAKECUDA_REFUSE");
+    if (refused && strstr(name, refused)) {
+        counters.refused_launches++;
+        fprintf(stderr, "FAKECUDA refused %.200s: FAKECUDA_REFUSE\n", name);
+        return failed(cudaErrorNoKernelImageForDevice);
+    }
     auto limit = shared_limits().find(kernel);
     size_t most = limit == shared_limits().end() ? STATIC_SHARED : limit->second;
     bool good = grid.x && grid.y && grid.z && block.x && block.y && block.z && grid.x <= 2147483647u &&
@@ -376,6 +382,7 @@ const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheStandIn"; }
 const char* cudaGetErrorString(cudaError_t error) {
     static thread_local char text[60];
     if (error == cudaErrorMemoryAllocation) return "out of memory";
+    if (error == cudaErrorNoKernelImageForDevice) return "no kernel image is available for execution on the device";
     snprintf(text, sizeof text, "error %d of the stand-in", error);
     return text;
 }
