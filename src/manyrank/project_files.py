@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+EMBEDDED = "embedded"  # a model name: the small one that is made here (models/tiny)
+
 
 def asset(*parts: str) -> Path:
     """A file of the project: from the checkout, or from the installed package."""

@@ -20,6 +20,7 @@ from typing import Any
 from ..chat_template.types import BadRow
 from ..config.schema import DataSource, TrainConfig
 from ..errors import UserError
+from ..runs import hub
 from .files import SUFFIXES, Row, file_rows, kind_of, numbered
 from .formats import detect
 
@@ -230,6 +231,7 @@ def _loaded(source: Source) -> Iterable[dict[str, Any]]:
 
     folder, wanted = Path(source.path), source.split or "train"
     if not folder.is_dir():
+        hub.check_data(source.path)
         return load_dataset(source.path, source.name, split=wanted, streaming=True, revision=_commit(source.path))
     builder = load_dataset_builder(source.path, source.name)
     read = {Path(file).resolve() for files in (builder.config.data_files or {}).values() for file in files}

@@ -31,7 +31,7 @@ from ..plan.planner import (
 from ..plan.view import summary
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
-from ..runs import run_folder
+from ..runs import hub, run_folder
 from ..runs.heartbeats import HeartbeatWriter
 from ..runs.watchdog import Watchdog
 from ..topology import gpus
@@ -101,6 +101,7 @@ def train(line: CommandLine) -> int:
     print(f"{resolved.summary()}\n{launch}", flush=True)
     if line.options.check:
         return 0
+    hub.check_model(resolved.config.model_name_or_path)
     began = time.time()
     code = run_launch(launch, stay=resolved.retries)
     while code == EXIT_MEMORY and resolved.retries and resolved.config.micro_batch > 1:

@@ -32,7 +32,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.resolve import TrainConfig
 from ..errors import UserError
-from ..project_files import asset
+from ..project_files import EMBEDDED, asset
+from ..runs import hub
 from . import coverage, flash
 from .adapters import Say, freeze_unreached, with_lora
 from .attention import use_packed_attention
@@ -42,7 +43,7 @@ from .fused_norm import fuse_norms
 from .fused_rope import fuse_ropes
 from .reach import reach
 from .shards import Share, is_read, loading_in_shards
-from .tiny import EMBEDDED, ensure
+from .tiny import ensure
 
 
 @dataclass(frozen=True)
@@ -413,7 +414,8 @@ def read_config(config: TrainConfig) -> dict:
 
 @contextlib.contextmanager
 def loading(name: str):
-    """Tell what libraries raise as what is wrong with a model."""
+    """Tell what libraries raise as what is wrong with a model; ask for one of the hub before they do."""
+    hub.check_model(name)
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, StrictDataclassError) as error:

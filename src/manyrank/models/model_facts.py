@@ -18,9 +18,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..project_files import EMBEDDED
 from ..runs.mapping_files import read_json_object
 from .spec import ConfigReader
-from .tiny import EMBEDDED, default_folder
+from .tiny import default_folder
 
 # Layers in which the bounds of documents hold: attention looks at them, and nothing else mixes tokens.
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})

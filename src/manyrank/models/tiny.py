@@ -25,7 +25,6 @@ from ..project_files import asset, cache_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-EMBEDDED = "embedded"  # what a recipe writes as model_name_or_path
 FILES = ("config.json", "generation_config.json", "model.safetensors")
 FILES += ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -22,7 +22,8 @@ from ..config.schema import Float
 from ..errors import UserError
 from ..models.catalog import read
 from ..models.spec import ModelSpec
-from ..models.tiny import EMBEDDED, ensure
+from ..models.tiny import ensure
+from ..project_files import EMBEDDED
 from ..rules.check import find_violations
 from ..rules.context import RunContext
 from ..topology import gpus

@@ -22,6 +22,7 @@ from ..chat_template.types import BadRow, Message
 from ..config.args import arg, read_options, word
 from ..config.model_options import Count, ModelOptions, SamplingOptions
 from ..errors import UserError
+from ..runs import hub
 from ..runs.artifact import find
 from ..runs.run_folder import write_atomically
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     model_source = find(options.name)
     if options.compare and not model_source.adapter:
         raise UserError("there is no adapter to compare with its base", where=options.name, fix="leave --compare out")
+    hub.check_model(model_source.base)
     from ..models.generation import Sampling
     from ..models.inference import load_model, quiet, rendering_of
 

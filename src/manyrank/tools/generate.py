@@ -27,6 +27,7 @@ from ..config.model_options import Count, ModelOptions, OptionalCount, SamplingO
 from ..data.prompts import Prompt, read_prompts
 from ..data.sources import Source
 from ..errors import EXIT_FAILED, EXIT_PREEMPTED, UserError
+from ..runs import hub
 from ..runs.artifact import ModelSource, find
 from ..runs.logs import read_lines
 from ..runs.run_folder import sync, write_atomically
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     options = read_options(argv, GenerateOptions, prog="manyrank generate")
     _check(options)
     model = find(options.name)
+    hub.check_model(model.base)
     source = Source(options.input, split=options.split, format_type=options.format_type)
     prompts = read_prompts(source, system=options.system, limit=options.limit)
     from ..models.generation import Sampling

@@ -14,7 +14,7 @@ from ..data.files import SUFFIXES, kind_of
 from ..data.stats import STEPS, DataReport, SampleFacts, SplitReport, gather
 from ..errors import UserError
 from ..models.load import load_tokenizer
-from ..models.tiny import EMBEDDED
+from ..project_files import EMBEDDED
 from ..rules.check import check_sources
 from .report.blocks import Block, Heading, Note, Run, Table, Texts, count, one_line, share, visible, word
 from .report.data_tables import reading_tables, split_tables

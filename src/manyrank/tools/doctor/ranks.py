@@ -22,7 +22,7 @@ from ... import __version__
 from ...config.args import parse
 from ...config.resolve import Setting, TrainConfig, resolve
 from ...errors import EXIT_FAILED, UserError, in_one_line
-from ...models.tiny import EMBEDDED
+from ...project_files import EMBEDDED
 from ...runs.heartbeats import HeartbeatWriter
 from ...runs.logs import read_metrics
 from ...runs.versions import software

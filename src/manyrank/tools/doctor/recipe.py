@@ -14,11 +14,11 @@ from ...data.sources import HUB_NAME
 from ...errors import UserError, UserErrors
 from ...models.model_facts import find_facts
 from ...models.spec import ModelSpec
-from ...models.tiny import EMBEDDED
 from ...plan.command import read_model
 from ...plan.planned_run import PlannedRun
 from ...plan.planner import Plan, Verdict, shortage
 from ...plan.view import summary
+from ...project_files import EMBEDDED
 from ...rules.check import check_rules, find_violations
 from ...rules.context import RunContext
 from . import machine

@@ -14,7 +14,9 @@ from pathlib import Path
 from ...config.resolve import ResolvedConfig, Setting, recipe_of, resolve
 from ...config.schema import TrainConfig
 from ...errors import UserError
-from ...models.tiny import EMBEDDED, default_folder
+from ...models.tiny import default_folder
+from ...project_files import EMBEDDED
+from ...runs import hub
 from ...runs.artifact import ModelSource, find
 
 # The keys of a recipe that say how rows are read and what is learned of them.
@@ -72,6 +74,8 @@ def plan_evaluation(names: Sequence[str], *, bases: bool) -> list[Weights]:
     """
     _check_names(names)
     artifacts = {name: find(name) for name in names}
+    for artifact in artifacts.values():
+        hub.check_model(artifact.base)
     roots = {name: _root(artifact) for name, artifact in artifacts.items()}
     labels = {roots[name]: name for name in names if roots[name] == _canonical(name)}  # bases that are named themselves
     base_of: dict[str, str | None] = {}
