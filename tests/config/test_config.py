@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyrank.config.json_schema import recipe_schema
-from manyrank.config.resolve import FIELDS, KNOWN, METHODS, SWITCHES, Setting, presets, resolve
+from manyrank.config.resolve import (
+    ASSUMED,
+    DEFAULT_MODEL,
+    FIELDS,
+    KNOWN,
+    METHODS,
+    NOT_GIVEN,
+    SWITCHES,
+    Setting,
+    presets,
+    resolve,
+)
 from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, OTHER_TOOLS, VALUES
 from manyrank.errors import UserError
 from manyrank.project_files import asset
@@ -399,12 +410,27 @@ def test_wrong_values(key, value):
 
 def test_missing_keys():
     with pytest.raises(UserError) as caught:
-        resolve(None, entries(seed=1))
+        resolve(None)
     assert caught.value.what == "model_name_or_path and data_path must be given"
     assert caught.value.fix == (
         "give --model_name_or_path and --data_path, or a recipe; as in: "
         "manyrank train --model_name_or_path=embedded --data_path=data/sample.jsonl"
     )
+    with pytest.raises(UserError, match="data_path must be given"):
+        resolve(None, entries(model="embedded"))
+
+
+def test_the_model_and_data_of_somebody_who_names_none():
+    own = resolve(None, entries(data_path="data/validation.jsonl"))
+    assert own.config.model_name_or_path == DEFAULT_MODEL and own.provenance["model_name_or_path"] == NOT_GIVEN
+    assert own.assumed() == [ASSUMED["model_name_or_path"]] and own.config.data_path[0].path.endswith(
+        "validation.jsonl"
+    )
+    bare = resolve("fast_test")
+    assert bare.config.model_name_or_path == DEFAULT_MODEL and bare.config.data_path[0].path.endswith(
+        "data/sample.jsonl"
+    )
+    assert bare.assumed() == list(ASSUMED.values()) and resolve("quickstart").assumed() == []
 
 
 @pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tx: 1"])

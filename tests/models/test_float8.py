@@ -6,6 +6,7 @@ from peft import PeftModel
 from small_models import adapted
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from manyrank.models import float8
 from manyrank.models.float8 import E4M3, Float8Linear, rows_to_float8, to_float8
 from manyrank.models.lora import speed_up
 from manyrank.models.reach import reach
@@ -67,6 +68,16 @@ def test_a_layer_is_the_exact_product_of_its_codes_forward_and_backward(dtype):
     # Rounding errors of a product's terms are independent: together they are about as large as one.
     assert close(y, (x.double() @ linear.weight.double().T + linear.bias.double()), HALF_STEP)
     assert close(x.grad, dy.double() @ linear.weight.double(), HALF_STEP)
+
+
+@pytest.mark.skipif(not float8.CPUS_SCALE_ROWS, reason="this torch has the other way alone")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cpus_without_a_scale_for_each_row_have_the_same_bits(dtype, monkeypatch):
+    torch.manual_seed(0)
+    x, (weight, scale) = torch.randn(40, 64, dtype=dtype), rows_to_float8(torch.randn(32, 64))
+    product = float8._product(x, weight.T, scale.T.contiguous())
+    monkeypatch.setattr(float8, "CPUS_SCALE_ROWS", False)
+    assert torch.equal(float8._product(x, weight.T, scale.T.contiguous()), product) and product.dtype == dtype
 
 
 def test_a_row_does_not_depend_on_what_lies_beside_it():

@@ -419,7 +419,7 @@ def parse_with(argv: Sequence[str], model: type[Model], *, prog: str, launch: bo
 
 
 def as_grpo(line: CommandLine) -> CommandLine:
-    """The same with the task GRPO; of a preset NAME its preset grpo_NAME, where there is one."""
+    """The same with the task GRPO; of a preset NAME its preset grpo_NAME, where there is one, and without one grpo_default."""
     task = Setting("--task", "grpo", "manyrank grpo")
-    named = f"grpo_{line.recipe}"
+    named = f"grpo_{line.recipe or 'default'}"
     return replace(line, recipe=named if named in presets() else line.recipe, overrides=[task, *line.overrides])

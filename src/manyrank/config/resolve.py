@@ -31,6 +31,13 @@ from .spellings import ALIASES, INSTEAD, METHOD_FLAGS, OTHER_TOOLS, as_ours
 FIELDS = TrainConfig.model_fields
 METHODS = frozenset(get_args(Method))
 
+# What is trained where nobody names a model, and on what where nobody names data either.
+DEFAULT_MODEL, SAMPLE = "Qwen/Qwen2.5-1.5B-Instruct", "data/sample.jsonl"
+NOT_GIVEN = "not given"
+ASSUMED = {
+    "model_name_or_path": f"no model is given: {DEFAULT_MODEL} (--model NAME takes another; --model embedded is a small one, made here)",
+    "data_path": "no data is given: the sample that comes along, 160 questions and answers (--data FILE takes yours)",
+}
 # What the task grpo sets where nobody says otherwise: answers are padded, and the best model has the best reward.
 BY_TASK = "task grpo"
 DEFAULTS_OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "greater_is_better": True}
@@ -68,6 +75,10 @@ class ResolvedConfig:
     def where(self, *keys: str) -> str:
         """Name the places where these keys were given, for an error."""
         return ", ".join(f"{key} ({self.provenance.get(key, 'default')})" for key in keys)
+
+    def assumed(self) -> list[str]:
+        """Say what was not given and is needed."""
+        return [line for key, line in ASSUMED.items() if self.provenance.get(key) == NOT_GIVEN]
 
     def as_yaml(self) -> str:
         """The whole config as YAML, each line with its provenance; it can be trained again as it is."""
@@ -111,7 +122,16 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
         merged = {key: Setting(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
     if not finished and "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
         merged = _gone_on_from(merged["sft_model"], merged)
+    merged = _with_model(merged)
     return ResolvedConfig(_validate(merged), {key: entry.where for key, entry in merged.items()})
+
+
+def _with_model(merged: dict[str, Setting]) -> dict[str, Setting]:
+    """Add the default model where something is given, but no model; without data, too, the sample."""
+    if not merged or "model_name_or_path" in merged:
+        return merged
+    default = {"model_name_or_path": DEFAULT_MODEL, "data_path": SAMPLE}
+    return {key: Setting(key, value, NOT_GIVEN) for key, value in default.items()} | merged
 
 
 def recipe_of(source: ModelSource) -> TrainConfig | None:

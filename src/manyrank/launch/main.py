@@ -98,7 +98,7 @@ def train(line: CommandLine) -> int:
     if line.options.print:
         print(launch.text(), end="")
         return 0
-    print(f"{resolved.summary()}\n{launch}", flush=True)
+    print("\n".join([*resolved.context.resolved.assumed(), resolved.summary(), str(launch)]), flush=True)
     if line.options.check:
         return 0
     hub.check_model(resolved.config.model_name_or_path)
