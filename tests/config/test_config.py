@@ -417,7 +417,7 @@ def test_missing_keys():
         "manyrank train --model_name_or_path=embedded --data_path=data/sample.jsonl"
     )
     with pytest.raises(UserError, match="data_path must be given"):
-        resolve(None, entries(model="embedded"))
+        resolve(None, entries(model="someone/model"))
 
 
 def test_the_model_and_data_of_somebody_who_names_none():
@@ -431,6 +431,7 @@ def test_the_model_and_data_of_somebody_who_names_none():
         "data/sample.jsonl"
     )
     assert bare.assumed() == list(ASSUMED.values()) and resolve("quickstart").assumed() == []
+    assert resolve(None, entries(model="embedded")).assumed() == [ASSUMED["data_path"]]
 
 
 @pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tx: 1"])

@@ -317,7 +317,7 @@ def test_first_words_that_work(capsys, line, shown):
     [
         ("plan", "there is nothing to plan", "manyrank plan Qwen2.5-7B"),
         ("nope.yaml", "there is no file nope.yaml", "presets: "),
-        ("train --model embedded", "data_path must be given", "--model_name_or_path=embedded --data_path="),
+        ("train --model my/model", "data_path must be given", "--model_name_or_path=my/model --data_path="),
         ("plan quikstart", "there is no recipe or model 'quikstart'", "did you mean quickstart?"),
         ("plan qwen2.5-8b", "there is no recipe or model 'qwen2.5-8b'", "qwen2.5-7b"),
         ("data inspect nope.jsonl", "there is no file nope.jsonl", "check the path"),

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError, UserErrors
-from ..project_files import asset
+from ..project_files import EMBEDDED, asset
 from ..runs import artifact
 from ..runs.artifact import ModelSource
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
@@ -127,8 +127,9 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
 
 
 def _with_model(merged: dict[str, Setting]) -> dict[str, Setting]:
-    """Add the default model where something is given, but no model; without data, too, the sample."""
-    if not merged or "model_name_or_path" in merged:
+    """Add the default model where something is given, but no model; for this and the embedded one the sample, too."""
+    model = merged.get("model_name_or_path")
+    if not merged or (model and model.value != EMBEDDED):
         return merged
     default = {"model_name_or_path": DEFAULT_MODEL, "data_path": SAMPLE}
     return {key: Setting(key, value, NOT_GIVEN) for key, value in default.items()} | merged

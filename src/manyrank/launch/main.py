@@ -8,6 +8,7 @@ where that would leave a GPU waiting, or smaller where it does not fit. Where it
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from ..plan.planner import (
     with_micro_batch,
 )
 from ..plan.view import summary
+from ..project_files import EMBEDDED
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
 from ..runs import hub, run_folder
@@ -101,7 +103,7 @@ def train(line: CommandLine) -> int:
     print("\n".join([*resolved.context.resolved.assumed(), resolved.summary(), str(launch)]), flush=True)
     if line.options.check:
         return 0
-    hub.check_model(resolved.config.model_name_or_path)
+    _check_model(resolved.config.model_name_or_path, line)
     began = time.time()
     code = run_launch(launch, stay=resolved.retries)
     while code == EXIT_MEMORY and resolved.retries and resolved.config.micro_batch > 1:
@@ -110,6 +112,16 @@ def train(line: CommandLine) -> int:
         print(f"trying again with micro-batch {resolved.config.micro_batch}", file=sys.stderr, flush=True)
         code = run_launch(_checked(resolved, folder), stay=True)
     return code
+
+
+def _check_model(name: str, line: CommandLine) -> None:
+    """Refuse a model that cannot be had, with the same command on the embedded one."""
+    try:
+        hub.check_model(name)
+    except UserError as error:
+        argv = _with(line, "model_name_or_path", EMBEDDED).argv
+        fix = f"{error.fix}, as in: manyrank train {shlex.join(argv)}"
+        raise UserError(error.what, where=error.where, fix=fix) from None
 
 
 def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
