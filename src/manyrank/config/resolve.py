@@ -33,7 +33,7 @@ METHODS = frozenset(get_args(Method))
 
 # What is trained where nobody names a model, and on what where nobody names data either.
 DEFAULT_MODEL, SAMPLE = "Qwen/Qwen2.5-1.5B-Instruct", "data/sample.jsonl"
-NOT_GIVEN = "not given"
+NOT_GIVEN, NOT_THERE = "not given", "not there"
 ASSUMED = {
     "model_name_or_path": f"no model is given: {DEFAULT_MODEL} (--model NAME takes another; --model embedded is a small one, made here)",
     "data_path": "no data is given: the sample that comes along, 160 questions and answers (--data FILE takes yours)",
@@ -78,7 +78,9 @@ class ResolvedConfig:
 
     def assumed(self) -> list[str]:
         """Say what was not given and is needed."""
-        return [line for key, line in ASSUMED.items() if self.provenance.get(key) == NOT_GIVEN]
+        data = self.provenance.get("data_path", "")
+        missing = [f"{data}: the sample that comes along (--data FILE takes yours)"] if data.endswith(NOT_THERE) else []
+        return [line for key, line in ASSUMED.items() if self.provenance.get(key) == NOT_GIVEN] + missing
 
     def as_yaml(self) -> str:
         """The whole config as YAML, each line with its provenance; it can be trained again as it is."""
@@ -122,7 +124,7 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
         merged = {key: Setting(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
     if not finished and "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
         merged = _gone_on_from(merged["sft_model"], merged)
-    merged = _with_model(merged)
+    merged = _with_model(_with_data(merged))
     return ResolvedConfig(_validate(merged), {key: entry.where for key, entry in merged.items()})
 
 
@@ -133,6 +135,15 @@ def _with_model(merged: dict[str, Setting]) -> dict[str, Setting]:
         return merged
     default = {"model_name_or_path": DEFAULT_MODEL, "data_path": SAMPLE}
     return {key: Setting(key, value, NOT_GIVEN) for key, value in default.items()} | merged
+
+
+def _with_data(merged: dict[str, Setting]) -> dict[str, Setting]:
+    """Put the sample in the place of a file that a preset names and that is not here."""
+    entry = merged.get("data_path")
+    if not entry or not entry.where.startswith(str(asset("launch", "recipes"))) or Path(entry.value).exists():
+        return merged
+    there = asset(entry.value).is_file()
+    return merged if there else merged | {"data_path": Setting("data_path", SAMPLE, f"{entry.value} is {NOT_THERE}")}
 
 
 def recipe_of(source: ModelSource) -> TrainConfig | None:

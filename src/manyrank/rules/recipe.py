@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..config.identity import OF_GRPO, early_changes
 from ..config.resolve import DEFAULTS_OF_GRPO
+from ..project_files import asset
 from .context import RunContext
 from .rule import error, unless, warning
 
@@ -29,6 +30,7 @@ TRACKERS = [
     "trackio",
     "codecarbon",
 ]
+RECIPES = str(asset("launch", "recipes"))
 # Peak learning rates that people use, by method.
 USUAL_RATES = {
     "full": (1e-6, 1e-4),
@@ -126,7 +128,10 @@ def _unused(s: RunContext) -> str | None:
     for keys, counts, because in DEPENDENT:
         plain = type(s.config).model_fields
         unread = [
-            k for k in keys if k in s.resolved.provenance and getattr(s.config, k) != usual.get(k, plain[k].default)
+            k
+            for k in keys
+            if getattr(s.config, k) != usual.get(k, plain[k].default)
+            and not s.resolved.provenance.get(k, RECIPES).startswith(RECIPES)  # a preset's are for other methods, too
         ]
         if unread and not counts(s.config):
             unused.append(f"{', '.join(unread)} with {because}")
