@@ -136,6 +136,18 @@ def test_a_run_saves_and_validates_once_an_epoch_and_logs_its_end(embedded_model
     lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
     assert [line["step"] for line in lines if "loss" in line] == [6]
+    shown = [line.split("  ") for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert [line[0] for line in shown] == ["step 3/6", "step 6/6", "step 6/6"] and shown[0][1].startswith("eval_loss ")
+    assert [part.split()[0] for part in shown[1][1:]] == [
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens/s",
+        "GiB",
+        "epoch",
+        "0:00:00",
+    ]
+    assert "it/s" not in done.stderr and "OMP_NUM_THREADS" not in done.stdout
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
 
 

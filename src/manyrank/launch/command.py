@@ -59,7 +59,8 @@ class LaunchPlan:
         return self.nodes[self.node_rank]
 
     def __str__(self) -> str:
-        return self.command(self.node_rank)
+        """The command of this machine, without its environment."""
+        return shlex.join(self.argv)
 
     def command(self, node: int) -> str:
         """The command of a machine as a shell takes it."""

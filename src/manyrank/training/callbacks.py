@@ -8,13 +8,15 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 from accelerate.utils import patch_environment
+from tqdm.auto import tqdm
 from transformers import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
-    ProgressCallback,
     TrainerCallback,
     TrainingArguments,
 )
@@ -67,16 +69,47 @@ class RunLog(TrainerCallback):
         lines.clear()
 
 
-class Progress(ProgressCallback):
-    """The bar, and of each line of metrics what one looks at while it runs."""
+class Progress(TrainerCallback):
+    """A bar with loss and speed on a terminal; elsewhere, as in a job's log, a line for each line of metrics."""
 
     LEFT_OUT = frozenset(
         {"supervised_tokens_per_second", "samples_per_second", "step_seconds", "eta_seconds", "padding"}
-    )  # and what has a slash in its name
+    )
+    NAMES: ClassVar = {"learning_rate": "lr", "tokens_per_second": "tokens/s", "memory_gib": "GiB"}
+    FORMATS: ClassVar = {"tokens_per_second": ",.0f", "learning_rate": ".2e", "mfu": ".1%"}
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {key: value for key, value in logs.items() if key not in self.LEFT_OUT and "/" not in key}
-        super().on_log(args, state, control, logs=shown, **kwargs)
+        if not state.is_world_process_zero:
+            return
+        shown = "  ".join(f"{self.NAMES.get(key, key)} {self._value(key, value)}" for key, value in self._shown(logs))
+        if self.bar and "loss" in logs:
+            self.bar.set_postfix_str(shown)
+            return
+        left = f"  {timedelta(seconds=round(logs['eta_seconds']))} left" if "eta_seconds" in logs else ""
+        tqdm.write(f"step {state.global_step}/{state.max_steps}  {shown}{left}")
+        sys.stdout.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+
+    def _shown(self, logs: dict) -> list[tuple[str, object]]:
+        return [(key, value) for key, value in logs.items() if key not in self.LEFT_OUT and "/" not in key]
+
+    def _value(self, key: str, value: object) -> str:
+        return format(value, self.FORMATS.get(key, ".4g")) if isinstance(value, int | float) else str(value)
 
 
 def build_callbacks(config: TrainConfig, output_dir: Path) -> list[TrainerCallback]:
