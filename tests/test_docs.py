@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -132,3 +133,8 @@ def test_the_merged_folder_answers_in_plain_transformers(trained, folder, manyra
     assert first.strip() and second.strip() and "<|im_end|>" not in first
     manyrank("generate", "output/my", "questions.jsonl", "out.jsonl", "--max-new-tokens", "64", "--dtype", "float32")
     assert json.loads((folder / "out.jsonl").read_text())["answers"][0]["text"] == first.strip()
+
+
+def test_the_page_of_other_tools_is_made_from_their_names():
+    made = runpy.run_path(str(ROOT / "docs" / "make_other_tools.py"))
+    assert made["FILE"].read_text() == made["page"]()

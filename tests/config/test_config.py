@@ -142,6 +142,8 @@ def test_no_name_means_two_things():
         ("optimizer", "adamw_bnb_8bit", "adamw_8bit"),
         ("optim", "adamw_torch_fused", "adamw_torch"),
         ("use_gradient_checkpointing", "unsloth", "full"),
+        ("resume_from_checkpoint", True, "auto"),
+        ("resume", "false", None),
     ],
 )
 def test_values_of_other_tools(key, theirs, ours):

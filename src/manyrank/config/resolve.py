@@ -140,10 +140,10 @@ def _with_model(merged: dict[str, Setting]) -> dict[str, Setting]:
 def _with_data(merged: dict[str, Setting]) -> dict[str, Setting]:
     """Put the sample in the place of a file that a preset names and that is not here."""
     entry = merged.get("data_path")
-    if not entry or not entry.where.startswith(str(asset("launch", "recipes"))) or Path(entry.value).exists():
+    of_preset = entry and entry.where.startswith(str(asset("launch", "recipes"))) and isinstance(entry.value, str)
+    if not entry or not of_preset or Path(entry.value).exists() or asset(entry.value).is_file():
         return merged
-    there = asset(entry.value).is_file()
-    return merged if there else merged | {"data_path": Setting("data_path", SAMPLE, f"{entry.value} is {NOT_THERE}")}
+    return merged | {"data_path": Setting("data_path", SAMPLE, f"{entry.value} is {NOT_THERE}")}
 
 
 def recipe_of(source: ModelSource) -> TrainConfig | None:

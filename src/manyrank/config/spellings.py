@@ -100,6 +100,7 @@ VALUES: dict[str, dict[str, str]] = {
     "optim": {"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"},
     "packing": {"true": "dataset", "false": "step"},
     "gradient_checkpointing": {"unsloth": "full"},
+    "resume_from_checkpoint": {"true": "auto", "false": "none"},
 }
 _INSTEAD = {
     "deepspeed deepspeed_config": "choose --strategy zero2 or zero3; ds_configs/ has their files",

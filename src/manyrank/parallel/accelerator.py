@@ -80,7 +80,7 @@ def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) ->
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before deepspeed is imported, which other packages do, too
-    elif topology.local_world_size > 1:
+    elif topology.local_world_size > 1:  # a process that is alone keeps the cores of both NUMA nodes
         _bind(topology)
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         for line in compile_locks.remove_stale():

@@ -72,7 +72,7 @@ def check_sources(resolved: ResolvedConfig) -> None:
         UserError: what is wrong.
     """
     results = ((rule, rule.broken(_anywhere(resolved))) for rule in SOURCE_RULES)
-    _raise([Violation(rule, what, resolved.where(*rule.keys)).error() for rule, what in results if what])
+    _raise([Violation(rule, what, resolved.where(*rule.named(what))).error() for rule, what in results if what])
 
 
 def _anywhere(resolved: ResolvedConfig) -> RunContext:
@@ -87,7 +87,7 @@ def find_violations(context: RunContext) -> list[Violation]:
         UserError: a file that the rules look at cannot be read.
     """
     results = ((rule, rule.broken(context)) for rule in RULES)
-    return [Violation(rule, what, context.where(*rule.keys)) for rule, what in results if what]
+    return [Violation(rule, what, context.where(*rule.named(what))) for rule, what in results if what]
 
 
 def check_rules(context: RunContext, *, warn: bool = True) -> None:

@@ -390,6 +390,7 @@ OPTIMISATION_RULES = (
         _unused,
         reason="The option only counts with another one, which is off.",
         fix="leave it out, or switch on what it belongs to",
+        of_many=True,
     ),
     error(
         "unknown-tracker",

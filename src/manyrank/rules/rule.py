@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ class Rule:
         reason: why it is wrong, whatever the values are.
         fix: what to do about it.
         upstream: the issue or page of the library that it comes from.
+        of_many: whether only those of the keys count that `broken` names.
     """
 
     name: str
@@ -31,6 +33,11 @@ class Rule:
     fix: str
     severity: Literal["error", "warning"]
     upstream: str | None = None
+    of_many: bool = False
+
+    def named(self, what: str) -> list[str]:
+        """The keys that count where this is wrong."""
+        return [key for key in self.keys if not self.of_many or re.search(rf"\b{key}\b", what)]
 
 
 error, warning = partial(Rule, severity="error"), partial(Rule, severity="warning")

@@ -114,7 +114,7 @@ class TrainingRun:
     def _tell(self, before: list[str], after: list[str], final: Path) -> None:
         for question, old, new in zip(self.config.sample_questions, before, after):
             self.say(f"\nquestion  {question}\n  before  {_one_line(old)}\n  after   {_one_line(new)}")
-        self.say(f"\nfinal model: {final}")
+        self.say(f"\nfinal model: {final}\ntry it: manyrank chat {shlex.quote(str(self.output_dir))}")
         if self.accelerator.is_main_process and before:
             with logs.warn_on_write_error():
                 logs.write_samples(self.output_dir, self.config.sample_questions, before, after)
