@@ -68,6 +68,7 @@ def config(folder: Path, **more):
         "learning_rate": RATE,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
+        "save_steps": "off",
     }
     return resolve(None, [Setting(key, value, "bench") for key, value in (values | more).items()]).config
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 recipe=$1 strategy=$2
 shift 2
-[[ " $* " == *resume_from* || " $* " == *resume-from* ]] || set -- "$@" --resume_from_checkpoint auto
+[[ " $* " =~ " --resume"([_-]from|=|" ") ]] || set -- "$@" --resume_from_checkpoint auto
 exec manyrank train "$recipe" --strategy "$strategy" \
   --nnodes "${NNODES:?how many machines}" --node_rank "${NODE_RANK:?number of this machine, from 0}" \
   --rdzv_endpoint "${ENDPOINT:?HOST:PORT of the first machine}" ${NPROC:+--nproc "$NPROC"} "$@"

@@ -259,6 +259,5 @@ def test_a_run_without_a_name_takes_the_next_free_folder(tmp_path, monkeypatch):
     assert api._folder(config, place) == Path("output/run")
     Path("output/run").mkdir(parents=True)
     assert api._folder(config, place) == Path("output/run-2")
-    assert api._folder(SFTConfig("verify", overwrite_output_dir=True), place) == Path("output/run")
     assert api._folder(SFTConfig("verify", resume_from_checkpoint="auto"), place) == Path("output/run")
     assert api._folder(config, replace(place, world_size=2)) == Path("output/run")

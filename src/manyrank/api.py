@@ -78,6 +78,9 @@ class SFTTrainer:
     ) -> None:
         self.config = config if isinstance(config, SFTConfig) else SFTConfig(config)
         self.objects = UserObjects(model, tokenizer, tuple(callbacks), loss)
+        if model is not None and tokenizer is None and self.config.model_is_default:
+            fix = "give tokenizer=, or model_name_or_path with the model's name"
+            raise UserError("a model without its tokenizer", where="SFTTrainer, model", fix=fix)
         if self.config.per_device_train_batch_size == "auto":
             raise UserError(
                 "a micro-batch of auto is decided by `manyrank train`",
@@ -113,7 +116,7 @@ def _folder(config: SFTConfig, place: Topology) -> Path:
     last, free = run_folder.free_folder(Path("output/run"))
     if place.world_size > 1:
         return Path("output/run")
-    return last if config.resume_from_checkpoint or config.overwrite_output_dir else free
+    return last if config.resume_from_checkpoint else free
 
 
 @contextmanager

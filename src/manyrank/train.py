@@ -23,7 +23,7 @@ from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default
 from .rules.check import check_new_folder, check_output_dir, check_rules
 from .rules.context import RunContext
 from .runs.heartbeats import HeartbeatWriter
-from .runs.run_folder import LAUNCH_FOLDER, remove_run, writable
+from .runs.run_folder import LAUNCH_FOLDER, writable
 from .runs.run_lock import claimed
 from .runs.watchdog import Watchdog
 from .topology import gpus, ranks, strategy_files
@@ -96,8 +96,6 @@ def train(
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
                 if place.is_main and not ranks.restarts():
                     check_new_folder(config, output_dir)  # another run may have ended there meanwhile
-                    if config.overwrite_output_dir and not config.dry_run and (done := remove_run(output_dir)):
-                        print(done, flush=True)
                 return _train_checked(resolved, place, machine, output_dir, heartbeat, objects)
         finally:
             heartbeat.stop()
@@ -158,6 +156,8 @@ def _check_before_torch(resolved: ResolvedConfig, place: Topology, machine: gpus
     check_rules(context, warn=place.is_main and LAUNCH_VARIABLE not in os.environ)
     if place.is_main and not ranks.restarts():
         check_output_dir(resolved.config, output_dir)
+    if place.is_main and LAUNCH_VARIABLE not in os.environ:
+        print("".join(f"{line}\n" for line in resolved.assumed()), end="", flush=True)
 
 
 def _write_launch(output_dir: Path, resolved: ResolvedConfig) -> None:

@@ -482,19 +482,20 @@ def test_the_first_format_that_fits_is_taken(row, format_type):
     assert detect(row, where="") == (format_type, None)
 
 
-QA, ALPACA = "question_answer", "alpaca"
+PAIR, ALPACA = "prompt_completion", "alpaca"
 
 
 @pytest.mark.parametrize(
     ("row", "format_type", "expected"),
     [
-        ({"prompt": "q", "response": "a"}, QA, ("q", "a")),
-        ({"question": "q", "output": "a", "id": 1}, QA, ("q", "a")),
-        ({"Question": "q", "Answer": "a"}, QA, ("q", "a")),
-        ({"problem": "q", "solution": "a"}, QA, ("q", "a")),
-        ({"input": "q", "output": "a"}, QA, ("q", "a")),
-        ({"inputs": "q", "targets": "a"}, QA, ("q", "a")),
-        ({"query": "q", "response": "a", "system_prompt": ""}, QA, ("q", "a")),
+        ({"prompt": "q", "response": "a"}, PAIR, ("q", "a")),
+        ({"question": "q", "output": "a", "id": 1}, PAIR, ("q", "a")),
+        ({"prompt": "q", "response": "a", "source": "web", "history": [["x", "y"]]}, PAIR, ("q", "a")),
+        ({"Question": "q", "Answer": "a"}, PAIR, ("q", "a")),
+        ({"problem": "q", "solution": "a"}, PAIR, ("q", "a")),
+        ({"input": "q", "output": "a"}, PAIR, ("q", "a")),
+        ({"inputs": "q", "targets": "a"}, PAIR, ("q", "a")),
+        ({"query": "q", "response": "a", "system_prompt": ""}, PAIR, ("q", "a")),
         ({"instruction": "q", "answer": "a"}, ALPACA, ("q", "a")),
         ({"instruction": "q", "input": "i", "response": "a"}, ALPACA, ("q\n\ni", "a")),
         ({"instruction": "q", "context": "i", "response": "a", "category": "c"}, ALPACA, ("q\n\ni", "a")),
@@ -519,6 +520,9 @@ def test_a_system_prompt_under_its_other_name():
         {"instruction": "q", "prompt": "p", "response": "a"},
         {"response": "a"},
         {"question": "q"},
+        {"query": "q", "context": "c", "response": "a"},
+        {"instruction": "q", "input": "i", "context": "c", "response": "a"},
+        {"prompt": "q", "response": "a", "system": "s", "system_prompt": "t"},
     ],
 )
 def test_names_that_could_mean_two_columns_are_refused(row):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from manyrank.chat_template.types import BadRow
 from manyrank.data.json_array import CHUNK
+from manyrank.data.prompts import read_prompts
 from manyrank.data.sources import Source, fingerprint, read_rows
 from manyrank.errors import UserError
 
@@ -533,3 +534,13 @@ def _write(path: Path, kind: str, rows) -> None:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         content = ("[" + ",\n".join(lines) + "]" if "jsonl" not in kind else "\n".join(lines)).encode()
         path.write_bytes(PACKED[path.suffix](content) if path.suffix in PACKED else content)
+
+
+def test_prompts_of_rows_under_other_names(tmp_path):
+    """With their answers, and with what stands beside the question."""
+    file = tmp_path / "rows.jsonl"
+    dolly = {"instruction": "q", "context": "c", "response": "a"}
+    for row, expected in ((dolly, "q\n\nc"), ({"system_prompt": "", "query": "q", "response": "a"}, "q")):
+        file.write_text(json.dumps(row) + "\n")
+        (prompt,) = read_prompts(Source(str(file)))
+        assert [message["content"] for message in prompt.messages] == [expected]

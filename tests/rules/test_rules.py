@@ -272,11 +272,6 @@ CASES = [
     ),
     ("machines-without-saves", {"world_size": 4, "save_steps": "off"}, {"save_steps": "auto"}),
     ("machine-local-output", {**NODES, "mounts": "ext4"}, {"mounts": "nfs4"}),
-    (
-        "overwrite-and-resume",
-        {"overwrite_output_dir": True, "resume_from_checkpoint": "auto"},
-        {"resume_from_checkpoint": None},
-    ),
     ("elastic-without-resume", ELASTIC | {"resume_from_checkpoint": None}, {"resume_from_checkpoint": "auto"}),
     ("elastic-batch", ELASTIC | {"global_batch_size": None}, {"global_batch_size": 8}),
     # Optimisation and reports

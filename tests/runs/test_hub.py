@@ -18,9 +18,11 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         if self.path.endswith("config.json"):
             self.asked.append(self.path)
-        self.send_response(200 if "/there/" in self.path else 403 if "/gated/" in self.path else 404)
-        code = "GatedRepo" if "/gated/" in self.path else "RepoNotFound"
-        self.send_header("X-Error-Code", "EntryNotFound" if "/adapter/" in self.path else code)
+        self.send_response(
+            200 if "/there/" in self.path else 403 if "/gated/" in self.path else 503 if "/busy/" in self.path else 404
+        )
+        codes = {"gated": "GatedRepo", "adapter": "EntryNotFound", "other": "RepoNotFound"}
+        self.send_header("X-Error-Code", codes.get(self.path.split("/")[1], ""))
         self.send_header("ETag", '"1"')
         self.end_headers()
 
@@ -61,8 +63,9 @@ def error(name: str) -> UserError:
 def test_what_the_hub_says_of_a_model(server, tmp_path):
     hub.check_model("there/model")
     hub.check_model("adapter/model")  # without a config.json
+    hub.check_model("busy/model")  # the libraries ask again
     hub.check_model("there/model")
-    assert [path.split("/")[1] for path in Answers.asked] == ["there", "adapter"]  # asked once
+    assert [path.split("/")[1] for path in Answers.asked] == ["there", "adapter", "busy"]  # asked once
     assert error("other/model").what.endswith("the model other/model is not on the hub")
     assert "accept the terms" in error("gated/model").fix and "HF_TOKEN" in error("gated/model").fix
 
@@ -75,4 +78,4 @@ def test_what_needs_no_hub(tmp_path, monkeypatch):
     for name in ("org/cached", "embedded", str(tmp_path), "/no/folder", "./none", "a/b/c"):
         hub.check_model(name)
     caught = error("org/other")
-    assert "the hub is not reached" in caught.what and "`embedded`" in caught.fix
+    assert "no answer of the hub" in caught.what and "`embedded`" in caught.fix

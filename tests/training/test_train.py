@@ -147,21 +147,8 @@ def test_a_run_saves_and_validates_once_an_epoch_and_logs_its_end(embedded_model
         "epoch",
         "0:00:00",
     ]
-    assert "it/s" not in done.stderr and "OMP_NUM_THREADS" not in done.stdout
+    assert "step/s" not in done.stderr and "s/step" not in done.stderr and "OMP_NUM_THREADS" not in done.stdout
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
-
-
-def test_a_run_is_replaced_where_it_is_said(whole_run, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole_run.folder, folder)
-    (folder / "notes.txt").write_text("mine")
-    refused = launch(folder, "--max_steps=1")
-    assert refused.code == 2 and "replace it with --overwrite_output_dir" in refused.stderr
-    assert (folder / "final_model").is_dir()
-    run = launch(folder, "--max_steps=1", "--strategy=single", "--overwrite_output_dir")
-    assert run.code == 0 and f"removed the run in {folder}: " in run.stdout
-    assert "kept: notes.txt" in run.stdout and (folder / "notes.txt").read_text() == "mine"
-    assert len(run.metrics()) == 1 and "max_steps: 1 " in (folder / "config.yaml").read_text()
 
 
 def test_run_folder(whole_run, tmp_path):

@@ -12,7 +12,7 @@ from ..topology.strategies import STRATEGIES
 from .recipe_file import SECTIONS
 from .resolve import SWITCHES
 from .schema import TrainConfig
-from .spellings import ALIASES, OTHER_TOOLS
+from .spellings import ALIASES, OTHER_TOOLS, VALUES
 
 TEXT = {"type": "string"}
 
@@ -22,6 +22,11 @@ def recipe_schema() -> dict[str, Any]:
     schema = TrainConfig.model_json_schema()
     properties = {key: _written(value) for key, value in schema["properties"].items()}
     properties["strategy"] |= {"anyOf": [{"enum": ["auto", *STRATEGIES]}, {"type": "null"}]}
+    for key, theirs in VALUES.items():
+        words = [word for word in theirs if word not in ("true", "false")]
+        more = [{"enum": [*words, *([True, False] if "true" in theirs else [])]}]
+        properties[key] = properties[key] | {"anyOf": [*properties[key]["anyOf"], *more]}
+    properties["save_steps"]["anyOf"].append({"enum": [None, 0, False]})
     for alias, key in (ALIASES | OTHER_TOOLS).items():
         properties[alias] = properties[key] | {"description": f"the same as {key}"}
     for switch in sorted(SWITCHES):

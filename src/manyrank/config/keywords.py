@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PrivateAttr
 
-from .resolve import ResolvedConfig, Setting, resolve
+from .resolve import NOT_GIVEN, ResolvedConfig, Setting, resolve
 from .schema import TrainConfig
 
 
@@ -23,6 +23,11 @@ class SFTConfig(TrainConfig):
     """
 
     _resolved: ResolvedConfig = PrivateAttr()
+
+    @property
+    def model_is_default(self) -> bool:
+        """Whether nobody has named the model."""
+        return self._resolved.provenance.get("model_name_or_path") == NOT_GIVEN
 
     if not TYPE_CHECKING:  # a type checker sees the fields
 

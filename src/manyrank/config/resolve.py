@@ -36,7 +36,7 @@ DEFAULT_MODEL, SAMPLE = "Qwen/Qwen2.5-1.5B-Instruct", "data/sample.jsonl"
 NOT_GIVEN, NOT_THERE = "not given", "not there"
 ASSUMED = {
     "model_name_or_path": f"no model is given: {DEFAULT_MODEL} (--model NAME takes another; --model embedded is a small one, made here)",
-    "data_path": "no data is given: the sample that comes along, 160 questions and answers (--data FILE takes yours)",
+    "data_path": "no data is given: the bundled sample, 160 questions and answers (--data FILE takes yours)",
 }
 # What the task grpo sets where nobody says otherwise: answers are padded, and the best model has the best reward.
 BY_TASK = "task grpo"
@@ -79,7 +79,7 @@ class ResolvedConfig:
     def assumed(self) -> list[str]:
         """Say what was not given and is needed."""
         data = self.provenance.get("data_path", "")
-        missing = [f"{data}: the sample that comes along (--data FILE takes yours)"] if data.endswith(NOT_THERE) else []
+        missing = [f"{data}: the bundled sample (--data FILE takes yours)"] if data.endswith(NOT_THERE) else []
         return [line for key, line in ASSUMED.items() if self.provenance.get(key) == NOT_GIVEN] + missing
 
     def as_yaml(self) -> str:
@@ -140,7 +140,7 @@ def _with_model(merged: dict[str, Setting]) -> dict[str, Setting]:
 def _with_data(merged: dict[str, Setting]) -> dict[str, Setting]:
     """Put the sample in the place of a file that a preset names and that is not here."""
     entry = merged.get("data_path")
-    of_preset = entry and entry.where.startswith(str(asset("launch", "recipes"))) and isinstance(entry.value, str)
+    of_preset = entry and entry.where.startswith(str(asset("launch", "recipes"))) and str(entry.value).endswith(".json")
     if not entry or not of_preset or Path(entry.value).exists() or asset(entry.value).is_file():
         return merged
     return merged | {"data_path": Setting("data_path", SAMPLE, f"{entry.value} is {NOT_THERE}")}

@@ -367,9 +367,6 @@ class TrainConfig(BaseModel):
     output_dir: str | None = Field(
         None, min_length=1, description="the run's folder (default: output/ and the recipe's name)"
     )
-    overwrite_output_dir: bool = Field(
-        False, description="remove the run that is in output_dir before a new one begins; other files stay there"
-    )
     run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
     logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
@@ -379,7 +376,8 @@ class TrainConfig(BaseModel):
         None, gt=0, description="steps between two validations (default: once an epoch, where there is validation data)"
     )
     save_steps: SaveSteps = Field(
-        "auto", description="steps between two checkpoints; auto: once an epoch, and every 500 steps at least; or off"
+        "auto",
+        description="steps between two checkpoints; auto: every epoch, or every 500 steps of a longer one; or off",
     )
     save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
     load_best_model_at_end: bool = Field(False, description="final_model is the checkpoint with the best metric")

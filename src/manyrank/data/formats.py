@@ -210,7 +210,7 @@ FORMATS = {
 # Names that published data sets have for the two, and for what may stand beside them, whatever their case.
 QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input", "inputs")
 ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "targets")
-BESIDE = {"system": ("system", "system_prompt"), "input": ("input", "context")}
+BESIDE = {"system": "system_prompt", "input": "context"}
 
 
 def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[str, Columns | None]:
@@ -239,19 +239,18 @@ def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[
 
 def _by_other_names(row: Values) -> tuple[str, Columns] | None:
     """Read a row that has one question and one answer, under other names; as alpaca where it is an instruction."""
-    named = {str(key).lower(): key for key in row}
-    beside = {field: named[key] for field, keys in BESIDE.items() for key in keys if key in named}
-    if "instruction" in named:
-        name, question, answer = "alpaca", "instruction", "output"
-        questions = [key for key in QUESTIONS if key in named and key != "input"]
-    else:
-        name, question, answer = "question_answer", "question", "answer"
-        questions = [key for key in QUESTIONS if key in named]
-        beside.pop("input", None)
-    answers = [key for key in ANSWERS if key in named]
-    if len(questions) != 1 or len(answers) != 1:
+    keys = {str(key).lower(): key for key in row}
+    instruction = "instruction" in keys
+    questions = [key for key in QUESTIONS if key in keys and not (instruction and key == "input")]
+    answers = [key for key in ANSWERS if key in keys]
+    several = {"input", "context"} <= keys.keys() or {"system", "system_prompt"} <= keys.keys()
+    if len(questions) != 1 or len(answers) != 1 or several or ("context" in keys and not instruction):
         return None
-    return name, {question: named[questions[0]], answer: named[answers[0]], **beside}
+    name, question, answer = (
+        ("alpaca", "instruction", "output") if instruction else ("prompt_completion", "prompt", "completion")
+    )
+    columns = {question: keys[questions[0]], answer: keys[answers[0]]}
+    return name, columns | {field: keys[key] for field, key in BESIDE.items() if key in keys}
 
 
 def _known() -> str:

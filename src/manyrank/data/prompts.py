@@ -15,7 +15,7 @@ from typing import Any
 from ..chat_template.types import BadRow, Message
 from ..errors import UserError
 from .files import Row
-from .formats import Conversation, detect, to_sample
+from .formats import Columns, Conversation, detect, to_sample
 from .messages import ROLES
 from .sources import Source, read_rows
 
@@ -59,16 +59,25 @@ def read_prompts(source: Source, *, system: str = "", limit: int | None = None) 
         if len(prompts) == limit:
             break
         try:
-            value = _with_answer(row.readable(), source.columns or {})
             if form == "auto":
-                form, columns = detect(value, where=row.place, columns=source.columns)
+                form, columns = _detected(row, source)
                 source = replace(source, columns=columns)
+            value = _with_answer(row.readable(), source.columns or {})
             prompts.append(_prompt(row, value, form, source, system))
         except BadRow as error:
             prompts.append(Prompt(row.number, row.place, [], problem=str(error)))
     if not prompts:
         raise UserError("there are no prompts in it", where=source.path, fix="give a file with rows")
     return prompts
+
+
+def _detected(row: Row, source: Source) -> tuple[str, Columns | None]:
+    """Detect the format of a row as it is, or, where it has no answer, of the row with one."""
+    try:
+        return detect(row.readable(), where=row.place, columns=source.columns)
+    except UserError:
+        value = _with_answer(row.readable(), source.columns or {})
+        return detect(value, where=row.place, columns=source.columns)
 
 
 def _prompt(row: Row, value: dict[str, Any], form: str, source: Source, system: str) -> Prompt:

@@ -227,11 +227,14 @@ def _saved(source: Source) -> Iterable[dict[str, Any]]:
 
 
 def _loaded(source: Source) -> Iterable[dict[str, Any]]:
+    from datasets import config as dataset_settings
     from datasets import load_dataset, load_dataset_builder
 
     folder, wanted = Path(source.path), source.split or "train"
     if not folder.is_dir():
-        hub.check_data(source.path)
+        stored = Path(dataset_settings.HF_DATASETS_CACHE, source.path.replace("/", "___"))
+        if not dataset_settings.HF_HUB_OFFLINE and not stored.exists():  # else datasets looks into its cache
+            hub.check_data(source.path)
         return load_dataset(source.path, source.name, split=wanted, streaming=True, revision=_commit(source.path))
     builder = load_dataset_builder(source.path, source.name)
     read = {Path(file).resolve() for files in (builder.config.data_files or {}).values() for file in files}

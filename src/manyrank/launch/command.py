@@ -404,4 +404,4 @@ def choose_output_dir(config: TrainConfig, line: CommandLine) -> str:
     if line.options.nnodes > 1 or line.options.via in JOBS:
         return str(base)
     last, folder = run_folder.free_folder(base)
-    return str(last if resume or config.overwrite_output_dir else folder)
+    return str(last if resume else folder)

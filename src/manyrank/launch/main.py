@@ -64,7 +64,7 @@ class ResolvedLaunch:
         half = self.config.micro_batch // 2
         line = _with(self.line, MICRO_BATCH, str(half))
         if saved or not self.config.resume_from_checkpoint:
-            line = _with(_with(line, "resume_from_checkpoint", "auto"), "overwrite_output_dir", "false")
+            line = _with(line, "resume_from_checkpoint", "auto")
         context = replace(self.context, resolved=resolve(line.recipe, line.overrides))
         return replace(self, line=line, context=context)
 

@@ -128,8 +128,11 @@ def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = No
         UserError: it cannot be loaded, is not a fast one, or there is no such template.
     """
     name = resolve_name(config.model_name_or_path)
-    with loading(name):
-        tokenizer = copy.deepcopy(own) if own else _stored_tokenizer(name, config.trust_remote_code)
+    if own:
+        tokenizer = copy.deepcopy(own)
+    else:
+        with loading(name):
+            tokenizer = _stored_tokenizer(name, config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
     _check_template(tokenizer, where=config.chat_template or name)

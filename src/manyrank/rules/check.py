@@ -55,10 +55,12 @@ RETIRED = frozenset(
         "adapters-on-embeddings",
         "compile-on-cpu",
         "fp16-model-in-bf16",
+        "never-validated",
         "paged-optimizer-on-cpu",
         "rank-beyond-layers",
         "untried-quantisation",
         "unusual-adapter-scale",
+        "wandb-without-login",
         "warmup-of-constant",
     }
 )
@@ -72,7 +74,7 @@ def check_sources(resolved: ResolvedConfig) -> None:
         UserError: what is wrong.
     """
     results = ((rule, rule.broken(_anywhere(resolved))) for rule in SOURCE_RULES)
-    _raise([Violation(rule, what, resolved.where(*rule.named(what))).error() for rule, what in results if what])
+    _raise([Violation(rule, what, resolved.where(*rule.keys_in(what))).error() for rule, what in results if what])
 
 
 def _anywhere(resolved: ResolvedConfig) -> RunContext:
@@ -87,7 +89,7 @@ def find_violations(context: RunContext) -> list[Violation]:
         UserError: a file that the rules look at cannot be read.
     """
     results = ((rule, rule.broken(context)) for rule in RULES)
-    return [Violation(rule, what, context.where(*rule.named(what))) for rule, what in results if what]
+    return [Violation(rule, what, context.where(*rule.keys_in(what))) for rule, what in results if what]
 
 
 def check_rules(context: RunContext, *, warn: bool = True) -> None:
@@ -281,6 +283,5 @@ def check_new_folder(config: TrainConfig, output_dir: Path) -> None:
     what, fix = f"the output folder {output_dir} is not empty", "choose another --output_dir"
     if not artifact.is_run(output_dir) and (foreign := others(output_dir)):
         raise UserError(f"{what}, and holds no run: {', '.join(foreign[:3])}", where="output_dir", fix=fix)
-    if not config.overwrite_output_dir:
-        fix += ", continue that run with --resume_from_checkpoint auto, or replace it with --overwrite_output_dir"
-        raise UserError(what, where="output_dir", fix=fix)
+    fix += ", or continue that run with --resume_from_checkpoint auto"
+    raise UserError(what, where="output_dir", fix=fix)

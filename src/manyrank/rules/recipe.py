@@ -96,23 +96,32 @@ def _tracker(s: RunContext) -> str | None:
 
 
 def _no_login(s: RunContext) -> bool:
-    keys = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    if "wandb" not in s.config.report_to or keys or _wandb_mode() in ("offline", "disabled", "dryrun"):
+    """Return whether W&B would ask for a key; only the first rank reports."""
+    if "wandb" not in s.config.report_to or s.config.dry_run or os.environ.get("RANK", "0") != "0":
         return False
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _wandb("api_key"):
+        return False
+    if _wandb("mode") in ("offline", "disabled", "dryrun"):
+        return False
+    host = _wandb("base_url", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
+    files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    return not any(_has_login(Path(file).expanduser(), host) for file in files)
+
+
+def _has_login(file: Path, host: str) -> bool:
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is None
+        return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
-        return True
+        return False
 
 
-def _wandb_mode() -> str:
-    """W&B's mode: of the environment, or as `wandb offline` has written it for this folder or this user."""
+def _wandb(name: str, default: str = "") -> str:
+    """A setting of W&B: of the environment, or of its file for this folder (`wandb offline`) or this user (`wandb login`)."""
     settings = configparser.ConfigParser(default_section="none")
     user = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
     with contextlib.suppress(configparser.Error):
         settings.read([Path(user).expanduser() / "settings", Path("wandb", "settings")])
-    return os.environ.get("WANDB_MODE") or settings.get("default", "mode", fallback="online")
+    return os.environ.get(f"WANDB_{name.upper()}") or settings.get("default", name, fallback=default)
 
 
 def _far_rate(s: RunContext) -> str | None:
@@ -332,16 +341,6 @@ STEP_RULES = (
         fix="give an output_dir on a file system that all machines share",
     ),
     error(
-        "overwrite-and-resume",
-        ("overwrite_output_dir", "resume_from_checkpoint"),
-        unless(
-            lambda s: s.config.overwrite_output_dir and bool(s.config.resume_from_checkpoint),
-            "a run that is removed and resumed",
-        ),
-        reason="The checkpoints that are removed are those to resume from.",
-        fix="leave one of them out",
-    ),
-    error(
         "elastic-without-resume",
         ("elastic", "resume_from_checkpoint"),
         unless(
@@ -409,8 +408,6 @@ OPTIMISATION_RULES = (
 )
 # What the number of steps decides, which without max_steps shows when the data is counted.
 LENGTH_RULES = tuple(
-    rule
-    for rule in (*STEP_RULES, *OPTIMISATION_RULES)
-    if rule.name in ("never-validated", "never-saved", "warmup-beyond-end")
+    rule for rule in (*STEP_RULES, *OPTIMISATION_RULES) if rule.name in ("never-saved", "warmup-beyond-end")
 )
 RECIPE_RULES = (*SOURCE_RULES, *BATCH_RULES, *STEP_RULES, *OPTIMISATION_RULES)

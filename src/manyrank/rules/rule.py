@@ -35,7 +35,7 @@ class Rule:
     upstream: str | None = None
     of_many: bool = False
 
-    def named(self, what: str) -> list[str]:
+    def keys_in(self, what: str) -> list[str]:
         """The keys that count where this is wrong."""
         return [key for key in self.keys if not self.of_many or re.search(rf"\b{key}\b", what)]
 

@@ -17,7 +17,7 @@ SECONDS = 10.0  # that the hub may take
 
 @lru_cache
 def check_model(name: str) -> None:
-    """Refuse a model that is neither here nor to be had.
+    """Refuse a model that is neither in the local cache nor on the hub.
 
     Args:
         name: a name on the hub; a folder, and anything that is no such name, is left to who loads it.
@@ -41,10 +41,10 @@ def check_model(name: str) -> None:
 
 @lru_cache
 def check_data(name: str) -> None:
-    """Refuse a data set that the hub does not have or give.
+    """Refuse a data set that is not on the hub.
 
     Raises:
-        UserError: see above.
+        UserError: the hub cannot be reached, does not have it, or does not give it.
     """
     from huggingface_hub import HfApi
 
@@ -55,7 +55,7 @@ def check_data(name: str) -> None:
 
 
 def _ask(question: Callable[[], object], what: str, *, where: str, fix: str) -> None:
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     here = f"there is no such folder here, and {what} "
     try:
@@ -69,6 +69,8 @@ def _ask(question: Callable[[], object], what: str, *, where: str, fix: str) -> 
     except RepositoryNotFoundError:
         fix = "check the name; for a private one set HF_TOKEN, or run `hf auth login`"
         raise UserError(f"{here}is not on the hub", where=where, fix=fix) from None
+    except HfHubHTTPError:  # it is busy, say: the libraries ask again
+        return
     except Exception as error:  # of the hub's client, its transport and the network
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{here}cannot be had: the hub is not reached ({reason})", where=where, fix=fix) from None
+        raise UserError(f"{here}cannot be downloaded: no answer of the hub ({reason})", where=where, fix=fix) from None

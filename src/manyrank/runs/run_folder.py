@@ -254,23 +254,6 @@ def retain(output_dir: Path, limit: int | None, *, keep: Iterable[Path]) -> None
         _remove(path)
 
 
-def remove_run(output_dir: Path) -> str | None:
-    """Remove what a run has left in its folder, but the lock and what is written for the next launch.
-
-    Returns:
-        What was removed and kept, in words; None for a folder without a run.
-    """
-    if is_new(output_dir):
-        return None
-    removed = []
-    for path in sorted(output_dir.iterdir()):
-        if OWN.fullmatch(path.name) and not path.name.startswith(LOCK) and path.name != LAUNCH_FOLDER:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-            removed.append(path.name)
-    kept = f"; kept: {', '.join(others(output_dir))}" if others(output_dir) else ""
-    return f"removed the run in {output_dir}: {', '.join(removed)}{kept}"
-
-
 def tidy(output_dir: Path) -> list[str]:
     """Clear away what a killed run left: finish a sealed checkpoint, remove the rest.
 

@@ -128,6 +128,7 @@ def run(case: Case, recipe: str, folder: Path, *, steps: int, more: Sequence[str
         f"--output_dir={output}",
         "--sample_questions=[]",
         "--report_to=none",
+        *([] if any("save_steps" in argument for argument in more) else ["--save_steps=off"]),
         *each,
         *more,
     ]

@@ -269,8 +269,8 @@ class Preparation:
             if self.config.on_bad_row == "error":
                 raise
             raise BadRow(error.what, "unknown format") from None
-        if others := {name for name, _ in self.formats.values()} - {format_type}:
-            what = f"{source.path} has the format {format_type}, another source {others.pop()}"
+        if others := [shape for shape in self.formats.values() if shape != (format_type, columns)]:
+            what = f"{source.path} has the format {format_type}, another source {others[0][0]}, or other columns"
             raise UserError(what, where="data_path", fix="bring them to one with `fields`, or prepare them apart")
         self.formats[item.source] = format_type, columns
         return format_type, columns
