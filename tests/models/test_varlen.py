@@ -121,6 +121,8 @@ BY_DOCUMENT = {
     "deepseek-v2-lite": "values of 128 beside queries of 192",
     "deepseek-v3": "values of 128 beside queries of 192",
     "deepseek-r1": "values of 128 beside queries of 192",
+    "deepseek-v3.1": "values of 128 beside queries of 192",
+    "deepseek-coder-v2-lite": "values of 128 beside queries of 192",
     "kimi-k2": "values of 128 beside queries of 192",
     "gpt-oss-20b": "attention sinks",
     "gpt-oss-120b": "attention sinks",

@@ -21,7 +21,7 @@ from manyrank.rules.context import RunContext
 from manyrank.runs.versions import Software, software
 from manyrank.tools.doctor import machine, ranks, recipe
 from manyrank.tools.doctor.checks import Check, State
-from manyrank.tools.doctor.launch import Ended
+from manyrank.tools.doctor.launch import Ended, blame
 from manyrank.tools.doctor.machine import Space
 from manyrank.topology.gpus import Gpu, Hardware, find_kind
 from manyrank.topology.strategies import STRATEGIES
@@ -394,3 +394,9 @@ def test_how_ranks_end(ended, said):
 def test_a_line_of_the_report():
     check = Check("disk", State.WARNING, "full", "free some")
     assert str(check) == "warning  disk             full\n         fix: free some"
+
+
+def test_a_rank_that_was_killed_is_to_blame_for_others_that_lose_it():
+    ends = {0: (1, 1700000000), 1: (-9, 1700000001), 2: (1, 1699999999)}
+    assert min(ends, key=lambda rank: blame(*ends[rank])) == 1
+    assert min([0, 2], key=lambda rank: blame(*ends[rank])) == 2

@@ -123,11 +123,19 @@ def _launched(argv: tuple[str, ...]) -> Ended:
     try:
         run_in_process(argv)
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
+        rank, failure = min(failed.failures.items(), key=lambda pair: blame(pair[1].exitcode, pair[1].timestamp))
         return Ended(failure.exitcode, rank)
     except (RendezvousError, ConnectionError) as error:  # accelerate looks for the port before it starts anything
         return Ended(1, apart=in_one_line(error))
     return Ended(0)
+
+
+def blame(code: int, seconds: int) -> tuple[bool, int]:
+    """Order the ranks that the agent saw end together: one that was killed comes first, since the others lost it.
+
+    torch 2.13 orders by whole seconds, those of an exception against those at which the agent looked.
+    """
+    return code != -signal.SIGKILL, seconds
 
 
 if __name__ == "__main__":
