@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,7 +24,6 @@ from .files import SUFFIXES, Row, file_rows, kind_of, numbered
 from .formats import detect
 
 PREPARED = "sft_data_summary.json"  # in a folder that `manyrank data prepare` has written, beside a file for each split
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WHERE = "data_path or eval_data_path"
 LOOKED_AT = 1000  # rows in which a known format is looked for
 
@@ -205,7 +203,7 @@ def _dataset_rows(source: Source, path: Path) -> Iterator[Row]:
 
 
 def _hub_name(path: str) -> str:
-    if HUB_NAME.fullmatch(path) and kind_of(Path(path))[0] not in SUFFIXES:
+    if hub.NAME.fullmatch(path) and kind_of(Path(path))[0] not in SUFFIXES:
         return path
     raise UserError(f"there is no file {path}", where=WHERE, fix="check the path")
 

@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 from ...config.schema import DataSource
-from ...data.sources import HUB_NAME
 from ...errors import UserError, UserErrors
 from ...models.model_facts import find_facts
 from ...models.spec import ModelSpec
@@ -21,6 +20,7 @@ from ...plan.view import summary
 from ...project_files import EMBEDDED
 from ...rules.check import check_rules, find_violations
 from ...rules.context import RunContext
+from ...runs.hub import NAME
 from . import machine
 from .checks import Check, failed, ok, warning
 
@@ -83,7 +83,7 @@ def hub_names(context: RunContext) -> list[tuple[str, str]]:
 
 def _is_on_hub(source: DataSource) -> bool:
     path = Path(source.path)
-    return not path.exists() and bool(HUB_NAME.fullmatch(source.path)) and not path.suffix
+    return not path.exists() and bool(NAME.fullmatch(source.path)) and not path.suffix
 
 
 def hub(names: list[tuple[str, str]]) -> Check:
