@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
 RANKS = 2
+FILE_BYTES = 5 * 10**9
 WHICH = "MANYRANK_LOAD_CASES"  # of a process that measures
 READ = {"disk": "read_bytes", "read": "rchar"}
 BYTES = ("disk", "mapped", "read", "peak", "held")
@@ -123,12 +124,28 @@ def make(folder: Path, shape: Mapping[str, object]) -> None:
     config.architectures = [type(model).__name__]
     tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys}
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(header(tensors))
-        for tensor in tensors.values():
-            values = torch.empty_like(tensor, device="cpu").normal_(std=0.02)
-            file.write(values.view(torch.uint8).numpy().data)
+    files = in_files(tensors)
+    for name, part in files.items():
+        with (folder / name).open("wb") as file:
+            file.write(header(part))
+            for tensor in part.values():
+                values = torch.empty_like(tensor, device="cpu").normal_(std=0.02)
+                file.write(values.view(torch.uint8).numpy().data)
+    index = {"metadata": {}, "weight_map": {key: name for name, part in files.items() for key in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)
+
+
+def in_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Divide tensors among files of at most FILE_BYTES, as published models are: one file is mapped as a whole."""
+    files, size = [{}], 0
+    for key, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > FILE_BYTES:
+            files.append({})
+            size = 0
+        files[-1][key] = tensor
+        size += tensor.nbytes
+    return {f"model-{at:05}-of-{len(files):05}.safetensors": part for at, part in enumerate(files, 1)}
 
 
 def header(tensors: Mapping[str, torch.Tensor]) -> bytes:

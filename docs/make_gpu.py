@@ -27,7 +27,7 @@ and check and do not compute. Open until the parts above are measured:
   races and illegal accesses; whether a GPU quantises a base to the very bits of the cache;
 - speed: tokens a second, MFU, the host's time for a launch, how much of the communication is hidden, what NVLink, PCIe and a network give;
 - what `torch_compile` and FlashAttention 3 or 4 gain, and how long compiling takes; until then it is off by default;
-- GRPO: completions, and the losses of its trainer, which select tokens by masks that kernels compute;
+- GRPO: values of completions, rewards and losses (its course is run on the stand-in, with tokens that are all the same);
 - memory beside tensors: CUDA contexts, NCCL's buffers, fragments;
 - NCCL between real GPUs and machines: time-outs, a rank that is lost, NUMA nodes;
 - drivers and kinds of GPUs other than the one measured.

@@ -80,6 +80,65 @@ def test_float32(name, embedded_model, tmp_path):
     assert run.facts()["precision"] == "no" and len(run.metrics("loss")) == 4
 
 
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("lora", name) for name in ("single", "ddp", "fsdp", "hsdp", "zero2", "zero3")]
+    + [("qlora", "fsdp"), ("full", "zero3")],
+)
+def test_grpo(method, name, embedded_model, tmp_path):
+    """Completions, rewards, losses, validation, a checkpoint and its resume: integers are computed (patches/integers.py).
+
+    Under single the process sees more GPUs than it uses, which trl would refuse.
+    """
+    strategy = STRATEGIES[name]
+    batch = 4 * ranks(strategy)
+    args = [f"--method={method}", f"--strategy={strategy}", f"--nproc={ranks(strategy)}", "--task=grpo", "--bf16=true"]
+    args += ["--hsdp_shard_size=2"] if strategy.replicas else []
+    args += ["--rewards={length: {max: 10}}", "--num_generations=2", "--packing=none", "--max_completion_length=4"]
+    args += [f"--global_batch_size={batch}", "--per_device_train_batch_size=2", "--sample_questions=[]"]
+    args += ["--max_steps=2", "--save_steps=1", "--eval_steps=1", "--eval_split=0.04"]
+    args += ["--beta=0"] if method == "full" else []
+    run = launch(tmp_path / "run", *args)
+    assert run.code == 0, run.stdout + run.stderr
+    assert "FAKECUDA refused" not in run.stderr and "FAKENCCL" not in run.stderr
+    assert WRAPPERS[strategy.engine] in run.facts()["wrapper"] and run.facts()["world_size"] == ranks(strategy)
+    assert len(run.metrics("loss")) == len(run.metrics("eval_reward")) == 2
+    assert all(rate > 0 for rate in run.metrics("supervised_tokens_per_second"))  # of completions, each of 4 tokens
+    completions = (run.folder / "logs" / "completions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in completions] == [1] * 4 + [2] * 4
+    resumed = launch(tmp_path / "resumed", *args, f"--resume_from_checkpoint={run.folder / 'checkpoint-1'}")
+    assert resumed.code == 0, resumed.stdout + resumed.stderr
+    assert len(resumed.metrics("loss")) == 1
+    assert tensors(resumed.folder / "final_model", method) == tensors(run.folder / "final_model", method)
+
+
+LIMITS = """
+import json, os, pathlib
+import torch
+from torch.distributed import distributed_c10d
+from transformers import TrainerCallback
+class Limits(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        groups = list(distributed_c10d._world.pg_map)
+        backends = [group._get_backend(torch.device("cuda")) for group in groups]
+        seconds = [backend.options._timeout.total_seconds() for backend in backends]
+        pathlib.Path(os.environ["LIMITS"], os.environ["RANK"]).write_text(json.dumps(seconds))
+"""
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero3"])
+def test_the_limit_of_collectives_is_that_of_nccl(name, embedded_model, tmp_path):
+    """`ddp_timeout` in steps, in every process group of the run."""
+    (tmp_path / "limits.py").write_text(LIMITS)
+    env = {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}", "LIMITS": str(tmp_path)}
+    args = [f"--strategy={name}", "--nproc=2", "--max_steps=2", "--bf16=true", "--ddp_timeout=77"]
+    run = launch(tmp_path / "run", *args, "--callbacks=limits:Limits", **env)
+    assert run.code == 0, run.stdout + run.stderr
+    for rank in range(2):
+        limits = json.loads((tmp_path / str(rank)).read_text())
+        assert limits and set(limits) == {77}
+
+
 WAITS = """
 import json, os, pathlib
 import cuda_counters

@@ -1,4 +1,4 @@
-"""The doctor's step, save and load, and the start of GRPO, on stand-in GPUs of which a process sees more than it uses."""
+"""The doctor's step, save and load, parts without NVML's figures, and CPUs near a GPU, on stand-in GPUs."""
 
 import functools
 import json
@@ -10,11 +10,8 @@ import torch
 import warm
 from launches import ROOT, launch
 
-from manyrank.config.resolve import Setting, resolve
 from manyrank.parallel import accelerator
-from manyrank.tasks.grpo.task import GRPO
 from manyrank.topology import numa, ranks
-from manyrank.training.build import build_run
 
 pytestmark = pytest.mark.cuda
 
@@ -69,20 +66,3 @@ def test_a_rank_runs_near_its_own_gpu(tmp_path, monkeypatch, capsys):
     finally:
         os.sched_setaffinity(0, before)
     assert capsys.readouterr().out.count("each process runs on CPUs near its GPU: rank 0 on 1 of 2 CPUs") == 1
-
-
-def test_grpo_uses_one_of_the_gpus_that_it_sees(embedded_model, tmp_path, monkeypatch):
-    """trl refuses several; what follows, completions and their losses, depends on values."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    given = {
-        "task": "grpo",
-        "max_steps": 1,
-        "rewards": {"length": {"max": 10}},
-        "num_generations": 2,
-        "packing": "none",
-    }
-    given |= {"global_batch_size": 4, "per_device_train_batch_size": 2, "sample_questions": [], "strategy": "single"}
-    config = resolve("verify", [Setting(key, value, "test") for key, value in given.items()]).config
-    run = build_run(config, ranks.from_environment(), GRPO, output_dir=tmp_path / "run", bf16=True)
-    assert torch.cuda.device_count() == 4 and run.trainer.task.trl.args.n_gpu == 1
-    assert {parameter.device.index for parameter in run.engine.model.parameters()} == {0}

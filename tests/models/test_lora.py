@@ -137,7 +137,7 @@ def test_adapters_that_are_cast_at_once_give_the_same_to_the_bit(base, dropout):
     for _ in range(2):
         with Casts() as of_layers:
             wanted, wanted_grads = results(model, bf16=True)
-        with casts.made(), Casts() as left:
+        with casts.used(last=True), Casts() as left:
             found, grads = results(model, bf16=True)
         assert found == wanted and all(torch.equal(grads[name], want) for name, want in wanted_grads.items())
         shapes = {p.shape for p in adapters}
@@ -148,11 +148,34 @@ def test_adapters_that_are_cast_at_once_give_the_same_to_the_bit(base, dropout):
                 parameter.data.mul_(1.5)
 
 
+def test_adapters_are_cast_once_a_step(base):
+    model = adapted(base.to(torch.bfloat16))
+    speed_up(model)
+    casts = AdapterCasts(model, torch.bfloat16)
+
+    def seen(*, last: bool) -> float:
+        with casts.used(last=last):
+            return casts.copies[0].float().sum().item()
+
+    def change() -> None:
+        with torch.no_grad():
+            casts.masters[0].add_(1.0)
+
+    first = seen(last=False)
+    change()  # what no step does: shows that the second micro-batch makes none
+    assert seen(last=True) == first != seen(last=False)
+    with pytest.raises(RuntimeError, match="out of memory"), casts.used(last=False):
+        raise RuntimeError("out of memory")
+    before = casts.copies[0].clone()
+    change()
+    assert seen(last=False) != before.float().sum() and not casts.current
+
+
 def test_variants_stay_with_peft(base):
     model = adapted(base, use_dora=True)
     before = {name: module.forward for name, module in model.named_modules() if name.endswith("q_proj")}
     assert speed_up(model) == 0
-    with AdapterCasts(model, torch.bfloat16).made():  # of none, as of a model that is trained whole
+    with AdapterCasts(model, torch.bfloat16).used(last=True):  # of none, as of a model that is trained whole
         assert not any(layer.casts for layer in model.modules() if hasattr(layer, "casts"))
     assert all(model.get_submodule(name).forward == forward for name, forward in before.items())
 

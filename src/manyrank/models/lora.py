@@ -68,7 +68,7 @@ class _Adapted(torch.autograd.Function):
 
 
 class AdapterCasts:
-    """All adapters of a model in 16 bits, cast in a few launches instead of in every layer, forward and backward.
+    """All adapters of a model in 16 bits, cast once a step in a few launches instead of in every layer, forward and backward.
 
     For a model whose process holds its adapters whole, on their device, in float32.
     """
@@ -77,19 +77,25 @@ class AdapterCasts:
         layers = [module for module in model.modules() if type(module) in _FASTER.values()]
         self.masters = [matrix for layer in layers for matrix in _adapter(layer)]
         self.copies = [torch.empty_like(master, dtype=dtype, requires_grad=False) for master in self.masters]
-        self.dtype, self.current = dtype, False
+        self.dtype, self.current, self.stale = dtype, False, True
         for layer, down, up in zip(layers, self.copies[::2], self.copies[1::2]):
             layer.casts = (self, down, up)
 
     @contextlib.contextmanager
-    def made(self) -> Iterator[None]:
-        """Cast the adapters; layers use the copies while this lasts. Nothing may change an adapter meanwhile."""
-        if self.copies:  # none of a model that is trained whole, or whose adapters all run as peft has them
+    def used(self, *, last: bool) -> Iterator[None]:
+        """Let the layers use the copies in a micro-batch; the first of a step makes them.
+
+        Args:
+            last: nothing changes an adapter before the next micro-batch, unless this one ends the step.
+        """
+        # None of a model that is trained whole, or whose adapters all run as peft has them.
+        if self.stale and self.copies:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, [master.detach() for master in self.masters])
-        self.current = True
+        self.current = self.stale = True  # also after a micro-batch that fails
         try:
             yield
+            self.stale = last
         finally:
             self.current = False
 

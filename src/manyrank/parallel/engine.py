@@ -82,7 +82,7 @@ class Engine:
     def forward_backward(self, *, last: bool):
         """Around the forward and backward of one micro-batch; gradients are exchanged only in a step's last."""
         no_exchange = contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
-        casts = self.adapter_casts.made() if self.adapter_casts else contextlib.nullcontext()
+        casts = self.adapter_casts.used(last=last) if self.adapter_casts else contextlib.nullcontext()
         with no_exchange, self._first_look(last=last), casts:
             yield
 

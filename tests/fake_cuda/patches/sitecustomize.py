@@ -146,5 +146,35 @@ def _least_memory(memory):
     memory._least_memory = lambda accelerator: torch.cuda.mem_get_info(accelerator.device)[1]
 
 
+@after("transformers.generation.utils")
+def _generation(utils):
+    """Ranks that generate together go on while one has not finished: a sum of floats. Here all have the same length."""
+    asked = utils.GenerationMixin._has_unfinished_sequences
+
+    def unfinished(self, this_peer_finished, synced_gpus, device):
+        asked(self, this_peer_finished, synced_gpus, device)
+        return not this_peer_finished
+
+    utils.GenerationMixin._has_unfinished_sequences = unfinished
+
+
+@after("manyrank.tasks.grpo.task")
+def _grpo(module):
+    """Completions are cut where a turn ends, and losses select tokens by masks, also in the backward."""
+    import integers
+
+    def on_integers(name):
+        method = getattr(module.GRPO, name)
+
+        def run(self, *args, **kwargs):
+            with integers.OnTheCpu():
+                return method(self, *args, **kwargs)
+
+        setattr(module.GRPO, name, run)
+
+    on_integers("forward_backward")
+    on_integers("evaluate")
+
+
 if os.environ.get("FAKECUDA"):
     sys.meta_path.insert(0, Hook())

@@ -190,12 +190,12 @@ class GRPO(Task):
         return StepLoss(losses, self.engine.accelerator.num_processes)
 
     def _count(self, step: PromptStep, parts: list[dict]) -> None:
-        lengths = torch.cat([part["prompt_mask"].sum(1) + part["completion_mask"].sum(1) for part in parts]).double()
+        lengths = torch.cat([part["prompt_mask"].sum(1) + part["completion_mask"].sum(1) for part in parts])
         learned = sum(part["completion_mask"].sum() for part in parts)
         computed = sum(part["prompt_ids"].numel() + part["completion_ids"].numel() for part in parts)
-        counts = [learned.double(), lengths.sum(), lengths.new_tensor(float(computed)), (lengths**2).sum()]
+        counts = [learned, lengths.sum(), lengths.new_tensor(computed), (lengths**2).sum()]
         counted = self.engine.sum(torch.stack(counts)).tolist()
-        step.supervised, step.tokens, step.computed_tokens, step.sum_squared_lengths = map(round, counted)
+        step.supervised, step.tokens, step.computed_tokens, step.sum_squared_lengths = counted
 
     def zero_step(self, step: PromptStep) -> None:
         with self.engine.forward_backward(last=True):
