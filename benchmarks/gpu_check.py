@@ -422,7 +422,12 @@ PARTS = (
     Part("fragments", 160, "memory held for what is allocated, lengths that vary", fragments),
     Part("flash", 120, "FlashAttention 3 or 4, where installed: heads that it takes, time of a layer", flash),
     Part("compiled", 200, "compiled layers", compiled),
-    Part("trl", 180, "trl, the same model and documents, at its best with flash-attn and liger-kernel", trl),
+    Part(
+        "trl",
+        180,
+        "trl, the same model and documents; at its best where flash-attn and liger-kernel are installed",
+        trl,
+    ),
     Part("without_parts", 310, "without one of manyrank's own parts each", without_parts),
 )
 

@@ -3,6 +3,7 @@
 import pytest
 from load_model import RANKS, SHARDED, load, make
 
+from manyrank.models.shards import RETURNED_EACH
 from manyrank.plan.memory import NF4_ON_CPU
 
 MiB = 2**20
@@ -60,6 +61,15 @@ def test_a_rank_that_quantises_holds_its_part_and_one_tensor(folder, loaded):
         assert rank["peak"] < rank["held"] + QUANTISING + LITTLE  # the embedding is cut as it is mapped
     for rank in loaded["qlora fsdp"]:
         assert rank["peak"] < rank["held"] + LARGEST + LITTLE
+
+
+def test_what_quantising_frees_leaves_the_process(tmp_path):
+    """Also where glibc keeps it, as it does unless a variable says no: many matrices are quantised, parts stay between."""
+    shape = SHAPE | {"num_hidden_layers": 12, "vocab_size": 4096}
+    make(tmp_path / "deep", shape)
+    (uncached,) = load(tmp_path / "deep", str(tmp_path), ["qlora fsdp uncached"]).values()
+    for rank in uncached:
+        assert rank["peak"] < rank["held"] + QUANTISING + NF4_ON_CPU * RETURNED_EACH + LITTLE
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])

@@ -13,6 +13,7 @@ the files are mapped into memory.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import modeling_utils
 
 READ_ALONE = "HF_DEACTIVATE_ASYNC_LOAD"
+RETURNED_EACH = (
+    8 * 2**20
+)  # elements: glibc keeps the pieces that quantising frees, between parts that stay; gigabytes in the end
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,18 @@ class Share:
 def loading_in_shards(share: Share) -> Iterator[None]:
     """Replace each parameter that transformers loads by a stand-in with this rank's part as its `part`."""
 
+    quantised = 0  # elements, on a CPU, since freed memory was returned
+
     def replace(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
-        return _stand_in(parameter, share) if is_read(parameter) else None
+        nonlocal quantised
+        if not is_read(parameter):
+            return None
+        stand_in = _stand_in(parameter, share)
+        quantised += 2 * parameter.nbytes if _is_4bit(parameter) and parameter.device.type == "cpu" else 0
+        if quantised > RETURNED_EACH:
+            _return_freed_memory()
+            quantised = 0
+        return stand_in
 
     hook = register_module_parameter_registration_hook(replace)
     try:
@@ -111,6 +125,11 @@ def _stand_in(parameter: torch.nn.Parameter, share: Share) -> torch.nn.Parameter
         stand_in = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
     stand_in._is_hf_initialized, stand_in.part = True, part
     return stand_in
+
+
+def _return_freed_memory() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _free(tensor: torch.Tensor) -> None:
