@@ -79,6 +79,7 @@ def test_a_layer_is_gathered_for_its_forward_and_its_backward(args, embedded_mod
     single = launch(tmp_path / "single", *MICRO_BATCHES, *args, "--strategy=single")
     run, gathers, of_optimizer = counted(tmp_path, *MICRO_BATCHES, *args)
     assert run.metrics() == pytest.approx(single.metrics(), abs=1e-5) and len(run.metrics()) == 3
+    assert "Warning" not in run.stderr  # of names that the libraries call old
     assert run.metrics("grad_norm") == pytest.approx(single.metrics("grad_norm"), rel=1e-5, abs=1e-5)
     assert len(gathers) == 3 and max(gathers[1:]) <= 2 * LAYERS + 4  # the embedding and lm_head, too
     assert of_optimizer == [1, 1, 1]

@@ -294,6 +294,8 @@ CASES = [
         {"report_to": "wandb", "env": {"WANDB_MODE": "online"}},
         {"env": {"WANDB_MODE": "online", "WANDB_API_KEY": "x"}},
     ),
+    ("unknown-callback", {"callbacks": "no_such_module:Class"}, {"callbacks": "json.decoder:JSONDecoder"}),
+    ("unknown-callback", {"callbacks": "json"}, {"callbacks": "json:JSONDecoder"}),
     # The model
     ("adapter-as-base", {"model": {"adapter_config.json": {}}}, {"model": llama()}),
     ("base-not-causal", {"model": llama(is_encoder_decoder=True)}, {"model": llama()}),
@@ -966,6 +968,15 @@ def test_a_model_folder_that_is_not_there(tmp_path):
 
 def test_a_chat_template_file_that_is_not_there():
     assert error(chat_template="own.jinja").what == "there is no file own.jinja"
+
+
+def test_a_chat_template_that_nobody_has(tmp_path, embedded_model):
+    folder = shutil.copytree(embedded_model, tmp_path / "model")
+    options = {"chat_template": "rag", "model_name_or_path": str(folder)}
+    assert error(**options).what == "there is no chat template 'rag'" and "chatml" in error(**options).fix
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    check_rules(situation(**options))
 
 
 # Output folders

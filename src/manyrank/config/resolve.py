@@ -383,8 +383,12 @@ def invalid_value(key: str, value: Any, problems: Sequence[Any], where: str, inf
         for part in problem["loc"][1:]
         if isinstance(part, str) and not part.startswith(("function-", "constrained-", "literal["))
     )
-    return UserError(
-        f"{key}: {value!r} is invalid: {inner}{expected[0].lower()}{expected[1:]}",
-        where=where,
-        fix=f"{key} is: {info.description}",
-    )
+    fix = f"{key} is: {info.description}"
+    if problem["type"] == "literal_error" and not inner:
+        choices = re.findall(r"'([^']+)'", expected)
+        close = difflib.get_close_matches(str(value), choices, cutoff=0.5)
+        if info.default in (close or choices):
+            fix = f"write {info.default}, the default"
+        elif close:
+            fix = f"write {close[0]}"
+    return UserError(f"{key}: {value!r} is invalid: {inner}{expected[0].lower()}{expected[1:]}", where=where, fix=fix)

@@ -133,6 +133,12 @@ class ModelFacts:
             self.tokenizer.get("chat_template")
         )
 
+    def has_template_named(self, name: str) -> bool:
+        """Return whether a recipe may choose a template by this name, beside the one that is used."""
+        stored = self.tokenizer.get("chat_template")
+        named = [entry.get("name") for entry in stored] if isinstance(stored, list) else []
+        return name in named or self.find(f"additional_chat_templates/{name}.jinja") is not None
+
     # Tokens
 
     @cached_property

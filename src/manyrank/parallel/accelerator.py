@@ -158,6 +158,10 @@ def _parallelism(config: TrainConfig, strategy: Strategy | None, topology: Topol
 def _accelerator(
     config: TrainConfig, parallelism: ParallelismConfig | None, *, bf16: bool, on_cpu: bool
 ) -> Accelerator:
+    # Names that torch 2.13 calls old: accelerate 1.15's for ddp, and DeepSpeed 0.19's, 5 times a micro-batch and rank.
+    warnings.filterwarnings(
+        "ignore", "`broadcast_buffers` is deprecated|`torch.distributed.* is deprecated", FutureWarning
+    )
     options = {"mixed_precision": "bf16" if bf16 else "no"}
     options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=UNHURRIED)]
     if _flag("ACCELERATE_USE_DEEPSPEED"):
@@ -180,8 +184,6 @@ def _accelerator(
         accelerator = Accelerator(fsdp_plugin=plugin, cpu=True, **options)
         promote_to_fsdp(accelerator, plugin, parallelism)
         return accelerator
-    # accelerate 1.15 passes the name on that torch 2.13 calls old, and every rank says so (accelerator.py, prepare_model).
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,  # the tables of rotary embeddings; they are the same everywhere

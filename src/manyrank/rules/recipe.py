@@ -8,7 +8,9 @@ import importlib.util
 import json
 import netrc
 import os
+import sys
 import time
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from ..config.identity import OF_GRPO, early_changes
@@ -92,6 +94,17 @@ def _tracker(s: RunContext) -> str | None:
         # Without an origin it is a folder of that name, such as W&B's own wandb/.
         if package is None or package.origin is None:
             return f"tracker {name} needs the package {name}, which is not installed"
+    return None
+
+
+def _callback(s: RunContext) -> str | None:
+    """Object to a callback whose module is not here; the module itself is not imported."""
+    for path in s.config.callbacks:
+        module, _, name = path.partition(":")
+        if not (module and name):
+            return f"callback {path!r}"
+        if PathFinder.find_spec(module.partition(".")[0], [str(Path.cwd()), *sys.path]) is None:
+            return f"callback {path}: there is no module {module.partition('.')[0]!r} here, nor among the installed packages"
     return None
 
 
@@ -397,6 +410,13 @@ OPTIMISATION_RULES = (
         _tracker,
         reason="The run would fail when it begins to report.",
         fix="install the package, or choose another tracker",
+    ),
+    error(
+        "unknown-callback",
+        ("callbacks",),
+        _callback,
+        reason="The run would fail when it imports the callback.",
+        fix="write module:Class, of a module in the folder where you are, or in PYTHONPATH",
     ),
     error(
         "wandb-without-login",
