@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": "talk to a model, or to a base and its tuned model side by side",
     "generate": "answer all prompts of a file; resumes where it was stopped",
     "merge": "put an adapter into its base, and prove the result",
+    "files": "the recipes, scripts and strategy files of the project, shown and copied",
     "embedded-model": "make the small model that examples and tests use",
 }
 # The modules whose `main` is a command; the other commands are functions here.
@@ -41,6 +42,7 @@ MODULES = {
     "chat": "tools.chat",
     "generate": "tools.generate",
     "merge": "tools.merge.main",
+    "files": "tools.files",
 }
 LOADS_A_MODEL = ("chat", "generate", "merge")
 DATA_USAGE = "manyrank data inspect RECIPE|DATA [--key value ...], or manyrank data prepare CONFIG [--key value ...]"

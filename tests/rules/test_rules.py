@@ -1017,3 +1017,20 @@ def test_questions_need_a_template_too(tmp_path):
     given = {"data_path": str(rows), "model_name_or_path": str(folder)}
     check_rules(situation(**given))
     assert error(**given, sample_questions=["why?"]).what == "the tokenizer has no chat template"
+
+
+def test_a_deepspeed_file_is_that_of_the_project_in_any_folder(tmp_path, monkeypatch):
+    """accelerate itself would look for it in the folder where the command is typed."""
+    monkeypatch.chdir(tmp_path)
+    name = "ds_configs/zero3.json"
+    passed = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        strategy_files.DEEPSPEED_FILE: name,
+    }
+    found = strategy_files.from_environment(passed)
+    assert found.zero_stage == 3 and passed[strategy_files.DEEPSPEED_FILE] == str(asset(name))
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / name).write_text('{"zero_optimization": {"stage": 2}}')
+    passed[strategy_files.DEEPSPEED_FILE] = name
+    assert strategy_files.from_environment(passed).zero_stage == 2 and passed[strategy_files.DEEPSPEED_FILE] == name

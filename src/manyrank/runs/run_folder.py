@@ -171,6 +171,7 @@ def seal(partial: Path) -> Path:
         Its final name.
     """
     write_manifest(partial)
+    give_usual_modes(partial)
     return _rename_to_final(partial)
 
 
@@ -288,6 +289,17 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def give_usual_modes(folder: Path) -> None:
+    """Give a folder and its files the modes that the user's umask says; safetensors and `mkdtemp` keep others out."""
+    probe = folder / ".mode"
+    probe.touch()  # to read the umask one would have to change it, under other threads
+    usual = probe.stat().st_mode & 0o666
+    probe.unlink()
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(PermissionError):  # of a file system without modes
+            path.chmod(usual | (usual & 0o444) >> 2 if path.is_dir() else usual | (path.stat().st_mode & 0o111))
+
+
 @contextmanager
 def atomic_directory(
     output: Path, *, overwrite: bool, mark: str | None = None, option: str = "--output_dir"
@@ -305,9 +317,9 @@ def atomic_directory(
     check_output(output, overwrite=overwrite, mark=mark, option=option)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))  # a name that nobody has
-    partial.chmod(0o755)
     try:
         yield partial
+        give_usual_modes(partial)
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)

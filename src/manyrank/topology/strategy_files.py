@@ -10,7 +10,7 @@ People edit these files. Under `accelerate launch` the config may be any file; t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from ..errors import UserError
 from ..project_files import asset
 from ..runs.mapping_files import read_json_object, read_yaml
 from .strategies import EngineKind, Strategy, find_strategy
+
+
+DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # of accelerate, in which a worker finds the path
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,11 @@ def read(strategy: str) -> StrategyFiles:
     return StrategyFiles(accelerate, _shown(file), _read_deepspeed(asset(named)), _shown(asset(named)))
 
 
-def from_environment(environ: Mapping[str, str] = os.environ) -> StrategyFiles | None:
-    """Read the config that `accelerate launch` has applied; None where it did not start this process."""
+def from_environment(environ: MutableMapping[str, str] = os.environ) -> StrategyFiles | None:
+    """Read the config that `accelerate launch` has applied; None where it did not start this process.
+
+    A DeepSpeed file is named from the root of the project: from another folder the variable gets its whole path.
+    """
     if "ACCELERATE_MIXED_PRECISION" not in environ:
         return None
     accelerate: dict[str, Any] = {
@@ -115,7 +121,9 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> StrategyFiles |
         "fsdp_config": {key.lower(): value for key, value in environ.items() if key.startswith("FSDP_")},
         "deepspeed_config": dict.fromkeys(filter(None, environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","))),
     }
-    name, deepspeed = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), {}
+    name, deepspeed = environ.get(DEEPSPEED_FILE), {}
+    if name and not Path(name).exists() and asset(name).is_file():
+        environ[DEEPSPEED_FILE] = name = str(asset(name))
     if accelerate["distributed_type"] == "DEEPSPEED":
         stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         deepspeed = _read_deepspeed(Path(name)) if name else {"zero_optimization": {"stage": int(stage)}}

@@ -28,6 +28,7 @@ from ..signals import STOP
 from ..topology import ranks
 from . import record, trackers
 from .memory import compare_with_measured, out_of_memory
+from .model_card import model_card
 from .trainer import Trainer
 
 
@@ -163,7 +164,7 @@ class TrainingRun:
         bf16 = self.engine.facts().precision == "bf16"
         dtype = torch.bfloat16 if self.config.method == "full" and bf16 else None
         try:
-            save_weights(self.engine, partial, dtype=dtype, also=lambda: self.tokenizer.save_pretrained(partial))
+            save_weights(self.engine, partial, dtype=dtype, also=lambda: self._write_beside(partial))
         except SaveError as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -173,6 +174,16 @@ class TrainingRun:
             partial.rename(final)
         self.accelerator.wait_for_everyone()
         return final
+
+    def _write_beside(self, folder: Path) -> None:
+        """Write what a final model has beside its weights."""
+        self.tokenizer.save_pretrained(folder)
+        state, batch = self.trainer.state, self.config.batch(self.accelerator.num_processes)
+        card = model_card(
+            self.config, self.output_dir, steps=state.global_step, batch=batch, log_history=state.log_history
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        run_folder.give_usual_modes(folder)
 
     def close(self) -> None:
         """Leave the process group; after an error, without waiting for the others."""
