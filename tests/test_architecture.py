@@ -58,6 +58,7 @@ LIGHT += [
     "tools.doctor.ranks",
     "tools.evaluate.main",
 ]
+LIGHT += ["data.files", "data.formats", "data.messages", "data.sources", "data.survey", "tools.inspect_data"]
 LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers"]
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
@@ -66,7 +67,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "topology": 870,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1460,
     "models": 4530,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8
-    "data": 3500,  # with other names of questions and answers
+    "data": 3650,  # with other names of questions and answers, and rows that are looked at before any tokenizer
     "rules": 1850,
     "plan": 1890,  # with the host's time and micro-batches that nobody gave
     "parallel": 1250,  # with what ZeRO-3 gathers, time-outs and NUMA nodes

@@ -27,6 +27,7 @@ from manyrank.data.histogram import bars
 from manyrank.data.loader import StepLoader
 from manyrank.data.sources import Source, read_rows
 from manyrank.data.stats import Piece, gather, padding, pieces, spread
+from manyrank.data.survey import survey as surveyed
 from manyrank.errors import UserError
 from manyrank.project_files import asset
 from manyrank.tools import inspect_data
@@ -282,6 +283,97 @@ def test_command_without_a_terminal(embedded_model, tokenizer):
     assert runs == [run for sample in survey(tokenizer, 2).parts[0].samples for run in learned(sample)]
     assert re.search(r"max_length +200\n", done.stdout)
     assert re.search(r"\n  tokens +11,767\n", done.stdout)
+
+
+# Rows, before any model
+
+WATCHED = """
+import io, sys
+from manyrank import cli
+
+class BeforeTorch(io.StringIO):
+    def write(self, text):
+        return len(text) if "torch" in sys.modules else sys.__stdout__.write(text)
+
+sys.stdout = BeforeTorch()
+code = cli.main(["data", "inspect", *sys.argv[1:]])
+sys.__stdout__.write(f"\\ncode {code}, torch {'torch' in sys.modules}\\n")
+"""
+
+
+def watch(*args: str, **env: str) -> subprocess.CompletedProcess:
+    """Inspect in a new interpreter; its output is what was printed before torch was imported."""
+    argv = [sys.executable, "-c", WATCHED, *args]
+    return subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env})
+
+
+def test_a_bad_file_is_refused_without_torch(tmp_path):
+    wrong = {
+        "bad.jsonl": (write(tmp_path / "bad.jsonl", NO_ANSWER, EMPTY), "2 of 2 rows cannot be used"),
+        "strange.jsonl": (write(tmp_path / "strange.jsonl", {"colour": 1}), "no format has the keys ['colour']"),
+        "no.jsonl": (str(tmp_path / "no.jsonl"), "there is no file"),
+    }
+    for path, what in wrong.values():
+        done = watch(path)
+        assert done.stdout.strip() == "code 2, torch False"
+        assert what in done.stderr.splitlines()[0]
+
+
+def test_formats_counts_bad_rows_and_an_example_come_before_torch(embedded_model, tmp_path):
+    path = write(tmp_path / "rows.jsonl", NO_ANSWER, GOOD, "not json", HOSTILE, EMPTY)
+    done = watch(path)
+    assert done.stdout.endswith("code 0, torch True\n"), done.stderr
+    assert re.search(rf"{path} +messages +1 +5 +2\n", done.stdout)
+    assert re.search(r"no assistant turn +1\n +not JSON +1\n +empty field +1\n", done.stdout)
+    assert all(f"{path}, line {line} " in done.stdout for line in (1, 3, 5))
+    assert f"The first example: {path}, line 2\n" in done.stdout and "The sum over the count." in done.stdout
+    assert "no model is given: the template and tokenizer are those of the embedded one" in done.stdout
+    assert "In tokens of" not in done.stdout
+
+
+def test_rows_are_shown_where_nobody_names_a_model_and_no_hub_answers(tmp_path):
+    path = write(tmp_path / "rows.jsonl", GOOD, HOSTILE)
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(f"data_path: {path}\nmax_length: 64\n")
+    away = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "nothing")}
+    done = watch(str(recipe), f"--html={tmp_path / 'page.html'}", **away)
+    assert done.stdout.endswith("code 0, torch False\n"), done.stderr
+    assert re.search(rf"{path} +messages +1 +2 +2\n", done.stdout)
+    assert "no model is given, so no tokens are shown: " in done.stdout and "--model embedded" in done.stdout
+    assert path in (tmp_path / "page.html").read_text()
+    named = watch(str(recipe), "--model=some/model", **away)
+    assert named.stdout.endswith("code 2, torch False\n")
+    assert "the model some/model cannot be downloaded" in named.stderr.splitlines()[0]
+    gone = watch(path, "--model=./gone")
+    assert gone.stdout.endswith("code 2, torch False\n") and "there is no folder ./gone" in gone.stderr
+
+
+def test_bad_rows_are_shown_once(embedded_model, tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", GOOD, NO_ANSWER)
+    assert inspect_data.main([path]) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"{path}, line 2 ") == out.count("the training will stop at them") == 1
+    assert out.index("In tokens of embedded") > out.index(f"{path}, line 2 ")
+
+
+def test_a_folder_is_inspected(embedded_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "train.jsonl", GOOD, HOSTILE)
+    monkeypatch.chdir(tmp_path)
+    assert inspect_data.main(["rows", "--samples=1"]) == 0
+    assert re.search(r"rows +messages +1 +2 +2\n", capsys.readouterr().out)
+
+
+def test_rows_that_are_surveyed_are_those_that_are_tokenised(tokenizer, tmp_path):
+    path = write(tmp_path / "rows.jsonl", GOOD, NO_ANSWER, "not json", *[EMPTY] * 12)
+    values = {"data_path": [path, SAMPLE], "eval_data_path": VALIDATION, "max_length": 256}
+    config = resolve("verify", [Setting(key, value, "the test") for key, value in values.items()]).config
+    tokenised = gather(config, tokenizer, recipe="verify", samples=0).readings
+    for rows, reading in zip(surveyed(config), tokenised, strict=True):
+        assert (rows.name, rows.reasons, rows.bad) == (reading.name, reading.reasons, reading.bad)
+        assert [(source.path, source.format_type, source.rows, source.usable) for source in rows.sources] == [
+            (source.path, source.format_type, source.rows, source.examples) for source in reading.sources
+        ]
 
 
 @pytest.mark.parametrize(

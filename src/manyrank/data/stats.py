@@ -24,6 +24,7 @@ from .histogram import Bar, bars
 from .loader import StepLoader, epoch_order
 from .messages import SHOWN
 from .packing import dataset_layout
+from .survey import BadFacts
 
 RANKS = (1, 2, 4, 8)
 STEPS = 20  # that the balance of ranks is measured over
@@ -40,15 +41,6 @@ class SourceFacts:
     examples: int
     tokens: int
     supervised: int
-
-
-@dataclass(frozen=True)
-class BadFacts:
-    """A row that cannot be used: "my.jsonl, line 3", the short reason, and what is wrong."""
-
-    place: str
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)

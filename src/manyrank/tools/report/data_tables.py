@@ -34,6 +34,12 @@ def reading_tables(reading: dict, *, note: str = "") -> Iterator[Table]:
         yield Table(f"{key}-sources", f"Read: {key}", SOURCES, sources)
     if reading["counts"]:
         yield _counts(f"{key}-counts", f"What became of the rows of {key}", reading["counts"])
+    yield from bad_tables(reading, note=note)
+
+
+def bad_tables(reading: dict, *, note: str = "") -> Iterator[Table]:
+    """Count the bad rows by reason, and show the first ones; nothing where there are none."""
+    key = reading["name"]
     if reading["reasons"]:
         yield _counts(f"{key}-reasons", f"Bad rows of {key} by reason", reading["reasons"], note)
         bad = tuple((word(row["place"]), word(row["reason"]), word(row["detail"])) for row in reading["bad"])
