@@ -58,12 +58,19 @@ LIGHT += [
     "tools.doctor.ranks",
     "tools.evaluate.main",
 ]
-LIGHT += ["data.files", "data.formats", "data.messages", "data.sources", "data.survey", "tools.inspect_data"]
+LIGHT += [
+    "data.files",
+    "data.formats",
+    "data.messages",
+    "data.sources",
+    "data.survey",
+    "tools.inspect_data",
+]
 LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers"]
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 1500,  # with the watchdog, which the launch starts too, the boards of machines, and the hub
-    "config": 1850,  # with keywords of Python and the names that other tools have
+    "config": 1960,  # with keywords of Python, the names that other tools have, and keys and help texts in groups
     "topology": 870,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1460,
     "models": 4530,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8

@@ -134,9 +134,9 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _grpo(argv: Sequence[str]) -> int:
-    from .config.args import as_grpo, parse
+    from .config.args import GrpoOptions, as_grpo, parse
 
-    return _launch(as_grpo(parse(argv, prog="manyrank grpo", launch=True)))
+    return _launch(as_grpo(parse(argv, prog="manyrank grpo", launch=True, model=GrpoOptions)))
 
 
 def _launch(line: CommandLine) -> int:

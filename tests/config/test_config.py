@@ -376,7 +376,7 @@ def test_an_unknown_key_names_the_nearest(recipe, key, nearest):
 
 
 def test_an_unknown_key_that_is_like_no_other():
-    assert error(zzzzqqqq=1).fix == "`--help` lists every option"
+    assert error(zzzzqqqq=1).fix == "`--help all` lists every option"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,15 @@
 """The command line: yes/no options, lists, node flags, and what the train module is given."""
 
+import re
+import shlex
+import subprocess
+import sys
+
 import pytest
 
-from manyrank.config.args import LaunchOptions, parse
+from manyrank.config.args import GrpoOptions, LaunchOptions, Options, TrainOptions, parse, recipe_options
 from manyrank.config.resolve import FIELDS, KNOWN, SWITCHES, resolve
+from manyrank.config.schema import Keys, TrainConfig
 from manyrank.errors import UserError
 
 
@@ -183,10 +189,72 @@ def test_via():
 # Help
 
 
-def test_help_describes_every_key(capsys):
+def help_of(capsys, monkeypatch, *argv: str, model: type[Options] = TrainOptions, columns: int = 80) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit, match="0"):
-        read("my.yaml", "--lr", "1e-4", "--help")
-    text = " ".join(capsys.readouterr().out.split())
+        parse(argv, prog="manyrank train", launch=True, model=model)
+    return capsys.readouterr().out
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """The names of the options of a help text by the titles of their groups."""
+    parts = [part.splitlines() for part in text.split("\n\n")]
+    return {
+        part[0][:-1]: re.findall(r"^  --(\w+)", "\n".join(part), re.MULTILINE) for part in parts if part[0][-1] == ":"
+    }
+
+
+def test_every_key_stands_in_a_group():
+    """A key is declared in one of the groups that TrainConfig is made of, and in no other place."""
+    titles = {str(group.__doc__).split(":")[0].removesuffix(".") for group in TrainConfig.__bases__}
+    assert all(issubclass(group, Keys) for group in TrainConfig.__bases__)
+    assert len(titles) == len(TrainConfig.__bases__) == 8
+    groups = {option.field: option.group for option in recipe_options()}
+    assert {key: groups[key] for key in FIELDS if groups[key] not in titles} == {}
+    assert {groups[key] for key in SWITCHES} == {"Short forms"}
+
+
+@pytest.mark.parametrize(("model", "lines"), [(TrainOptions, 60), (GrpoOptions, 66)])
+def test_help_begins_with_twenty_keys(capsys, monkeypatch, model, lines):
+    text = help_of(capsys, monkeypatch, "my.yaml", "--help", model=model)
+    shown = sections(text)
+    assert sorted(sum(shown.values(), [])) == sorted([*model.first, "help"])
+    assert len(model.first) == len(set(model.first)) == 20
+    assert len(text.splitlines()) <= lines
+    assert "--method full|lora|qlora|int8|fp8" in text and "(default: lora)" in " ".join(text.split())
+    assert "(also --lr)" in text and "--help all " in text
+    *_, last = text.split("\n\n")
+    assert last == "\n".join(["Examples:", *(f"  {line}" for line in model.examples)]) + "\n"
+
+
+@pytest.mark.parametrize("model", [TrainOptions, GrpoOptions])
+def test_examples_of_the_help_are_read(model):
+    for line in model.examples:
+        _, command, *argv = shlex.split(line)
+        assert command == model.__name__.removesuffix("Options").lower()
+        assert read(*argv).recipe or given(read(*argv))
+
+
+def test_a_help_is_in_groups(capsys, monkeypatch):
+    shown = sections(help_of(capsys, monkeypatch, "--help", "all"))
+    assert list(shown) == [
+        *("The recipe", "Model and method", "Data", "What is learned", "Rewards and completions (GRPO)"),
+        *("Batch and optimisation", "Precision, memory and speed", "Validation, saving and logging", "Where to run"),
+        *("Short forms", "The job (--via slurm)", "Options", "Examples"),
+    ]
+    assert {"strategy", "nproc", "via"} <= set(shown["Where to run"]) and "beta" not in shown["Data"]
+    assert sorted(shown["Short forms"]) == sorted(SWITCHES)
+
+
+def test_help_is_without_what_is_slow():
+    program = "import sys\nfrom manyrank import cli\ntry:\n    cli.main(['train', '--help'])\nfinally:\n"
+    program += "    assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: manyrank train")
+
+
+def test_the_whole_help_describes_every_key(capsys, monkeypatch):
+    text = " ".join(help_of(capsys, monkeypatch, "my.yaml", "--lr", "1e-4", "--help", "all").split())
     for key, field in FIELDS.items():
         assert f" --{key} " in text
         assert " ".join(field.description.split()[:3]) in text

@@ -66,7 +66,7 @@ def model_folder(*names: str) -> str:
     [
         (["--learnin-rate", "1"], "there is no option '--learnin_rate'", "did you mean --learning_rate?"),
         (["--use-4bits"], "there is no option '--use_4bits'", "did you mean --use_4bit?"),
-        (["--zzzzqqqq=1"], "there is no option '--zzzzqqqq'", "`--help` lists every option"),
+        (["--zzzzqqqq=1"], "there is no option '--zzzzqqqq'", "`--help all` lists every option"),
         (["--lr"], "--lr needs a value", "--learning_rate X: peak learning rate"),
     ],
 )
@@ -348,7 +348,7 @@ def test_first_words_that_are_answered(capsys, line, error, fix):
         ("train quickstart --resume_from_checkpoint nowhere", "there is no folder nowhere", "or auto"),
         ("train quickstart --resume_from_checkpoint .", ". is not a complete checkpoint", "or auto"),
         ("train rows.json", "expected a YAML mapping of `key: value` lines", "--data_path rows.json"),
-        ("train quickstart --strategy fspd", "did you mean fsdp?", "or auto"),
+        ("train quickstart --strategy fspd", "did you mean fsdp?", "one of auto, single"),
         ("train -lr 1e-4", "there is no option '-lr'", "did you mean --lr?"),
         ("train quickstart --run_name -my", "--run_name needs a value", "write --run_name=-my"),
         ("verify --methods=", "--methods is empty", "give a value"),

@@ -4,7 +4,8 @@
                          ├── fields of a command's own model ──> that model, typed
                          └── keys of a recipe ──> CommandLine.overrides, for `resolve`
 
-Dashes and underscores in names are the same, and `--help` works anywhere in a line. What is wrong is a UserError.
+Dashes and underscores in names are the same, and `--help` works anywhere in a line. Of a recipe's keys it shows those that a
+command names as its first; `--help all` shows all, in the groups of the schema. What is wrong is a UserError.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -36,9 +37,16 @@ INDENT = 24  # of the descriptions in a help text
 
 
 class Options(BaseModel):
-    """Base of the options of a command; its docstring is the head of their help text."""
+    """Base of the options of a command; its docstring is the head of their help text.
+
+    Attributes:
+        first: of options that are not the command's own, those that `--help` shows; () for all of them.
+        examples: command lines.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    first: ClassVar[Collection[str]] = ()
+    examples: ClassVar[Sequence[str]] = ()
 
 
 def arg(default: Any, description: str, *, also: Sequence[str] = (), repeated: bool = False, **bounds: Any) -> Any:
@@ -59,7 +67,7 @@ def word(default: Any, description: str, *, also: Sequence[str] = ()) -> Any:
     return Field(default, description=description, json_schema_extra=how)
 
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Options)
 
 
 def _name(value: str) -> str:
@@ -122,7 +130,9 @@ class CommandLine:
 class RecipeWord(Options):
     """The recipe."""
 
-    recipe: str | None = word(None, f"a YAML file, or a preset: {', '.join(presets())}", also=["config"])
+    recipe: str | None = word(
+        None, f"a YAML file, or a preset's name; presets: {', '.join(presets())}", also=["config"]
+    )
 
 
 # Options
@@ -164,16 +174,20 @@ class Option:
         if self.positional:
             return self.name.upper() + (" ..." if self.takes_many else "")
         choices = [kind for kind in types if isinstance(kind, str)]
-        choices += ["N"] if choices and int in types else []
+        for kind, shown in {bool: "true|false", int: "N", float: "X"}.items():
+            choices += [shown] if choices and kind in types else []
         value = "|".join(choices) if choices and list not in types else VALUES.get(types[-1], "X")
         value = "" if bool in types and not choices else value
         return f"--{self.name} {value}".rstrip()
 
     @property
-    def home(self) -> type[BaseModel]:
-        """The model that declares the field: the owner, or a base of it."""
+    def group(self) -> str:
+        """The title of its group in help texts: that of the model that declares it, the owner or a base of it."""
+        if self.field in SWITCHES:
+            return "Short forms"
         bases = (kind for kind in reversed(self.owner.__mro__) if issubclass(kind, BaseModel))
-        return next((kind for kind in bases if self.field in kind.model_fields), self.owner)
+        home = next(kind for kind in bases if self.field in kind.model_fields)
+        return re.split("[:.]", str(home.__doc__))[0]
 
     @property
     def takes_many(self) -> bool:
@@ -181,14 +195,16 @@ class Option:
         is_list = list in _alternatives(self.info.annotation)
         return self.repeated or (self.positional and is_list)
 
-    def help(self, width: int) -> list[str]:
-        """Lay out its lines of a help text."""
+    def help(self, width: int, *, whole: bool = True) -> list[str]:
+        """Lay out its lines of a help text; not `whole`: without what follows a semicolon, and with one shorter spelling."""
         text = self.info.description or ""
-        if also := [f"--{name}" for name in self.also if name not in OTHER_TOOLS]:
-            text += f" (also {', '.join(also)})"
+        also = [f"--{name}" for name in self.also if name not in OTHER_TOOLS]
+        if not whole:
+            text, also = text.split(";")[0], [name for name in also if len(name) < len(self.name)][:1]
         default = None if self.info.is_required() or self.info.default_factory else self.info.default
         if default is not None and default is not False and default not in ("", [], {}) and "(default" not in text:
             text += f" (default: {default})"
+        text += f" (also {', '.join(also)})" if also else ""
         lines = textwrap.wrap(text, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT) or [""]
         head = f"  {self.label}"
         return [head, *lines] if len(head) > INDENT - 2 else [head + lines[0][len(head) :], *lines[1:]]
@@ -215,7 +231,7 @@ def recipe_options(keys: Collection[str] = (*FIELDS, *sorted(SWITCHES))) -> list
     """The keys of a recipe as options, with their other spellings."""
     options = []
     for key in keys:
-        also = [alias for alias, target in (ALIASES | DATA_ALIASES | OTHER_TOOLS).items() if target == key]
+        also = [alias for alias, target in (DATA_ALIASES | ALIASES | OTHER_TOOLS).items() if target == key]
         options.append(Option(TrainConfig, key, FIELDS.get(key) or _switch(key), also))
     return options
 
@@ -237,7 +253,7 @@ class Parser:
         options: all options; where two have a spelling in common, it is that of the first.
     """
 
-    def __init__(self, prog: str, model: type[BaseModel], options: Sequence[Option]) -> None:
+    def __init__(self, prog: str, model: type[Options], options: Sequence[Option]) -> None:
         self.model = model
         self.options: dict[str, Option] = {}  # by spelling
         for option in options:
@@ -248,17 +264,27 @@ class Parser:
         words = [o.label if o.info.is_required() else f"[{o.label}]" for o in self.words]
         self.usage = " ".join([prog, *words, *(["[--key value ...]"] if self.options else [])])
 
-    def help(self) -> str:
-        """The help text, as wide as the terminal."""
+    def help(self, *, whole: bool) -> str:
+        """The help text, as wide as the terminal; not `whole`: of the options that are not the command's own, the first."""
         width = max(60, shutil.get_terminal_size().columns - 2)
+        first = set(self.model.first) if not whole else set()
+        shown = [o for o in self.shown if not first or o.owner is self.model or o.positional or o.name in first]
         groups: dict[str, list[str]] = {}
-        for option in sorted(self.shown, key=lambda option: option.home is not self.model):
-            title = "Options" if option.home is self.model else re.split("[:.]", str(option.home.__doc__))[0]
-            groups.setdefault(title, []).extend(option.help(width))
-        groups.setdefault("Options", []).append(f"  {'--help':<{INDENT - 2}}show this text")
+        for option in sorted(shown, key=self._place):
+            title = "Options" if option.owner is self.model else option.group
+            groups.setdefault(title, []).extend(option.help(width, whole=not first))
+        name, text = ("--help all", f"show all {len(self.shown)} options") if first else ("--help", "show this text")
+        groups.setdefault("Options", []).append(f"  {name:<{INDENT - 2}}{text}")
+        if self.model.examples:
+            groups["Examples"] = [f"  {line}" for line in self.model.examples]
         parts = [[f"{title}:", *lines] for title, lines in groups.items()]
-        head = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.model.__doc__), width)]
+        head = [f"usage: {self.usage}", "", *textwrap.wrap(" ".join(str(self.model.__doc__).split()), width)]
         return "\n\n".join("\n".join(lines) for lines in (head, *parts)) + "\n"
+
+    def _place(self, option: Option) -> int:
+        """Its place among the groups: the command's own, words, keys of a recipe in their order, and where to run."""
+        owners = (self.model, RecipeWord, TrainConfig)
+        return owners.index(option.owner) if option.owner in owners else len(owners)
 
     def split(self, argv: Sequence[str]) -> list[tuple[Option, Setting]]:
         """Split a command line into settings, in order; `--` ends its options.
@@ -267,8 +293,8 @@ class Parser:
             UserError: an unknown option, one without its value, or a word too many.
             SystemExit: the help text was asked for, and is printed.
         """
-        if {"-h", "--help"} & set(argv):
-            print(self.help(), end="", flush=True)
+        if asked := [at for at, word in enumerate(argv) if word in ("-h", "--help")]:
+            print(self.help(whole=list(argv[asked[0] + 1 : asked[0] + 2]) == ["all"]), end="", flush=True)
             raise SystemExit(0)
         words, settings, rest = [], [], deque(argv)
         beside: dict[int, Setting] = {}  # by number of a word, the option with a list that stands before it
@@ -383,20 +409,56 @@ def read_with_keys(
     return parser.build(model, settings), {o.field: entry.value for o, entry in settings if o.owner is not model}
 
 
+MODEL_KEYS = ("model_name_or_path", "method", "lora_r")
+BATCH_KEYS = ("per_device_train_batch_size", "global_batch_size", "learning_rate")
+RUN_KEYS = ("output_dir", "save_steps", "resume_from_checkpoint", "report_to", "strategy", "nproc", "check")
+
+
 class TrainOptions(Options):
     """Fine-tune a model as a recipe says."""
 
+    first = (
+        *MODEL_KEYS,
+        *("data_path", "eval_data_path", "eval_split", "max_length", "packing"),
+        *("num_train_epochs", "max_steps", *BATCH_KEYS),
+        *RUN_KEYS,
+    )
+    examples = (
+        "manyrank train quickstart",
+        "manyrank train --model Qwen/Qwen2.5-7B --data my.jsonl --method qlora",
+        "manyrank train my.yaml --lr 1e-4 --nproc 4 --strategy fsdp",
+    )
 
-def parse(argv: Sequence[str], *, prog: str, launch: bool) -> CommandLine:
+
+class GrpoOptions(Options):
+    """Train with rewards (GRPO), from a base or from an SFT run."""
+
+    first = (
+        *MODEL_KEYS,
+        *("sft_model", "data_path", "rewards", "num_generations", "max_completion_length", "beta", "temperature"),
+        *BATCH_KEYS,
+        *RUN_KEYS,
+    )
+    examples = (
+        "manyrank grpo --sft_model output/my --data my.jsonl --rewards '{numeric: 1}'",
+        "manyrank grpo math_grpo --model Qwen/Qwen2.5-1.5B --data my.jsonl",
+        "manyrank grpo my.yaml --num_generations 8 --check",
+    )
+
+
+def parse(
+    argv: Sequence[str], *, prog: str, launch: bool, model: type[TrainOptions | GrpoOptions] = TrainOptions
+) -> CommandLine:
     """Read the command line of a train command.
 
     Args:
         launch: whether it takes LaunchOptions and SlurmOptions.
+        model: the command's own help.
 
     Raises:
         UserError: an unknown option, a wrong value, or two recipes.
     """
-    return parse_with(argv, TrainOptions, prog=prog, launch=launch)[0]
+    return parse_with(argv, model, prog=prog, launch=launch)[0]
 
 
 def parse_with(argv: Sequence[str], model: type[Model], *, prog: str, launch: bool) -> tuple[CommandLine, Model]:

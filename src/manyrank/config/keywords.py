@@ -12,7 +12,7 @@ from .schema import TrainConfig
 
 
 class SFTConfig(TrainConfig):
-    """A recipe as keyword arguments: every key of docs and `manyrank train --help`, also by its other names.
+    """A recipe as keyword arguments: every key of docs and `manyrank train --help all`, also by its other names.
 
     Args:
         recipe: a YAML file or a preset's name to start from.

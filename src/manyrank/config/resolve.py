@@ -325,7 +325,7 @@ def unknown_key(entry: Setting, known: Iterable[str] = KNOWN.spellings) -> UserE
     """The error for a key that does not exist, with the nearest of the known ones."""
     close = difflib.get_close_matches(normal(entry.key), known, 1, cutoff=0.5)
     dashes = "--" if entry.key.startswith("-") else ""
-    fix = f"did you mean {dashes}{close[0]}?" if close else "`--help` lists every option"
+    fix = f"did you mean {dashes}{close[0]}?" if close else "`--help all` lists every option"
     fix = INSTEAD.get(normal(entry.key), fix) if FIELDS.keys() & set(known) else fix
     return UserError(f"there is no option {entry.key!r}", where=entry.where, fix=fix)
 

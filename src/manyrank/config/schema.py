@@ -189,18 +189,19 @@ Source = Annotated[DataSource, BeforeValidator(_source)]
 Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_sources)]
 
 
-class TrainConfig(BaseModel):
-    """Keys of a recipe. Typed and frozen; batch sizes count examples, lengths count tokens."""
+class Keys(BaseModel):
+    """Base of a group of keys; its docstring, up to a colon or full stop, is their title in help texts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
-    # Task
+
+class ModelKeys(Keys):
+    """Model and method."""
+
     task: Task = Field(
         "sft",
         description="sft: learn the assistant's turns of the data; grpo: learn from the rewards of sampled completions",
     )
-
-    # Model
     model_name_or_path: str = Field(
         min_length=1, description="a folder, a hub name, or 'embedded' for the small model made here"
     )
@@ -212,7 +213,7 @@ class TrainConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: Method = Field(
         "lora",
-        description="full, lora, or LoRA on a smaller base: qlora (NF4, double quantisation), int8, fp8 (products in float8, too)",
+        description="all weights (full), or adapters on a base of 16 (lora), 4 (qlora) or 8 bits (int8, fp8); qlora is NF4 with double quantisation, fp8 has products in float8, too",
     )
     lora_r: Int = Field(16, gt=0, description="rank of the adapters")
     lora_alpha: Float = Field(32, gt=0, description="adapters are scaled by lora_alpha / lora_r")
@@ -221,14 +222,17 @@ class TrainConfig(BaseModel):
         "all-linear", description="'all-linear' (every linear layer but the lm_head) or a list of module names"
     )
 
-    # Data
+
+class DataKeys(Keys):
+    """Data."""
+
     data_path: Sources = Field(description="training data: a file, folder or hub name, or a list of sources")
     eval_data_path: Sources | None = Field(None, description="validation data, see eval_steps")
     eval_split: Float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="share of the training data that is used for validation instead, chosen by a hash of the content",
+        description="share of the training data to validate on instead; a hash of the content chooses it",
     )
     format_type: Format = Field(
         "auto", description="how rows are read; 'auto' goes by the first row that fits; or module:function"
@@ -251,7 +255,10 @@ class TrainConfig(BaseModel):
         None, gt=0, description="processes that tokenise; none: decided by rows and cores"
     )
 
-    # What is learned
+
+class LearnedKeys(Keys):
+    """What is learned."""
+
     chat_template: str | None = Field(
         None,
         min_length=1,
@@ -270,7 +277,10 @@ class TrainConfig(BaseModel):
         False, description="learn also what the template writes before an answer, such as an empty thinking block"
     )
 
-    # GRPO; a batch counts completions
+
+class GrpoKeys(Keys):
+    """Rewards and completions (GRPO): a batch counts completions."""
+
     rewards: Mapping = Field(
         {},
         description="by name a weight, or {weight: 1, option: ...}: numeric, exact, normalised, f1, choice, format, length, "
@@ -304,7 +314,10 @@ class TrainConfig(BaseModel):
         0.3, gt=0, lt=1, description="share of a GPU's memory that a colocated vLLM takes"
     )
 
-    # Batch
+
+class OptimisationKeys(Keys):
+    """Batch and optimisation."""
+
     per_device_train_batch_size: MicroBatch = Field(
         4,
         description="examples of max_length that a process forwards at once; auto: as many as fit, with a global_batch_size "
@@ -315,8 +328,6 @@ class TrainConfig(BaseModel):
     per_device_eval_batch_size: Int | None = Field(
         None, gt=0, description="the same for validation (default: as for training)"
     )
-
-    # Optimisation
     learning_rate: Float = Field(2e-4, ge=0, description="peak learning rate")
     lr_scheduler_type: Schedule = Field("cosine", description="shape of the learning rate's schedule")
     warmup_steps: Int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
@@ -332,7 +343,10 @@ class TrainConfig(BaseModel):
         42, ge=0, lt=2**32, description="seed of the adapters' initial weights, the data's order and dropout"
     )
 
-    # Precision and memory
+
+class SpeedKeys(Keys):
+    """Precision, memory and speed."""
+
     bf16: bool | Literal["auto"] = Field(
         "auto", description="compute in bf16; auto: where the GPU or CPU does it natively"
     )
@@ -346,32 +360,17 @@ class TrainConfig(BaseModel):
         description="recompute activations instead of keeping them: off, full (every layer), the first N layers, "
         "or auto: as few as the GPU's memory asks for",
     )
-
-    # Speed
     torch_compile: bool = Field(False, description="compile each layer; takes a minute or two at the start")
     disable_fused: Parts = Field(
         [],
         description="parts to run without this project's kernels, to compare: lm_head, lora, attention (on CPUs in bf16; FlashAttention 3 and 4), norm (on CUDA), mlp, rope",
     )
 
-    # Where it runs
-    strategy: Annotated[Strategy | None, BeforeValidator(_auto)] = Field(
-        None, description="an accelerate_configs/ name, or auto: on GPUs the fastest that fits, else single or ddp"
-    )
-    hsdp_shard_size: Int | None = Field(
-        None, gt=1, description="processes that share one copy of the model under hsdp; none: those of one machine"
-    )
-    elastic: bool = Field(False, description="continue with the machines that are left when others fail")
 
-    # Logging, validation, saving
-    output_dir: str | None = Field(
-        None, min_length=1, description="the run's folder (default: output/ and the recipe's name)"
-    )
-    run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
-    logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
-    report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
-    wandb_project: str | None = Field(None, min_length=1, description="W&B project")
-    wandb_tags: Tags = Field([], description="tags of the W&B run")
+class OutputKeys(Keys):
+    """Validation, saving and logging."""
+
+    output_dir: str | None = Field(None, min_length=1, description="the run's folder (default: output/RECIPE)")
     eval_steps: Int | None = Field(
         None, gt=0, description="steps between two validations (default: once an epoch, where there is validation data)"
     )
@@ -395,17 +394,42 @@ class TrainConfig(BaseModel):
         [],
         description="keys that may differ from the checkpoint on a resume: learning_rate, max_steps, data_path, ...",
     )
+    run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
+    logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
+    report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
+    wandb_project: str | None = Field(None, min_length=1, description="W&B project")
+    wandb_tags: Tags = Field([], description="tags of the W&B run")
+    callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
+    sample_questions: Strings = Field([], description="prompts that are completed before and after the training")
+    sample_max_new_tokens: Int = Field(64, gt=0, description="most tokens of these completions")
+    ignore_warnings: Strings = Field([], description="names of warnings (docs/rules.md) that are not printed")
+
+
+class PlaceKeys(Keys):
+    """Where to run: what a recipe may say of it."""
+
+    strategy: Annotated[Strategy | None, BeforeValidator(_auto)] = Field(
+        None,
+        description=f"one of auto, {', '.join(STRATEGIES)}; auto: on GPUs the fastest that fits, else single or ddp",
+    )
+    hsdp_shard_size: Int | None = Field(
+        None, gt=1, description="processes that share one copy of the model under hsdp; none: those of one machine"
+    )
+    elastic: bool = Field(False, description="continue with the machines that are left when others fail")
     hang_timeout: Float = Field(
         600, gt=0, description="seconds without progress after which a rank is named and its stacks are written"
     )
     ddp_timeout: Int = Field(
         900, gt=0, description="seconds that ranks wait for another in a training step, after which the run ends"
     )
-    callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
-    sample_questions: Strings = Field([], description="prompts that are completed before and after the training")
-    sample_max_new_tokens: Int = Field(64, gt=0, description="most tokens of these completions")
-    ignore_warnings: Strings = Field([], description="names of warnings (docs/rules.md) that are not printed")
     dry_run: bool = Field(False, description="load everything, run one step forward and backward, save nothing")
+
+
+# Of several bases, pydantic takes the fields of the last one first.
+class TrainConfig(PlaceKeys, OutputKeys, SpeedKeys, OptimisationKeys, GrpoKeys, LearnedKeys, DataKeys, ModelKeys):
+    """Keys of a recipe. Typed and frozen; batch sizes count examples, lengths count tokens."""
+
+    model_config = ConfigDict(defer_build=False)
 
     @property
     def is_grpo(self) -> bool:

@@ -74,7 +74,16 @@ class PlanOptions(Options):
     In place of RECIPE, a model alone is enough: a name such as Qwen2.5-7B, a folder or a config.json.
     """
 
-    gpu: str | None = arg(None, f"one of {KINDS} (default: what is here)", min_length=1)
+    first = (
+        *("model_name_or_path", "method", "lora_r", "data_path", "max_length", "per_device_train_batch_size"),
+        *("global_batch_size", "optim", "bf16", "gradient_checkpointing", "nproc"),
+    )
+    examples = (
+        "manyrank plan Qwen2.5-7B --gpu H100-80GB --nproc 8",
+        "manyrank plan my.yaml --gpu RTX4090 --nproc 2 --method qlora",
+    )
+
+    gpu: str | None = arg(None, f"kind of the GPUs, as H100-80GB (default: what is here); one of {KINDS}", min_length=1)
     gpu_memory: Annotated[int | None, BeforeValidator(_bytes)] = arg(
         None, "memory of one GPU, as 24GiB; overrides the kind's"
     )

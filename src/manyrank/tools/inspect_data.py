@@ -59,6 +59,15 @@ class InspectOptions(Options):
     In place of RECIPE, a file or folder of data is enough. Rows are shown at once, tokens once the tokenizer is loaded.
     """
 
+    first = (
+        *("model_name_or_path", "data_path", "eval_data_path", "eval_split", "format_type", "columns", "on_bad_row"),
+        *("duplicates", "max_length", "overlong", "packing", "chat_template", "thinking", "train_on_prompt"),
+    )
+    examples = (
+        "manyrank data inspect my.jsonl --model Qwen/Qwen2.5-7B",
+        "manyrank data inspect my.yaml --html data.html",
+    )
+
     samples: Int = arg(3, "examples to show of each side", ge=0)
     html: Path | None = arg(None, "write the same as a page too")
 

@@ -56,6 +56,8 @@ STAGES = {  # of the ranks, and what to do about each when it fails
 class DoctorOptions(Options):
     """Examine this machine for a training; with a recipe also what it needs."""
 
+    first = ("model_name_or_path", "method", "data_path", "strategy", "nproc", "nnodes", "node_rank", "rdzv_endpoint")
+    examples = ("manyrank doctor my.yaml --nproc 4",)
     as_json: bool = arg(False, "print the report as one JSON document")
     limit: Int = arg(50, "seconds that the ranks may take", gt=0)
 
