@@ -64,6 +64,7 @@ LIGHT += [
     "data.messages",
     "data.sources",
     "data.survey",
+    "tools.init",
     "tools.inspect_data",
 ]
 LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers"]

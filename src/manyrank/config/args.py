@@ -4,8 +4,8 @@
                          ├── fields of a command's own model ──> that model, typed
                          └── keys of a recipe ──> CommandLine.overrides, for `resolve`
 
-Dashes and underscores in names are the same, and `--help` works anywhere in a line. Of a recipe's keys it shows those that a
-command names as its first; `--help all` shows all, in the groups of the schema. What is wrong is a UserError.
+Dashes and underscores in names are the same, and `--help` works anywhere in a line. Of a recipe's keys it shows those
+that a command names as its first; `--help all` shows all, in the groups of the schema. What is wrong is a UserError.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Option:
         return self.repeated or (self.positional and is_list)
 
     def help(self, width: int, *, whole: bool = True) -> list[str]:
-        """Lay out its lines of a help text; not `whole`: without what follows a semicolon, and with one shorter spelling."""
+        """Lay out its lines of a help text; not `whole`: up to a semicolon, and with one shorter spelling."""
         text = self.info.description or ""
         also = [f"--{name}" for name in self.also if name not in OTHER_TOOLS]
         if not whole:
@@ -265,7 +265,7 @@ class Parser:
         self.usage = " ".join([prog, *words, *(["[--key value ...]"] if self.options else [])])
 
     def help(self, *, whole: bool) -> str:
-        """The help text, as wide as the terminal; not `whole`: of the options that are not the command's own, the first."""
+        """The help text, as wide as the terminal; not `whole`: the command's own options, and the first of the others."""
         width = max(60, shutil.get_terminal_size().columns - 2)
         first = set(self.model.first) if not whole else set()
         shown = [o for o in self.shown if not first or o.owner is self.model or o.positional or o.name in first]

@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
         chosen = Setting("--strategy", options.strategy, "command line, --strategy")
         line = replace(line, overrides=[*line.overrides, chosen])
     resolved = _resolved(line)
-    context = _context(options, line.options.nproc, resolved)
+    context = planned_context(options, line.options.nproc, resolved)
     _check_speeds(options, context)
     shape = read_model(resolved.config.model_name_or_path)
     if resolved.config.per_device_train_batch_size == "auto":
@@ -211,8 +211,12 @@ def _against(plan: Plan) -> list[str]:
     return [f"{violation.rule.name}: {violation.what}" for violation in refusals]
 
 
-def _context(options: PlanOptions, nproc: int | None, resolved: ResolvedConfig) -> RunContext:
-    """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory."""
+def planned_context(options: PlanOptions, nproc: int | None, resolved: ResolvedConfig) -> RunContext:
+    """The recipe on the GPUs to plan for: a kind that was asked for, those that are here, or ones of unknown memory.
+
+    Raises:
+        UserError: no such kind is known.
+    """
     here = gpus.probe_host() if options.gpu or options.gpu_memory else gpus.probe()
     if not here.gpus:
         nproc = nproc or 1

@@ -39,6 +39,23 @@ def check_model(name: str) -> None:
     )
 
 
+def fetch_config(name: str) -> None:
+    """Download a model's config.json into the local cache.
+
+    Raises:
+        UserError: the hub cannot be reached, does not have it, or does not give it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    check_model(name)
+    try:
+        hf_hub_download(name, "config.json", etag_timeout=SECONDS)
+    except Exception as error:  # of the hub's client, its transport and the network
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = f"config.json of the model {name} cannot be downloaded: {reason}"
+        raise UserError(what, where=f"model_name_or_path {name}", fix="give a folder with config.json") from None
+
+
 @lru_cache
 def check_data(name: str) -> None:
     """Refuse a data set that is not on the hub.
