@@ -67,14 +67,14 @@ LIGHT += [
     "tools.init",
     "tools.inspect_data",
 ]
-LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "training.trackers"]
+LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "tools.serve", "training.trackers"]
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 1500,  # with the watchdog, which the launch starts too, the boards of machines, and the hub
     "config": 1960,  # with keywords of Python, the names that other tools have, and keys and help texts in groups
     "topology": 870,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1460,
-    "models": 4530,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8
+    "models": 4690,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces
     "data": 3650,  # with other names of questions and answers, and rows that are looked at before any tokenizer
     "rules": 1850,
     "plan": 1890,  # with the host's time and micro-batches that nobody gave
@@ -83,7 +83,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "training": 2460,  # with lines of progress and the model card
     "tasks": 950,
     "launch": 840,
-    "tools": 6270,
+    "tools": 6970,  # with an OpenAI-compatible endpoint
 }
 BACKENDS = re.compile(r"deepspeed|fsdp|zero-?[123]|\bddp\b|DistributedType", re.IGNORECASE)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..chat_template.types import BadRow, Message
 from ..config.args import arg, read_options, word
@@ -27,7 +27,7 @@ from ..runs.artifact import find
 from ..runs.run_folder import write_atomically
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..chat_template.render import RenderOptions
     from ..models.generation import Completion, Sampling
@@ -116,6 +116,7 @@ class ChatModel:
                 stays as it was.
         """
         from ..models.generation import stream
+        from ..models.text_stream import TextStream
 
         turn = {"role": "user", "content": question}
         prompt = self._prompt([*self.messages, turn])
@@ -126,7 +127,7 @@ class ChatModel:
                 sampling=self.sampling,
                 stops=self.stops,
                 pad_token=self.tokenizer.pad_token_id,
-                streamer=_streamer(self.tokenizer, self.stops, show),
+                streamer=TextStream(self.tokenizer, show, stops=self.stops),
                 stopped=stopped,
                 number=len(self.turns) // 2,  # with the seed, it decides the draws
             )
@@ -147,21 +148,6 @@ class ChatModel:
             what = f"the conversation has {len(prompt):,} tokens, and the model's context is {context:,}"
             raise UserError(what, where="the conversation", fix="/reset begins a new one; /save FILE keeps this one")
         return prompt
-
-
-def _streamer(tokenizer: PreTrainedTokenizerBase, stops: set[int], show: Callable[[str], None]) -> TextStreamer:
-    """Hands text over in whole words as it comes, without the prompt and the tokens that end a completion."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def put(self, value: Any) -> None:
-            if self.next_tokens_are_prompt or value.flatten()[0].item() not in stops:
-                super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            show(text)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 class Chat:
