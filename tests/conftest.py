@@ -31,6 +31,7 @@ SLOW = (  # the slowest first, as measured
     "topology/test_strategy.py",
     "equivalence/test_verify.py",
     "test_counts.py",
+    "tools/test_serve.py",
     "tools/test_merge.py",
     "test_warm.py",
     "launchers/test_preemption.py",

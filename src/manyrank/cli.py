@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "loss, answers and benchmarks of a base, a run, an adapter or a merged model",
     "chat": "talk to a model, or to a base and its tuned model side by side",
     "generate": "answer all prompts of a file; resumes where it was stopped",
+    "serve": "an OpenAI-compatible endpoint for a base, a run, an adapter or a merged model",
     "merge": "put an adapter into its base, and prove the result",
     "files": "the recipes, scripts and strategy files of the project, shown and copied",
     "embedded-model": "make the small model that examples and tests use",
@@ -43,10 +44,11 @@ MODULES = {
     "evaluate": "tools.evaluate.main",
     "chat": "tools.chat",
     "generate": "tools.generate",
+    "serve": "tools.serve.main",
     "merge": "tools.merge.main",
     "files": "tools.files",
 }
-LOADS_A_MODEL = ("chat", "generate", "merge")
+LOADS_A_MODEL = ("chat", "generate", "serve", "merge")
 DATA_USAGE = "manyrank data inspect RECIPE|DATA [--key value ...], or manyrank data prepare CONFIG [--key value ...]"
 
 

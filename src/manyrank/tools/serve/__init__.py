@@ -1,0 +1,1 @@
+"""`manyrank serve`: a model behind the chat completions of OpenAI's API."""
