@@ -20,7 +20,6 @@ from ..project_files import asset
 from ..runs.mapping_files import read_json_object, read_yaml
 from .strategies import EngineKind, Strategy, find_strategy
 
-
 DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"  # of accelerate, in which a worker finds the path
 
 

@@ -66,12 +66,11 @@ def model_card(
     results = {RESULTS[key]: f"{last[key]:.4g}" for key in RESULTS if key in last}
     settings = {key: getattr(config, key) for key in (*(OF_LORA if config.uses_lora else ()), *SETTINGS)}
     settings = {"steps": steps, "examples of a step": batch, **settings}
-    task = "GRPO" if config.is_grpo else "supervised fine-tuning"
     adapter = f"An adapter (`{config.method}`) for {name}" if config.uses_lora else f"{name}, trained as a whole"
     title = config.run_name or (f"{name.rpartition('/')[2]}-{config.method}")
     parts = [
         f"---\n{header.to_yaml()}\n---\n\n# {title}",
-        f"{adapter}: {task} with manyrank {__version__}.",
+        f"{adapter}: {config.task.upper()} with manyrank {__version__}.",
         _section("Data", _data(output_dir)),
         _section("Results", [f"{what}: {value}" for what, value in results.items()]),
         _section("Training", [f"{key}: {_text(value)}" for key, value in settings.items()]),
