@@ -13,7 +13,7 @@ from manyrank.errors import UserError
 from manyrank.models.coverage import check_quantised, matrices
 from manyrank.models.inference import load_model as load_to_use
 from manyrank.models.load import LoadPlan, load_model, with_adapters
-from manyrank.models.reach import reach, unreached_modules
+from manyrank.models.reach import count_parameters, reach, unreached_modules
 from manyrank.parallel import first_look
 from manyrank.parallel.engine import prepare_engine
 from manyrank.training.optim import build_optimizer
@@ -205,6 +205,13 @@ def quantised(kind: str, folder, quantization: str, say=print):
     )
     method = {"nf4": "qlora", "int8": "int8"}[quantization]
     return load_model(plan, recipe(method=method), say=say)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_parameters_of_a_quantised_base_are_counted_unpacked(quantization, tmp_path):
+    model = quantised("llama", tmp_path, quantization)
+    adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert adapters and count_parameters(model) - adapters == tiny("llama").num_parameters()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 from browser import Page, browse, look_at, needs_chromium
 from launches import Run, launch
+from peft import PeftConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from manyrank import cli
 from manyrank.config.resolve import Setting, resolve
@@ -153,6 +156,22 @@ def test_tensorboard_has_one_run_with_every_step(stopped):
     assert [event.step for event in found.Scalars("eval/loss")] == [2, 4, 6]
 
 
+def test_the_summary_is_that_of_the_run(stopped):
+    run = stopped[1]
+    page = (run.folder / "report.html").read_text()
+    texts = Page(page).texts
+    adapter = load_file(run.folder / "final_model" / "adapter_model.safetensors")
+    trained = sum(tensor.numel() for tensor in adapter.values())
+    assert run.facts()["trained_parameters"] == trained
+    base = AutoModelForCausalLM.from_pretrained(
+        PeftConfig.from_pretrained(run.folder / "final_model").base_model_name_or_path
+    )
+    assert f"{base.num_parameters() + trained:,} parameters, {trained:,} trained" in texts["summary"]
+    assert " of 160 rows" in texts["summary"] and "on single, 1 process" in texts["summary"]
+    assert f"best loss {min(run.metrics('eval_loss')):.4f} at step 6" in texts["summary"]
+    assert '<p class="card" id="odd">Nothing odd.</p>' in page
+
+
 def test_one_rank_talks(stopped):
     stop = stopped[0]
     assert (stop.stdout + stop.stderr).count("  loss ") == 3 and stop.stdout.count("training data: ") == 1
@@ -277,9 +296,9 @@ def test_figures_on_the_page_are_those_of_the_run(stopped, tmp_path):
     dom = Page(html)
     losses, validation = run.metrics(), run.metrics("eval_loss")
     figures = dom.figures["figures"]
-    assert figures[:4] == ["6", "6", repr(losses[-1]), repr(validation[-1])] and repr(min(validation)) in figures
-    assert repr(max(run.metrics("memory_gib"))) in figures and "finished" in dom.texts["figures"]
-    assert dom.title == "Run <i>stopped</i>" and not dom.tags & {"script", "img", "iframe", "link", "b"}
+    assert figures[:3] == ["6", repr(losses[-1]), repr(validation[-1])] and repr(min(validation)) in figures
+    assert repr(max(run.metrics("memory_gib"))) in figures and "finished; 6 of 6 steps" in dom.texts["summary"]
+    assert dom.title == "Report of <i>stopped</i>" and not dom.tags & {"script", "img", "iframe", "link", "b"}
     training = json.loads((run.folder / "logs" / "data.json").read_text())["parts"][0]
     assert dom.figures["training-examples"][:2] == [repr(training["examples"]), repr(training["tokens"])]
     (entry,) = logs.read_samples(run.folder)
@@ -311,7 +330,10 @@ def test_the_page_needs_nothing_else_and_is_made_anew(stopped, tmp_path, capsys)
     text = (folder / "report.html").read_text()
     assert not re.search(r"<(script|link|img|iframe)|https?:|url\(|@import", text) and len(text) < 80_000
     assert cli.main(["report", str(folder), "--output", str(tmp_path / "again.html")]) == 0
-    assert capsys.readouterr().out == f"written to {tmp_path / 'again.html'}\n"
+    *summary, last = capsys.readouterr().out.splitlines()
+    assert last == f"written to {tmp_path / 'again.html'}" and summary[0] == "Report of <i>stopped</i>"
+    losses = stopped[1].metrics()
+    assert f"  loss        {losses[0]:.4f} at step 1, {losses[-1]:.4f} at step 6" in summary
     assert (tmp_path / "again.html").read_text() == text
 
 
@@ -321,6 +343,7 @@ def test_runs_are_compared(stopped, whole_run, tmp_path, capsys, monkeypatch):
     dom = Page((tmp_path / "comparison.html").read_text())
     figures = dom.figures["figures"]
     assert figures[:4] == ["6", "6", repr(stopped[1].metrics()[-1]), repr(whole_run.metrics()[-1])]
+    assert "oddnothingnothing" in re.sub(r"\s", "", dom.texts["figures"])
     assert dom.title == "2 runs" and "<i>stopped</i>" in dom.texts["figures"]
     differing = dom.texts["differing"]
     assert "packing" in differing and "report_to" in differing and "learning_rate" not in differing
@@ -332,7 +355,7 @@ def test_runs_are_compared(stopped, whole_run, tmp_path, capsys, monkeypatch):
 
 def test_a_run_without_samples_and_validation_has_its_report(whole_run):
     dom = Page((whole_run.folder / "report.html").read_text())
-    assert dom.figures["figures"][:3] == ["6", "6", repr(whole_run.metrics()[-1])]
+    assert dom.figures["figures"][:2] == ["6", repr(whole_run.metrics()[-1])]
     assert (
         "sample" not in dom.texts and "validation loss" not in dom.texts["figures"] and "training-examples" in dom.texts
     )
@@ -359,7 +382,7 @@ def test_what_a_killed_run_left_of_a_line_is_left_out(tmp_path):
     folder = made_run(tmp_path / "run", text, samples='[{"question": "a"', data="[]")
     page = report.write_report([folder]).read_text()
     dom = Page(page)
-    assert dom.figures["figures"] == ["3", "1.5"] and "runs still, or was killed" in dom.texts["figures"]
+    assert dom.figures["figures"] == ["3", "1.5"] and "runs still, or was killed" in dom.texts["summary"]
     assert page.count("is damaged, and not shown") == 2  # neither ends the report
     assert read_run(folder).unread == ("logs/data.json", "logs/samples.json")
 
@@ -395,7 +418,7 @@ def test_a_history_and_a_launch_that_are_not_what_a_training_writes(tmp_path):
 def test_a_run_that_logged_nothing(tmp_path):
     (tmp_path / "config.yaml").write_text('method: lora  # default\nrun_name: "a # b"  # recipe.yaml, run_name\n')
     page = report.write_report([tmp_path]).read_text()
-    assert "No step has been logged." in page and "<title>Run a # b</title>" in page
+    assert "No step has been logged." in page and "<title>Report of a # b</title>" in page
     assert [entry.folder for entry in [read_run(tmp_path)]] == [tmp_path]
 
 
@@ -502,4 +525,4 @@ def test_how_a_run_ends_is_written_down_and_raised_again(tmp_path, error, event,
         raise error
     assert caught.value is error
     assert [entry["event"] for entry in logs.read_history(folder)] == ["resumed", event]
-    assert status in Page((folder / "report.html").read_text()).texts["figures"]
+    assert status in Page((folder / "report.html").read_text()).texts["summary"]

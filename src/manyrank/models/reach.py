@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -78,6 +79,12 @@ def _sketch(model: torch.nn.Module) -> torch.nn.Module:
 def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     """The whole shape, also of a parameter that DeepSpeed has sharded."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Count the parameters over all ranks; of a packed layer those of the matrix that it stands for."""
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if is_packed(m)}
+    return sum(packed.get(id(p), math.prod(shape_of(p))) for p in model.parameters())
 
 
 def is_packed(module: torch.nn.Module) -> bool:

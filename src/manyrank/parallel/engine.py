@@ -25,6 +25,7 @@ from ..errors import NonFiniteGradientError
 from ..models.adapters import trainable
 from ..models.load import evaluation_mode
 from ..models.lora import AdapterCasts
+from ..models.reach import count_parameters, shape_of
 from ..models.shards import take_parts
 from . import first_look
 from .fsdp_preparation import name_layers
@@ -49,6 +50,8 @@ class StrategyInfo:
     base_bytes: int  # of the frozen and trained base weights, over the whole model
     base_bytes_here: tuple[int, ...]  # the part that each rank holds
     trainable_tensors: int
+    parameters: int  # of the whole model, adapters included
+    trained_parameters: int
     mesh: tuple[int, ...] = ()  # of FSDP: (shards,), or (copies, shards of each)
 
     def as_dict(self) -> dict:
@@ -238,6 +241,8 @@ class Engine:
             base_bytes=sum(self._bytes(p) for p in base),
             base_bytes_here=tuple(self.accelerator.gather(here).tolist()),
             trainable_tensors=len(self.trainable),
+            parameters=count_parameters(self.model),
+            trained_parameters=sum(math.prod(shape_of(p)) for p in self.trainable.values()),
         )
 
     def _bytes(self, parameter: torch.Tensor) -> int:

@@ -1,6 +1,6 @@
 """`manyrank report`: a page about a run, made anew, or about several runs side by side. No torch.
 
-manyrank report output/my                          writes output/my/report.html, as the end of a training does
+manyrank report output/my                          writes output/my/report.html, as the end of a training does, and its summary
 manyrank report output/a output/b --output ab.html
 """
 
@@ -13,10 +13,12 @@ from pathlib import Path
 
 from ...config.args import Options, arg, read_options, word
 from ...errors import UserError, in_one_line
+from . import terminal
 from .blocks import one_line
 from .pages import check_page, page, write_page
 from .run_blocks import comparison_blocks, run_blocks
-from .run_record import read_run
+from .run_record import RunRecord, read_run
+from .summary import summary_blocks
 
 NAME, COMPARISON = "report.html", "comparison.html"
 
@@ -30,7 +32,7 @@ class ReportOptions(Options):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the page and print where it is.
+    """Write the page, print the summary of a single run, and where the page is.
 
     Raises:
         UserError: a folder is none of a run, a run is named twice, or the page cannot be written.
@@ -41,10 +43,19 @@ def main(argv: Sequence[str]) -> int:
     write, name = (write_report, NAME) if len(options.runs) == 1 else (write_comparison, COMPARISON)
     if options.output_dir:
         with _new_folder(options.output_dir):
-            print(f"written to {write(options.runs, options.output_dir / name)}")
+            file = write(options.runs, options.output_dir / name)
     else:
-        print(f"written to {write(options.runs, options.output)}")
+        file = write(options.runs, options.output)
+    if len(options.runs) == 1:
+        run = read_run(options.runs[0])
+        terminal.show(title(run), summary_blocks(run))
+        print()
+    print(f"written to {file}")
     return 0
+
+
+def title(run: RunRecord) -> str:
+    return f"Report of {one_line(run.name)}"
 
 
 @contextlib.contextmanager
@@ -72,7 +83,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """
     (folder,) = folders
     run = read_run(folder)
-    return _write(page(f"Run {one_line(run.name)}", run_blocks(run)), output or folder / NAME)
+    return _write(page(title(run), run_blocks(run)), output or folder / NAME)
 
 
 def make_report(output_dir: Path) -> Path | None:

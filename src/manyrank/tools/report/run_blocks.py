@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,9 @@ from .blocks import (
 )
 from .curves import Chart, Curve
 from .data_tables import reading_tables, split_tables
+from .oddities import oddities
 from .run_record import RunRecord
+from .summary import duration, summary_blocks
 
 NONE = Cell("–")
 MEDIANS = "Rates, step and padding are medians over the lines of metrics."
@@ -52,17 +53,6 @@ def _format(pattern: str) -> Callable[[float], Cell]:
     return lambda value: Cell(pattern.format(value), repr(value))
 
 
-def duration(seconds: float) -> Cell:
-    """Days, hours, minutes and seconds, as far as they say something."""
-    if not math.isfinite(seconds):
-        return Cell(repr(seconds), repr(seconds))
-    if round(seconds) < 60:
-        return Cell(f"{seconds:.1f} s", repr(seconds))
-    days, rest = divmod(round(seconds), 86400)
-    text = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
-    return Cell(f"{days} d {text}" if days else text, repr(seconds))
-
-
 LOSS, WHOLE, GIB = _format("{:.4f}"), _format("{:,.0f}"), _format("{:.2f} GiB")
 FIGURES = (
     Figure("steps", lambda run: run.step, count),
@@ -81,7 +71,7 @@ FIGURES = (
     Figure("MFU", lambda run: run.median("mfu"), share),
     Figure("padding", lambda run: run.median("padding"), share),
     Figure("step", lambda run: run.median("step_seconds"), _format("{:.3g} s")),
-    Figure("time in steps", lambda run: run.seconds or None, duration),
+    Figure("time in steps", lambda run: run.seconds or None, lambda seconds: Cell(duration(seconds), repr(seconds))),
     Figure("memory, peak", lambda run: run.extreme("memory_gib", max), GIB),
 )
 # Key of the metrics, title, whether the y axis begins at 0.
@@ -102,6 +92,7 @@ COMPARED = (("loss", "Loss", False), ("eval_loss", "Validation loss", False), ("
 
 def run_blocks(run: RunRecord) -> Iterator[Block]:
     """List the blocks of one run; what it does not have is left out."""
+    yield from summary_blocks(run)
     yield _figures(run)
     yield from map(_damaged, run.unread)
     yield _charts(_run_charts(run))
@@ -126,6 +117,7 @@ def comparison_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
     shown = [figure for figure in FIGURES if any(figure.value(run) is not None for run in runs)]
     rows = [(word(figure.name), *(figure.of(run) for run in runs)) for figure in shown]
     rows.insert(0, (word("status"), *(word(run.status) for run in runs)))
+    rows.append((word("odd"), *(word("; ".join(oddities(run)) or "nothing") for run in runs)))
     yield Table("figures", "Final figures", ("", *names), tuple(rows), MEDIANS)
     yield _differing(runs, names)
     yield _charts(_compared_charts(runs, names))
@@ -146,13 +138,8 @@ def _damaged(name: str) -> Note:
 
 
 def _figures(run: RunRecord) -> Table:
-    rows = [(word("status"), word(run.status))]
-    if run.total_steps is not None:
-        rows.append((word("total steps"), count(run.total_steps)))
-    rows += [(word(figure.name), figure.of(run)) for figure in FIGURES if figure.value(run) is not None]
-    if processes := next((entry["processes"] for entry in reversed(run.history) if "processes" in entry), None):
-        rows.append((word("processes"), word(f"{processes}")))
-    return Table("figures", "Figures", (), tuple(rows), MEDIANS)
+    rows = tuple((word(figure.name), figure.of(run)) for figure in FIGURES if figure.value(run) is not None)
+    return Table("figures", "Figures", (), rows, MEDIANS)
 
 
 # Curves

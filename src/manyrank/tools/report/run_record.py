@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,16 @@ from .curves import Point
 
 SIGNS = ("config.yaml", "launch.json", "logs/metrics.jsonl")  # one of these is in every run's folder
 LINE = re.compile(r"(\w+): (.*)  # (.*)")
+# What became of rows, as logs/data.json names it.
+LEFT_OUT = ("bad, quarantined", "too long, left out", "duplicates, left out")
+CUT = ("cut at max_length",)
+
+
+@contextlib.contextmanager
+def damage_ignored() -> Iterator[None]:
+    """Leave what is done with a file of JSON that is not as a training writes it."""
+    with contextlib.suppress(AttributeError, ArithmeticError, LookupError, TypeError, ValueError):
+        yield
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class RunRecord:
     Attributes:
         config: by key, the value as YAML and where it came from.
         lines: of metrics.jsonl. history: what became of the run.
-        data, memory, versions: what logs/ has of these; empty where it has none.
+        data, memory, versions, strategy: what logs/ has of these; empty where it has none.
         samples: question, before, after. completions: some of each logged step, with their rewards.
         command, plan: how it was launched; the plan with every file.
         unread: files that are there and cannot be read.
@@ -43,6 +54,7 @@ class RunRecord:
     data: dict = field(default_factory=dict)
     memory: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
+    strategy: dict = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
     completions: list[dict] = field(default_factory=list)
     command: str = ""
@@ -52,10 +64,12 @@ class RunRecord:
     @property
     def name(self) -> str:
         """Its run_name, or that of its folder."""
-        name = None
+        return str(self.value("run_name") or self.folder.resolve().name)
+
+    def value(self, key: str) -> Any:
+        """A value of the configuration; None where it has none."""
         with contextlib.suppress(yaml.YAMLError):  # of a file that somebody has changed
-            name = yaml.safe_load(self.config.get("run_name", ("null",))[0])
-        return str(name or self.folder.resolve().name)
+            return yaml.safe_load(self.config.get(key, ("null",))[0])
 
     @cached_property
     def curves(self) -> dict[str, list[Point]]:
@@ -90,6 +104,32 @@ class RunRecord:
     @property
     def total_steps(self) -> int | None:
         return next((entry["total_steps"] for entry in reversed(self.history) if "total_steps" in entry), None)
+
+    @property
+    def processes(self) -> int | None:
+        """Of the last start."""
+        return next((entry["processes"] for entry in reversed(self.history) if "processes" in entry), None)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were read for the training."""
+        with damage_ignored():
+            return int(self.data["readings"][0]["rows"])
+        return 0
+
+    @property
+    def rows_left_out(self) -> int:
+        return self._rows(LEFT_OUT)
+
+    @property
+    def rows_cut(self) -> int:
+        return self._rows(CUT)
+
+    def _rows(self, fates: Sequence[str]) -> int:
+        with damage_ignored():
+            counts = self.data["readings"][0]["counts"]
+            return sum(int(counts.get(fate, 0)) for fate in fates)
+        return 0
 
     @property
     def seconds(self) -> float:
@@ -131,7 +171,7 @@ def read_run(folder: Path) -> RunRecord:
         config=_config(_text(folder / "config.yaml")),
         lines=[line for line in lines if _is_number(line.get("step"))],
         history=[entry for entry in logs.read_history(folder) if _is_entry(entry)],
-        **{name: _json(folder, f"logs/{name}.json", {}, unread) for name in ("data", "memory", "versions")},
+        **{name: _json(folder, f"logs/{name}.json", {}, unread) for name in ("data", "memory", "versions", "strategy")},
         samples=_json(folder, "logs/samples.json", [], unread),
         completions=logs.read_completions(folder),
         command=_command(launch),
