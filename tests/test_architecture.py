@@ -148,7 +148,7 @@ def test_a_tool_imports_no_other_tool():
 
     pairs = [(name, other) for name in IMPORTS for other in IMPORTS[name] if package(name) == package(other) == "tools"]
     wrong = [(name, other) for name, other in pairs if tool(name) != tool(other)]
-    pages = ("blocks", "data_tables", "pages", "terminal")
+    pages = ("blocks", "curves", "data_tables", "oddities", "pages", "run_record", "summary", "terminal")
     assert {other for _, other in wrong} <= {f"tools.report.{name}" for name in pages}
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 
 from ..errors import SaveError
 from ..parallel.engine import Engine
-from ..runs import run_folder
+from ..runs import logs, run_folder
 from .state import save_checkpoint
 
 FAILURES = 2  # in a row, after which a run stops
@@ -64,9 +63,7 @@ class Saver:
         if self.failures == FAILURES:
             raise SaveError(f"checkpoint-{step} could not be written, nor the one before it: {error}") from None
         if self.engine.accelerator.is_main_process:
-            print(
-                f"WARNING: checkpoint-{step} could not be written: {error}. Training continues; one more failure "
-                "and it stops",
-                file=sys.stderr,
-                flush=True,
+            logs.warn(
+                self.output_dir,
+                f"checkpoint-{step} could not be written: {error}. Training continues; one more failure and it stops",
             )

@@ -1,6 +1,7 @@
 """Files in a run's logs/, and the memory of this process. Imports torch only for a GPU.
 
 metrics.jsonl   a line for each logged step and each validation
+training_log.txt   the same for people, and warnings
 history.jsonl   started, resumed, preempted, failed, finished
 samples.json    the recipe's questions, with the answers before and after the training
 completions.jsonl   some completions of each logged step, with their rewards
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 COMPLETIONS = "completions.jsonl"
+WARNING = "WARNING: "
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -87,6 +89,26 @@ def peak_memory(device_type: str) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def warn(output_dir: Path, text: str) -> None:
+    """Print a warning, and add it to the run's log; a file that cannot be written costs nothing else."""
+    print(f"{WARNING}{text}", file=sys.stderr, flush=True)
+    keep_warning(output_dir, f"{WARNING}{text}")
+
+
+def keep_warning(output_dir: Path, line: str) -> None:
+    """Add a warning that has been printed to the run's log."""
+    with contextlib.suppress(OSError):
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        append_lines(output_dir / "logs" / "training_log.txt", [f"{now}  {' '.join(line.split())}"])
+
+
+def read_warnings(output_dir: Path) -> list[str]:
+    """The warnings of the run's log, oldest first."""
+    file = output_dir / "logs" / "training_log.txt"
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ()
+    return [line for line in lines if WARNING in line]
 
 
 def append_lines(file: Path, lines: Iterable[str]) -> None:

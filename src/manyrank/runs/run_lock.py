@@ -71,6 +71,17 @@ def refuse_if_held(output_dir: Path) -> None:
         raise _held(owner, output_dir)
 
 
+def is_held(output_dir: Path) -> bool:
+    """Return whether a run works in the folder; one whose process cannot be seen from here is judged by its last beat."""
+    lock = output_dir / LOCK
+    owner = _read(lock)
+    alive = owner.is_alive() if owner else False
+    if alive is None:
+        with contextlib.suppress(OSError):  # released meanwhile
+            return time.time() - lock.stat().st_mtime < DEAD
+    return bool(alive)
+
+
 @contextlib.contextmanager
 def claimed(output_dir: Path) -> Iterator[None]:
     """Have the folder for this process while this lasts; what is made of its path goes again if it stays empty.

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterable
 
+from . import logs
 from .heartbeats import DONE, PUBLISHED, Heartbeat, HeartbeatWriter, beats
 
 NOTICE = (
@@ -75,7 +76,10 @@ class Watchdog(threading.Thread):
             if self.notices:
                 self._say(self._notice() if self._starting else None)
                 self._say(self._publish({beat.rank: quiet for beat, quiet in local}))
-            self._say(self._report([(beat, quiet) for beat, quiet in local if beat.phase != DONE]))
+            hang = self._report([(beat, quiet) for beat, quiet in local if beat.phase != DONE])
+            self._say(hang)
+            if hang and self.heartbeat.folder:
+                logs.keep_warning(self.heartbeat.folder.parents[1], hang)
 
     def _say(self, text: str | None) -> None:
         if text:
