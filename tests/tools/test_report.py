@@ -1,10 +1,12 @@
 """Trackers and reports: of a real run that is stopped and goes on, and of folders in which much is missing."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import re
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -209,6 +211,19 @@ def test_mlflow_has_the_run_and_a_resumed_one_goes_on_with_it(embedded_model, tm
         tmp_path / "run", *given, "--strategy=single", f"--resume_from_checkpoint={run.folder / 'checkpoint-3'}", **env
     )
     assert lost.code == 2 and f"error: MLflow cannot resume run {found.info.run_id}" in lost.stderr, lost.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
+def test_trackio_has_every_step_in_a_database_of_this_machine(embedded_model, tmp_path):
+    env = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    given = ("--max_steps=2", "--report_to=trackio", "--run_name=mine", "--strategy=single")
+    run = launch(tmp_path / "run", *given, cold=True, **env)
+    assert run.code == 0, run.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "huggingface.db")) as database:
+        rows = database.execute("select run_name, metrics from metrics order by id").fetchall()
+    logged = [json.loads(metrics) for _, metrics in rows]
+    assert {name for name, _ in rows} == {"mine"} and [line["train/global_step"] for line in logged] == [1, 2]
+    assert [line["train/loss"] for line in logged] == pytest.approx(run.metrics())
 
 
 @pytest.mark.parametrize(
