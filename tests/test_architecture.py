@@ -67,7 +67,15 @@ LIGHT += [
     "tools.init",
     "tools.inspect_data",
 ]
-LIGHT += ["tools.chat", "tools.generate", "tools.merge.main", "tools.serve", "training.trackers"]
+LIGHT += [
+    "tools.chat",
+    "tools.files",
+    "tools.generate",
+    "tools.merge.main",
+    "tools.serve",
+    "tools.watch",
+    "training.trackers",
+]
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 1500,  # with the watchdog, which the launch starts too, the boards of machines, and the hub
@@ -83,7 +91,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "training": 2460,  # with lines of progress and the model card
     "tasks": 950,
     "launch": 840,
-    "tools": 7350,  # with an OpenAI-compatible endpoint, recipes written, files copied and runs watched
+    "tools": 7600,  # with an OpenAI-compatible endpoint, recipes written, files copied and runs watched
 }
 BACKENDS = re.compile(r"deepspeed|fsdp|zero-?[123]|\bddp\b|DistributedType", re.IGNORECASE)
 
