@@ -4,6 +4,7 @@
 # the number of GPUs. output_dir in the recipe or on the command line must be a folder that all machines share. A machine that
 # went away comes back with the same command: the run resumes from its newest checkpoint.
 set -euo pipefail
+(($# >= 2)) || { sed -n 's/^# //p' "$0" >&2; exit 2; }
 recipe=$1 strategy=$2
 shift 2
 [[ " $* " =~ " --resume"([_-]from|=|" ") ]] || set -- "$@" --resume_from_checkpoint auto

@@ -31,6 +31,12 @@ def test_one_machine(name, whole_run, tmp_path):
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["local.sh", "torchrun.sh", "multinode.sh", "slurm.sbatch"])
+def test_without_a_recipe_a_script_says_how_it_is_called(name):
+    done = script(name)
+    assert done.returncode == 2 and f"launch/{name} RECIPE STRATEGY" in done.stderr and not done.stdout
+
+
 def test_multinode_shows_the_command_of_its_machine():
     place = {"NNODES": "2", "NODE_RANK": "1", "ENDPOINT": "first:29501", "NPROC": "4"}
     done = script("multinode.sh", "verify", "fsdp", "--print", "--output_dir=a b", **place)
