@@ -108,7 +108,7 @@ def test_the_page_of_gpus_is_made_from_the_results():
     late, failed = {"state": "out of time", "result": {"lora": 1}}, {"state": "failed", "error": "a\nb", "result": {}}
     page = make_gpu.page({"nf4": {"state": "done", "result": {"right": True}}, "trl": late, "qlora": failed})
     assert "| NF4 | right: True |" in page
-    assert "liger-kernel | out of time: lora: 1 |" in page and "tokens | failed: a b |" in page
+    assert "are installed | out of time: lora: 1 |" in page and "tokens | failed: a b |" in page
 
 
 def unhurried(*names: str) -> tuple[gpu_check.Part, ...]:

@@ -223,4 +223,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["doctor", "--help"])
     shown = capsys.readouterr().out
-    assert "--json" in shown and "--limit" in shown and "--nnodes" in shown and "--learning_rate" in shown
+    assert "--json" in shown and "--limit" in shown and "--nnodes" in shown and "--learning_rate" not in shown
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["doctor", "--help", "all"])
+    assert "--learning_rate" in capsys.readouterr().out

@@ -186,7 +186,7 @@ def test_nothing_is_overwritten():
         ("--model embedded --data gone.jsonl", "there is no file gone.jsonl", "check the path"),
         ("--model embedded --data bad.jsonl", "no row is left to train on: 1 of 1 rows cannot be used", "rows"),
         ("--model embedded --data shapes.jsonl", "no format has the keys ['colour']", "known formats"),
-        ("--model embedded --data my.jsonl --method lorra", "method: 'lorra' is invalid", "method"),
+        ("--model embedded --data my.jsonl --method lorra", "method: 'lorra' is invalid", "write lora"),
     ],
 )
 def test_errors_have_three_lines_and_leave_no_file(embedded_model, capsys, line, what, fix):

@@ -171,7 +171,15 @@ class Terminal:
         self.end, other = pty.openpty()
         argv = [sys.executable, "-m", "manyrank.cli", "watch", *args]
         env = {**os.environ, "TERM": "xterm", "COLUMNS": "90", "LINES": "40"}
-        self.process = subprocess.Popen(argv, stdin=other, stdout=other, stderr=other, env=env)
+        self.process = subprocess.Popen(
+            argv,
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            env=env,
+            # What a shell starts in the background ignores Ctrl-C, and so do these tests there.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         os.close(other)
         self.shown = ""
 
