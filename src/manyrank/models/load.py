@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.resolve import TrainConfig
 from ..errors import UserError
-from ..project_files import EMBEDDED, asset
+from ..project_files import EMBEDDED, template_file, template_names
 from ..runs import hub
 from . import coverage, flash
 from .adapters import Say, freeze_unreached, with_lora
@@ -159,10 +159,9 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if name in own:
         return own[name]
-    for file in (Path(name), asset("data", "templates", f"{name}.jinja")):
-        if file.is_file():
-            return _text(file)
-    known = sorted({*own, *(path.stem for path in asset("data", "templates").glob("*.jinja"))})
+    if file := template_file(name):
+        return _text(file)
+    known = sorted({*own, *template_names()})
     raise UserError(
         f"there is no chat template {name!r}", where="chat_template", fix=f"a file, or one of {', '.join(known)}"
     )

@@ -25,7 +25,7 @@ from ..data.messages import bad_rows_error, usual_fix
 from ..data.sources import known_format, read_rows, source_of
 from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
-from ..project_files import asset
+from ..project_files import template_file, template_names
 from ..runs import artifact, run_lock
 from ..runs.run_folder import is_new, others, unsealed
 from ..topology.gpus import Hardware
@@ -210,15 +210,14 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
 
 def _template_problems(resolved: ResolvedConfig) -> Iterator[UserError]:
     name, where = resolved.config.chat_template, resolved.where("chat_template")
-    known = sorted(path.stem for path in asset("data", "templates").glob("*.jinja"))
-    if not name or name in known or Path(name).is_file():
+    if not name or template_file(name):
         return
     if "/" in name or "." in name:
         yield UserError(f"there is no file {name}", where=where, fix="name a Jinja file")
         return
     model = find_facts(resolved.config.model_name_or_path)
     if model and not model.has_template_named(name):  # where it is not here, its tokenizer may have it
-        fix = f"leave it out for the model's own, or name a file, or one of {', '.join(known)}"
+        fix = f"leave it out for the model's own, or name a file, or one of {', '.join(template_names())}"
         yield UserError(f"there is no chat template {name!r}", where=where, fix=fix)
 
 

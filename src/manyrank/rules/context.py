@@ -15,7 +15,7 @@ from ..data.formats import needs_template
 from ..data.sources import known_format, source_of
 from ..errors import UserError
 from ..models.model_facts import ModelFacts, find_facts
-from ..project_files import asset
+from ..project_files import template_file
 from ..runs import artifact, run_folder
 from ..topology import strategy_files
 from ..topology.gpus import GpuKind, Hardware, computes_in_bf16
@@ -110,8 +110,8 @@ class RunContext:
         name, own = self.config.chat_template, self.model.template if self.model else None
         if not name:
             return own
-        files = (Path(name), asset("data", "templates", f"{name}.jinja"))
-        return next((file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()), None)
+        file = template_file(name)
+        return file.read_text(encoding="utf-8", errors="replace") if file else None
 
     @cached_property
     def chats(self) -> bool:
