@@ -86,7 +86,7 @@ class AdapterCasts:
         """Let the layers use the copies in a micro-batch; the first of a step makes them.
 
         Args:
-            last: nothing changes an adapter before the next micro-batch, unless this one ends the step.
+            last: whether this micro-batch ends the step. Between those of one step nothing may change an adapter.
         """
         # None of a model that is trained whole, or whose adapters all run as peft has them.
         if self.stale and self.copies:

@@ -24,9 +24,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import modeling_utils
 
 READ_ALONE = "HF_DEACTIVATE_ASYNC_LOAD"
-RETURNED_EACH = (
-    8 * 2**20
-)  # elements: glibc keeps the pieces that quantising frees, between parts that stay; gigabytes in the end
+# Elements. glibc keeps the pieces that quantising frees, between parts that stay: gigabytes in the end.
+RETURNED_EACH = 8 * 2**20
 
 
 @dataclass(frozen=True)

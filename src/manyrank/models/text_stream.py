@@ -18,7 +18,8 @@ PART = "\ufffd"  # what tokens decode to that end inside of a character
 class TextStream(BaseStreamer):
     """Decodes tokens as they come. The joined pieces of valid UTF-8 are what `tokenizer.decode(tokens).strip()` gives.
 
-    (TextStreamer of transformers 5.23 decodes each line alone, where tokenizers such as Llama 2's drop a blank.) No piece ends inside of a character, in blanks that may be the last, or in what may become a stop string.
+    No piece ends inside of a character, in blanks that may be the last, or in what may become a stop string.
+    (TextStreamer of transformers 5.23 decodes each line alone, where tokenizers such as Llama 2's drop a blank.)
 
     Args:
         show: gets each piece.
