@@ -109,16 +109,24 @@ def steps() -> dict[str, Counts]:
         return {name: _of_run(Path(folder), **options) for name, options in STEPS.items()}
 
 
-def _of_run(folder: Path, *, bf16: bool = True, **options) -> Counts:
+def _of_run(folder: Path, **options) -> Counts:
     from loops import config
 
     from manyrank.tasks.sft import SFT
+    from manyrank.topology.gpus import probe
+    from manyrank.topology.precision import find_precision
     from manyrank.topology.ranks import Topology
     from manyrank.training.build import build_run
 
-    recipe = config(folder, **(RECIPE | options))
+    recipe = config(folder, **({"bf16": True} | RECIPE | options))
     with _strategy_of_its_own(), contextlib.redirect_stdout(io.StringIO()):
-        run = build_run(recipe, Topology(), SFT, output_dir=folder / "run", bf16=bf16)
+        run = build_run(
+            recipe,
+            Topology(),
+            SFT,
+            output_dir=folder / "run",
+            precision=find_precision(recipe.bf16, recipe.fp16, probe()),
+        )
         return _of_step(run)
 
 

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from manyrank.topology.gpus import computes_in_bf16, probe
+from manyrank.topology.gpus import probe
+from manyrank.topology.precision import Precision, find_precision
 
 BATCH, LENGTH, RATE = 8, 512, 1e-3  # rows (or packs) to a step over all processes, tokens at most, learning rate
 STARTED = "MANYRANK_BENCH_STARTED"  # when the round's process was started, in seconds since 1970
@@ -79,9 +80,9 @@ def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], lis
     from manyrank.training.build import build_run
 
     chosen = config(folder, max_steps=steps, **more)
-    bf16 = computes_in_bf16(chosen.bf16, probe())
+    precision = find_precision(chosen.bf16, chosen.fp16, probe())
     with tempfile.TemporaryDirectory() as output:
-        run = build_run(chosen, ranks.from_environment(), SFT, output_dir=Path(output), bf16=bf16)
+        run = build_run(chosen, ranks.from_environment(), SFT, output_dir=Path(output), precision=precision)
         run.trainer.handler.add_callback(_timer(clock))
         run.trainer.train()
         main = run.accelerator.is_main_process  # these are the tokens of all processes
@@ -92,7 +93,11 @@ def ours(folder: Path, steps: int, clock: Clock, **more) -> tuple[list[int], lis
 def trl(folder: Path, steps: int, clock: Clock, *, bf16: bool | str = "auto", **more) -> tuple[list[int], list[float]]:
     """SFTTrainer on the rows of `packing: step`, or packed its own way."""
     with tempfile.TemporaryDirectory() as output:
-        return _trl(folder, steps, clock, Path(output), bf16=computes_in_bf16(bf16, probe()), **more)
+        return _trl(folder, steps, clock, Path(output), bf16=_in_bf16(bf16), **more)
+
+
+def _in_bf16(setting: bool | str) -> bool:
+    return find_precision(setting, False, probe()) is Precision.BF16
 
 
 def _trl(folder: Path, steps: int, clock: Clock, output: Path, *, bf16: bool, **more):
@@ -152,7 +157,7 @@ def bare(
     folder: Path, steps: int, clock: Clock, *, packed: bool, bf16: bool | str = "auto"
 ) -> tuple[list[int], list[float]]:
     """A loop of a page: padded rows with all logits, or packed rows with supervised logits."""
-    bf16 = computes_in_bf16(bf16, probe())
+    bf16 = _in_bf16(bf16)
     import torch
     import torch.nn.functional as F
     from peft import LoraConfig, get_peft_model

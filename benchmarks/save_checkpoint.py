@@ -23,6 +23,7 @@ from manyrank.config.resolve import Setting, resolve
 from manyrank.runs import run_folder
 from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
+from manyrank.topology.precision import Precision
 from manyrank.training.build import build_run
 from manyrank.training.exits import exit_now
 
@@ -39,7 +40,7 @@ def timed(work, *args) -> float:
 def embedded(folder: Path) -> None:
     entries = [Setting("max_steps", 1000, "bench"), Setting("strategy", "single", "bench")]
     config = resolve("verify", entries).config
-    run = build_run(config, ranks.from_environment(), SFT, output_dir=folder / "run", bf16=False)
+    run = build_run(config, ranks.from_environment(), SFT, output_dir=folder / "run", precision=Precision.FLOAT32)
     trainer = run.trainer
     steps, saves = [], []
     for number in range(ROUNDS):

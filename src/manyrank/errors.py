@@ -92,6 +92,10 @@ class NonFiniteGradientError(NonFiniteError):
     """The norm of a step's gradient is not a finite number; the optimizer has not used it."""
 
 
+class GradientOverflow(Exception):
+    """A step's gradients were too large for fp16 with the loss scale it had; nothing has used them, and the scale is lower."""
+
+
 class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are untouched."""
 

@@ -27,6 +27,7 @@ from .runs.run_folder import LAUNCH_FOLDER, writable
 from .runs.run_lock import claimed
 from .runs.watchdog import Watchdog
 from .topology import gpus, ranks, strategy_files
+from .topology.precision import find_precision
 from .topology.ranks import Topology
 from .topology.strategies import default_strategy, named_strategy
 from .topology.torch_gpus import use_gpu
@@ -118,11 +119,10 @@ def _train_checked(
     from .tools.report.main import make_report
     from .training.build import build_run
 
-    bf16 = gpus.computes_in_bf16(config.bf16, machine)
+    precision = find_precision(config.bf16, config.fp16, machine)
+    options = {"output_dir": output_dir, "objects": objects, "heartbeat": heartbeat}
     try:
-        run = build_run(
-            config, place, find_task(config), output_dir=output_dir, bf16=bf16, objects=objects, heartbeat=heartbeat
-        )
+        run = build_run(config, place, find_task(config), precision=precision, **options)
     except BaseException:
         heartbeat.withdraw()
         raise

@@ -8,6 +8,7 @@ import pytest
 from manyrank.config.identity import FIXED, batch_per_process, early_changes, identity, refuse_changes
 from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
+from manyrank.topology.precision import Precision
 
 
 @pytest.fixture(scope="module")
@@ -69,5 +70,7 @@ def test_what_the_recipe_tells_before_the_start_has_its_keys(saved):
         "rewards": "{exact: 1}",
     }
     config = resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
-    told = [change for change in early_changes(folder, config, bf16=False) if change.startswith("batch_per_process")]
+    told = [
+        change for change in early_changes(folder, config, Precision.FLOAT32) if change.startswith("batch_per_process")
+    ]
     assert len(told) == 1 and "per_device_train_batch_size or gradient_accumulation_steps" in told[0]

@@ -195,7 +195,7 @@ def test_bf16_where_it_is_not_supported(refused, monkeypatch, found):
     monkeypatch.setattr(gpus, "probe", lambda: found)
     error, where, fix = refused("quickstart", "--bf16")
     assert (error, where) == ("bf16 is not supported by this machine", "bf16 (command line, --bf16)")
-    assert fix == "set bf16: false"
+    assert fix == "set bf16: false, or fp16: true on GPUs"
 
 
 def test_several_processes_without_gpus_need_a_number(refused):

@@ -142,6 +142,10 @@ CASES = [
     ("float8-in-float32", {"hardware": GPUS, "method": "fp8", "bf16": False}, {"bf16": "auto"}),
     ("float8-in-float32", {"hardware": GPUS, "method": "fp8", "bf16": False}, {"method": "lora"}),
     ("float32-on-gpus", {"hardware": OLD_GPUS}, {"hardware": GPUS}),
+    ("float32-on-gpus", {"hardware": OLD_GPUS}, {"fp16": True}),
+    ("fp16", {"fp16": True}, {"hardware": OLD_GPUS}),
+    ("fp16", {"fp16": True, "hardware": GPUS}, {"hardware": OLD_GPUS}),
+    ("fp16", {"fp16": True, "hardware": OLD_GPUS, "model": llama(dtype="bfloat16")}, {"model": llama(dtype="float16")}),
     ("float32-on-gpus", {"hardware": GPUS, "bf16": False}, {"bf16": "auto"}),
     (
         "accumulation-in-environment",
@@ -179,8 +183,12 @@ CASES = [
     ("qlora-under-zero-offload", {"method": "qlora", "strategy": "zero3_offload"}, {"strategy": "zero3"}),
     ("qlora-under-zero-offload", {"method": "qlora", "strategy": "zero3_offload"}, {"method": "lora"}),
     # Files of strategies
-    ("fp16", {"yaml": {"mixed_precision": "fp16"}}, {"yaml": {}}),
-    ("fp16", {"strategy": "zero2", "json": {"fp16": {"enabled": True}}}, {"json": {"fp16": {"enabled": False}}}),
+    ("precision-against-recipe", {"yaml": {"mixed_precision": "fp16"}}, {"fp16": True}),
+    (
+        "precision-against-recipe",
+        {"strategy": "zero2", "json": {"fp16": {"enabled": True}}},
+        {"json": {"fp16": {"enabled": False}}},
+    ),
     ("precision-against-recipe", {"yaml": {"mixed_precision": "bf16"}}, {"hardware": CPU_WITH_BF16}),
     ("precision-against-recipe", {"strategy": "zero3", "json": {"bf16": {"enabled": True}}}, {"json": {}}),
     (

@@ -16,6 +16,7 @@ from manyrank.models.load import load_model as with_model
 from manyrank.models.load import plan_load, with_adapters
 from manyrank.models.tiny import ensure
 from manyrank.runs.artifact import find
+from manyrank.topology.precision import Precision
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def trained_on(name: str, folder):
     """An adapter as a training saves it, on a base that its recipe names so."""
     given = {"model_name_or_path": name, "data_path": "none", "lora_r": 2, "packing": "none"}
     config = resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
-    model = with_model(plan_load(config, Accelerator(cpu=True), bf16=False), config)
+    model = with_model(plan_load(config, Accelerator(cpu=True), precision=Precision.FLOAT32), config)
     model.save_pretrained(folder)
     return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
 

@@ -20,6 +20,7 @@ from manyrank.config.resolve import Setting, resolve
 from manyrank.runs import run_folder
 from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
+from manyrank.topology.precision import Precision
 from manyrank.training.build import build_run
 from manyrank.training.exits import exit_now
 from manyrank.training.optim import advance
@@ -72,7 +73,7 @@ def main() -> None:
     entries = {"save_total_limit": 1, "max_steps": 4, "lora_dropout": 0.1, "strategy": "single"}
     entries |= {"global_batch_size": 2}  # of which hundreds of steps are made
     config = resolve("verify", [Setting(key, value, "test") for key, value in entries.items()]).config
-    run = build_run(config, ranks.from_environment(), SFT, output_dir=output, bf16=False)
+    run = build_run(config, ranks.from_environment(), SFT, output_dir=output, precision=Precision.FLOAT32)
     trainer = run.trainer
     run._write_facts()
 

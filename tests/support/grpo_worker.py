@@ -14,6 +14,7 @@ from manyrank.config.resolve import resolve
 from manyrank.models.inference import load_model
 from manyrank.tasks.grpo.task import GRPO
 from manyrank.topology import ranks
+from manyrank.topology.precision import Precision
 from manyrank.training.build import build_run
 from manyrank.training.exits import exit_now, run_with_exit_codes
 
@@ -43,7 +44,7 @@ def main() -> int:
 
     def work() -> None:
         own, _ = load_model(str(sft), dtype="float32")  # not after ZeRO-3 is there, which would have a part of it
-        run = build_run(config, place, GRPO, output_dir=out.with_suffix(""), bf16=False)
+        run = build_run(config, place, GRPO, output_dir=out.with_suffix(""), precision=Precision.FLOAT32)
         trainer, engine, policy = run.trainer, run.engine, run.trainer.task.trl
         whole = answers()
         ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1)

@@ -11,6 +11,7 @@ from manyrank.config.args import parse
 from manyrank.config.resolve import resolve
 from manyrank.tasks.sft import SFT
 from manyrank.topology import ranks
+from manyrank.topology.precision import Precision
 from manyrank.training.build import build_run
 from manyrank.training.exits import exit_now, run_with_exit_codes
 
@@ -22,7 +23,7 @@ def main() -> int:
     config, place = resolve(line.recipe, line.overrides).config, ranks.from_environment()
 
     def work() -> None:
-        run = build_run(config, place, SFT, output_dir=output_dir, bf16=False)
+        run = build_run(config, place, SFT, output_dir=output_dir, precision=Precision.FLOAT32)
         trainer, found = run.trainer, {}
         run._write_facts()
         for folder in checkpoints:

@@ -23,6 +23,7 @@ from manyrank.project_files import asset
 from manyrank.runs.logs import read_completions, read_metrics
 from manyrank.tasks.grpo.task import GRPO
 from manyrank.topology import ranks
+from manyrank.topology.precision import Precision
 from manyrank.training.build import build_run
 
 SUMS = ROOT / "data" / "stories" / "sums.jsonl"
@@ -78,7 +79,9 @@ def session_of(folder: Path, *args: str):
     entries = [
         Setting(name, value, "test") for name, _, value in (a.partition("=") for a in last_wins(*SMALL, *BATCH, *args))
     ]
-    return build_run(resolve(None, entries).config, ranks.from_environment(), GRPO, output_dir=folder, bf16=False)
+    return build_run(
+        resolve(None, entries).config, ranks.from_environment(), GRPO, output_dir=folder, precision=Precision.FLOAT32
+    )
 
 
 def log_probs(model, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..runs import run_folder
+from ..topology.precision import Precision
 from .resolve import FIELDS, TrainConfig
 
 # What shapes the result; a resumed run must not differ in it.
@@ -60,10 +61,12 @@ CALLED = {
 FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
 
 
-def identity(config: TrainConfig, **facts: object) -> dict:
+def identity(config: TrainConfig, precision: Precision, **facts: object) -> dict:
     """Collect the values that must be the same when the run is resumed."""
     own = {key: getattr(config, key) for key in OF_GRPO} if config.is_grpo else {}
-    return {"task": config.task} | {key: getattr(config, key) for key in IDENTITY} | own | facts
+    # A checkpoint of a version without fp16 does not name it.
+    computed = {"bf16": precision is Precision.BF16, "fp16": precision is Precision.FP16 or None}
+    return {"task": config.task} | computed | {key: getattr(config, key) for key in IDENTITY} | own | facts
 
 
 def batch_per_process(config: TrainConfig) -> int | None:
@@ -73,10 +76,10 @@ def batch_per_process(config: TrainConfig) -> int | None:
     return config.micro_batch * (config.gradient_accumulation_steps or 1)
 
 
-def early_changes(folder: Path, config: TrainConfig, *, bf16: bool) -> list[str]:
+def early_changes(folder: Path, config: TrainConfig, precision: Precision) -> list[str]:
     """List what a resume would change and may not, as far as the recipe alone tells, as `shown` writes it."""
     batch = {"batch_per_process": batch_per_process(config), "global_batch_size": config.global_batch_size}
-    run = identity(config, bf16=bf16, **{key: value for key, value in batch.items() if value})
+    run = identity(config, precision, **{key: value for key, value in batch.items() if value})
     return shown(run_folder.changes(folder, run, allowed=allowed_names(config.resume_changes)))
 
 
@@ -118,7 +121,7 @@ def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
     names = allowed_names(allowed)
     for key in allowed:
         if key not in FIELDS or not set(CALLED.get(key, (key,))) <= run.keys():
-            known = sorted({*IDENTITY, *OF_GRPO, *CALLED, "global_batch_size", "bf16"} - set(FIXED))
+            known = sorted({*IDENTITY, *OF_GRPO, *CALLED, "global_batch_size", "bf16", "fp16"} - set(FIXED))
             fix = f"known: {known}"
             if key not in FIELDS and key in run and (keys := keys_of(key)):
                 fix = f"name the key that it comes from: {' or '.join(keys)}"

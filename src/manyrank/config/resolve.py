@@ -117,7 +117,7 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
     if finished:
         layers = [[entry for entry in layer if normal(entry.key) not in TYPED] for layer in layers]
     for entries in (*layers, overrides):
-        merged |= _canonical(entries, merged.get("method"))
+        merged = _with_layer(merged, _canonical(entries, merged.get("method")))
     if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
         del merged["bf16"]
     if "task" in merged and merged["task"].value == "grpo":
@@ -126,6 +126,17 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
         merged = _gone_on_from(merged["sft_model"], merged)
     merged = _with_model(_with_data(merged))
     return ResolvedConfig(_validate(merged), {key: entry.where for key, entry in merged.items()})
+
+
+def _with_layer(merged: dict[str, Setting], layer: dict[str, Setting]) -> dict[str, Setting]:
+    """Put a layer's entries over those below; bf16 replaces an fp16 there, and fp16 a bf16."""
+    on = [
+        key for key in ("bf16", "fp16") if key in layer and str(layer[key].value).lower() in ("true", "yes", "on", "1")
+    ]
+    if len(on) > 1:
+        raise _contradiction([layer[key] for key in on])
+    below = {key: entry for key, entry in merged.items() if not (on and key in ("bf16", "fp16"))}
+    return below | layer
 
 
 def _with_model(merged: dict[str, Setting]) -> dict[str, Setting]:

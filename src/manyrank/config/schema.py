@@ -350,6 +350,9 @@ class SpeedKeys(Keys):
     bf16: bool | Literal["auto"] = Field(
         "auto", description="compute in bf16; auto: where the GPU or CPU does it natively"
     )
+    fp16: bool = Field(
+        False, description="compute in float16 with a loss scale, for GPUs before Ampere (T4, V100); in place of bf16"
+    )
     quantized_cache: Cache = Field(
         "auto",
         description="where qlora keeps the quantised base of a model that it loads in shards, for the next start: a folder, off, or "

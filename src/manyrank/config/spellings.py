@@ -117,9 +117,8 @@ _INSTEAD = {
     "liger_kernel use_liger_kernel": "leave it out: this project's own kernels are on; disable_fused switches them off",
     "quantization_bit quantization": "write use_4bit: true (QLoRA, NF4 with double quantisation) or use_8bit: true",
     "use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_type bnb_4bit_compute_dtype": "leave it out: use_4bit is NF4 "
-    "with double quantisation, computed in bf16, or in float32 with bf16: false",
-    "fp16": "write bf16: true, or bf16: false for float32 (on a T4 or V100)",
-    "dtype torch_dtype": "write bf16: true, or bf16: false for float32",
+    "with double quantisation, computed in bf16, with fp16: true in float16, or with bf16: false in float32",
+    "dtype torch_dtype": "write bf16: true, fp16: true, or bf16: false for float32",
     "do_train": "leave it out: `manyrank train` trains",
     "do_eval": "leave it out: with eval_data_path or eval_split it validates",
     "dataloader_num_workers": "leave it out: a thread reads the next step",

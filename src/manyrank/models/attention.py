@@ -223,6 +223,7 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None
     if model.config._attn_implementation not in (PACKED, PACKED_PLAIN):
         model.attention_before_packing = model.config._attn_implementation
     model.set_attn_implementation(PACKED_PLAIN if plain else PACKED)
+    varlen.look_at_gpu()
     if plain:
         flash.restore()
     else:

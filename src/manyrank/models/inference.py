@@ -70,7 +70,7 @@ def load_model(
     device = torch.device(device or ("cuda:0" if machine.gpus else "cpu"))
     check_torch(machine, machine.gpus[device.index or 0 :][:1] if device.type == "cuda" else ())
     if dtype == "auto":
-        dtype = "bfloat16" if gpus.computes_in_bf16("auto", machine) else "float32"
+        dtype = "bfloat16" if machine.has_bf16 else "float32"
     plan = LoadPlan(
         name=resolve_name(source.base),
         dtype=DTYPES[dtype],

@@ -34,6 +34,7 @@ from ..config.resolve import TrainConfig
 from ..errors import UserError
 from ..project_files import EMBEDDED, template_file, template_names
 from ..runs import hub
+from ..topology.precision import Precision
 from . import coverage, flash
 from .adapters import Say, freeze_unreached, with_lora
 from .attention import use_packed_attention
@@ -67,9 +68,9 @@ class LoadPlan:
     trust_remote_code: bool = False
 
 
-def plan_load(config: TrainConfig, accelerator: Accelerator, *, bf16: bool) -> LoadPlan:
+def plan_load(config: TrainConfig, accelerator: Accelerator, *, precision: Precision) -> LoadPlan:
     """Decide from the recipe and from what came up."""
-    compute = torch.bfloat16 if bf16 else torch.float32
+    compute = getattr(torch, precision.dtype)
     quantization = {"qlora": "nf4", "int8": "int8", "fp8": "float8"}.get(config.method)
     share = _share(config, accelerator, compute)
     return LoadPlan(
@@ -239,7 +240,7 @@ def _check_quantised(model: torch.nn.Module, config: TrainConfig, say: Say) -> N
     coverage.check_quantised(model, method=f"method {config.method}", where=where, fix=fix, say=say)
 
 
-def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool, say: Say = silent) -> torch.nn.Module:
+def fitted(model: torch.nn.Module, config: TrainConfig, *, precision: Precision, say: Say = silent) -> torch.nn.Module:
     """A base that a script brings, in the type that this project would load it in.
 
     Raises:
@@ -257,7 +258,7 @@ def fitted(model: torch.nn.Module, config: TrainConfig, *, bf16: bool, say: Say 
     if quantised:
         _check_quantised(model, config, say)
         return model
-    return model.to(torch.bfloat16 if bf16 and config.method != "full" else torch.float32)
+    return model.to(torch.float32 if config.method == "full" else getattr(torch, precision.dtype))
 
 
 def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = silent) -> torch.nn.Module:

@@ -15,6 +15,8 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 WIDEST = 256  # of a head; and flash attention reads heads in blocks of 8
+AMPERE = (8, 0)  # the first compute capability that it has kernels for
+old_gpu = False  # whether this process computes on one before; not asked for in each call: torch.compile traces those
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ def takes_groups(kernel: Callable) -> bool:
 GROUPED = takes_groups(varlen_attn)
 
 
+def look_at_gpu() -> None:
+    """Note whether this process's GPU has the kernel."""
+    global old_gpu
+    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() < AMPERE
+
+
 def obstacle(
     *,
     device: str,
@@ -55,6 +63,7 @@ def obstacle(
     """
     reasons = {
         "a {device} device": device != "cuda",
+        "a GPU before Ampere": device == "cuda" and old_gpu,
         "{dtype}": dtype not in (torch.float16, torch.bfloat16),
         "heads of {query_width}, no multiple of 8": query_width % 8 != 0,
         "heads of {query_width}, above {widest}": query_width > WIDEST,

@@ -29,6 +29,7 @@ from ..config.resolve import TrainConfig
 from ..errors import UserError
 from ..project_files import asset
 from ..topology import numa
+from ..topology.precision import Precision
 from ..topology.ranks import Topology
 from ..topology.strategies import EngineKind, Strategy, default_strategy, named_strategy
 from . import compile_locks
@@ -65,7 +66,7 @@ def config_environment(strategy: Strategy, world_size: int) -> dict[str, str]:
     return {key: value for key, value in environment.items() if key.startswith(PREFIXES)}
 
 
-def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) -> Accelerator:
+def start_accelerator(config: TrainConfig, topology: Topology, *, precision: Precision) -> Accelerator:
     """Start the process group and the Accelerator, and check that they are what the recipe asks for.
 
     Raises:
@@ -85,9 +86,16 @@ def start_accelerator(config: TrainConfig, topology: Topology, *, bf16: bool) ->
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         for line in compile_locks.remove_stale():
             print(line, file=sys.stderr, flush=True)
-    accelerator = _accelerator(config, _parallelism(config, strategy, topology), bf16=bf16, on_cpu=on_cpu)
-    _check(accelerator, config, strategy, topology, bf16=bf16)
-    if config.bf16 == "auto" and (what := unlike(gather_object([(socket.gethostname(), bf16)]))):
+    accelerator = _accelerator(config, _parallelism(config, strategy, topology), precision=precision, on_cpu=on_cpu)
+    if precision is Precision.FP16:
+        accelerator.scaler = None  # the engine scales the loss; accelerate's scaler would skip steps
+        accelerator.native_amp = accelerator.deepspeed_plugin is None  # accelerate 1.15 computes in float32 on CPUs
+    _check(accelerator, config, strategy, topology, precision=precision)
+    if (
+        config.bf16 == "auto"
+        and not config.fp16
+        and (what := unlike(gather_object([(socket.gethostname(), precision is Precision.BF16)])))
+    ):
         fix = "give --bf16 false to all, or start it on machines that are alike"
         raise UserError(what, where="bf16", fix=fix)
     return accelerator
@@ -156,24 +164,25 @@ def _parallelism(config: TrainConfig, strategy: Strategy | None, topology: Topol
 
 
 def _accelerator(
-    config: TrainConfig, parallelism: ParallelismConfig | None, *, bf16: bool, on_cpu: bool
+    config: TrainConfig, parallelism: ParallelismConfig | None, *, precision: Precision, on_cpu: bool
 ) -> Accelerator:
     # Names that torch 2.13 calls old: accelerate 1.15's for ddp, and DeepSpeed 0.19's, 5 times a micro-batch and rank.
     warnings.filterwarnings(
         "ignore", "`broadcast_buffers` is deprecated|`torch.distributed.* is deprecated", FutureWarning
     )
-    options = {"mixed_precision": "bf16" if bf16 else "no"}
+    options = {"mixed_precision": precision.value}
     options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=UNHURRIED)]
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         if on_cpu:
             options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo", timeout=UNHURRIED)]
-        return Accelerator(deepspeed_plugin=_deepspeed_plugin(config), **options)
+        return Accelerator(deepspeed_plugin=_deepspeed_plugin(config, precision), **options)
     if _flag("ACCELERATE_USE_FSDP"):
         # Without an accelerator the plugin cannot pin host memory.
         if on_cpu and _flag("FSDP_OFFLOAD_PARAMS"):
             raise UserError("fsdp_offload needs a GPU", where="strategy", fix="use fsdp on CPUs")
-        # accelerate would give the loss and the sum of gradients in bf16, too.
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+        # accelerate would give the loss and the sum of gradients in 16 bits, too.
+        dtypes = {"param_dtype": getattr(torch, precision.dtype), "reduce_dtype": torch.float32}
+        policy = MixedPrecisionPolicy(**dtypes) if precision.half else None
         # Each rank reads its own part of the weights (models/shards.py); nobody waits for those of rank 0.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
@@ -192,21 +201,28 @@ def _accelerator(
     return Accelerator(cpu=on_cpu, **options)
 
 
-def _deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin:
+def _deepspeed_plugin(config: TrainConfig, precision: Precision) -> DeepSpeedPlugin:
     plugin = DeepSpeedPlugin()
     # The recipe owns these. Accumulation stays 1: the loop itself says which micro-batch is the last of a step.
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     plugin.deepspeed_config["gradient_accumulation_steps"] = 1
     plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+    if precision is Precision.FP16:
+        plugin.deepspeed_config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # a fixed one, which the engine sets
     return plugin
 
 
 def _check(
-    accelerator: Accelerator, config: TrainConfig, strategy: Strategy | None, topology: Topology, *, bf16: bool
+    accelerator: Accelerator,
+    config: TrainConfig,
+    strategy: Strategy | None,
+    topology: Topology,
+    *,
+    precision: Precision,
 ) -> None:
     """Compare what accelerate started with what the recipe asks for; several of the libraries fall back without a word."""
     active = {"processes": accelerator.num_processes, "precision": _precision(accelerator)}
-    expected = {"processes": topology.world_size, "precision": "bf16" if bf16 else "no"}
+    expected = {"processes": topology.world_size, "precision": precision}
     if strategy:
         active |= {"type": accelerator.distributed_type.value, "ZeRO stage": _zero_stage(accelerator)}
         expected |= {"type": _types(strategy.engine, topology), "ZeRO stage": strategy.zero_stage}
@@ -241,7 +257,8 @@ def _mesh(accelerator: Accelerator) -> tuple[int, ...]:
 
 def _precision(accelerator: Accelerator) -> str:
     if accelerator.deepspeed_plugin is not None:
-        return "bf16" if accelerator.deepspeed_plugin.get_value("bf16.enabled") else "no"
+        enabled = (name for name in ("bf16", "fp16") if accelerator.deepspeed_plugin.get_value(f"{name}.enabled"))
+        return next(enabled, "no")
     return accelerator.mixed_precision
 
 

@@ -21,14 +21,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import NonFiniteGradientError
+from ..errors import GradientOverflow, NonFiniteGradientError
 from ..models.adapters import trainable
 from ..models.load import evaluation_mode
 from ..models.lora import AdapterCasts
 from ..models.reach import count_parameters, shape_of
 from ..models.shards import take_parts
+from ..topology.precision import Precision
 from . import first_look
 from .fsdp_preparation import name_layers
+from .loss_scale import LossScale
 from .zero3_preparation import gather_by_layer, gathered_together, held_whole, partition
 
 OptimizerState = dict[str, torch.Tensor]
@@ -73,11 +75,16 @@ class Engine:
         if self.keeps_parameters and sorted(map(id, held)) != sorted(map(id, self.trainable.values())):
             raise RuntimeError("the optimizer does not hold each trained parameter once")
         self.gradients = first_look.Arrivals(self.trainable)  # in the first backward that exchanges them
-        casts = self.holds_adapters and accelerator.mixed_precision == "bf16"
-        self.adapter_casts = AdapterCasts(self.model, torch.bfloat16) if casts else None
+        self.loss_scale = LossScale() if self.precision is Precision.FP16 else None
+        casts = self.holds_adapters and self.precision.half
+        self.adapter_casts = AdapterCasts(self.model, getattr(torch, self.precision.dtype)) if casts else None
 
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         return self.accelerator.prepare(model, optimizer)
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.accelerator.mixed_precision)
 
     # A step
 
@@ -108,7 +115,7 @@ class Engine:
         return [name for name in self.trainable if name not in arrived]
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss * self.loss_scale.value if self.loss_scale else loss)
 
     def step(
         self, *, learning_rate: float, max_grad_norm: float, sums: torch.Tensor, check: Check = accept
@@ -124,17 +131,31 @@ class Engine:
 
         Raises:
             NonFiniteGradientError: the norm is not finite; no parameter has changed.
+            GradientOverflow: the same, where a lower loss scale may help.
         """
+        if self.loss_scale:
+            torch._foreach_mul_(
+                [p.grad for p in self.trainable.values() if p.grad is not None], 1 / self.loss_scale.value
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), max_grad_norm or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         *values, norm = torch.cat([sums, norm.to(sums).reshape(1)]).tolist()
         check(values)
         if not math.isfinite(norm):
+            self._lower_scale()
             raise NonFiniteGradientError(f"the gradient's norm is {norm}")
         self._set_learning_rate(learning_rate)
         self.prepared_optimizer.step()
+        if self.loss_scale:
+            self.loss_scale.count()
         self.prepared_optimizer.zero_grad()
         return [*values, norm]
+
+    def _lower_scale(self) -> None:
+        """After gradients that are not finite: under fp16 forget them and lower the scale, and raise a GradientOverflow."""
+        if self.loss_scale and self.loss_scale.halve():
+            self.prepared_optimizer.zero_grad()
+            raise GradientOverflow
 
     def discard_gradients(self) -> None:
         self.prepared_optimizer.zero_grad()
@@ -237,7 +258,7 @@ class Engine:
             distributed_type=self.accelerator.distributed_type.value,
             wrapper=type(self.wrapped).__name__,
             world_size=self.accelerator.num_processes,
-            precision=self.accelerator.mixed_precision,
+            precision=self.precision.value,
             base_bytes=sum(self._bytes(p) for p in base),
             base_bytes_here=tuple(self.accelerator.gather(here).tolist()),
             trainable_tensors=len(self.trainable),
@@ -332,7 +353,7 @@ class FsdpEngine(Engine):
         yield from super().full_parameters(names)
 
     def _whole_bytes(self) -> int:
-        element = 2 if self.accelerator.mixed_precision == "bf16" else 4
+        element = 2 if self.precision.half else 4
         return sum(p.numel() * min(element, p.element_size()) for p in self.model.parameters())
 
     @cached_property
@@ -385,7 +406,15 @@ class DeepSpeedEngine(Engine):
         with self._first_look(last=last):
             yield
 
+    @property
+    def precision(self) -> Precision:
+        if self.wrapped.fp16_enabled():
+            return Precision.FP16
+        return Precision.BF16 if self.wrapped.bfloat16_enabled() else Precision.FLOAT32
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        if self.loss_scale:
+            self.wrapped.optimizer.loss_scale = self.loss_scale.value  # by which DeepSpeed multiplies, and divides
         self.wrapped.backward(loss)
 
     def step(
@@ -398,7 +427,10 @@ class DeepSpeedEngine(Engine):
         with gathered_together(self.wrapped.optimizer):
             self.wrapped.step()
         if not self.wrapped.was_step_applied():
+            self._lower_scale()
             raise NonFiniteGradientError("the gradient's norm is not finite")
+        if self.loss_scale:
+            self.loss_scale.count()
         return [*values, float(self.wrapped.get_global_grad_norm())]
 
     def discard_gradients(self) -> None:
@@ -468,10 +500,6 @@ class DeepSpeedEngine(Engine):
                 state["step"].copy_(steps)
             elif "step" in state:
                 state["step"] = int(steps)
-
-    def facts(self) -> StrategyInfo:
-        facts = super().facts().as_dict()
-        return StrategyInfo(**{**facts, "precision": "bf16" if self.wrapped.bfloat16_enabled() else "no"})
 
     def _bytes(self, parameter: torch.Tensor) -> int:
         return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()

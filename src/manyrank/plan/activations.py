@@ -84,7 +84,7 @@ def _norm(run: PlannedRun, width: int) -> int:
 def _fuses_norms(run: PlannedRun) -> bool:
     """Whether torch's kernel computes the norms, see `models.fused_norm`."""
     parts = run.config.disable_fused
-    return run.gpu and run.bf16 and not run.autocast and "norm" not in parts and not run.config.torch_compile
+    return run.gpu and run.half and not run.autocast and "norm" not in parts and not run.config.torch_compile
 
 
 def _norms(run: PlannedRun, layer: Layer) -> int:
@@ -124,8 +124,8 @@ def _attention(run: PlannedRun, layer: Layer) -> int:
     value = fused.outputs if fused else width.value
     size = compute * (width.query + width.key + value + width.output) + FLOAT * width.heads
     size += _scores(run, layer)
-    # On a GPU in 16 bits all documents are one call, whose output o_proj takes as it is; else those of each are joined.
-    joined = not (run.gpu and run.bf16) or run.shape.soft_capped or bool(run.config.lora_dropout)
+    # By flash attention all documents are one call, whose output o_proj takes as it is; else those of each are joined.
+    joined = not run.flash or run.shape.soft_capped or bool(run.config.lora_dropout)
     joined = joined or "lora" in run.config.disable_fused
     return entries + size + (_inputs(run, layer, width.output, "o_proj") if joined else 0)
 
@@ -135,7 +135,7 @@ def _scores(run: PlannedRun, layer: Layer) -> int:
     row = layer.attention.heads * run.config.max_length
     if run.shape.soft_capped:  # the capped ones, and their softmax
         return 2 * row * run.compute
-    return row * FLOAT if run.gpu and not run.bf16 else 0  # torch's plain kernel
+    return row * FLOAT if run.gpu and not run.flash else 0  # torch's plain kernel
 
 
 def _dense(run: PlannedRun, layer: Layer) -> int:

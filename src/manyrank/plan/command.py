@@ -76,7 +76,7 @@ class PlanOptions(Options):
 
     first = (
         *("model_name_or_path", "method", "lora_r", "data_path", "max_length", "per_device_train_batch_size"),
-        *("global_batch_size", "optim", "bf16", "gradient_checkpointing", "nproc"),
+        *("global_batch_size", "optim", "bf16", "fp16", "gradient_checkpointing", "nproc"),
     )
     examples = (
         "manyrank plan Qwen2.5-7B --gpu H100-80GB --nproc 8",

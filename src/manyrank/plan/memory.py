@@ -173,13 +173,13 @@ def _adapters(run: PlannedRun, shards: int) -> int:
 def _casts_adapters(run: PlannedRun) -> bool:
     """Whether the process keeps a copy of its adapters in 16 bits, see `lora.AdapterCasts`."""
     whole = run.strategy.engine in (EngineKind.SINGLE, EngineKind.DDP)
-    return run.bf16 and whole and "lora" not in run.config.disable_fused
+    return run.half and whole and "lora" not in run.config.disable_fused
 
 
 def _optimizer(run: PlannedRun) -> int:
     """Bytes of optimizer states of one process (for DeepSpeed also of float32 masters)."""
     spread = run.shards if run.strategy.shards else 1
-    masters = FLOAT * run.trainable if run.strategy.engine is EngineKind.DEEPSPEED and run.bf16 else 0
+    masters = FLOAT * run.trainable if run.strategy.engine is EngineKind.DEEPSPEED and run.half else 0
     return (states(run, run.config.optim) + masters) // spread
 
 
@@ -331,7 +331,7 @@ def _largest_matrix(run: PlannedRun) -> int:
 
 def _step(run: PlannedRun) -> int:
     """Bytes that an optimizer needs temporarily: DeepSpeed's float32 copy of its gradients."""
-    if run.strategy.engine is not EngineKind.DEEPSPEED or not run.bf16 or run.strategy.offload:
+    if run.strategy.engine is not EngineKind.DEEPSPEED or not run.half or run.strategy.offload:
         return 0
     own = run.trainable // run.shards
     return FLOAT * min(own, 10**9 if run.sharded else own)  # ZeRO-3 steps in groups of 1e9

@@ -48,13 +48,19 @@ class PlannedRun:
         return self.context.shards
 
     @cached_property
-    def bf16(self) -> bool:
-        return self.context.bf16
+    def half(self) -> bool:
+        """Whether it computes in 16 bits."""
+        return self.context.precision.half
 
     @property
     def gpu(self) -> bool:
         """Whether the processes compute on GPUs."""
         return bool(self.context.hardware.gpus)
+
+    @property
+    def flash(self) -> bool:
+        """Whether the GPUs have flash attention: in 16 bits, from Ampere on."""
+        return self.gpu and self.half and self.context.hardware.has_bf16
 
     @property
     def sharded(self) -> bool:
@@ -64,7 +70,7 @@ class PlannedRun:
     @property
     def compute(self) -> int:
         """Bytes of an element of what is computed."""
-        return 2 if self.bf16 else 4
+        return 2 if self.half else 4
 
     @property
     def full(self) -> bool:
@@ -72,8 +78,8 @@ class PlannedRun:
 
     @property
     def autocast(self) -> bool:
-        """Whether float32 weights are cast for each use: full fine-tuning in bf16 where no strategy casts them."""
-        return self.full and self.bf16 and not self.strategy.shards
+        """Whether float32 weights are cast for each use: full fine-tuning in 16 bits where no strategy casts them."""
+        return self.full and self.half and not self.strategy.shards
 
     @property
     def tokens(self) -> int:

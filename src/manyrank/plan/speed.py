@@ -130,7 +130,7 @@ def needed(run: PlannedRun, *, supervised: float = SUPERVISED, length: float | N
 
 def rate(run: PlannedRun, kind: GpuKind) -> float:
     """Operations a second of the kind, in the type of computation."""
-    return kind.flops if run.bf16 else kind.float32_flops
+    return kind.flops if run.half else kind.float32_flops
 
 
 def _attention(run: PlannedRun, length: float | None = None) -> float:

@@ -60,7 +60,7 @@ def headline(plan: Plan) -> str:
     gpu = context.kind.name if context.kind else gpu
     nodes = f"{context.nnodes} machines x " if context.nnodes > 1 else ""
     return (
-        f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}; {'bf16' if run.bf16 else 'float32'}; "
+        f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}; {context.precision.label}; "
         f"{nodes}{context.nproc} x {gpu}\n"
         f"micro-batch {config.per_device_train_batch_size} x {config.max_length:,} tokens; {config.optim}\n"
     )
@@ -220,7 +220,7 @@ def as_values(
         "parameters": run.shape.parameters,
         "trainable": run.trainable,
         "method": run.config.method,
-        "bf16": run.bf16,
+        "precision": context.precision.label,
         "gpu": context.kind.name if context.kind else None,
         "gpu_memory_bytes": context.memory,
         "nproc": context.nproc,

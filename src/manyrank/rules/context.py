@@ -18,7 +18,8 @@ from ..models.model_facts import ModelFacts, find_facts
 from ..project_files import template_file
 from ..runs import artifact, run_folder
 from ..topology import strategy_files
-from ..topology.gpus import GpuKind, Hardware, computes_in_bf16
+from ..topology.gpus import GpuKind, Hardware
+from ..topology.precision import Precision, find_precision
 from ..topology.strategies import Strategy
 from ..topology.strategy_files import StrategyFiles
 
@@ -60,9 +61,9 @@ class RunContext:
         return (self.config.hsdp_shard_size or self.nproc) if self.strategy.replicas else self.world_size
 
     @cached_property
-    def bf16(self) -> bool:
-        """Whether the run computes in bf16."""
-        return computes_in_bf16(self.config.bf16, self.hardware)
+    def precision(self) -> Precision:
+        """The type in which the run computes."""
+        return find_precision(self.config.bf16, self.config.fp16, self.hardware)
 
     @cached_property
     def kind(self) -> GpuKind | None:

@@ -15,7 +15,6 @@ NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassificatio
 # Whose experts peft 0.21 takes as one parameter under all-linear, where it knows no dropout.
 PARAMETER_EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
 BITS = {"qlora": "load_in_4bit", "int8": "load_in_8bit"}
-COMPUTE = {True: "bfloat16", False: "float32"}
 
 
 def _of_model(look: Callable[[RunContext, ModelFacts], str | None]) -> Callable[[RunContext], str | None]:
@@ -77,7 +76,7 @@ def _packing(s: RunContext, model: ModelFacts) -> str | None:
 
 
 def _slow_attention(s: RunContext, model: ModelFacts) -> str | None:
-    if not s.gpus or not s.bf16 or s.config.packing == "none":
+    if not s.gpus or not s.precision.half or s.config.packing == "none":
         return None
     keys = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
     obstacles = [f"{key} {model.config[key]:g}" for key in keys if model.config.get(key)]

@@ -170,7 +170,7 @@ def _changed(s: RunContext) -> str | None:
     if s.config.dry_run or not s.checkpoint:
         return None
     try:
-        changes = early_changes(s.checkpoint, s.config, bf16=s.bf16)
+        changes = early_changes(s.checkpoint, s.config, s.precision)
     except (OSError, ValueError, AttributeError):  # a damaged checkpoint, which the run tells of or passes over
         return None
     return f"the resumed run would not be the same: {'; '.join(changes)}" if changes else None

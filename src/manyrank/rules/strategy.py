@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ..runs.versions import torch_build
+from ..topology.precision import Precision
 from ..topology.strategies import EngineKind
 from ..topology.strategy_files import is_on
 from .context import RunContext
@@ -38,13 +39,13 @@ ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 def _precision(s: RunContext) -> str | None:
     wanted = str(s.files.accelerate.get("mixed_precision") or "no").lower()
-    computes = "bf16" if s.bf16 else "no"
-    if wanted not in ("no", "fp16", computes):
-        return f"mixed_precision {wanted} in {s.files.accelerate_file}, and the recipe computes in {_name(s)}"
-    enabled = s.files.part("bf16").get("enabled", "auto")
-    if enabled != "auto" and is_on(enabled) != s.bf16:
-        state = "on" if is_on(enabled) else "off"
-        return f"bf16 is {state} in {s.files.deepspeed_file}, and the recipe computes in {_name(s)}"
+    if wanted not in ("no", s.precision):
+        return f"mixed_precision {wanted} in {s.files.accelerate_file}, and the recipe computes in {s.precision.label}"
+    for name in (Precision.BF16, Precision.FP16):
+        enabled = s.files.part(name).get("enabled", "auto")
+        if enabled != "auto" and is_on(enabled) != (s.precision is name):
+            state = "on" if is_on(enabled) else "off"
+            return f"{name} is {state} in {s.files.deepspeed_file}, and the recipe computes in {s.precision.label}"
     return None
 
 
@@ -54,18 +55,14 @@ def _quantised_twice(s: RunContext) -> str | None:
     return f"method qlora with {keys[0]} in {s.files.deepspeed_file}" if keys and s.config.method == "qlora" else None
 
 
-def _name(s: RunContext) -> str:
-    return "bf16" if s.bf16 else "float32"
-
-
 def _fp16(s: RunContext) -> str | None:
-    files = []
-    if str(s.files.accelerate.get("mixed_precision")).lower() == "fp16":
-        files.append(s.files.accelerate_file)
-    if is_on(s.files.part("fp16").get("enabled")):
-        files.append(s.files.deepspeed_file)
-    trained = f", and the model was trained in {s.model.dtype}" if s.model and s.model.dtype == "bfloat16" else ""
-    return f"fp16 in {' and '.join(files)}{trained}" if files else None
+    if not s.config.fp16:
+        return None
+    if not s.gpus:
+        return "fp16 on a CPU"
+    if s.hardware.has_bf16:
+        return "fp16 on GPUs that have bf16"
+    return f"fp16, and {s.model.name} is stored in bf16" if s.model and s.model.dtype == "bfloat16" else None
 
 
 def _beside_json(s: RunContext) -> str | None:
@@ -141,15 +138,24 @@ MACHINE_RULES = (
         ("bf16",),
         unless(lambda s: s.config.bf16 is True and not s.hardware.has_bf16, "bf16 is not supported by this machine"),
         reason="GPUs before Ampere, and CPUs without AVX512-BF16 or AMX, emulate it: slower than float32.",
-        fix="set bf16: false",
+        fix="set bf16: false, or fp16: true on GPUs",
     ),
     warning(
         "float32-on-gpus",
         ("bf16",),
-        unless(lambda s: bool(s.gpus) and not s.bf16, "the GPUs compute in float32"),
-        reason="It takes twice the memory of bf16 and much more time, and attention over packed rows has no fast kernel "
+        unless(lambda s: bool(s.gpus) and not s.precision.half, "the GPUs compute in float32"),
+        reason="It takes twice the memory of 16 bits and much more time, and attention over packed rows has no fast kernel "
         "for it.",
-        fix="set bf16: auto; GPUs before Ampere have no better way here",
+        fix="set bf16: auto, or fp16: true on GPUs before Ampere",
+    ),
+    warning(
+        "fp16",
+        ("fp16",),
+        _fp16,
+        reason="fp16 ends at 65504, and models that were trained in bf16 may go beyond it: the loss is inf or nan, and the run "
+        "stops. It is for GPUs before Ampere (T4, V100), where bf16 is emulated.",
+        fix="leave fp16 out where the machine has bf16; elsewhere bf16: false computes in float32",
+        upstream="https://github.com/QwenLM/Qwen3/issues/868",
     ),
     FLOAT8_NATIVE,
     error(
@@ -166,7 +172,8 @@ MACHINE_RULES = (
         "float8-in-float32",
         ("method", "bf16"),
         unless(
-            lambda s: s.config.method == "fp8" and bool(s.gpus) and not s.bf16, "method fp8 on GPUs, and not in bf16"
+            lambda s: s.config.method == "fp8" and bool(s.gpus) and s.precision is not Precision.BF16,
+            "method fp8 on GPUs, and not in bf16",
         ),
         reason="Products of float8 rows with scales of their own come out in bf16 on CUDA.",
         fix="set bf16: auto, or use method lora",
@@ -315,17 +322,8 @@ HSDP_RULES = (
 
 FILE_RULES = (
     error(
-        "fp16",
-        ("yaml:mixed_precision", "json:fp16.enabled"),
-        _fp16,
-        reason="fp16 ends at 65504, and models that were trained in bf16 go beyond it: losses become inf and nan. This "
-        "project computes in bf16 or float32.",
-        fix="take it out of the file; the recipe's bf16 decides",
-        upstream="https://github.com/QwenLM/Qwen3/issues/868",
-    ),
-    error(
         "precision-against-recipe",
-        ("yaml:mixed_precision", "json:bf16.enabled", "bf16"),
+        ("yaml:mixed_precision", "json:bf16.enabled", "json:fp16.enabled", "bf16", "fp16"),
         _precision,
         reason="Two places say the precision, and differently.",
         fix="leave it to the recipe: mixed_precision: 'no' in the YAML, \"auto\" in the JSON",

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
 from ..models.positions import check_lengths
+from ..topology.precision import Precision
 from ..training.loss import TokenLoss
 from ..training.packing_trial import prove_packing
 from ..training.task import StepLoss, Task
@@ -47,13 +48,16 @@ class SFT(Task):
             seed=config.seed if training else None,
         )
 
-    def check(self, *, bf16: bool) -> None:
+    def check(self, *, precision: Precision) -> None:
         """Check that packs, and then the fused lm_head, leave the model's results as they are."""
         engine, packed = self.engine, self.config.packing != "none"
         micro = trial(packed=packed).to(self.device)
         with engine.evaluating():
             if packed:
-                exact = not bf16 and self.config.method not in ("int8", "fp8")  # which round rows of activations
+                exact = not precision.half and self.config.method not in (
+                    "int8",
+                    "fp8",
+                )  # which round rows of activations
                 prove_packing(engine.wrapped, engine.model, exact=exact, device=self.device)
             self.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=self._agree)
 

@@ -40,7 +40,11 @@ WRAPPERS = {
     EngineKind.FSDP: "FSDP",
     EngineKind.DEEPSPEED: "DeepSpeedEngine",
 }
-TOLERANCE = {"no": 1e-5, "bf16": 2e-2}  # largest difference of losses and gradient norms; bf16 rounds at 4e-3
+TOLERANCE = {
+    "no": 1e-5,
+    "bf16": 2e-2,
+    "fp16": 2e-2,
+}  # largest difference of losses and gradient norms; bf16 rounds at 4e-3
 SHARD_SLACK = 1.05  # padding of uneven shards
 
 

@@ -202,11 +202,6 @@ def with_network(kind: GpuKind, *, gbit: float, gpus: int) -> GpuKind:
     return replace(kind, network=gbit / 8 * 1e9 / gpus)
 
 
-def computes_in_bf16(setting: bool | str, machine: Hardware) -> bool:
-    """Decide the recipe's `bf16` (true, false, auto) on this machine."""
-    return setting is True or (setting == "auto" and machine.has_bf16)
-
-
 def probe() -> Hardware:
     """Look at this machine: the CUDA driver for GPUs, in CUDA's order, and /proc for the CPU.
 

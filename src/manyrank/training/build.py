@@ -38,6 +38,7 @@ from ..parallel.zero3_preparation import without_zero_init
 from ..plan.planned_run import PlannedRun
 from ..runs import artifact
 from ..runs.heartbeats import HeartbeatWriter, new_run
+from ..topology.precision import Precision
 from ..topology.ranks import Topology
 from . import trackers
 from .memory import describe_checkpointing, plan_run, take_peaks
@@ -54,7 +55,7 @@ def build_run(
     kind: type[Task],
     *,
     output_dir: Path,
-    bf16: bool,
+    precision: Precision,
     objects: UserObjects | None = None,
     heartbeat: HeartbeatWriter | None = None,
 ) -> TrainingRun:
@@ -69,7 +70,7 @@ def build_run(
     """
     objects = objects or UserObjects()
     with _restored_on_failure(objects.model):
-        return _build(config, place, kind, output_dir, objects, heartbeat, bf16=bf16)
+        return _build(config, place, kind, output_dir, objects, heartbeat, precision=precision)
 
 
 def _build(
@@ -80,7 +81,7 @@ def _build(
     objects: UserObjects,
     heartbeat: HeartbeatWriter | None,
     *,
-    bf16: bool,
+    precision: Precision,
 ) -> TrainingRun:
     _prepare_environment(config, place, output_dir)
     own_folder, heartbeat = (
@@ -89,18 +90,18 @@ def _build(
     )
     heartbeat.beat(0, "loading the tokenizer")
     tokenizer = _tokenizer(config, objects)
-    accelerator = _meet(config, place, heartbeat, own_folder, bf16=bf16)
+    accelerator = _meet(config, place, heartbeat, own_folder, precision=precision)
     start = find_start(config, output_dir, accelerator)
     per_process = batch_per_process(config)
     config, needed = _amounts(config, kind, start, accelerator.num_processes)
-    config, planned = _plan(config, accelerator, place, objects.model, bf16=bf16)
+    config, planned = _plan(config, accelerator, place, objects.model, precision=precision)
     task = kind(config, objects)
     heartbeat.beat(0, "reading and tokenising the data")
     train, evaluation = _examples(task, tokenizer, needed, accelerator)
     base, give_back = _fingerprint(objects.model), _lent(objects.model)
     heartbeat.beat(0, "loading the model")
-    model = _model(config, accelerator, objects.model, bf16=bf16)
-    task.prepare_model(model, accelerator, tokenizer, bf16=bf16)
+    model = _model(config, accelerator, objects.model, precision=precision)
+    task.prepare_model(model, accelerator, tokenizer, precision=precision)
     _check_alike(model, accelerator)
     with heartbeat.waiting("distributing the model and the optimizer", compile_locks.explain):
         engine = prepare_engine(accelerator, model, build_optimizer(model, config))
@@ -109,6 +110,7 @@ def _build(
     commit = getattr(model.config, "_commit_hash", None)
     run = identity(
         config,
+        precision,
         **task.identity(),
         model=base or artifact.base_fingerprint(resolve_name(config.model_name_or_path), commit),
         loss=objects.loss and f"{objects.loss.__module__}.{objects.loss.__qualname__}",
@@ -119,13 +121,12 @@ def _build(
         needed=needed,
         examples=len(train),
         tokens=int(train.lengths.sum()),
-        bf16=bf16,
     )
     meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
     options = {"output_dir": output_dir, "callbacks": objects.callbacks, "heartbeat": heartbeat}
     trainer = Trainer(config, engine, tokenizer, task, train, evaluation, run=run, meter=meter, **options)
     heartbeat.beat(0, "trying the loss on a small example")
-    task.check(bf16=bf16)
+    task.check(precision=precision)
     start = _with_changes(start, trainer.run, config)
     if accelerator.is_main_process and (line := task.describe(trainer.loader)):
         print(line, flush=True)
@@ -143,11 +144,11 @@ def _amounts(config: TrainConfig, kind: type[Task], start: Start, processes: int
 
 
 def _meet(
-    config: TrainConfig, place: Topology, heartbeat: HeartbeatWriter, folder: Path | None, *, bf16: bool
+    config: TrainConfig, place: Topology, heartbeat: HeartbeatWriter, folder: Path | None, *, precision: Precision
 ) -> Accelerator:
     """Start the strategy; from then on the signs of life are written into the folder, if this run has one for itself."""
     with heartbeat.waiting(f"waiting for all {place.world_size} processes to meet", compile_locks.explain):
-        accelerator = start_accelerator(config, place, bf16=bf16)
+        accelerator = start_accelerator(config, place, precision=precision)
     if folder:
         run = broadcast_from_rank0(accelerator, lambda: new_run(folder))
         heartbeat.attach(folder, run=run, meet=accelerator.wait_for_everyone)
@@ -179,11 +180,11 @@ def _examples(
 
 
 def _plan(
-    config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, bf16: bool
+    config: TrainConfig, accelerator: Accelerator, place: Topology, own: PreTrainedModel | None, *, precision: Precision
 ) -> tuple[TrainConfig, PlannedRun | None]:
     """The recipe with the recomputed layers that the plan settles, and the plan where there is one."""
     shape = own.config.to_dict() if own else read_config(config)
-    planned = plan_run(config, accelerator, place, shape, bf16=bf16)
+    planned = plan_run(config, accelerator, place, shape, precision=precision)
     if planned is None:
         return config, None
     if accelerator.is_main_process and (note := describe_checkpointing(planned, config)):
@@ -193,15 +194,15 @@ def _plan(
 
 
 def _model(
-    config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, bf16: bool
+    config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, precision: Precision
 ) -> torch.nn.Module:
     def say(line: str) -> None:
         if accelerator.is_main_process:
             print(line, flush=True)
 
     if own:
-        return with_adapters(fitted(own, config, bf16=bf16, say=say), config, say=say)
-    plan = plan_load(config, accelerator, bf16=bf16)
+        return with_adapters(fitted(own, config, precision=precision, say=say), config, say=say)
+    plan = plan_load(config, accelerator, precision=precision)
     read = partial(cached_base, where=config.quantized_cache, say=say)
     with without_zero_init(accelerator) if plan.share else contextlib.nullcontext():
         return load_model(plan, config, say=say, read=read)

@@ -18,6 +18,7 @@ from ..plan.memory import GiB
 from ..plan.planned_run import PlannedRun
 from ..rules.context import RunContext
 from ..topology import gpus, strategy_files
+from ..topology.precision import Precision
 from ..topology.ranks import Topology
 from ..topology.strategies import EngineKind, Strategy, find_strategy, named_strategy
 
@@ -25,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 def plan_run(
-    config: TrainConfig, accelerator: Accelerator, place: Topology, model_config: dict, *, bf16: bool
+    config: TrainConfig, accelerator: Accelerator, place: Topology, model_config: dict, *, precision: Precision
 ) -> PlannedRun | None:
     """Plan this run; None where the model's config cannot be read.
 
@@ -38,7 +39,9 @@ def plan_run(
         logger.warning("nothing is planned: %s", error.what)
         return None
     strategy = named_strategy(config.strategy) or _active_strategy(accelerator)
-    resolved = ResolvedConfig(config.model_copy(update={"bf16": bf16}))
+    resolved = ResolvedConfig(
+        config.model_copy(update={"bf16": precision is Precision.BF16, "fp16": precision is Precision.FP16})
+    )
     nproc, launched = place.local_world_size, strategy_files.from_environment()
     context = RunContext(resolved, strategy, nproc, place.world_size, gpus.probe(), launched=launched)
     run = PlannedRun(context, shape)

@@ -161,8 +161,8 @@ class TrainingRun:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        bf16 = self.engine.facts().precision == "bf16"
-        dtype = torch.bfloat16 if self.config.method == "full" and bf16 else None
+        precision = self.engine.precision
+        dtype = getattr(torch, precision.dtype) if self.config.method == "full" and precision.half else None
         try:
             save_weights(self.engine, partial, dtype=dtype, also=lambda: self._write_beside(partial))
         except SaveError as error:

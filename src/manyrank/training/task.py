@@ -21,6 +21,7 @@ from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Step
 from ..parallel.engine import Engine
+from ..topology.precision import Precision
 from .loss import LossFunction
 
 
@@ -95,7 +96,12 @@ class Task(ABC):
         """
 
     def prepare_model(
-        self, model: torch.nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, *, bf16: bool
+        self,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        precision: Precision,
     ) -> None:
         """Use the loaded model before the strategy wraps it."""
 
@@ -118,7 +124,7 @@ class Task(ABC):
     def loader(self, examples: Examples, *, training: bool) -> Loader:
         """The steps of the training or of the validation."""
 
-    def check(self, *, bf16: bool) -> None:
+    def check(self, *, precision: Precision) -> None:
         """Try the model on a few tokens. All ranks together.
 
         Raises:

@@ -8,6 +8,7 @@ transformers' callbacks are driven from here: progress bar, trackers, early stop
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ from ..checkpoint.state import load_checkpoint, load_weights
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Prefetcher, Step
-from ..errors import NonFiniteError, NonFiniteGradientError, Preempted, UserError
+from ..errors import GradientOverflow, NonFiniteError, NonFiniteGradientError, Preempted, UserError
 from ..parallel import timeouts
 from ..parallel.engine import Engine
+from ..parallel.loss_scale import LossScale
 from ..runs.heartbeats import HeartbeatWriter
 from ..signals import STOP
 from .callbacks import build_callbacks, callback_states, check_states, exportable, training_arguments
@@ -156,7 +158,12 @@ class Trainer:
         return self.state.global_step >= self.total_steps or self.control.should_training_stop
 
     def train_step(self, step: Step) -> StepResult:
-        """Take one optimizer step over this rank's micro-batches."""
+        """Take one optimizer step over this rank's micro-batches; under fp16 again while its gradients overflow."""
+        while True:
+            with contextlib.suppress(GradientOverflow):
+                return self._attempt(step)
+
+    def _attempt(self, step: Step) -> StepResult:
         loss = self.task.forward_backward(step, number=self.state.global_step)
         local = torch.stack(loss.losses).sum()
         wishes = (STOP.requested, STOP.final, self.main and self.saver.wished)
@@ -281,6 +288,7 @@ class Trainer:
             "window": self.meter.state(),
             "callbacks": callback_states(self.handler),
             "task": self.task.state(),
+            "loss_scale": self.engine.loss_scale and self.engine.loss_scale.state(),
             "stopped": self.control.should_training_stop and self.state.global_step < self.total_steps,
         }
         with timeouts.within(timeouts.UNHURRIED):
@@ -307,6 +315,8 @@ class Trainer:
         self.meter.restore(state.pop("window"))
         self.stopped = state.pop("stopped")
         self.task.restore(state.pop("task", {}))
+        if (scale := state.pop("loss_scale", None)) and self.engine.loss_scale:
+            self.engine.loss_scale = LossScale(**scale)
         vars(self.state).update(state)
         if folder.parent.resolve() == self.output_dir.resolve():
             self.saver.saved = self.state.global_step

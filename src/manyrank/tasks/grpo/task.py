@@ -29,6 +29,7 @@ from ...data.scores import SCORES
 from ...errors import UserError
 from ...models.load import load_adapter, read_config
 from ...runs import artifact, logs
+from ...topology.precision import Precision
 from ...training.task import StepLoss, Task, UserObjects
 from .prompts import PromptLoader, PromptStep
 from .trl_step import TrlStep
@@ -48,6 +49,8 @@ class GRPO(Task):
         super().__init__(config, objects)
         self.rewards = read_rewards(config.rewards)
         self.questions: list[Question] = []  # of the training examples, then of the validation's
+        self.step: PromptStep | None = None  # the last one, and its micro-batches
+        self.parts: list[dict] = []
 
     @staticmethod
     def rows_needed(config: TrainConfig, batch: int) -> int:
@@ -113,7 +116,12 @@ class GRPO(Task):
         return (shape.get("text_config") or shape).get("max_position_embeddings")
 
     def prepare_model(
-        self, model: torch.nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, *, bf16: bool
+        self,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        precision: Precision,
     ) -> None:
         """Load the adapter of `sft_model`, and set up trl's part.
 
@@ -132,7 +140,7 @@ class GRPO(Task):
                 questions=self.questions,
                 rewards=self.rewards,
                 accumulation=per_rank // self.config.micro_batch,
-                bf16=bf16,
+                precision=precision,
             )
         except ConnectionError as error:
             fix = "start it (trl vllm-serve), or fix vllm_server_base_url"
@@ -175,11 +183,13 @@ class GRPO(Task):
         )
 
     def forward_backward(self, step: PromptStep, *, number: int) -> StepLoss:
-        self.in_phase("generating completions")
-        with self.engine.whole():
-            parts = self.trl.complete(step.numbers, step=number)
-        self._count(step, parts)
-        losses = []
+        if step is not self.step:  # else it is taken again (see GradientOverflow), with the completions that it has
+            self.in_phase("generating completions")
+            with self.engine.whole():
+                self.parts = self.trl.complete(step.numbers, step=number)
+            self.step = step
+            self._count(step, self.parts)
+        losses, parts = [], self.parts
         for index, inputs in enumerate(parts):
             last = index + 1 == len(parts)
             self.in_phase(f"forward and backward of micro-batch {index + 1}")

@@ -29,6 +29,7 @@ from ...chat_template.render import prompt_ids, render_options, stop_ids
 from ...config.resolve import TrainConfig
 from ...data.questions import Question
 from ...data.rewards import Reward
+from ...topology.precision import Precision
 from ...training.callbacks import training_arguments
 from .rewards import reward_functions
 
@@ -64,7 +65,7 @@ class TrlStep(GRPOTrainer):
         questions: Sequence[Question],
         rewards: Sequence[Reward],
         accumulation: int,
-        bf16: bool,
+        precision: Precision,
     ) -> None:
         self.run_accelerator, self.questions, self.rendering = accelerator, questions, render_options(config)
         stops = sorted(token for token in stop_ids(tokenizer, self.rendering) if token is not None)
@@ -79,7 +80,7 @@ class TrlStep(GRPOTrainer):
             total_steps=1,
             on_cpu=accelerator.device.type == "cpu",
             kind=GRPOConfig,
-            **_options(config, rewards, accumulation, bf16=bf16),
+            **_options(config, rewards, accumulation, precision=precision),
         )
         if args.n_gpu > 1:  # one process sees several, of which it uses one
             args._n_gpu = 1  # transformers 5.23 has no other way to say so, and trl refuses DataParallel
@@ -184,7 +185,7 @@ class TrlStep(GRPOTrainer):
         ]
 
 
-def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, *, bf16: bool) -> dict:
+def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, *, precision: Precision) -> dict:
     """Translate the recipe into trl's options."""
     vllm = {
         "use_vllm": True,
@@ -206,7 +207,8 @@ def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, 
         "chat_template_kwargs": config.chat_template_kwargs,
         "trust_remote_code": config.trust_remote_code,
         "disable_dropout": True,
-        "bf16": bf16,
+        "bf16": precision is Precision.BF16,
+        "fp16": precision is Precision.FP16,
         "gradient_checkpointing": False,  # the layers have it already
         "eval_strategy": "no",
         "report_to": "none",  # else trl would tell trackers of its own time

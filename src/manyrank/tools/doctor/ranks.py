@@ -28,6 +28,7 @@ from ...runs.logs import read_metrics
 from ...runs.versions import software
 from ...signals import end_with_parent
 from ...topology import gpus, ranks
+from ...topology.precision import Precision, find_precision
 from ...topology.ranks import Topology
 from ...topology.torch_gpus import use_gpu
 from ...training.exits import exit_now
@@ -42,7 +43,11 @@ HEAD_BYTES = 1 << 20  # of a data file that are compared between machines
 FREE = 0.9  # of a GPU's memory: less is free when somebody else uses it
 EXCHANGE_SECONDS = 4.0  # that one size may take, on a slow network
 PART_OF_LINK = 0.4  # of a link's figure that an all-reduce of large messages reaches at least
-LOSS_DIFFERENCE = {"no": 1e-5, "bf16": 2e-2}  # of a step that is taken again, as `manyrank verify` allows it
+LOSS_DIFFERENCE = {
+    "no": 1e-5,
+    "bf16": 2e-2,
+    "fp16": 2e-2,
+}  # of a step that is taken again, as `manyrank verify` allows it
 STEPS = 2
 SMALL_RUN = {"max_length": 256, "save_steps": 1, "logging_steps": 1, "max_steps": STEPS}
 _KEPT: list[object] = []  # for the reason that train keeps its run
@@ -320,8 +325,8 @@ def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, ru
 
     notes.begin("step")
     small = _small_config(config, strategy, folder / "model", place.world_size)
-    bf16 = gpus.computes_in_bf16(small.bf16, gpus.probe())
-    trained = build_run(small, place, find_task(small), output_dir=run, bf16=bf16)
+    precision = find_precision(small.bf16, small.fp16, gpus.probe())
+    trained = build_run(small, place, find_task(small), output_dir=run, precision=precision)
     _KEPT.append(trained)
     trained.run()
     facts, main = trained.engine.facts().as_dict(), trained.accelerator
@@ -339,7 +344,7 @@ def _train(config: TrainConfig, strategy: str, place: Topology, folder: Path, ru
 
 def _small_config(config: TrainConfig, strategy: str, model: Path, world_size: int) -> TrainConfig:
     """The recipe's way of training, on the small model and the project's sample."""
-    values = SMALL_RUN | {key: getattr(config, key) for key in ("method", "bf16", "optim", "hsdp_shard_size")}
+    values = SMALL_RUN | {key: getattr(config, key) for key in ("method", "bf16", "fp16", "optim", "hsdp_shard_size")}
     values |= {"model_name_or_path": str(model), "strategy": strategy}
     values |= {"per_device_train_batch_size": 2, "global_batch_size": 2 * world_size}
     settings = [Setting(key, value, "the doctor's step") for key, value in values.items() if value is not None]
@@ -354,7 +359,7 @@ def _tensors(checkpoint: Path) -> int:
 
 def step(losses: Sequence[float], facts: dict[str, Any], what: str) -> Check:
     """Check that two steps were taken, and say what came up."""
-    precision = "bf16" if facts["precision"] == "bf16" else "float32"
+    precision = Precision(facts["precision"]).label
     seen = f"{what} as {facts['wrapper']} on {counted(facts['world_size'], 'rank')}, {precision}: loss "
     seen += ", then ".join(f"{loss:.4f}" for loss in losses)
     figures = {key: facts[key] for key in ("wrapper", "distributed_type", "world_size", "precision")}

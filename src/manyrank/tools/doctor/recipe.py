@@ -131,7 +131,7 @@ def memory_and_disks(context: RunContext, names: list[tuple[str, str]]) -> list[
     from huggingface_hub import constants
 
     shape, gpus = _shape(context), context.gpus
-    weights = (2 if context.bf16 else 4) * shape.parameters if shape else 0
+    weights = (2 if context.precision.half else 4) * shape.parameters if shape else 0
     run, cache = machine.existing(context.output_dir), machine.existing(Path(constants.HF_HUB_CACHE))
     one = checkpoint_bytes(context, shape) if shape else 0
     fix = "free some, or choose another --output_dir, or lower save_total_limit"
