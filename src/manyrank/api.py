@@ -114,7 +114,7 @@ class SFTTrainer:
 def _folder(config: SFTConfig, place: Topology) -> Path:
     """The folder of a run that nobody has named: the next free one, where no other rank has to come to the same name."""
     last, free = run_folder.free_folder(Path("output/run"))
-    if place.world_size > 1:
+    if place.world_size > 1 or config.overwrite_output_dir:
         return Path("output/run")
     return last if config.resume_from_checkpoint else free
 

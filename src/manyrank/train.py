@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config.args import parse
-from .config.resolve import ResolvedConfig, resolve
+from .config.resolve import ResolvedConfig, TrainConfig, resolve
 from .errors import EXIT_USER, UserError
 from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default_output_dir
 from .rules.check import check_new_folder, check_output_dir, check_rules
 from .rules.context import RunContext
 from .runs.heartbeats import HeartbeatWriter
-from .runs.run_folder import LAUNCH_FOLDER, writable
+from .runs.run_folder import LAUNCH_FOLDER, remove_run, writable
 from .runs.run_lock import claimed
 from .runs.watchdog import Watchdog
 from .topology import gpus, ranks, strategy_files
@@ -102,6 +102,12 @@ def train(
             heartbeat.stop()
 
 
+def _make_room(config: TrainConfig, output_dir: Path) -> None:
+    """Remove an earlier run, where the recipe asks for it, once nothing can be refused any more."""
+    if config.overwrite_output_dir and not ranks.restarts() and (removed := remove_run(output_dir)):
+        print(f"overwrite_output_dir: removed the run in {output_dir} ({', '.join(removed)})", flush=True)
+
+
 def _train_checked(
     resolved: ResolvedConfig,
     place: Topology,
@@ -133,6 +139,7 @@ def _train_checked(
         else:
             if place.is_main:
                 with writable(output_dir):
+                    _make_room(config, output_dir)
                     _write_launch(output_dir, resolved)
             run.run(make_report)
     finally:

@@ -296,6 +296,18 @@ def test_bf16(given, value):
     assert make(**given).bf16 is value or make(**given).bf16 == value
 
 
+def test_fp16_stands_in_place_of_bf16(tmp_path):
+    (tmp_path / "r.yaml").write_text("data_path: d\nmodel_name_or_path: m\nbf16: true\n")
+    above = resolve(str(tmp_path / "r.yaml"), [Setting("fp16", "true", "command line")]).config
+    assert above.fp16 and above.bf16 == "auto"
+    (tmp_path / "r.yaml").write_text("data_path: d\nmodel_name_or_path: m\nfp16: true\n")
+    below = resolve(str(tmp_path / "r.yaml"), [Setting("bf16", "true", "command line")]).config
+    assert below.bf16 is True and not below.fp16
+    (tmp_path / "r.yaml").write_text("data_path: d\nmodel_name_or_path: m\nfp16: true\nbf16: true\n")
+    with pytest.raises(UserError, match="these contradict each other: bf16=True against fp16=True"):
+        resolve(str(tmp_path / "r.yaml"), [])
+
+
 @pytest.mark.parametrize(
     "given, world_size, examples",
     [
@@ -392,6 +404,9 @@ def test_an_unknown_key_that_is_like_no_other():
         ("strategy", "zero4"),
         ("format_type", "csv"),
         ("bf16", "maybe"),
+        ("fp16", "auto"),
+        ("eval_split", 1.5),
+        ("eval_split", -1),
         ("packing", "dense"),
         ("lora_dropout", 1),
         ("dry_run", "perhaps"),

@@ -344,6 +344,7 @@ def test_a_plan_for_hundreds_of_machines_fits_into_a_variable():
         (["quickstart"], "output/quickstart-3"),
         (["--model=embedded", "--train-data=data/sample.jsonl"], "output/run"),
         (["quickstart", "--output-dir=mine"], "mine"),
+        (["quickstart", "--overwrite_output_dir"], "output/quickstart"),
         (["quickstart", "--resume-from=output/other/checkpoint-5"], "output/other"),
         (["quickstart", "--resume-from=auto"], "output/quickstart-2"),
         (["quickstart", "--nnodes=2"], "output/quickstart"),

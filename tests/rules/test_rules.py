@@ -182,6 +182,17 @@ CASES = [
     ("sgd-under-offload", {"optim": "sgd", "strategy": "zero3_offload"}, {"strategy": "zero3"}),
     ("qlora-under-zero-offload", {"method": "qlora", "strategy": "zero3_offload"}, {"strategy": "zero3"}),
     ("qlora-under-zero-offload", {"method": "qlora", "strategy": "zero3_offload"}, {"method": "lora"}),
+    (
+        "overwritten-input",
+        {"overwrite_output_dir": True, "resume_from_checkpoint": "auto"},
+        {"overwrite_output_dir": False},
+    ),
+    ("overwritten-input", {"overwrite_output_dir": True, "resume_from_checkpoint": "auto"}, {"dry_run": True}),
+    (
+        "overwritten-input",
+        {"overwrite_output_dir": True, "env": {"SLURM_RESTART_COUNT": "1"}},
+        {"env": {"SLURM_RESTART_COUNT": "0"}},
+    ),
     # Files of strategies
     ("precision-against-recipe", {"yaml": {"mixed_precision": "fp16"}}, {"fp16": True}),
     (
@@ -990,6 +1001,23 @@ def test_a_chat_template_that_nobody_has(tmp_path, embedded_model):
 # Output folders
 
 
+def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match=r"holds no run: thesis\.txt"):
+        check_output_dir(resolved(overwrite_output_dir=True).config, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "sft_model", "data_path"])
+def test_a_run_does_not_overwrite_what_it_reads(key, tmp_path):
+    inside = tmp_path / "run" / "final_model"
+    model_folder(inside, llama())
+    (inside / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
+    path = str(inside / "rows.jsonl" if key == "data_path" else inside)
+    run = situation(output_dir=tmp_path / "run", overwrite_output_dir=True, **{key: path})
+    found = [violation.what for violation in find_violations(run) if violation.rule.name == "overwritten-input"]
+    assert found == [f"overwrite_output_dir would remove {path}, which the run reads"]
+
+
 def test_an_output_folder_with_files(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError) as caught:
@@ -998,9 +1026,12 @@ def test_an_output_folder_with_files(tmp_path):
     assert "--resume_from_checkpoint auto" in caught.value.fix
 
 
-@pytest.mark.parametrize("values", [{"dry_run": True}, {"resume_from_checkpoint": "auto"}])
+@pytest.mark.parametrize(
+    "values", [{"dry_run": True}, {"resume_from_checkpoint": "auto"}, {"overwrite_output_dir": True}]
+)
 def test_an_output_folder_that_may_have_files(tmp_path, values):
     (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "launch.json").write_text("")
     check_output_dir(resolved(**values).config, tmp_path)
 
 

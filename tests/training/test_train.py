@@ -274,6 +274,27 @@ def test_a_bad_row_in_the_middle_is_three_lines_from_two_processes(embedded_mode
     assert f"{file}, line 4" in run.stderr and not run.folder.exists()
 
 
+def test_a_run_replaces_an_earlier_one_when_nothing_can_be_refused_any_more(embedded_model, tmp_path):
+    args = ("--save_steps=2", "--overwrite_output_dir")
+    first = launch(tmp_path / "run", "--max_steps=4", *args)
+    assert first.code == 0 and "removed" not in first.stdout, first.stderr
+    (first.folder / "notes.txt").write_text("mine")
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 200 + '{"question": "c"}\n')
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.name != "run.lock"}
+    refused = launch(tmp_path / "run", "--max_steps=2", *args, f"--data_path={tmp_path / 'bad.jsonl'}")
+    assert refused.code == 2, refused.stdout
+    files = {path for path in before if path.is_file() and "heartbeats" not in path.parts}
+    assert all(path.stat().st_mtime_ns == before[path] for path in files)
+    again = launch(tmp_path / "run", "--max_steps=2", "--strategy=ddp", "--nproc=2", *args)
+    assert again.code == 0, again.stderr
+    assert f"overwrite_output_dir: removed the run in {again.folder} (checkpoint-2, checkpoint-4, " in again.stdout
+    assert [path.name for path in sorted(again.folder.glob("checkpoint-*"))] == ["checkpoint-2"]
+    assert (again.folder / "notes.txt").read_text() == "mine" and len(again.metrics()) == 2
+    assert again.facts()["world_size"] == 2
+    plain = launch(tmp_path / "run", "--max_steps=2")
+    assert plain.code == 2 and "or replace it with --overwrite_output_dir" in plain.stderr
+
+
 @pytest.mark.skipif(not gpus.probe().cpu_bf16 or gpus.probe().gpus, reason="no native bf16 on this CPU")
 @pytest.mark.parametrize("strategy", ["single", "fsdp", "zero2"])
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -86,6 +86,12 @@ def _sources(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
 
+def _part(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("it is neither a share below 1 nor a number of examples")
+    return value
+
+
 def _layers(value: Any) -> Any:
     """Read a yes/no value as all layers or none."""
     text = str(value).strip().lower()
@@ -152,6 +158,7 @@ def _tag(value: str) -> str:
 
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Part = Annotated[Float, AfterValidator(_part)]
 Strings = Annotated[list[str], BeforeValidator(listed)]
 Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(listed)]
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
@@ -228,11 +235,11 @@ class DataKeys(Keys):
 
     data_path: Sources = Field(description="training data: a file, folder or hub name, or a list of sources")
     eval_data_path: Sources | None = Field(None, description="validation data, see eval_steps")
-    eval_split: Float = Field(
+    eval_split: Part = Field(
         0.0,
         ge=0,
-        lt=1,
-        description="share of the training data to validate on instead; a hash of the content chooses it",
+        description="share of the training data to validate on instead, or from 1 on a number of examples; a hash of the "
+        "content chooses them",
     )
     format_type: Format = Field(
         "auto", description="how rows are read; 'auto' goes by the first row that fits; or module:function"
@@ -374,6 +381,9 @@ class OutputKeys(Keys):
     """Validation, saving and logging."""
 
     output_dir: str | None = Field(None, min_length=1, description="the run's folder (default: output/RECIPE)")
+    overwrite_output_dir: bool = Field(
+        False, description="remove an earlier run from output_dir first; what is not a run's stays"
+    )
     eval_steps: Int | None = Field(
         None, gt=0, description="steps between two validations (default: once an epoch, where there is validation data)"
     )

@@ -131,10 +131,17 @@ class Examples:
     def split(self, part: float) -> tuple[Examples, Examples]:
         """All but about `part` of the examples, and that part.
 
-        The hash of the content decides, so that a row stays on its side when others are added, and the same
-        conversation is never on both.
+        The hash of the content decides, so that a row stays on its side when others are added (of a share; of a number
+        nearly), and the same conversation is never on both.
+
+        Args:
+            part: a share below 1, or a number of examples; where the last one is there twice, both are held.
         """
-        held = (self.content.view(np.uint64) % np.uint64(1_000_000)) < np.uint64(round(part * 1_000_000))
+        order = self.content.view(np.uint64)
+        if part < 1:
+            held = (order % np.uint64(1_000_000)) < np.uint64(round(part * 1_000_000))
+        else:
+            held = order <= np.sort(order)[min(int(part), len(order)) - 1]
         if not held.any() or held.all():
             raise UserError(
                 f"{int(held.sum())} of {len(self)} examples are in the validation part",

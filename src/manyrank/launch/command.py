@@ -403,5 +403,7 @@ def choose_output_dir(config: TrainConfig, line: CommandLine) -> str:
     # Every machine must come to the same name; and a job that was written first is the one that is submitted then.
     if line.options.nnodes > 1 or line.options.via in JOBS:
         return str(base)
+    if config.overwrite_output_dir:
+        return str(base)
     last, folder = run_folder.free_folder(base)
     return str(last if resume else folder)

@@ -63,7 +63,9 @@ class ResolvedLaunch:
         """
         half = self.config.micro_batch // 2
         line = _with(self.line, MICRO_BATCH, str(half))
-        if saved or not self.config.resume_from_checkpoint:
+        if self.config.overwrite_output_dir and saved:
+            line = _with(line, "overwrite_output_dir", "false")
+        if saved or not (self.config.resume_from_checkpoint or self.config.overwrite_output_dir):
             line = _with(line, "resume_from_checkpoint", "auto")
         context = replace(self.context, resolved=resolve(line.recipe, line.overrides))
         return replace(self, line=line, context=context)

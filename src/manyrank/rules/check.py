@@ -288,8 +288,10 @@ def check_new_folder(config: TrainConfig, output_dir: Path) -> None:
     """
     if config.resume_from_checkpoint or is_new(output_dir):
         return
+    if config.overwrite_output_dir and artifact.is_run(output_dir):
+        return
     what, fix = f"the output folder {output_dir} is not empty", "choose another --output_dir"
     if not artifact.is_run(output_dir) and (foreign := others(output_dir)):
         raise UserError(f"{what}, and holds no run: {', '.join(foreign[:3])}", where="output_dir", fix=fix)
-    fix += ", or continue that run with --resume_from_checkpoint auto"
+    fix += ", continue that run with --resume_from_checkpoint auto, or replace it with --overwrite_output_dir"
     raise UserError(what, where="output_dir", fix=fix)

@@ -145,6 +145,23 @@ def _far_rate(s: RunContext) -> str | None:
     return f"learning_rate {rate:g}, where method {s.config.method} usually takes {low:g} to {high:g}"
 
 
+def _overwrites(s: RunContext) -> str | None:
+    if not s.config.overwrite_output_dir or s.config.dry_run:
+        return None
+    if s.config.resume_from_checkpoint:
+        return "overwrite_output_dir and resume_from_checkpoint together"
+    if (number := os.environ.get("SLURM_RESTART_COUNT", "0")) not in ("", "0"):
+        return f"overwrite_output_dir in a job that was queued again (SLURM_RESTART_COUNT is {number})"
+    sources = (*s.config.data_path, *(s.config.eval_data_path or ()))
+    inputs = [s.config.model_name_or_path, s.config.sft_model, s.config.chat_template, *(x.path for x in sources)]
+    below = [path for path in filter(None, inputs) if s.output_dir and _is_below(path, s.output_dir)]
+    return f"overwrite_output_dir would remove {below[0]}, which the run reads" if below else None
+
+
+def _is_below(path: str, folder: Path) -> bool:
+    return Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve())
+
+
 def _unused(s: RunContext) -> str | None:
     unused, usual = [], DEFAULTS_OF_GRPO if s.config.is_grpo else {}
     for keys, counts, because in DEPENDENT:
@@ -280,6 +297,13 @@ BATCH_RULES = (
         ),
         reason="In every step some processes have no example and wait.",
         fix="raise global_batch_size, or start fewer processes",
+    ),
+    error(
+        "overwritten-input",
+        ("overwrite_output_dir", "resume_from_checkpoint"),
+        _overwrites,
+        reason="It removes the run that is in output_dir, with all its checkpoints, when the new one starts.",
+        fix="leave overwrite_output_dir out; or resume no run (as jobs do by themselves), and read nothing of output_dir",
     ),
     error(
         "changed-since-checkpoint",

@@ -95,6 +95,20 @@ def others(output_dir: Path) -> list[str]:
     return sorted(path.name for path in entries if not OWN.fullmatch(path.name))
 
 
+def remove_run(output_dir: Path) -> list[str]:
+    """Remove an earlier run from the folder of one that starts, and return the names of what is gone.
+
+    What the start has written stays (see `is_new`), and what is not a run's.
+    """
+    entries = [path for path in output_dir.iterdir() if OWN.fullmatch(path.name) and not path.name.startswith(LOCK)]
+    logs = HEARTBEATS.parts[0]
+    removed = [path for path in entries if path.name not in (LAUNCH_FOLDER, logs)]
+    removed += [path for path in (output_dir / logs).glob("*") if path.name != HEARTBEATS.name]
+    for path in sorted(removed, key=lambda path: path.name == "launch.json"):  # by which the rest is known as a run's
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return sorted(path.relative_to(output_dir).as_posix() for path in removed)
+
+
 def free_folder(base: Path) -> tuple[Path, Path]:
     """Find the last of BASE, BASE-2, BASE-3, ... that is there (BASE if none is), and the next, which is not."""
     last, folder, number = base, base, 1
