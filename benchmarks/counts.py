@@ -256,7 +256,7 @@ def _prepared(model, config):
     import torch
     from accelerate import Accelerator
 
-    from manyrank.parallel.engine import prepare_engine
+    from manyrank.parallel.sharded_engines import prepare_engine
     from manyrank.training.loss import TokenLoss
     from manyrank.training.optim import build_optimizer
 

@@ -174,7 +174,7 @@ class Bench:
         from accelerate import Accelerator
 
         from manyrank.models.load import with_adapters
-        from manyrank.parallel.engine import prepare_engine
+        from manyrank.parallel.sharded_engines import prepare_engine
         from manyrank.training.loss import TokenLoss
         from manyrank.training.optim import build_optimizer
 

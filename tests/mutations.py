@@ -173,7 +173,7 @@ MUTATIONS = (
     Mutation(
         "a norm that is not finite is used",
         "parallel/engine.py",
-        '        if not math.isfinite(norm):\n            raise NonFiniteGradientError(f"the gradient\'s norm is {norm}")\n',
+        '        if not math.isfinite(norm):\n            self._lower_scale()\n            raise NonFiniteGradientError(f"the gradient\'s norm is {norm}")\n',
         "",
         "tests/training/test_train.py -k non_finite_gradient",
     ),

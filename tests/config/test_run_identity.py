@@ -17,7 +17,7 @@ def saved(whole_run, tmp_path_factory):
     given = {"model": "m", "data_path": "d", "task": "grpo", "rewards": "{exact: 1}"}
     grpo = resolve(None, [Setting(key, value, "test") for key, value in given.items()]).config
     own = json.loads((whole_run.folder / "checkpoint-3" / "run.json").read_text())
-    run = identity(grpo) | own | {"batch_per_process": 4}
+    run = identity(grpo, Precision.FP16) | own | {"batch_per_process": 4}
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / "run.json").write_text(json.dumps(run))
     return folder, json.loads(json.dumps(run))

@@ -125,7 +125,7 @@ def test_a_packed_step(name, monkeypatch):
     from manyrank.data.loader import side_by_side
     from manyrank.models import attention
     from manyrank.models.load import with_adapters
-    from manyrank.parallel.engine import prepare_engine
+    from manyrank.parallel.sharded_engines import prepare_engine
     from manyrank.training.loss import TokenLoss
     from manyrank.training.optim import build_optimizer
 

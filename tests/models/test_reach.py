@@ -15,7 +15,7 @@ from manyrank.models.inference import load_model as load_to_use
 from manyrank.models.load import LoadPlan, load_model, with_adapters
 from manyrank.models.reach import count_parameters, reach, unreached_modules
 from manyrank.parallel import first_look
-from manyrank.parallel.engine import prepare_engine
+from manyrank.parallel.sharded_engines import prepare_engine
 from manyrank.training.optim import build_optimizer
 
 TEXT = {

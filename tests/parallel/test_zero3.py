@@ -20,7 +20,7 @@ ZERO3 = ("--strategy=zero3", "--nproc=2")
 # Gathers of a step's forward and backward, and of its optimizer.
 COUNTER = """
 import importlib, json, os, sys
-from manyrank.parallel.engine import DeepSpeedEngine
+from manyrank.parallel.sharded_engines import DeepSpeedEngine
 from manyrank.tasks.sft import SFT
 from transformers import TrainerCallback
 

@@ -29,6 +29,7 @@ from manyrank.rules.context import RunContext
 from manyrank.rules.recipe import filesystem
 from manyrank.topology import gpus, strategy_files
 from manyrank.topology.gpus import Gpu, Hardware
+from manyrank.topology.precision import Precision
 from manyrank.topology.strategies import STRATEGIES
 
 CPU = Hardware(gpus=(), cpu_cores=4, cpu_bf16=False)
@@ -499,7 +500,7 @@ def run_folder(folder: Path, run: dict) -> Path:
 def identity_of(recipe: ResolvedConfig) -> dict:
     from manyrank.config.identity import identity
 
-    return identity(recipe.config)
+    return identity(recipe.config, Precision.FLOAT32)
 
 
 @pytest.fixture
@@ -1010,7 +1011,7 @@ def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
 @pytest.mark.parametrize("key", ["model_name_or_path", "sft_model", "data_path"])
 def test_a_run_does_not_overwrite_what_it_reads(key, tmp_path):
     inside = tmp_path / "run" / "final_model"
-    model_folder(inside, llama())
+    adapter_folder(inside) if key == "sft_model" else model_folder(inside, llama())
     (inside / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
     path = str(inside / "rows.jsonl" if key == "data_path" else inside)
     run = situation(output_dir=tmp_path / "run", overwrite_output_dir=True, **{key: path})

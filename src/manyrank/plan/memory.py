@@ -7,7 +7,7 @@
     step            + all gradients, what the optimizer needs for a moment
     answers         of grpo: + the key-value cache of a process's answers, and the weights that it does not hold itself
 
-The peak is the greatest of these moments. Its parts are derived from what each strategy allocates (see `parallel.engine` and
+The peak is the greatest of these moments. Its parts are derived from what each strategy allocates (see `parallel` and
 the files in accelerate_configs/ and ds_configs/), not fitted to measurements.
 """
 

@@ -33,7 +33,7 @@ from ..models.load import (
 from ..models.quantised_cache import cached_base
 from ..parallel import compile_locks
 from ..parallel.accelerator import start_accelerator
-from ..parallel.engine import prepare_engine
+from ..parallel.sharded_engines import prepare_engine
 from ..parallel.zero3_preparation import without_zero_init
 from ..plan.planned_run import PlannedRun
 from ..runs import artifact
