@@ -86,7 +86,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "data": 3650,  # with other names of questions and answers, and rows that are looked at before any tokenizer
     "rules": 1880,  # with templates and callbacks that are not there
     "plan": 1890,  # with the host's time and micro-batches that nobody gave
-    "parallel": 1340,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16
+    "parallel": 1350,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16
     "checkpoint": 470,
     "training": 2470,  # with lines of progress and the model card
     "tasks": 950,
