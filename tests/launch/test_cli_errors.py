@@ -358,6 +358,19 @@ def test_first_words_that_are_answered(capsys, line, error, fix):
         ("merge run --output a --output_dir b", "--output PATH is given twice: a and b", "keep one of them"),
         ("report run --output a.html --output_dir b", "--output and --output_dir name two pages", "keep one of them"),
         ("doctor quickstart --check", "--check", "leave it out"),
+        ("train quickstart --save_steps often", "save_steps: 'often' is invalid", "steps between two checkpoints"),
+        ("train --save_steps often", "save_steps: 'often' is invalid", "steps between two checkpoints"),
+        ("train quickstart --save_steps -3", "save_steps: '-3' is invalid", "steps between two checkpoints"),
+        ("train quickstart --save_steps", "--save_steps needs a value", "steps between two checkpoints"),
+        (
+            "train quickstart --gradient_checkpointing -3",
+            "gradient_checkpointing: '-3' is invalid",
+            "the first N layers",
+        ),
+        ("train quickstart --gradient_checkpointing 0.5", "gradient_checkpointing: '0.5' is invalid", "first N layers"),
+        ("train quickstart --use_vllm some", "--use_vllm: 'some' is none of its values", "off|colocate|server"),
+        ("train quickstart --dry_run maybe", "--dry_run: 'maybe' is none of its values", "one step forward"),
+        ("train quickstart --dry_run no more", "one word too many: 'more'", "usage: manyrank train"),
     ],
 )
 def test_slips_are_answered(capsys, line, error, fix):

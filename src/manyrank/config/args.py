@@ -160,12 +160,19 @@ class Option:
 
     @property
     def values_after(self) -> re.Pattern | None:
-        """For a yes/no option, the words that are its value where they follow it; None: it needs a value."""
+        """For an option that alone means yes, the words that are its value where they follow it; None: it needs a value."""
         types = _alternatives(self.info.annotation)
-        if bool not in types and "off" not in types:
+        if bool not in types and not ("off" in types and self._takes("true")):
             return None
-        words = [kind for kind in types if isinstance(kind, str)] + (["[0-9]+"] if int in types else [])
+        words = [kind for kind in types if isinstance(kind, str)] + (["-?[0-9.]+"] if int in types else [])
         return re.compile("|".join([*YES_NO, *words]), re.IGNORECASE)
+
+    def _takes(self, value: str) -> bool:
+        try:
+            self.owner(**{self.field: value})
+        except ValidationError as invalid:  # other fields may be missing
+            return all(problem["loc"][0] != self.field for problem in invalid.errors())
+        return True
 
     @property
     def label(self) -> str:
@@ -176,9 +183,13 @@ class Option:
         choices = [kind for kind in types if isinstance(kind, str)]
         for kind, shown in {bool: "true|false", int: "N", float: "X"}.items():
             choices += [shown] if choices and kind in types else []
-        value = "|".join(choices) if choices and list not in types else VALUES.get(types[-1], "X")
-        value = "" if bool in types and not choices else value
+        usual = "" if bool in types else VALUES.get(types[-1], "X")
+        value = "|".join(choices) if choices and list not in types else usual
         return f"--{self.name} {value}".rstrip()
+
+    @property
+    def meaning(self) -> str:
+        return f"{self.label}: {self.info.description}"
 
     @property
     def group(self) -> str:
@@ -208,6 +219,9 @@ class Option:
         lines = textwrap.wrap(text, width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT) or [""]
         head = f"  {self.label}"
         return [head, *lines] if len(head) > INDENT - 2 else [head + lines[0][len(head) :], *lines[1:]]
+
+
+Given = tuple[Option, Setting]
 
 
 def _alternatives(annotation: Any) -> list[Any]:
@@ -286,7 +300,7 @@ class Parser:
         owners = (self.model, RecipeWord, TrainConfig)
         return owners.index(option.owner) if option.owner in owners else len(owners)
 
-    def split(self, argv: Sequence[str]) -> list[tuple[Option, Setting]]:
+    def split(self, argv: Sequence[str]) -> list[Given]:
         """Split a command line into settings, in order; `--` ends its options.
 
         Raises:
@@ -296,24 +310,25 @@ class Parser:
         if asked := [at for at, word in enumerate(argv) if word in ("-h", "--help")]:
             print(self.help(whole=list(argv[asked[0] + 1 : asked[0] + 2]) == ["all"]), end="", flush=True)
             raise SystemExit(0)
-        words, settings, rest = [], [], deque(argv)
-        beside: dict[int, Setting] = {}  # by number of a word, the option with a list that stands before it
+        words, settings, rest, at_option = [], [], deque(argv), False
+        beside: dict[int, Given] = {}  # by number of a word, the option whose value it may be
         while rest:
             word = rest.popleft()
             if word == "--":
                 words += rest
                 break
             if not re.match("--|-[A-Za-z]", word):
-                if settings and list in _alternatives(settings[-1][0].info.annotation):
-                    beside[len(words)] = settings[-1][1]
-                words.append(word)
+                if settings and (list in _alternatives(settings[-1][0].info.annotation) or at_option):
+                    beside[len(words)] = settings[-1]
+                words, at_option = [*words, word], False
                 continue
             name, equals, value = word.partition("=")
             name = ("--" if word.startswith("--") else "-") + normal(name)
             option = self.options.get(name.removeprefix("--"))
             if option is None:
                 raise unknown_key(Setting(name, value, "command line"), self.options)
-            value = value if equals else self._value(name, option, rest)
+            before, value = len(rest), value if equals else self._value(name, option, rest)
+            at_option = not equals and before == len(rest)
             _refuse_empty(name, option, value)
             settings.append((option, Setting(name, value, f"command line, {name}")))
         return [*self._words(words, beside), *settings]
@@ -323,36 +338,34 @@ class Parser:
         if option.values_after:
             return rest.popleft() if rest and option.values_after.fullmatch(rest[0]) else "true"
         if not rest or re.fullmatch(r"--|--?[A-Za-z]\S*", rest[0]):
-            fix = (
-                f"write {name}={rest[0]} if that is its value" if rest else f"{option.label}: {option.info.description}"
-            )
+            fix = f"write {name}={rest[0]} if that is its value" if rest else option.meaning
             raise UserError(f"{name} needs a value", where="command line", fix=fix)
         return rest.popleft()
 
-    def _words(self, words: Sequence[str], beside: Mapping[int, Setting]) -> list[tuple[Option, Setting]]:
+    def _words(self, words: Sequence[str], beside: Mapping[int, Given]) -> list[Given]:
         """Give the words without a name to the positional options, in order; the last one may take all that are left."""
         places = list(self.words)
         if places and get_origin(places[-1].info.annotation) is list:
             places += places[-1:] * (len(words) - len(places))
         if len(words) > len(places):
-            what = f"one word too many: {words[len(places)]!r} in {' '.join(words)!r}"
-            option = beside.get(len(places))
-            more = [option.value, *words[len(places) :]] if option else []
-            fix = f"write {option.key}={','.join(more)}" if option else f"usage: {self.usage}"
+            what, fix = f"one word too many: {words[len(places)]!r} in {' '.join(words)!r}", f"usage: {self.usage}"
+            option, entry = beside.get(len(places), (None, None))
+            if option and entry and option.values_after:
+                what, fix = f"{entry.key}: {words[len(places)]!r} is none of its values", option.meaning
+            elif entry:
+                fix = f"write {entry.key}={','.join([entry.value, *words[len(places) :]])}"
             raise UserError(what, where="command line", fix=fix)
         for option, word in zip(places, words):
             _refuse_empty(option.label, option, word)
         return [(o, Setting(o.field, word, f"command line, {o.label}")) for o, word in zip(places, words)]
 
-    def build(self, model: type[Model], settings: Sequence[tuple[Option, Setting]]) -> Model:
+    def build(self, model: type[Model], settings: Sequence[Given]) -> Model:
         """Make a model of its settings.
 
         Raises:
             UserError: a value is missing or wrong, or a word is given in two ways.
         """
-        values: dict[str, Any] = {}
-        places: dict[str, str] = {}
-        keys: dict[str, str] = {}
+        values, places, keys = {}, {}, {}
         for option, entry in settings:
             if option.owner is not model:
                 continue

@@ -395,7 +395,7 @@ def invalid_value(key: str, value: Any, problems: Sequence[Any], where: str, inf
         if isinstance(part, str) and not part.startswith(("function-", "constrained-", "literal["))
     )
     fix = f"{key} is: {info.description}"
-    if problem["type"] == "literal_error" and not inner:
+    if problem["type"] == "literal_error" and not inner and len(problems) == 1:  # else other values are possible, too
         choices = re.findall(r"'([^']+)'", expected)
         close = difflib.get_close_matches(str(value), choices, cutoff=0.5)
         if info.default in (close or choices):
