@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, OTHER_TOOLS, VALUES
+from manyrank.config.resolve import METHOD_PREFERENCE
+from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, VALUES
 
 FILE = Path(__file__).parent / "other_tools.md"
 INTRO = """# Coming from TRL, Axolotl, LLaMA-Factory or Unsloth
@@ -16,7 +17,7 @@ line and in `SFTConfig`; sections (`lora: {r: 8}`) are, too. The strategy is a w
 |---|---|
 """
 VALUES_OF = """
-Values that are read:
+Values that are read; of several methods, `load_in_4bit`, `load_in_8bit` or `fp8` choose:
 
 | key | you write | it is |
 |---|---|---|
@@ -40,6 +41,10 @@ def page() -> str:
         flags = [f"`{flag}`" for flag, allowed in METHOD_FLAGS.items() if allowed == {method}]
         rows.append(f"| {', '.join(flags)} | `{written}` |")
     values = [f"| `{key}` | `{theirs}` | `{ours}` |" for key, pairs in VALUES.items() for theirs, ours in pairs.items()]
+    for key, words in METHOD_VALUES.items():
+        for theirs, allowed in words.items():
+            ours = " or ".join(f"`{method}`" for method in METHOD_PREFERENCE if method in allowed)
+            values.append(f"| `{key}` | `{theirs}` | `method`: {ours} |")
     instead: dict[str, list[str]] = {}
     for name, what in INSTEAD.items():
         instead.setdefault(what, []).append(f"`{name}`")

@@ -21,7 +21,7 @@ from manyrank.config.resolve import (
     presets,
     resolve,
 )
-from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, OTHER_TOOLS, VALUES
+from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, VALUES
 from manyrank.errors import UserError
 from manyrank.project_files import asset
 
@@ -98,7 +98,9 @@ def test_a_base_that_is_not_there(recipe):
 # Other spellings
 
 
-@pytest.mark.parametrize("alias, key", (ALIASES | OTHER_TOOLS).items())
+@pytest.mark.parametrize(
+    "alias, key", [entry for entry in (ALIASES | OTHER_TOOLS).items() if entry[0] not in METHOD_VALUES]
+)
 def test_aliases_and_dashes(alias, key):
     value = {
         "per_device_train_batch_size": 2,
@@ -187,6 +189,14 @@ FLAGS = [
     ({"no_4bit": "true"}, "lora"),
     ({"use_4bit": "false", "use_8bit": "false"}, "lora"),
     ({"method": "qlora", "use_lora": "true"}, "qlora"),
+    ({"use_peft": True, "load_in_4bit": True}, "qlora"),
+    ({"finetuning_type": "lora"}, "lora"),
+    ({"finetuning_type": "lora", "load_in_4bit": True}, "qlora"),
+    ({"finetuning_type": "lora", "quantization_bit": 8}, "int8"),
+    ({"finetuning_type": "full", "quantization_bit": None}, "full"),
+    ({"adapter": "lora", "load_in_8bit": True, "load_in_4bit": False}, "int8"),
+    ({"adapter": "qlora", "load_in_4bit": True}, "qlora"),
+    ({"adapter": None}, "full"),
 ]
 
 
@@ -226,6 +236,8 @@ def test_method_flags_against_the_recipe(recipe, recipe_method, flags, method):
         {"use_4bit": True, "no_lora": True},
         {"method": "full", "use_lora": True},
         {"method": "qlora", "no_4bit": True},
+        {"finetuning_type": "full", "load_in_4bit": True},
+        {"adapter": "qlora", "load_in_8bit": True},
     ],
 )
 def test_contradicting_method_flags(flags):
@@ -242,6 +254,7 @@ def test_each_method_flag_leaves_a_method_both_ways(name):
 
 def test_a_method_flag_that_is_neither_yes_nor_no():
     assert "'maybe' is not true or false" in error(use_lora="maybe").what
+    assert error(finetuning_type="freeze").what == "--finetuning_type: 'freeze' is none of lora, full"
 
 
 # Values
@@ -556,6 +569,27 @@ def test_the_fix_of_a_section_in_a_section_names_its_keys(tmp_path):
     assert refused.value.fix == "write at the left margin: learning_rate, num_train_epochs, lora_r"
 
 
+@pytest.mark.parametrize(
+    ("text", "where", "name"),
+    [
+        ("training: {lr: 1e-4, deepspeed: ds.json}", "training.deepspeed", "deepspeed"),
+        ("deepspeed: {stage: 2}", "deepspeed", "deepspeed"),
+        ("training: {fsdp_config: {version: 2}}", "training.fsdp_config", "fsdp_config"),
+        ("wandb: {project: mine, entity: ours}", "wandb.entity", "wandb_entity"),
+    ],
+)
+def test_a_section_with_what_other_tools_have_alone_is_answered_as_without_one(recipe, text, where, name):
+    path = recipe(f"model: embedded\ndata_path: x\n{text}\n")
+    with pytest.raises(UserError) as refused:
+        resolve(path)
+    assert refused.value.fix == INSTEAD[name] and refused.value.where == f"{path}, {where}"
+
+
+def test_a_section_takes_names_of_other_tools_with_their_values(recipe):
+    path = recipe("model: embedded\ndata_path: x\ntraining: {finetuning_type: lora, quantization_bit: 4, lr: 1e-3}\n")
+    assert (config := resolve(path).config).method == "qlora" and config.learning_rate == 1e-3
+
+
 # The JSON schema for editors
 
 
@@ -572,6 +606,7 @@ def test_the_schema_accepts_every_preset(name):
 def test_the_schema_accepts_what_recipes_may_say_and_marks_slips():
     jsonschema.Draft202012Validator.check_schema(recipe_schema())
     given = {"model": "a/b", "dataset_path": ["a.jsonl", {"path": "b.jsonl", "weight": 2}], "strategy": "auto"}
+    given |= {"quantization_bit": 4, "finetuning_type": "lora"}
     given |= {"use_4bit": True, "gradient_checkpointing": True, "report_to": "wandb", "eval_steps": None}
     assert checked(given) == []
     assert checked({"learnin_rate": 1}) == ["$"]

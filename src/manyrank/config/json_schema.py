@@ -12,7 +12,7 @@ from ..topology.strategies import STRATEGIES
 from .recipe_file import SECTIONS
 from .resolve import SWITCHES
 from .schema import TrainConfig
-from .spellings import ALIASES, OTHER_TOOLS, VALUES
+from .spellings import ALIASES, METHOD_VALUES, OTHER_TOOLS, VALUES
 
 TEXT = {"type": "string"}
 
@@ -29,6 +29,9 @@ def recipe_schema() -> dict[str, Any]:
     properties["save_steps"]["anyOf"].append({"enum": [None, 0, False]})
     for alias, key in (ALIASES | OTHER_TOOLS).items():
         properties[alias] = properties[key] | {"description": f"the same as {key}"}
+    for alias, values in METHOD_VALUES.items():
+        written = [int(value) if value.isdecimal() else value for value in values]
+        properties[alias] = {"enum": [*written, None], "description": "another name of method"}
     for switch in sorted(SWITCHES):
         properties.setdefault(switch, {"type": "boolean"})
     properties["base"] = TEXT | {"description": "a preset, or another file, whose values this one overrules"}

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..runs.mapping_files import read_yaml
+from .spellings import INSTEAD
 
 # What these group is not changed by their names; `eval: {batch_size: 1}` would be something else than batch_size.
 SECTIONS = (
@@ -110,7 +111,8 @@ def _has_mapping(value: Any) -> bool:
 
 
 def _of_section(section: Setting, known: Known) -> list[Setting]:
-    """The entries of a section, under their canonical keys."""
+    """The entries of a section, under keys of a recipe."""
+    _refuse_others(section)
     meant = {str(key): known.inside(section.key, str(key)) for key in section.value}
     readable = (
         normal(section.key) in SECTIONS and bool(section.value) and all(len(keys) == 1 for keys in meant.values())
@@ -122,8 +124,19 @@ def _of_section(section: Setting, known: Known) -> list[Setting]:
         if _has_mapping(value) and not keys <= known.mappings:
             raise _refused(section, meant, known)
         (canonical,) = keys
-        entries.append(Setting(canonical, value, f"{section.where}.{key}"))
+        name = str(key) if normal(str(key)) in known.spellings else canonical  # some spellings have values of their own
+        entries.append(Setting(name, value, f"{section.where}.{key}"))
     return entries
+
+
+def _refuse_others(section: Setting) -> None:
+    """Refuse what other tools have alone, as where it stands without a section: the section itself, or a key of it."""
+    head, keys = normal(section.key), [str(key) for key in section.value]
+    names = [(head, section.where)]
+    names += [(name, f"{section.where}.{key}") for key in keys for name in (normal(key), f"{head}_{normal(key)}")]
+    for name, where in names:
+        if name in INSTEAD:
+            raise UserError(f"there is no option {name!r}", where=where, fix=INSTEAD[name])
 
 
 def _refused(section: Setting, meant: Mapping[str, set[str]], known: Known) -> UserError:

@@ -26,7 +26,7 @@ from ..runs import artifact
 from ..runs.artifact import ModelSource
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
 from .schema import DataSource, Method, TrainConfig
-from .spellings import ALIASES, INSTEAD, METHOD_FLAGS, OTHER_TOOLS, as_ours
+from .spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, as_ours
 
 FIELDS = TrainConfig.model_fields
 METHODS = frozenset(get_args(Method))
@@ -280,9 +280,8 @@ def _canonical(entries: Iterable[Setting], method: Setting | None) -> dict[str, 
     allowed, because = METHODS, []
     for entry in entries:
         key = canonical(entry.key)
-        if key in METHOD_FLAGS:
-            chosen = METHOD_FLAGS[key] if _yes(entry) else METHODS - METHOD_FLAGS[key]
-            allowed, because = allowed & chosen, [*because, entry]
+        if normal(entry.key) in (*METHOD_FLAGS, *METHOD_VALUES):
+            allowed, because = allowed & _methods(entry), [*because, entry]
             continue
         if key == "wandb":
             entry = Setting("report_to", ["wandb"] if _yes(entry) else [], entry.where)
@@ -322,6 +321,17 @@ def _located(config: TrainConfig) -> TrainConfig:
         if getattr(config, key)
     }
     return config.model_copy(update=sources)
+
+
+def _methods(entry: Setting) -> frozenset[str]:
+    """The methods that a key of METHOD_FLAGS or METHOD_VALUES allows."""
+    if flag := METHOD_FLAGS.get(normal(entry.key)):
+        return flag if _yes(entry) else METHODS - flag
+    values = METHOD_VALUES[normal(entry.key)]
+    if (value := str(entry.value).strip().lower()) in values:
+        return values[value]
+    what = f"{entry.key}: {entry.value!r} is none of {', '.join(values)}"
+    raise UserError(what, where=entry.where, fix=f"write method: {', '.join(METHOD_PREFERENCE)}")
 
 
 def _yes(entry: Setting) -> bool:

@@ -69,6 +69,9 @@ OTHER_TOOLS = {
     "num_epochs": "num_train_epochs",
     "lr_scheduler": "lr_scheduler_type",
     "optimizer": "optim",
+    "finetuning_type": "method",
+    "adapter": "method",
+    "quantization_bit": "method",
     "lora_target": "lora_target_modules",
     "neat_packing": "packing",
     "sample_packing": "packing",
@@ -82,9 +85,11 @@ OTHER_TOOLS = {
     "wandb_run_name": "run_name",
     "resume": "resume_from_checkpoint",
 }
+ADAPTERS = frozenset({"lora", "qlora", "int8", "fp8"})
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
 METHOD_FLAGS = {
-    "use_lora": frozenset({"lora", "qlora", "int8", "fp8"}),
+    "use_lora": ADAPTERS,
+    "use_peft": ADAPTERS,
     "no_lora": frozenset({"full"}),
     "use_qlora": frozenset({"qlora"}),
     "use_4bit": frozenset({"qlora"}),
@@ -93,6 +98,12 @@ METHOD_FLAGS = {
     "use_8bit": frozenset({"int8"}),
     "load_in_8bit": frozenset({"int8"}),
     "fp8": frozenset({"fp8"}),
+}
+# Other tools' names of `method` whose values allow some methods, as these flags do: with load_in_4bit, their lora is qlora.
+METHOD_VALUES: dict[str, dict[str, frozenset[str]]] = {
+    "finetuning_type": {"lora": ADAPTERS, "full": frozenset({"full"})},
+    "adapter": {"lora": ADAPTERS, "qlora": frozenset({"qlora"}), "none": frozenset({"full"})},
+    "quantization_bit": {"4": frozenset({"qlora"}), "8": frozenset({"int8"}), "none": frozenset({"full", "lora"})},
 }
 VALUES: dict[str, dict[str, str]] = {
     "lora_target_modules": {"all": "all-linear"},
@@ -105,8 +116,6 @@ _INSTEAD = {
     "deepspeed deepspeed_config": "choose --strategy zero2 or zero3; ds_configs/ has their files",
     "fsdp fsdp_config": "choose --strategy fsdp; accelerate_configs/ has its file",
     "stage": "write task: sft or grpo",
-    "finetuning_type": "write method: lora, qlora or full",
-    "adapter": "write method: lora or qlora",
     "template": "leave it out for the model's own chat template, or write chat_template: chatml, llama3, ... or a file",
     "save_strategy": "write save_steps: auto (every epoch, or every 500 steps of a longer one), a number, or off",
     "eval_strategy evaluation_strategy": "write eval_steps: a number; without it, validation is once an epoch",
@@ -115,7 +124,7 @@ _INSTEAD = {
     "attn_implementation flash_attn flash_attention use_flash_attention_2": "leave it out: documents of a pack attend by "
     "flash attention wherever the GPU has it",
     "liger_kernel use_liger_kernel": "leave it out: this project's own kernels are on; disable_fused switches them off",
-    "quantization_bit quantization": "write use_4bit: true (QLoRA, NF4 with double quantisation) or use_8bit: true",
+    "quantization": "write use_4bit: true (QLoRA, NF4 with double quantisation) or use_8bit: true",
     "use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_type bnb_4bit_compute_dtype": "leave it out: use_4bit is NF4 "
     "with double quantisation, computed in bf16, with fp16: true in float16, or with bf16: false in float32",
     "dtype torch_dtype": "write bf16: true, fp16: true, or bf16: false for float32",
