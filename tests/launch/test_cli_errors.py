@@ -381,6 +381,32 @@ def test_slips_are_answered(capsys, line, error, fix):
     assert error in what and fix in last
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train quickstart --output_dir /proc/out",
+        "generate embedded in.txt /proc/out",
+        "generate embedded in.txt /proc/out.jsonl",
+        "evaluate embedded --data my.jsonl --output /proc/out",
+        "merge adapter --output /proc/out",
+        "data inspect my.jsonl --html /proc/out.html",
+        "init /proc/out.yaml --model embedded --data my.jsonl",
+        "files copy launch /proc/out",
+        "train quickstart --nproc 1 --via slurm --output_dir /proc/out",
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(capsys, line):
+    """In /proc nobody can make a file, whatever its mode says."""
+    write("my.jsonl", '{"question": "q", "answer": "a"}\n')
+    Path("adapter").mkdir()
+    write("adapter/adapter_config.json", '{"base_model_name_or_path": "embedded"}')
+    assert cli.main(line.split()) == 2
+    printed = capsys.readouterr()
+    what, where, fix = printed.err.splitlines()[-3:]
+    assert what.startswith("error: /proc/out") and " cannot be written: " in what and not printed.out
+    assert where.startswith("where: ") and fix.startswith("fix:   ")
+
+
 def test_a_worker_answers_a_long_name_too_and_no_other_error_of_the_system(capsys):
     place = Topology(rank=0, local_rank=0, world_size=1, local_world_size=1)
     assert run_with_exit_codes(Path("a" * 5000).stat, place) == 2

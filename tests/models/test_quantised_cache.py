@@ -28,6 +28,7 @@ def test_the_second_start_reads_what_the_first_has_quantised(embedded_model, tmp
     assert first.code == 0, first.stderr
     (folder,) = cache.iterdir()
     assert f"the quantised base is cached in {folder}" in first.stdout
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "others may read what safetensors wrote, too"
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == {"model-000-000.safetensors", "model-001-000.safetensors"}
     assert "model.layers.0.mlp.up_proj.weight.nested_absmax" in index and "lm_head.weight" in index

@@ -128,6 +128,7 @@ def _write_weights(
     more = more if adapter else {"save_original_format": portable}
     elements = sum(tensor.numel() for tensor in state.values())  # saving empties the dictionary
     attempt.run(lambda: model.save_pretrained(folder, state_dict=state, **more))
+    attempt.run((folder / "README.md").unlink, True)  # peft's card is empty
     if not attempt.problem:
         written = _elements(folder)
         if written != elements:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
 from ..project_files import template_file, template_names
 from ..runs import artifact, run_lock
-from ..runs.run_folder import is_new, others, unsealed
+from ..runs.run_folder import check_writable, is_new, others, unsealed
 from ..topology.gpus import Hardware
 from ..topology.strategies import default_strategy
 from .context import RunContext
@@ -261,8 +260,7 @@ def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
     above = next(parent for parent in (output_dir, *output_dir.parents) if parent.exists())
     if not above.is_dir():
         raise UserError(f"{above} is a file", where="output_dir", fix="choose another --output_dir")
-    if not os.access(above, os.W_OK):
-        raise UserError(f"{above} cannot be written to", where="output_dir", fix="choose another --output_dir")
+    check_writable(output_dir, where="output_dir", fix="choose another --output_dir")
     _check_checkpoint(config.resume_from_checkpoint)
     if config.dry_run:
         return

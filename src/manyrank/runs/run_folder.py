@@ -185,12 +185,12 @@ def seal(partial: Path) -> Path:
         Its final name.
     """
     write_manifest(partial)
-    give_usual_modes(partial)
     return _rename_to_final(partial)
 
 
 def write_manifest(partial: Path) -> None:
-    """Have a folder's files on the disk, and the size and hash of each beside them."""
+    """Have a folder's files on the disk, with the usual modes, and the size and hash of each beside them."""
+    give_usual_modes(partial)
     manifest = {}
     for file in sorted(path for path in partial.iterdir() if path.name != MANIFEST):
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": _hash(file)}
@@ -341,10 +341,25 @@ def atomic_directory(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_writable(path: Path, *, where: str, fix: str) -> None:
+    """Refuse a place where nothing can be written, before any work; root has rights that a file system does not follow.
+
+    Raises:
+        UserError: no file can be made in the folder, or the nearest one above that is there.
+    """
+    try:
+        above = path if path.is_dir() else next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", where=where, fix=fix) from None
+
+
 def check_output(output: Path, *, overwrite: bool, mark: str | None, option: str = "--output_dir") -> None:
     """Refuse a folder that would lose something."""
     where = option.lstrip("-")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        check_writable(output, where=where, fix=f"choose another {option}")
         return
     if not output.is_dir() or mark is None or not (output / mark).is_file():
         what = f"there is something else at {output}" if output.is_dir() else f"{output} is a file"

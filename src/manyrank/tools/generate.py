@@ -12,7 +12,6 @@ and resumed ends with the completions of one that was not.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from ..errors import EXIT_FAILED, EXIT_PREEMPTED, UserError
 from ..runs import hub
 from ..runs.artifact import ModelSource, find
 from ..runs.logs import read_lines
-from ..runs.run_folder import sync, write_atomically
+from ..runs.run_folder import check_writable, sync, write_atomically
 from ..signals import StopRequest
 
 if TYPE_CHECKING:
@@ -91,8 +90,10 @@ def _check(options: GenerateOptions) -> None:
         raise UserError(what, where="--num-samples", fix="give a --temperature, such as 0.8")
     output = options.output
     folder = output.parent if output.parent.exists() or output.name != COMPLETIONS else output.parent.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{output} cannot be written", where="OUTPUT", fix="name a file in a folder that is there")
+    fix = "name a file in a folder that is there"
+    if not folder.is_dir():
+        raise UserError(f"{output} cannot be written: there is no folder {folder}", where="OUTPUT", fix=fix)
+    check_writable(output, where="OUTPUT", fix=fix)
     if output.suffix != ".jsonl":
         raise UserError(f"{output} is not named as JSONL", where="OUTPUT", fix="end it with .jsonl")
     if output.exists() and not options.overwrite:

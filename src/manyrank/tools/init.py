@@ -9,7 +9,6 @@ manyrank init --model Qwen/Qwen2.5-7B --data my.jsonl --gpu RTX4090
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ..project_files import EMBEDDED
 from ..rules.check import check_sources
 from ..rules.context import RunContext
 from ..runs import hub
+from ..runs.run_folder import check_writable
 from ..topology import gpus
 
 ROOM = 0.5  # of a GPU's memory: with a larger base in 16 bits, too little is left for long rows and errors of the plan
@@ -125,8 +125,10 @@ def _check_file(file: Path) -> None:
         raise UserError(f"{file} is not named as a recipe", where="FILE", fix="name it like my.yaml; data is --data")
     if file.exists():
         raise UserError(f"{file} is already there", where="FILE", fix="give another name, or remove it")
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"{file} cannot be written", where="FILE", fix="name a file in a folder that is there")
+    fix = "name a file in a folder that is there"
+    if not file.parent.is_dir():
+        raise UserError(f"{file} cannot be written: there is no folder {file.parent}", where="FILE", fix=fix)
+    check_writable(file, where="FILE", fix=fix)
 
 
 # What is given
@@ -266,7 +268,7 @@ def recipe(values: dict[str, Any], choice: Choice, rows: Survey) -> list[Line]:
         Line("num_train_epochs", 3, "times through the data"),
         Line("learning_rate", rate, f"usual for {choice.method}"),
         Line("strategy", "auto", on_gpus),
-        Line("save_steps", "auto", "a checkpoint every epoch, or every 500 steps of a longer one"),
+        Line("save_steps", "auto", "a checkpoint every epoch, but at least 50 and at most 500 steps apart"),
         Line("report_to", [], "[wandb], [tensorboard], ..."),
     ]
 

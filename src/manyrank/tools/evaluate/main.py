@@ -20,7 +20,7 @@ from ...config.schema import TrainConfig
 from ...data.scores import row_scores
 from ...errors import UserError
 from ...launch.command import before_imports, plan_launch, run_launch
-from ...runs.run_folder import atomic_directory
+from ...runs.run_folder import atomic_directory, check_writable
 from ...signals import begin_worker
 from ...topology import gpus, ranks
 from ...topology.ranks import Topology
@@ -96,6 +96,7 @@ def _output(folder: Path | None) -> Path:
     if folder:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"there is something at {folder}", where="--output", fix="name another folder")
+        check_writable(folder, where="--output", fix="name another folder")
         return folder
     base, number = Path("output") / "evaluation", 1
     folder = base

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import UserError
-from ...runs.run_folder import write_atomically
+from ...runs.run_folder import check_writable, write_atomically
 from .blocks import Block
 
 
@@ -38,8 +37,9 @@ def check_page(path: Path, *, option: str = "--html") -> None:
     fix = "name a file like page.html in a folder that is there"
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{path} is not named as a page", where=option, fix=fix)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"a page cannot be written to {path}", where=option, fix=fix)
+    check_writable(path, where=option, fix=fix)
 
 
 def write_page(text: str, path: Path) -> None:
