@@ -38,10 +38,24 @@ def test_every_name_that_is_compared_is_told_with_a_key_that_allows_it(saved):
             with pytest.raises(UserError):
                 refuse_changes(folder, other, allowed=[name])
             continue
-        told = re.search(r"\(in resume_changes: (.*)\)$", change)
-        for key in told[1].split(" or ") if told else [name]:
+        typed = re.search(r"\(--resume_changes (.*)\)$", change)
+        assert f"add --resume_changes {typed[1].split(' or ')[0]};" in refusal.value.fix
+        for key in typed[1].split(" or "):
             assert refuse_changes(folder, other, allowed=[key]) == [f"{name}: {run[name]} -> other"]
     assert fixed == {*FIXED, "loss", "needed"}
+
+
+def test_the_fix_can_be_typed_as_it_stands(saved):
+    folder, run = saved
+    other = run | {"learning_rate": 1.0, "data": "other", "examples": 1, "total_steps": 9}
+    with pytest.raises(UserError) as refusal:
+        refuse_changes(folder, other, allowed=["seed"])
+    typed = re.search(r"--resume_changes (\S+);", refusal.value.fix)[1].split(",")
+    assert sorted(typed) == ["data_path", "learning_rate", "num_train_epochs", "seed"]
+    assert len(refuse_changes(folder, other, allowed=typed)) == 4
+    with pytest.raises(UserError) as refusal:
+        refuse_changes(folder, other | {"lora_r": 3}, allowed=[])
+    assert refusal.value.fix.startswith("give the checkpoint's lora_r, which cannot change")
 
 
 def test_a_micro_batch_may_change_on_a_resume_where_the_batch_is_global():

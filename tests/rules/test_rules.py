@@ -112,7 +112,7 @@ CASES = [
     ("reference-of-sharded-full", {**GRPO, "method": "full", "strategy": "fsdp"}, {"beta": 0}),
     ("reference-of-sharded-full", {**GRPO, "method": "full", "strategy": "zero3"}, {"method": "lora"}),
     (
-        "best-of-grpo",
+        "unknown-best-metric",
         {**GRPO, **EVAL, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"},
         {"metric_for_best_model": "eval_reward"},
     ),
@@ -278,6 +278,7 @@ CASES = [
     ("packs-of-parts", {"packing": "dataset", "data_path": f"{{path: {DATA}, weight: 0.5}}"}, {"data_path": DATA}),
     ("best-without-validation", {"load_best_model_at_end": True}, {**EVAL, "save_steps": 5}),
     ("best-without-validation", {"early_stopping_patience": 2}, EVAL),
+    ("unknown-best-metric", {**EVAL, "metric_for_best_model": "accuracy"}, {"metric_for_best_model": "loss"}),
     ("validated-with-training-rows", {"eval_data_path": DATA, "eval_steps": 5}, EVAL),
     ("never-saved", {"save_steps": 10, "max_steps": 4}, {"save_steps": 2}),
     (

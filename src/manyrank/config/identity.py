@@ -90,15 +90,23 @@ def keys_of(name: str) -> tuple[str, ...]:
 
 
 def shown(changes: list[str]) -> list[str]:
-    """Changes as 'name: before -> now', with the keys that allow them where those are called otherwise."""
+    """Changes as 'name: before -> now', with the keys that allow them."""
     return [_shown(change, change.partition(": ")[0]) for change in changes]
 
 
 def _shown(change: str, name: str) -> str:
     keys = keys_of(name)
-    if not keys:
-        return f"{change} (cannot change)"
-    return change if keys == (name,) else f"{change} (in resume_changes: {' or '.join(keys)})"
+    return f"{change} (--resume_changes {' or '.join(keys)})" if keys else f"{change} (cannot change)"
+
+
+def _how_to_allow(names: list[str], allowed: list[str]) -> str:
+    """Say what to type so that these values of a run's identity may change, beside keys that are allowed."""
+    if fixed := [name for name in names if not keys_of(name)]:
+        return f"give the checkpoint's {', '.join(fixed)}, which cannot change, or another --output_dir for a new run"
+    keys = list(allowed)
+    for options in sorted(map(keys_of, names), key=len):
+        keys += [] if set(options) & set(keys) else options[:1]
+    return f"to allow it, add --resume_changes {','.join(keys)}; or give another --output_dir for a new run"
 
 
 def allowed_names(keys: list[str]) -> set[str]:
@@ -133,6 +141,6 @@ def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
         raise UserError(
             f"the resumed run would not be the same: {'; '.join(shown(changed))}",
             where=str(folder),
-            fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
+            fix=_how_to_allow([change.partition(": ")[0] for change in changed], allowed),
         )
     return run_folder.changes(folder, run, allowed=run.keys() - names)

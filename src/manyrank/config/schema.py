@@ -156,6 +156,11 @@ def _tag(value: str) -> str:
     return value
 
 
+def _metric(value: str) -> str:
+    """Read the name of a metric of the validation, as transformers does, also without its prefix."""
+    return value if value.startswith("eval_") else f"eval_{value}"
+
+
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Part = Annotated[Float, AfterValidator(_part)]
@@ -389,12 +394,13 @@ class OutputKeys(Keys):
     )
     save_steps: SaveSteps = Field(
         "auto",
-        description="steps between two checkpoints; auto: every epoch, or every 500 steps of a longer one; or off",
+        description="steps between two checkpoints; auto: every epoch, but at least 50 and at most 500 steps apart; or off",
     )
     save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
     load_best_model_at_end: bool = Field(False, description="final_model is the checkpoint with the best metric")
-    metric_for_best_model: str = Field(
-        "eval_loss", description="validation metric that decides which checkpoint is best"
+    metric_for_best_model: Annotated[str, AfterValidator(_metric)] = Field(
+        "eval_loss",
+        description="validation metric that decides which checkpoint is best: loss, perplexity, reward, ...",
     )
     greater_is_better: bool = Field(False, description="whether a greater metric is better")
     early_stopping_patience: Int | None = Field(

@@ -112,20 +112,6 @@ GRPO_RULES = (
         fix="use method lora, whose reference is an adapter; or beta: 0",
     ),
     error(
-        "best-of-grpo",
-        ("metric_for_best_model",),
-        unless(
-            lambda s: bool(
-                s.config.is_grpo
-                and s.config.metric_for_best_model == "eval_loss"
-                and (s.config.load_best_model_at_end or s.config.early_stopping_patience)
-            ),
-            "grpo validates with rewards, and metric_for_best_model is eval_loss",
-        ),
-        reason="The loss of GRPO says nothing of how good completions are.",
-        fix="metric_for_best_model: eval_reward, and greater_is_better: true",
-    ),
-    error(
         "generation-by-vllm",
         ("use_vllm",),
         _vllm,

@@ -97,6 +97,14 @@ def _tracker(s: RunContext) -> str | None:
     return None
 
 
+def _best_metric(s: RunContext) -> str | None:
+    rewards = ["eval_reward", *(f"eval_rewards/{name}/mean" for name in s.config.rewards)]
+    known = rewards if s.config.is_grpo else ["eval_loss", "eval_perplexity"]
+    if not s.config.has_validation or s.config.metric_for_best_model in known:
+        return None
+    return f"validation gives {', '.join(known)}, and metric_for_best_model is {s.config.metric_for_best_model}"
+
+
 def _callback(s: RunContext) -> str | None:
     """Object to a callback whose module is not here; the module itself is not imported."""
     for path in s.config.callbacks:
@@ -310,7 +318,8 @@ BATCH_RULES = (
         ("checkpoint:", "resume_changes"),
         _changed,
         reason="A resumed run continues as if it had never been stopped, so what shapes its result stays.",
-        fix="give the values of the checkpoint, start a new run, or name what may change in resume_changes",
+        fix="give the values of the checkpoint, or the --resume_changes of each change, as one list; or another --output_dir "
+        "for a new run",
     ),
 )
 
@@ -336,6 +345,13 @@ STEP_RULES = (
         ),
         reason="Validation decides which model is the best one, and when to stop.",
         fix="give --eval_data_path or --eval_split",
+    ),
+    error(
+        "unknown-best-metric",
+        ("metric_for_best_model",),
+        _best_metric,
+        reason="The run would end at its first validation, which has no such metric.",
+        fix="leave it out, or choose one of these",
     ),
     warning(
         "validated-with-training-rows",
