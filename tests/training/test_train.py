@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from launches import ROOT, accelerate_launch, launch, nightly
+from launches import ROOT, Run, accelerate_launch, launch, nightly
 from small_models import made, recipe
 
+from manyrank.config.resolve import Setting, resolve
 from manyrank.launch.command import LaunchPlan
 from manyrank.project_files import asset
 from manyrank.topology import gpus
+from manyrank.training.callbacks import steps_between_saves
 
 
 def plain_loss(model, tokenizer, path) -> float:
     """Mean loss of supervised tokens with nothing but transformers: row by row, all logits."""
-    from manyrank.config.resolve import Setting, resolve
     from manyrank.data.dataset import prepare
 
     given = {"model_name_or_path": "embedded", "data_path": path, "max_length": 256}
@@ -126,7 +127,7 @@ def test_bad_rows_are_put_aside_and_the_split_is_validated(embedded_model, tmp_p
     assert len(run.metrics("eval_loss")) == 2
 
 
-def test_a_run_saves_and_validates_once_an_epoch_and_logs_its_end(embedded_model, tmp_path):
+def test_a_run_validates_once_an_epoch_and_saves_and_logs_its_end(embedded_model, tmp_path):
     rows, folder = tmp_path / "rows.jsonl", tmp_path / "run"
     rows.write_text("".join(f"{line}\n" for line in Path("data/sample.jsonl").read_text().splitlines()[:24]))
     argv = [sys.executable, "-m", "manyrank.cli", "train", "verify", f"--data_path={rows}", f"--output_dir={folder}"]
@@ -148,7 +149,15 @@ def test_a_run_saves_and_validates_once_an_epoch_and_logs_its_end(embedded_model
         "0:00:00",
     ]
     assert "step/s" not in done.stderr and "s/step" not in done.stderr and "OMP_NUM_THREADS" not in done.stdout
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6"], "epochs are short"
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "save_steps"), [(3, 51), (30, 60), (49, 98), (50, 50), (400, 400), (500, 500), (1200, 500)]
+)
+def test_checkpoints_are_epochs_apart_and_neither_few_steps_nor_many(steps_per_epoch, save_steps):
+    config = resolve("verify", [Setting("save_steps", "auto", "test")]).config
+    assert steps_between_saves(config, steps_per_epoch) == save_steps
 
 
 def test_run_folder(whole_run, tmp_path):
@@ -193,6 +202,18 @@ def test_early_stopping_and_the_best_model(embedded_model, tokenizer, tmp_path):
     assert len(losses) < 20 and best == len(losses) - 3
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(embedded_model), run.folder / "final_model")
     assert plain_loss(model.eval(), tokenizer, "data/validation.jsonl") == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_the_steps_before_an_early_stop_are_logged(embedded_model, tmp_path):
+    given = (
+        "base: verify\nmax_steps: 8\nlogging_steps: 50\neval_steps: 1\nearly_stopping_patience: 1\nlearning_rate: 0\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(f"{given}eval_data_path: data/validation.jsonl\n")
+    argv = ["train", str(tmp_path / "recipe.yaml"), f"--output_dir={tmp_path / 'run'}", "--strategy=single"]
+    done = warm.run([sys.executable, "-m", "manyrank.cli", *argv], cwd=ROOT)
+    run = Run(done.returncode, done.stdout, done.stderr, tmp_path / "run")
+    assert run.code == 0, run.stderr
+    assert len(run.metrics("eval_loss")) == 2 and len(run.metrics()) == 1
 
 
 CALLBACK = """

@@ -117,7 +117,7 @@ _INSTEAD = {
     "fsdp fsdp_config": "choose --strategy fsdp; accelerate_configs/ has its file",
     "stage": "write task: sft or grpo",
     "template": "leave it out for the model's own chat template, or write chat_template: chatml, llama3, ... or a file",
-    "save_strategy": "write save_steps: auto (every epoch, or every 500 steps of a longer one), a number, or off",
+    "save_strategy": "write save_steps: auto (every epoch, but at least 50 and at most 500 steps apart), a number, or off",
     "eval_strategy evaluation_strategy": "write eval_steps: a number; without it, validation is once an epoch",
     "warmup_ratio": "write warmup_steps, a number of steps",
     "max_samples": "write data_path: {path: FILE, max_rows: N}",

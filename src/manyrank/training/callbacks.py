@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -26,7 +27,8 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 
-LONGEST_UNSAVED = 500  # steps between two checkpoints, where the recipe says nothing
+# Steps between two checkpoints, where the recipe says nothing: an epoch, several short ones, or a part of a long one.
+FEWEST_UNSAVED, MOST_UNSAVED = 50, 500
 
 
 class RunLog(TrainerCallback):
@@ -167,10 +169,12 @@ def check_states(handler: CallbackHandler) -> None:
             raise UserError(what, where="callbacks", fix="let its state() give what JSON can hold") from None
 
 
-def _save_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+def steps_between_saves(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Steps between two checkpoints; 0 for none."""
     if isinstance(config.save_steps, int):
         return config.save_steps
-    return min(LONGEST_UNSAVED, steps_per_epoch) if config.save_steps == "auto" else 0
+    epochs = math.ceil(FEWEST_UNSAVED / steps_per_epoch)
+    return min(MOST_UNSAVED, epochs * steps_per_epoch) if config.save_steps == "auto" else 0
 
 
 def training_arguments(
@@ -200,7 +204,7 @@ def training_arguments(
         "eval_strategy": "steps" if config.has_validation else "no",
         "eval_steps": config.eval_steps or steps_per_epoch,
         "save_strategy": "no" if config.save_steps == "off" else "steps",
-        "save_steps": _save_steps(config, steps_per_epoch),
+        "save_steps": steps_between_saves(config, steps_per_epoch),
         "save_total_limit": config.save_total_limit,
         "report_to": config.report_to or "none",
         "use_cpu": on_cpu,

@@ -210,6 +210,8 @@ class Trainer:
             self._event("on_epoch_end")
             self._do_what_is_asked(result)
         self._agree()  # on whether to stop
+        if self.control.should_training_stop and self.meter.window.losses:  # by early stopping: its last steps
+            self._log(self._measured(result))
 
     def _do_what_is_asked(self, result: StepResult) -> None:
         """Log, validate and save as the callbacks want it."""
