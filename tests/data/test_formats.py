@@ -512,6 +512,23 @@ def test_a_system_prompt_under_its_other_name():
     assert to_sample(row, *detect(row, where="")).messages[0] == {"role": "system", "content": "s"}
 
 
+def test_a_column_beside_the_question_counts_in_each_row_that_has_it():
+    bare, full = {"question": "q", "response": "a"}, {"question": "q", "response": "a", "System_Prompt": "s"}
+    for first in (bare, full):
+        form, columns = detect(first, where="")
+        assert [len(to_sample(row, form, columns).messages) for row in (bare, full)] == [2, 3]
+    form, columns = detect({"instruction": "q", "response": "a"}, where="")
+    assert to_sample({"instruction": "q", "context": "c", "response": "a"}, form, columns).messages[0] == {
+        "role": "user",
+        "content": "q\n\nc",
+    }
+    both = {"instruction": "q", "input": "i", "context": "c", "response": "a"}
+    assert refused(both, form, columns).reason == "two columns for one field"
+    given = {"question": "Q", "answer": "A", "system": "who?"}
+    assert len(to_sample({"Q": "q", "A": "a"}, "question_answer", given).messages) == 2
+    assert to_sample({"Q": "q", "A": "a", "who": "s"}, "question_answer", given).messages[0]["content"] == "s"
+
+
 @pytest.mark.parametrize(
     "row",
     [

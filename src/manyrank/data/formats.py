@@ -10,7 +10,7 @@
 
 Other names of a question and its answer (QUESTIONS, ANSWERS) are read where each can be one column only. All but the last two
 also read system, tools and documents. Further columns of a row are ignored. Where several formats fit, the first of this list is taken. `columns` renames:
-{"instruction": "q"} reads the field "instruction" from the column "q". A format can also be a user's function,
+{"instruction": "q"} reads the field "instruction" from the column "q"; a row need not have the column "q?". A format can also be a user's function,
 "module:function", which turns a row into a row of one of these. How turns are read is in `messages`.
 """
 
@@ -207,10 +207,10 @@ FORMATS = {
 }
 
 
-# Names that published data sets have for the two, and for what may stand beside them, whatever their case.
+# Names that published data sets have for the two, and for what may stand beside them in some rows, whatever their case.
 QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input", "inputs")
 ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "targets")
-BESIDE = {"system": "system_prompt", "input": "context"}
+BESIDE = {"system": "system_prompt?", "input": "context?"}
 
 
 def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[str, Columns | None]:
@@ -250,7 +250,7 @@ def _by_other_names(row: Values) -> tuple[str, Columns] | None:
         ("alpaca", "instruction", "output") if instruction else ("prompt_completion", "prompt", "completion")
     )
     columns = {question: keys[questions[0]], answer: keys[answers[0]]}
-    return name, columns | {field: keys[key] for field, key in BESIDE.items() if key in keys}
+    return name, columns | {field: column for field, column in BESIDE.items() if field in FORMATS[name].fields}
 
 
 def _known() -> str:
@@ -296,10 +296,18 @@ def _form(format_type: str, columns: Columns | None) -> Format:
 
 
 def _renamed(row: Values, columns: Columns | None) -> Values:
+    renamed = {}
     for field, column in (columns or {}).items():
-        if column not in row:
+        if column.endswith("?") and column not in row:
+            key = next((key for key in row if str(key).lower() == column[:-1].lower()), None)
+            if key is not None and row.get(field):
+                raise BadRow(f"{field!r} and {key!r} could both be the {field}", "two columns for one field")
+            renamed |= {} if key is None else {field: row[key]}
+        elif column not in row:
             raise BadRow(f"there is no column {column!r}, from which {field!r} is read", "missing column")
-    return row | {field: row[column] for field, column in (columns or {}).items()}
+        else:
+            renamed[field] = row[column]
+    return row | renamed
 
 
 # A user's function

@@ -70,6 +70,7 @@ def bad_rows_error(
 FIXES = {
     "too long": "raise max_length, or set overlong: truncate, drop or split",
     "nothing to learn": "raise max_length if the answers lie behind it, or fix these rows",
+    "two columns for one field": "leave one of them out, or name in `columns` which is read",
     "missing column": "name in `columns` the columns that the rows have",
     "missing field": "fix these rows, or say how they are to be read with format_type and columns",
     "not JSON": "give one whole JSON object a line, or an array of them; or fix these rows",

@@ -52,8 +52,9 @@ class Source:
 
     @property
     def shape(self) -> str:
-        """The format, with the columns of other names that are read."""
-        return f"{self.format_type} of {', '.join(self.columns.values())}" if self.columns else self.format_type
+        """The format, with the columns of other names that every row has."""
+        columns = [column for column in (self.columns or {}).values() if not column.endswith("?")]
+        return f"{self.format_type} of {', '.join(columns)}" if columns else self.format_type
 
     def __post_init__(self) -> None:
         if not self.path:
