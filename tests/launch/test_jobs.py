@@ -221,9 +221,14 @@ def test_refused(refused, flags, error):
     assert refused(*flags) == error
 
 
-def test_without_sbatch_nothing_is_written(refused, monkeypatch, tmp_path):
+def test_without_sbatch_a_job_can_be_shown_and_written_but_not_submitted(refused, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert refused("--via=slurm", "--nproc=2", "--submit") == "there is no sbatch on this machine"
+    job = tmp_path / "output" / "quickstart" / "launch" / "job.sbatch"
+    argv = ["train", "quickstart", "--via=slurm", "--nproc=2"]
+    assert cli.main([*argv, "--print"]) == 0 and not job.exists()
+    shown = capsys.readouterr().out
+    assert cli.main(argv) == 0 and job.read_text() in shown
 
 
 def test_a_job_does_not_write_among_another_run_s_files(tmp_path, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from launches import ROOT
 
+from manyrank import cli
 from manyrank.config.args import LaunchOptions, parse
 from manyrank.config.resolve import TrainConfig, resolve
 from manyrank.errors import UserError
@@ -358,6 +359,18 @@ def test_output_dir(tmp_path, monkeypatch, argv, folder):
     (tmp_path / "latest").symlink_to(tmp_path / "output" / "other" / "checkpoint-5")
     line = parse(argv, prog="", launch=True)
     assert choose_output_dir(resolve(line.recipe, line.overrides).config, line) in (folder, str(tmp_path / folder))
+
+
+def test_a_folder_that_is_taken_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "quickstart").mkdir(parents=True)
+    assert cli.main(["train", "quickstart", "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "output/quickstart is taken: this run goes to output/quickstart-2 (--resume_from_checkpoint auto" in shown
+    assert shown.endswith("without --check it starts\n")
+    for argv in (["--output_dir", "mine"], ["--resume_from_checkpoint", "auto"], ["--run_name", "x", "--nnodes=1"]):
+        assert cli.main(["train", "quickstart", "--check", *argv]) == 0
+        assert ("is taken" in capsys.readouterr().out) == (argv[0] == "--run_name")
 
 
 # What is shown is what runs

@@ -1,6 +1,7 @@
 """The plan: what it answers, against published figures, and what it chooses."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from manyrank.plan import memory, planner, speed
 from manyrank.plan.command import _nodes
 from manyrank.plan.memory import GiB
 from manyrank.plan.planner import Verdict, make_plan
-from manyrank.plan.view import summary
+from manyrank.plan.view import in_words, summary
 from manyrank.topology import gpus
 from manyrank.topology.gpus import GPU_KINDS, find_kind
 from manyrank.topology.strategies import STRATEGIES
@@ -312,14 +313,38 @@ def test_the_tables(capsys):
         "--tokens",
         "10M",
     )
-    assert "*fsdp" in out and "fsdp: the simplest of the fastest that fit; ddp needs" in out and "hours, about $" in out
+    assert "*fsdp" in out and "fsdp: the simplest of the fastest that fit; ddp needs" in out
+    assert re.search(r"30 M tokens: \d\d minutes, about \$\d\d\n", out)
     rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
     assert [row[:2] for row in rows] == [["1", "8"], ["2", "16"], ["4", "32"], ["8", "64"]]
 
 
 def test_a_recipe_and_the_embedded_model(capsys, embedded_model):
     out = run(capsys, "quickstart", "--gpu", "L4")
-    assert out.startswith("embedded: 2.36 M parameters") and "*single" in out
+    assert out.startswith("embedded: 2.36 M parameters") and "*single" in out and "\nno rule refuses it\n" in out
+    assert re.search(r"k tokens: 0\.\d+ seconds, less than \$1\n", out)
+
+
+def test_what_nobody_gave_is_said(capsys):
+    argv = ("Qwen2.5-7B", "--gpu", "L4")
+    out = run(capsys, *argv)
+    assert "\nassumed, as not given: method lora, max_length 1,024, per_device_train_batch_size 4, nproc 1\n" in out
+    given = ("--method=qlora", "--max_length=2048", "--micro-batch=2", "--nproc=2")
+    assert "assumed" not in run(capsys, *argv, *given)
+    assert json.loads(run(capsys, *argv, *given[:-1], "--json"))["assumed"] == {"nproc": "1"}
+    assert "data_path the bundled sample" in run(capsys, "embedded", "--gpu", "L4")
+
+
+@pytest.mark.parametrize("memory", ["1TiB", "1024 GiB", "1.1T", "1099GB"])
+def test_units_of_memory(capsys, memory):
+    assert "1 x GPU of 10" in run(capsys, "Qwen2.5-7B", "--gpu-memory", memory)
+
+
+@pytest.mark.parametrize(
+    ("hours", "shown"), [(8.1e-05, "0.29 seconds"), (0.2, "12 minutes"), (4.41, "4.4 hours"), (75, "3.1 days")]
+)
+def test_times_are_in_the_unit_that_suits_them(hours, shown):
+    assert in_words(hours) == shown
 
 
 @pytest.mark.parametrize(
@@ -327,7 +352,7 @@ def test_a_recipe_and_the_embedded_model(capsys, embedded_model):
     [
         (["--model", "nothing-7b"], "nothing is known here"),
         (["--model", "qwen3-8b", "--gpu", "X1"], "no GPU 'X1' is known"),
-        (["--model", "qwen3-8b", "--gpu-memory", "big"], "no size like"),
+        (["--model", "qwen3-8b", "--gpu-memory", "big"], "units are KiB, MiB, GiB, TiB"),
         (["--model", "qwen3-8b", "--nnodes", "2,1"], "rising list"),
         (["--model", "qwen3-8b", "--nnodes", "1,2"], "speeds need a kind"),
         (["--model", "qwen3-8b", "--stratgy", "ddp"], "did you mean"),

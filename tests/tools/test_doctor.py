@@ -16,6 +16,7 @@ import warm
 from launches import ROOT
 
 from manyrank import cli
+from manyrank.config.args import parse_with
 from manyrank.config.resolve import Setting, resolve
 from manyrank.errors import UserError
 from manyrank.runs.heartbeats import beats
@@ -74,6 +75,22 @@ def test_one_process(tmp_path):
     assert found["step"]["figures"]["distributed_type"] == "NO"
     assert found["save and load"]["figures"] == {"tensors": 56, "loss": found["step"]["figures"]["losses"][1]}
     assert not (tmp_path / "run").exists()
+
+
+def test_what_nobody_gave_is_said_and_is_no_recipe_that_is_ok(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("assumed, as not given: model_name_or_path embedded, method lora, strategy single, data")
+    assert not [line for line in lines if " recipe " in line]
+
+    def assumed(*argv: str) -> dict[str, str]:
+        line, _ = parse_with(argv, doctor.DoctorOptions, prog="", launch=True)
+        return doctor._assumed(doctor._resolve(line, gpus.probe_host()), named=bool(line.recipe))
+
+    assert list(assumed("--model", "org/none", "--method", "qlora")) == ["strategy", "data_path"]
+    assert assumed("verify", "--use_4bit", "--nproc=2", "--strategy=ddp") == {}
+    assert assumed("verify") == {"method": "lora", "strategy": "single"}
 
 
 @pytest.mark.parametrize(("strategy", "type_"), [("ddp", "MULTI_CPU"), ("fsdp", "FSDP"), ("zero3", "DEEPSPEED")])

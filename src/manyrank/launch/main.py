@@ -38,7 +38,7 @@ from ..runs.heartbeats import HeartbeatWriter
 from ..runs.watchdog import Watchdog
 from ..topology import gpus
 from ..topology.gpus import Hardware
-from .command import LaunchPlan, choose_output_dir, choose_strategy, plan_launch, run_launch
+from .command import LaunchPlan, choose_output_dir, choose_strategy, default_output_dir, plan_launch, run_launch
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,10 @@ def train(line: CommandLine) -> int:
     if line.options.print:
         print(launch.text(), end="")
         return 0
-    print("\n".join([*resolved.context.resolved.assumed(), resolved.summary(), str(launch)]), flush=True)
+    notes = [*resolved.context.resolved.assumed(), *_taken(resolved.config, line, folder)]
+    print("\n".join([*notes, resolved.summary(), str(launch)]), flush=True)
     if line.options.check:
+        print("checked: no rule refuses it, and its data can be read; without --check it starts")
         return 0
     _check_model(resolved.config.model_name_or_path, line)
     began = time.time()
@@ -114,6 +116,16 @@ def train(line: CommandLine) -> int:
         print(f"trying again with micro-batch {resolved.config.micro_batch}", file=sys.stderr, flush=True)
         code = run_launch(_checked(resolved, folder), stay=True)
     return code
+
+
+def _taken(config: TrainConfig, line: CommandLine, folder: str) -> list[str]:
+    """Say that an earlier run has the usual folder, and what to type for that run instead."""
+    if config.output_dir or config.resume_from_checkpoint or Path(folder) == default_output_dir(line):
+        return []
+    last, _ = run_folder.free_folder(default_output_dir(line))
+    return [
+        f"{last} is taken: this run goes to {folder} (--resume_from_checkpoint auto continues {last}, --output_dir names another)"
+    ]
 
 
 def _check_model(name: str, line: CommandLine) -> None:

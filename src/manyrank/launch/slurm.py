@@ -62,7 +62,10 @@ def main(line: CommandLine) -> int:
         print(job.text() if line.options.print else f"{job.launch}\n", end="")
         return 0
     if line.slurm.submit and not shutil.which("sbatch"):
-        raise UserError("there is no sbatch on this machine", where="submit", fix="run it where the cluster is reached")
+        fix = (
+            "run it where the cluster is reached; without --submit the job's file is written, and sbatch takes it there"
+        )
+        raise UserError("there is no sbatch on this machine", where="submit", fix=fix)
     try:
         job.file.parent.mkdir(parents=True, exist_ok=True)
         write(job.file, job.content)

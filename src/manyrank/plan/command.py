@@ -17,7 +17,7 @@ from pydantic import BeforeValidator
 
 from ..config.args import CommandLine, Options, arg, parse_with
 from ..config.recipe_file import refuse_data
-from ..config.resolve import ResolvedConfig, Setting, TrainConfig, find_recipe, resolve
+from ..config.resolve import NOT_GIVEN, ResolvedConfig, Setting, TrainConfig, find_recipe, resolve
 from ..config.schema import Float
 from ..errors import UserError
 from ..models.catalog import read
@@ -33,7 +33,7 @@ from .planner import USUAL_MICRO_BATCH, Plan, leaves_micro_batch_open, make_plan
 from .view import as_text, as_values
 
 DECIMAL = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-UNITS = DECIMAL | {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+UNITS = DECIMAL | {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 NO_DATA = "(none)"  # stands for the data of a plan without a recipe
 BYTES_A_TOKEN = 4  # of text in a data file, about
 KINDS = ", ".join(kind.name for kind in gpus.GPU_KINDS)
@@ -42,7 +42,9 @@ KINDS = ", ".join(kind.name for kind in gpus.GPU_KINDS)
 def _size(text: str) -> int:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)", text.strip())
     if not match or match[2].lower() not in UNITS or float(match[1]) <= 0:
-        raise ValueError("no size like 24GiB or 2.5M")
+        raise ValueError(
+            "no size like 24GiB or 2.5M; units are KiB, MiB, GiB, TiB, and k, M, G, B, T with or without a B"
+        )
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
@@ -133,6 +135,7 @@ def main(argv: Sequence[str]) -> int:
         "price": price,
         "scales": scales,
         "against": _against(plan),
+        "assumed": _assumed(plan.context, options, line.options.nproc),
     }
     print(json.dumps(as_values(plan, **facts), indent=1) if options.as_json else as_text(plan, **facts))
     return 0
@@ -209,6 +212,21 @@ def _against(plan: Plan) -> list[str]:
             "no matrix of the model has such a name", where="lora_target_modules", fix="name some, or all-linear"
         )
     return [f"{violation.rule.name}: {violation.what}" for violation in refusals]
+
+
+def _assumed(context: RunContext, options: PlanOptions, nproc: int | None) -> dict[str, str]:
+    """Name what nobody gave and memory and speed depend on, with the values that are planned with."""
+    config, given = context.config, context.resolved.provenance
+    values = {
+        "method": config.method,
+        "max_length": f"{config.max_length:,}",
+        "per_device_train_batch_size": str(config.per_device_train_batch_size),
+        "data_path": "the bundled sample",
+    }
+    assumed = {key: value for key, value in values.items() if given.get(key, NOT_GIVEN) == NOT_GIVEN}
+    if context.kind and not options.gpu:
+        assumed["gpu"] = f"{context.kind.name} of this machine"
+    return assumed | ({} if nproc else {"nproc": str(context.nproc)})
 
 
 def planned_context(options: PlanOptions, nproc: int | None, resolved: ResolvedConfig) -> RunContext:

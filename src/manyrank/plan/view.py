@@ -26,17 +26,29 @@ FILLS = (  # what a bar is made of, in this order
 LEGEND = "recompute: layers whose activations are recomputed; micro, length: the largest that fit, under auto with all of them\n█ weights  ▓ adapters, gradients, optimizer  ▒ activations, head, working  ░ gathered  · CUDA, slack  │ the GPU's memory"
 
 
-def as_text(plan: Plan, *, tokens: int | None, price: float | None, scales: list[Scale], against: list[str]) -> str:
+def as_text(
+    plan: Plan,
+    *,
+    tokens: int | None,
+    price: float | None,
+    scales: list[Scale],
+    against: list[str],
+    assumed: dict[str, str],
+) -> str:
     """The tables of a plan.
 
     Args:
         tokens: of the whole training, if known. price: dollars an hour of one GPU.
         against: what `manyrank train` would refuse.
+        assumed: keys that nobody gave, with the values that are planned with.
     """
-    parts = [headline(plan), _table(plan), LEGEND, f"\n{plan.chosen.strategy}: {plan.why}", _parts(plan.chosen)]
+    parts = [headline(plan)]
+    parts += [f"assumed, as not given: {', '.join(map(' '.join, assumed.items()))}"] if assumed else []
+    parts += ["", _table(plan), LEGEND, f"\n{plan.chosen.strategy}: {plan.why}", _parts(plan.chosen)]
     parts += [_time(plan.chosen.speed, tokens, price)] if plan.chosen.speed else []
     parts += [scaling_table(scales)] if scales else []
-    remarks = [*(f"train refuses: {what}" for what in against), *(f"note: {note}" for note in notes(plan))]
+    remarks = [f"train refuses: {what}" for what in against] or ["no rule refuses it"]
+    remarks += [f"note: {note}" for note in notes(plan)]
     return "\n".join([*parts, *remarks])
 
 
@@ -62,7 +74,7 @@ def headline(plan: Plan) -> str:
     return (
         f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}; {context.precision.label}; "
         f"{nodes}{context.nproc} x {gpu}\n"
-        f"micro-batch {config.per_device_train_batch_size} x {config.max_length:,} tokens; {config.optim}\n"
+        f"micro-batch {config.per_device_train_batch_size} x {config.max_length:,} tokens; {config.optim}"
     )
 
 
@@ -127,8 +139,17 @@ def _time(speed: Speed, tokens: int | None, price: float | None) -> str:
     if not tokens:
         return text
     hours = training_hours(speed, tokens)
-    cost = f", about ${hours * price * speed.world:,.0f}" if price else ""
-    return f"{text}\n  the whole training, {count(tokens)} tokens: {hours:.2g} hours{cost}"
+    dollars = hours * (price or 0) * speed.world
+    cost = f", about ${dollars:,.0f}" if dollars >= 0.5 else ", less than $1" if price else ""
+    return f"{text}\n  the whole training, {count(tokens)} tokens: {in_words(hours)}{cost}"
+
+
+def in_words(hours: float) -> str:
+    """A time in the unit that suits it: 8 seconds, 12 minutes, 4.4 hours, 3.1 days."""
+    units = (("days", 24, 48), ("hours", 1, 1), ("minutes", 1 / 60, 1 / 60), ("seconds", 1 / 3600, 1 / 3600))
+    unit, size, _ = next((row for row in units if hours >= row[2]), units[-1])
+    number = hours / size
+    return f"{number:,.0f} {unit}" if number >= 10 else f"{max(number, 0.1):.2g} {unit}"
 
 
 def training_hours(speed: Speed, tokens: int) -> float:
@@ -211,7 +232,13 @@ def scaling_ends(scales: list[Scale]) -> list[str]:
 
 
 def as_values(
-    plan: Plan, *, tokens: int | None, price: float | None, scales: list[Scale], against: list[str]
+    plan: Plan,
+    *,
+    tokens: int | None,
+    price: float | None,
+    scales: list[Scale],
+    against: list[str],
+    assumed: dict[str, str],
 ) -> dict[str, Any]:
     """A plan for machines. Bytes and seconds; what is not known is None."""
     run, context = plan.chosen.run, plan.context
@@ -240,6 +267,7 @@ def as_values(
             for row in scales
         ],
         "train_refuses": against,
+        "assumed": assumed,
         "notes": notes(plan),
     }
 

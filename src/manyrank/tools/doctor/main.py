@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ... import __version__
 from ...config.args import JOBS, CommandLine, Options, arg, parse_with
+from ...config.resolve import NOT_GIVEN
 from ...config.schema import Int
 from ...errors import EXIT_FAILED, UserError
 from ...launch.command import LaunchPlan, choose_output_dir, plan_launch
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
     line, options = parse_with(argv, DoctorOptions, prog=PROG, launch=True)
     hardware, broken = _hardware()
     resolved = _resolve(line, hardware)
+    assumed = _assumed(resolved, named=bool(line.recipe))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # what is below is cleared away
     folder = Path(tempfile.mkdtemp(prefix="manyrank-doctor-"))
     try:
@@ -88,8 +90,9 @@ def main(argv: Sequence[str]) -> int:
                 f"{PROG}: {counted(resolved.context.world_size, 'rank')}, {resolved.context.strategy}, on {socket.gethostname()}",
                 flush=True,
             )
+            print(f"assumed, as not given: {', '.join(map(' '.join, assumed.items()))}\n" if assumed else "", end="")
         checks = []
-        for check in _examine(resolved, launch, folder, options.limit, broken):
+        for check in _examine(resolved, launch, folder, options.limit, broken, assumed):
             checks.append(check)
             if not options.as_json:
                 print(check, flush=True)
@@ -98,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
-    _finish(resolved, checks, time.monotonic() - started, as_json=options.as_json)
+    _finish(resolved, checks, assumed, time.monotonic() - started, as_json=options.as_json)
     return EXIT_FAILED if any(check.state == State.FAILED for check in checks) else 0
 
 
@@ -123,6 +126,19 @@ def _resolve(line: CommandLine, hardware: Hardware) -> ResolvedLaunch:
     return resolve_launch(replace(line, recipe=line.recipe or ANY_RECIPE), hardware)
 
 
+def _assumed(resolved: ResolvedLaunch, *, named: bool) -> dict[str, str]:
+    """Name what neither the recipe nor the command line says, with what is examined in its place.
+
+    Args:
+        named: whether a recipe was given; what the one that stands for it says is assumed.
+    """
+    config, places = resolved.config, resolved.context.resolved.provenance
+    values = {"model_name_or_path": config.model_name_or_path, "method": config.method}
+    values |= {"strategy": resolved.context.strategy.name, "data_path": config.data_path[0].path}
+    given = {key for key, place in places.items() if place != NOT_GIVEN and (named or place.startswith("command line"))}
+    return {key: value for key, value in values.items() if key not in given}
+
+
 def _launch(resolved: ResolvedLaunch, folder: Path) -> LaunchPlan:
     """Plan the ranks' start as the training's; torchrun starts quickest, and one process needs no launcher."""
     options = resolved.line.options
@@ -142,7 +158,12 @@ def _launch(resolved: ResolvedLaunch, folder: Path) -> LaunchPlan:
 
 
 def _examine(
-    resolved: ResolvedLaunch, launch: LaunchPlan, folder: Path, limit: int, broken: Check | None
+    resolved: ResolvedLaunch,
+    launch: LaunchPlan,
+    folder: Path,
+    limit: int,
+    broken: Check | None,
+    assumed: Mapping[str, str],
 ) -> Iterator[Check]:
     options, hardware, versions = resolved.line.options, resolved.context.hardware, software()
     output = Path(choose_output_dir(resolved.config, resolved.line))
@@ -157,7 +178,8 @@ def _examine(
     yield from recipe.memory_and_disks(context, names)
     if options.nnodes > 1:
         yield machine.network(options.rdzv_endpoint)
-    yield from recipe.rules_and_files(context)
+    checks, own = recipe.rules_and_files(context), not {"model_name_or_path", "data_path"} <= assumed.keys()
+    yield from (check for check in checks if own or check.state != State.OK)  # of nobody's recipe nothing is ok
     yield recipe.planned(resolved.plan)
     hub = recipe.hub(names) if names else None
     yield from [hub] if hub else []
@@ -246,7 +268,9 @@ def _why(ended: Ended, stage: str, behind: Sequence[Heartbeat], problem: dict[st
     return what, fix
 
 
-def _finish(resolved: ResolvedLaunch, checks: Sequence[Check], seconds: float, *, as_json: bool) -> None:
+def _finish(
+    resolved: ResolvedLaunch, checks: Sequence[Check], assumed: dict[str, str], seconds: float, *, as_json: bool
+) -> None:
     """Print the last line of the report, or all of it as JSON."""
     count, options = Counter(check.state for check in checks), resolved.line.options
     if not as_json:
@@ -262,6 +286,7 @@ def _finish(resolved: ResolvedLaunch, checks: Sequence[Check], seconds: float, *
         "nnodes": options.nnodes,
         "ranks": resolved.context.world_size,
         "strategy": resolved.context.strategy.name,
+        "assumed": assumed,
         "checks": [asdict(check) for check in checks],
     }
     print(json.dumps(document, indent=1))

@@ -23,6 +23,7 @@ from ...config.args import parse
 from ...config.resolve import Setting, TrainConfig, resolve
 from ...errors import EXIT_FAILED, UserError, in_one_line
 from ...project_files import EMBEDDED
+from ...runs import hub
 from ...runs.heartbeats import HeartbeatWriter
 from ...runs.logs import read_metrics
 from ...runs.versions import software
@@ -153,6 +154,7 @@ def _model(config: TrainConfig) -> Check:
         return ok("model", f"{name}: made when it is first used")
     files = sorted(Path(name).expanduser().glob("*.safetensors"))
     try:
+        hub.check_model(name)
         kind = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).model_type
         tokens = len(load_tokenizer(config))
         for file in files:

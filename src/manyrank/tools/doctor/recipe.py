@@ -40,7 +40,7 @@ def rules_and_files(context: RunContext) -> list[Check]:
         for broken in find_violations(context):
             if broken.rule.severity == "warning" and broken.rule.name not in context.config.ignore_warnings:
                 checks.append(warning("recipe", f"{broken.where}: {broken.what}", broken.rule.fix))
-    return checks or [ok("recipe", "no rule is against it, and its data and model can be read")]
+    return checks or [ok("recipe", "no rule is against it, and the files that it names can be read")]
 
 
 def _without_hub_data(context: RunContext) -> RunContext:
