@@ -360,7 +360,7 @@ def test_a_cap_on_one_of_several_sources_is_told(examples_of, file):
     path = file(*[qa(f"q {i}") for i in range(50)])
     examples = examples_of(data_path=f"[{{path: {path}, max_rows: 8}}, {SAMPLE}]")
     assert examples.report.rows == (8, 160) and examples.report.out_of == (50, 160) and examples.report.needed == 1
-    assert "168 examples out of 168 of 210 rows (max_rows)" in examples.describe()
+    assert "168 examples of 210 rows (max_rows)" in examples.describe()
 
 
 def test_formats_of_several_sources(examples_of, tmp_path):
@@ -381,7 +381,7 @@ def test_a_short_run_tokenises_what_it_needs(examples_of, file):
     path = file(*[qa(f"q {i}") for i in range(2000)])
     few = examples_of(data_path=path, needed=64)
     assert 64 <= len(few) < 100 and len(few.dataset) < 100
-    assert f"out of {few.report.rows[0]} of 2,000 rows" in few.describe() and few.report.needed < 0.05
+    assert f"{few.report.rows[0]} examples of 2,000 rows" in few.describe() and few.report.needed < 0.05
     assert max(rows_of(few)) > 1000  # out of the whole file
     assert rows_of(few) == rows_of(examples_of(data_path=path, needed=64))
     assert len(examples_of(data_path=path, needed=1990)) == 2000

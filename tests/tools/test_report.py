@@ -176,7 +176,7 @@ def test_the_summary_is_that_of_the_run(stopped):
 
 def test_one_rank_talks(stopped):
     stop = stopped[0]
-    assert (stop.stdout + stop.stderr).count("  loss ") == 3 and stop.stdout.count("training data: ") == 1
+    assert (stop.stdout + stop.stderr).count("  loss ") == 3 and stop.stdout.count("\ntraining data ") == 1
 
 
 needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")

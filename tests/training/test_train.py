@@ -117,7 +117,7 @@ def test_bad_rows_are_put_aside_and_the_split_is_validated(embedded_model, tmp_p
         "--nproc=2",
     )
     assert run.code == 0, run.stderr
-    assert "2 bad, quarantined" in run.stdout and "validation data: " in run.stdout
+    assert "2 bad, quarantined" in run.stdout and "\nvalidation   " in run.stdout
     assert "between the longest rank and the mean" in run.stdout
     aside = [json.loads(line) for line in (run.folder / "logs" / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["place"].split(", ")[1], row["reason"]) for row in aside] == [
@@ -158,6 +158,19 @@ def test_a_run_validates_once_an_epoch_and_saves_and_logs_its_end(embedded_model
 def test_checkpoints_are_epochs_apart_and_neither_few_steps_nor_many(steps_per_epoch, save_steps):
     config = resolve("verify", [Setting("save_steps", "auto", "test")]).config
     assert steps_between_saves(config, steps_per_epoch) == save_steps
+
+
+def test_a_run_begins_by_saying_what_it_does(whole_run):
+    command, block, *_ = whole_run.stdout.split("\n\n")
+    lines = {line[:15].strip(): line[15:] for line in block.splitlines()}
+    assert list(lines) == ["model", "method", "training data", "strategy", "batch", "steps", "folder"]
+    facts = whole_run.facts()
+    assert lines["model"].endswith(f" ({facts['trained_parameters'] / facts['parameters']:.2%}) trained")
+    assert lines["method"] == "lora, rank 16, alpha 32, on all-linear; float32"
+    assert lines["training data"].startswith("68 examples of 160 rows (as many as max_steps needs)")
+    assert lines["batch"] == "8 examples to a step: micro-batch 2 x accumulation 4 x world 1"
+    assert lines["folder"] == f"{whole_run.folder}: a checkpoint every 3 steps and at the end, the newest 3 kept"
+    assert not [word for word in ("OMP_", "MALLOC_", "{") if word in command + block]
 
 
 def test_run_folder(whole_run, tmp_path):

@@ -111,7 +111,8 @@ class Examples:
         others = "".join(f"; {count:,} {what}" for what, count in self.report.counts.items())
         read, there = sum(self.report.rows), sum(self.report.out_of)
         why = "max_rows" if self.report.needed == 1 else "as many as max_steps needs"
-        part = f" out of {read:,} of {there:,} rows ({why})" if read < there else ""
+        some = "" if len(self) == read else f" out of {read:,}"
+        part = f"{some} of {there:,} rows ({why})" if read < there else ""
         return (
             f"{len(self):,} examples{part} ({formats}), {self.lengths.sum():,} tokens, {share:.0%} supervised{others}"
         )

@@ -80,7 +80,12 @@ class ResolvedLaunch:
             f"strategy {self.context.strategy}, {world} process{'es' if world > 1 else ''}; a step: {batch} examples "
             f"({most}micro-batch {micro} x accumulation {accumulation} x world {world})"
         ]
-        return "\n".join([*lines, *([summary(self.plan)] if self.plan else []), *self.notes])
+        return "\n".join([*lines, *self.planned])
+
+    @property
+    def planned(self) -> list[str]:
+        """The plan in a line, or why there is none."""
+        return [*([summary(self.plan)] if self.plan else []), *self.notes]
 
 
 def train(line: CommandLine) -> int:
@@ -103,7 +108,8 @@ def train(line: CommandLine) -> int:
         print(launch.text(), end="")
         return 0
     notes = [*resolved.context.resolved.assumed(), *_taken(resolved.config, line, folder)]
-    print("\n".join([*notes, resolved.summary(), str(launch)]), flush=True)
+    shown = [resolved.summary()] if line.options.check else resolved.planned  # the run itself says the rest
+    print("\n".join([*notes, *shown, str(launch)]), flush=True)
     if line.options.check:
         print("checked: no rule refuses it, and its data can be read; without --check it starts")
         return 0

@@ -41,7 +41,7 @@ from ..runs.heartbeats import HeartbeatWriter, new_run
 from ..topology.precision import Precision
 from ..topology.ranks import Topology
 from . import trackers
-from .memory import describe_checkpointing, plan_run, take_peaks
+from .memory import plan_run, take_peaks
 from .metrics import Meter, kind_of
 from .optim import build_optimizer
 from .run import TrainingRun
@@ -128,8 +128,6 @@ def _build(
     heartbeat.beat(0, "trying the loss on a small example")
     task.check(precision=precision)
     start = _with_changes(start, trainer.run, config)
-    if accelerator.is_main_process and (line := task.describe(trainer.loader)):
-        print(line, flush=True)
     own = objects.tokenizer is not None
     return TrainingRun(config, engine, tokenizer, trainer, output_dir, start, planned, loading, own, give_back)
 
@@ -170,12 +168,8 @@ def _examples(
     """The examples that the task trains on and validates with."""
     config = task.config
     train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
-    if accelerator.is_main_process:
-        print(f"training data: {train.describe()}", flush=True)
-        if evaluation:
-            print(f"validation data: {evaluation.describe()}", flush=True)
-        if config.trust_remote_code:
-            print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
+    if accelerator.is_main_process and config.trust_remote_code:
+        print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
     return train, evaluation
 
 
@@ -187,8 +181,6 @@ def _plan(
     planned = plan_run(config, accelerator, place, shape, precision=precision)
     if planned is None:
         return config, None
-    if accelerator.is_main_process and (note := describe_checkpointing(planned, config)):
-        print(note, flush=True)
     settled = planned.config.gradient_checkpointing
     return config.model_copy(update={"gradient_checkpointing": settled}), planned
 

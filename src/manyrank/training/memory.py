@@ -64,18 +64,6 @@ def _least_memory(accelerator: Accelerator) -> int:
     return int(accelerator.gather(memory).min())
 
 
-def describe_checkpointing(run: PlannedRun, config: TrainConfig) -> str | None:
-    """Describe the recomputed layers that the plan has settled, if the recipe left them open."""
-    settled = run.config.gradient_checkpointing
-    if config.gradient_checkpointing != "auto" or settled == "off":
-        return None
-    layers = run.shape.depth if settled == "full" else settled
-    needed = memory.estimate(run).needed / GiB
-    return (
-        f"gradient checkpointing: {layers} of {run.shape.depth} layers, with which a GPU needs about {needed:.1f} GiB"
-    )
-
-
 def take_peaks() -> dict[str, int]:
     """Most bytes on this rank's GPU until now; from here on peaks are counted anew, without blocks that torch keeps unused."""
     if not torch.cuda.is_available():

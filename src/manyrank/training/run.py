@@ -29,6 +29,7 @@ from ..topology import ranks
 from . import record, trackers
 from .memory import compare_with_measured, out_of_memory
 from .model_card import model_card
+from .start import describe_start
 from .trainer import Trainer
 
 
@@ -64,9 +65,10 @@ class TrainingRun:
         """Load everything, one step forward and backward, save nothing."""
         for warning in warnings_of_length(self.config, self.trainer.total_steps):
             self.say(warning)
+        facts = self.engine.facts()
+        self._say_start(facts)
         started = time.perf_counter()
         result = self.trainer.dry_step()
-        facts = self.engine.facts()
         peak = logs.peak_memory(self.accelerator.device.type)
         self.say(
             f"dry run: started {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
@@ -88,6 +90,7 @@ class TrainingRun:
             self.trainer.resume(self.start.folder)
             self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
         facts = self._write_facts()
+        self._say_start(facts)
         with self._recorded(facts, report):
             try:
                 with self._explained():
@@ -105,6 +108,10 @@ class TrainingRun:
         if self.accelerator.is_main_process and (page := report(self.output_dir)):
             self.say(f"report: {page}")
         self.accelerator.wait_for_everyone()
+
+    def _say_start(self, facts: StrategyInfo) -> None:
+        if self.accelerator.is_main_process:
+            self.say(f"\n{describe_start(self.trainer, facts, self.planned)}\n")
 
     def _say_stopped(self, *, started_anew: bool) -> None:
         self.say(f"stopped by a signal; checkpoint-{self.trainer.state.global_step} is complete")
