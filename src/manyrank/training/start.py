@@ -20,6 +20,7 @@ from ..plan import memory
 from ..plan.memory import GiB
 from ..plan.planned_run import PlannedRun
 from ..plan.view import count
+from ..topology.precision import Precision
 from .trainer import Trainer
 
 WIDTH = 15  # of a line's name
@@ -53,7 +54,7 @@ def _method(config: TrainConfig, facts: StrategyInfo) -> str:
         else ", ".join(config.lora_target_modules)
     )
     adapters = f", rank {config.lora_r}, alpha {config.lora_alpha:g}, on {targets}" if config.uses_lora else ""
-    return f"{config.method}{adapters}; {'bf16' if facts.precision == 'bf16' else 'float32'}"
+    return f"{config.method}{adapters}; {Precision(facts.precision).label}"
 
 
 def _strategy(facts: StrategyInfo, planned: PlannedRun | None) -> str:
