@@ -83,12 +83,26 @@ def test_a_base_may_be_a_preset(recipe):
     assert config == preset.model_copy(update={"seed": 7})
 
 
-def test_a_base_with_a_base_is_refused(recipe):
-    recipe("seed: 1\n", "lowest.yaml")
-    recipe("base: lowest.yaml\n", "middle.yaml")
-    caught = recipe_error(path := recipe("base: middle.yaml\n"))
-    assert "has a base itself" in caught.what
-    assert caught.where == f"{path}, base"
+def test_a_base_may_have_a_base(recipe):
+    lowest = recipe("seed: 1\nlora_r: 2\nmodel: embedded\n", "lowest.yaml")
+    recipe("base: lowest.yaml\nlora_r: 4\nmax_length: 8\n", "middle.yaml")
+    resolved = resolve(recipe("base: middle.yaml\nmax_length: 16\n"))
+    assert (resolved.config.seed, resolved.config.lora_r, resolved.config.max_length) == (1, 4, 16)
+    assert resolved.provenance["seed"] == f"{lowest}, seed"
+
+
+def test_a_recipe_that_is_its_own_base_is_refused(recipe):
+    recipe("base: recipe.yaml\n", "other.yaml")
+    caught = recipe_error(path := recipe("base: other.yaml\n"))
+    assert caught.what == f"{path} is its own base"
+
+
+@pytest.mark.parametrize("key", ["data", "dataset"])
+def test_data_is_a_path_or_a_section(recipe, key):
+    for text in (f"{key}: rows.jsonl\n", f"{key}: {{path: rows.jsonl}}\n", f"{key}: [{{path: rows.jsonl}}]\n"):
+        path = recipe(f"model: embedded\n{text}")
+        assert [source.path for source in resolve(path).config.data_path] == ["rows.jsonl"]
+        jsonschema.validate(yaml.safe_load(text), recipe_schema())
 
 
 def test_a_base_that_is_not_there(recipe):

@@ -26,13 +26,11 @@ from pydantic.fields import FieldInfo
 from ..errors import UserError
 from .resolve import FIELDS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key
 from .schema import Int, TrainConfig
-from .spellings import ALIASES, METHOD_FLAGS, OTHER_TOOLS
+from .spellings import ALIASES, DATA_ALIASES, METHOD_FLAGS, OTHER_TOOLS, VALUES
 
 JOBS = ("slurm",)  # these write a job's file, and start nothing on this machine
 YES_NO = ("true", "false", "yes", "no", "on", "off", "1", "0", "auto", "none")
-# Spellings of the command line alone: in a recipe, these are names of sections.
-DATA_ALIASES = {"data": "data_path", "dataset": "data_path"}
-VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH", list: "A,B"}  # how help texts write a value
+VALUE_NAMES = {int: "N", float: "X", str: "TEXT", Path: "PATH", list: "A,B"}  # how help texts write a value
 INDENT = 24  # of the descriptions in a help text
 
 
@@ -161,10 +159,12 @@ class Option:
     @property
     def values_after(self) -> re.Pattern | None:
         """For an option that alone means yes, the words that are its value where they follow it; None: it needs a value."""
-        types = _alternatives(self.info.annotation)
-        if bool not in types and not ("off" in types and self._takes("true")):
+        types, others = _alternatives(self.info.annotation), VALUES.get(self.field, {})
+        alone = bool in types or ("off" in types and self._takes("true")) or ("true" in others and str not in types)
+        if not alone:
             return None
-        words = [kind for kind in types if isinstance(kind, str)] + (["-?[0-9.]+"] if int in types else [])
+        words = [kind for kind in (*types, *others) if isinstance(kind, str)]
+        words += ["-?[0-9.]+"] if int in types else []
         return re.compile("|".join([*YES_NO, *words]), re.IGNORECASE)
 
     def _takes(self, value: str) -> bool:
@@ -183,7 +183,7 @@ class Option:
         choices = [kind for kind in types if isinstance(kind, str)]
         for kind, shown in {bool: "true|false", int: "N", float: "X"}.items():
             choices += [shown] if choices and kind in types else []
-        usual = "" if bool in types else VALUES.get(types[-1], "X")
+        usual = "" if bool in types else VALUE_NAMES.get(types[-1], "X")
         value = "|".join(choices) if choices and list not in types else usual
         return f"--{self.name} {value}".rstrip()
 

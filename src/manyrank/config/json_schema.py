@@ -12,7 +12,7 @@ from ..topology.strategies import STRATEGIES
 from .recipe_file import SECTIONS
 from .resolve import SWITCHES
 from .schema import TrainConfig
-from .spellings import ALIASES, METHOD_VALUES, OTHER_TOOLS, VALUES
+from .spellings import ALIASES, DATA_ALIASES, METHOD_VALUES, OTHER_TOOLS, VALUES
 
 TEXT = {"type": "string"}
 
@@ -35,6 +35,11 @@ def recipe_schema() -> dict[str, Any]:
     for switch in sorted(SWITCHES):
         properties.setdefault(switch, {"type": "boolean"})
     properties["base"] = TEXT | {"description": "a preset, or another file, whose values this one overrules"}
+    for alias, key in DATA_ALIASES.items():
+        properties[alias] = {
+            "anyOf": [*properties[key]["anyOf"], {"type": "object"}],
+            "description": f"{key}, or a section",
+        }
     for section in SECTIONS:
         properties.setdefault(
             section, {"type": "object", "description": "a section; its keys may stand at the top, too"}

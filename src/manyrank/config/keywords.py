@@ -15,7 +15,7 @@ class SFTConfig(TrainConfig):
     """A recipe as keyword arguments: every key of docs and `manyrank train --help all`, also by its other names.
 
     Args:
-        recipe: a YAML file or a preset's name to start from.
+        recipe: a YAML file or a preset's name to start from; without it and without values, the preset default.
         **values: override it; `use_lora=False`, `learning_rate=1e-4`, `data_path=["a.json", "b.json"]`, ...
 
     Raises:
@@ -32,6 +32,7 @@ class SFTConfig(TrainConfig):
     if not TYPE_CHECKING:  # a type checker sees the fields
 
         def __init__(self, recipe: str | Path | None = None, **values: Any) -> None:
+            recipe = recipe if recipe or values else "default"
             entries = [Setting(key, _plain(value), f"SFTConfig, {key}") for key, value in values.items()]
             resolved = resolve(None if recipe is None else str(recipe), entries)
             super().__init__(**dict(resolved.config))

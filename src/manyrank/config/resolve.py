@@ -26,7 +26,7 @@ from ..runs import artifact
 from ..runs.artifact import ModelSource
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
 from .schema import DataSource, Method, TrainConfig
-from .spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, as_ours
+from .spellings import ALIASES, DATA_ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, as_ours
 
 FIELDS = TrainConfig.model_fields
 METHODS = frozenset(get_args(Method))
@@ -92,8 +92,8 @@ class ResolvedConfig:
 
 
 def canonical(key: str) -> str:
-    """The key that a spelling stands for."""
-    return KNOWN.spellings.get(normal(key), normal(key))
+    """The key that a spelling stands for; data and dataset, where they are no sections of a recipe, are data_path."""
+    return (DATA_ALIASES | KNOWN.spellings).get(normal(key), normal(key))
 
 
 def presets() -> list[str]:
@@ -255,7 +255,8 @@ def _entries(path: Path) -> list[Setting]:
     return [entry for entry in entries if normal(entry.key) not in TYPED]
 
 
-def _layers(recipe: str) -> list[list[Setting]]:
+def _layers(recipe: str, above: tuple[Path, ...] = ()) -> list[list[Setting]]:
+    """Read a recipe, and before it its base, that one's base and so on; `above` are those that stand on it."""
     path = find_recipe(recipe)
     entries = _entries(path)
     bases = [entry for entry in entries if entry.key == "base"]
@@ -263,15 +264,11 @@ def _layers(recipe: str) -> list[list[Setting]]:
         return [entries]
     if not isinstance(bases[0].value, str):
         raise UserError("base is not a name", where=bases[0].where, fix="give a recipe's file or a preset's name")
-    beside = path.parent / str(bases[0].value)
-    base = _entries(find_recipe(str(beside) if beside.is_file() else str(bases[0].value)))
-    if any(entry.key == "base" for entry in base):
-        raise UserError(
-            f"the base {bases[0].value!r} has a base itself",
-            where=bases[0].where,
-            fix="one level of base is all there is",
-        )
-    return [base, [entry for entry in entries if entry.key != "base"]]
+    if path.resolve() in above:
+        raise UserError(f"{path} is its own base", where=bases[0].where, fix="leave the base out in one of the recipes")
+    beside = path.parent / bases[0].value
+    base = str(beside) if beside.is_file() else bases[0].value
+    return [*_layers(base, (*above, path.resolve())), [entry for entry in entries if entry.key != "base"]]
 
 
 def _canonical(entries: Iterable[Setting], method: Setting | None) -> dict[str, Setting]:

@@ -1,6 +1,7 @@
 """Other names of a recipe's keys: the project's own short forms, and what other tools call the same thing.
 
 ALIASES, METHOD_FLAGS    short forms; in help texts
+DATA_ALIASES             of data_path; in a recipe, where they hold keys, these are names of sections
 OTHER_TOOLS              the same meaning in TRL, Axolotl, LLaMA-Factory or Unsloth: read, and not in help texts
 VALUES                   values that these have for a key, and ours
 INSTEAD                  another meaning, or nothing to set: an error that says what to write
@@ -34,6 +35,7 @@ ALIASES = {
     "max_new_tokens": "max_completion_length",
     "plain_parts": "disable_fused",
 }
+DATA_ALIASES = {"data": "data_path", "dataset": "data_path"}
 OTHER_TOOLS = {
     "model_path": "model_name_or_path",
     "model_id": "model_name_or_path",
