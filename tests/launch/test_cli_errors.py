@@ -207,7 +207,7 @@ def test_single_with_two_processes(refused):
 
 
 def test_two_machines_without_an_endpoint(refused):
-    assert refused("quickstart", "--nproc=2", "--nnodes=2")[1] == "command line"
+    assert refused("quickstart", "--nproc=2", "--nnodes=2")[1] == "command line, --rdzv_endpoint"
 
 
 def test_an_output_folder_that_is_not_empty(refused):

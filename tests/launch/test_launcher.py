@@ -281,7 +281,7 @@ def test_python_starts_one_process(argv):
 def test_several_machines_need_an_endpoint():
     with pytest.raises(UserError) as caught:
         make("quickstart", "--nproc=2", "--nnodes=2")
-    assert caught.value.fix == "give HOST:PORT of machine 0"
+    assert caught.value.fix == "give HOST:PORT of machine 0, as in --rdzv_endpoint first:29500"
 
 
 # Environment and files

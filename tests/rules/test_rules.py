@@ -414,6 +414,11 @@ CASES = [
         {"model": llama(), "lora_target_modules": ["q_proj", "v_prjo"]},
         {"lora_target_modules": ["q_proj"]},
     ),
+    (
+        "no-targets",
+        {"model": llama(), "lora_target_modules": ["q_prjo"]},
+        {"lora_target_modules": ["q_proj"]},
+    ),
     ("dropout-on-experts", {"model": llama(model_type="mixtral"), "lora_dropout": 0.1}, {"lora_dropout": 0}),
     (
         "dropout-on-experts",
@@ -902,16 +907,24 @@ def test_errors_in_the_validation_data(data):
     assert caught.where.endswith("rows.jsonl, line 1: 'answer' is empty")
 
 
-def test_rows_are_read_up_to_the_first_good_one(data):
-    """Bad rows beside good ones are told of all together, by the run."""
-    config = resolved(data_path=data('nonsense\n{"question": "q", "answer": "a"}\nnonsense')).config
+def test_a_bad_row_among_the_first_is_refused_before_the_launch(data):
+    rows = data('{"question": "q", "answer": "a"}\n' * 500 + "nonsense\n")
+    caught = error(data_path=rows)
+    assert caught.what == "1 of the first 501 rows cannot be used (1 not JSON)"
+    assert "rows.jsonl, line 501: broken JSON" in caught.where
+    config = resolved(data_path=rows, on_bad_row="skip").config
+    assert check_data(config.data_path[0], config) == "question_answer"
+
+
+def test_later_bad_rows_are_left_to_the_run(data):
+    config = resolved(data_path=data('{"question": "q", "answer": "a"}\n' * 1000 + "nonsense\n")).config
     assert check_data(config.data_path[0], config) == "question_answer"
 
 
 def test_a_source_that_only_starts_with_bad_rows(data):
-    caught = error(data_path=data("nonsense\n" * 150))
-    assert caught.what == "100 of the first 100 rows cannot be used (100 not JSON)"
-    assert caught.where.count("rows.jsonl, line ") == 10 and caught.where.endswith("and 90 more")
+    caught = error(data_path=data("nonsense\n" * 1500))
+    assert caught.what == "1,000 of the first 1,000 rows cannot be used (1,000 not JSON)"
+    assert caught.where.count("rows.jsonl, line ") == 10 and caught.where.endswith("and 990 more")
     config = resolved(data_path=data("nonsense\n" * 150), on_bad_row="skip").config
     assert check_data(config.data_path[0], config) == "auto"  # no reason yet to ask for a template
 

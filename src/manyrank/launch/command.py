@@ -213,12 +213,14 @@ def _check_nodes(options: LaunchOptions) -> None:
         raise UserError(
             "node_rank and rdzv_endpoint are for several machines", where="command line", fix="give --nnodes, too"
         )
-    host, _, port = (options.rdzv_endpoint or "").rpartition(":")
+    endpoint = options.rdzv_endpoint or ""
+    host, _, port = endpoint.rpartition(":")
     if options.nnodes > 1 and not (host and port.isdecimal()):
+        lacking = f"{endpoint} is not HOST:PORT" if endpoint else "no address of machine 0"
         raise UserError(
-            f"{options.nnodes} machines, and rdzv_endpoint is {options.rdzv_endpoint}",
-            where="command line",
-            fix="give HOST:PORT of machine 0",
+            f"{options.nnodes} machines, and {lacking}",
+            where="command line, --rdzv_endpoint",
+            fix="give HOST:PORT of machine 0, as in --rdzv_endpoint first:29500",
         )
     if options.node_rank >= options.nnodes:
         raise UserError(

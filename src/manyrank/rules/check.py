@@ -47,7 +47,7 @@ __all__ = [
     "rules_as_markdown",
 ]
 
-LOOKED_AT = 100  # rows of a source before the launch
+LOOKED_AT = 1000  # rows of a source before the launch
 NO_TEMPLATE_FIX = "give one: --chat_template chatml, or a file"
 # Warnings of earlier versions, which recipes may still ignore.
 RETIRED = frozenset(
@@ -183,27 +183,30 @@ def _file_problems(resolved: ResolvedConfig) -> list[UserError]:
 
 
 def check_data(source: DataSource, config: TrainConfig) -> str:
-    """Read the start of a source as the run will, up to the first good row.
+    """Read the start of a source as the run will; of a name on the hub, or where bad rows are skipped, to the first good row.
 
     Returns:
         Its format.
 
     Raises:
-        UserError: it cannot be read, or its first LOOKED_AT rows are all bad. Later bad rows are found by the run,
+        UserError: it cannot be read, or one of its first LOOKED_AT rows is bad. Later bad rows are found by the run,
             which tells of all of them.
     """
     known = known_format(source_of(source, config))
+    stops, rows = config.on_bad_row == "error", 0
     bad: list[tuple[str, BadRow]] = []
     for row in islice(read_rows(known), LOOKED_AT):
+        rows += 1
         try:
             to_sample(row.readable(), known.format_type, known.columns)
-            return known.format_type
+            if not stops or not Path(known.path).exists():
+                return known.format_type
         except BadRow as problem:
             bad.append((row.place, problem))
-    if config.on_bad_row == "error":
+    if bad and stops:
         reasons = Counter(problem.reason for _, problem in bad)
         first = ((place, str(problem)) for place, problem in bad)
-        raise bad_rows_error(first, reasons, out_of=f"the first {len(bad):,} rows", fix=usual_fix(reasons))
+        raise bad_rows_error(first, reasons, out_of=f"the first {rows:,} rows", fix=usual_fix(reasons))
     return known.format_type
 
 

@@ -106,14 +106,25 @@ def head_target(s: RunContext) -> str | None:
     return f"adapters on lm_head ({targets[0]})" if targets and not _is_tied(s) else None
 
 
-def _missing_targets(s: RunContext, model: ModelFacts) -> str | None:
+def _unknown_targets(s: RunContext, model: ModelFacts) -> list[str]:
     wanted = s.config.lora_target_modules
     if not s.config.uses_lora or isinstance(wanted, str) or not model.weights:
-        return None
+        return []
     missing = [target for target in wanted if not model.has_module(target)]
     # The tied head has no weight of its own.
-    missing = [target for target in missing if not (target in HEADS and model.ties_embeddings)]
-    return f"no module of {model.name} is called {' or '.join(missing)}" if missing else None
+    return [target for target in missing if not (target in HEADS and model.ties_embeddings)]
+
+
+def _some_targets_missing(s: RunContext, model: ModelFacts) -> str | None:
+    missing = _unknown_targets(s, model)
+    some = 0 < len(missing) < len(s.config.lora_target_modules)
+    return f"no module of {model.name} is called {' or '.join(missing)}" if some else None
+
+
+def _all_targets_missing(s: RunContext, model: ModelFacts) -> str | None:
+    missing = _unknown_targets(s, model)
+    none = missing and len(missing) == len(s.config.lora_target_modules)
+    return f"no module of {model.name} is called {' or '.join(missing)}" if none else None
 
 
 def _layers(s: RunContext, model: ModelFacts) -> str | None:
@@ -276,9 +287,16 @@ ADAPTER_RULES = (
     warning(
         "unknown-targets",
         ("lora_target_modules", "model:model.safetensors"),
-        _of_model(_missing_targets),
+        _of_model(_some_targets_missing),
         reason="peft puts adapters on the names that it finds, and passes over the others without a word.",
         fix="look for a slip in the names",
+    ),
+    error(
+        "no-targets",
+        ("lora_target_modules", "model:model.safetensors"),
+        _of_model(_all_targets_missing),
+        reason="Nothing would be trained.",
+        fix="write all-linear, or names of the model's linear layers, as q_proj,v_proj",
     ),
     error(
         "dropout-on-experts",

@@ -331,7 +331,7 @@ STEP_RULES = (
             lambda s: bool(s.config.eval_steps) and not s.config.has_validation, "eval_steps without validation data"
         ),
         reason="There is nothing to validate with.",
-        fix="give --eval_data_path or --eval_split",
+        fix="give --eval_data_path or --eval_split, or set --eval_steps none",
     ),
     error(
         "best-without-validation",
