@@ -81,6 +81,9 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "runs": 1540,  # with the watchdog, which the launch starts too, the boards of machines, the hub, and what a new run replaces
     "config": 2030,  # with keywords of Python, the names that other tools have, and keys and help texts in groups
     "topology": 880,  # with the CUDA driver, what torch is built for, and NUMA nodes
+    "runs": 1520,  # with the watchdog, which the launch starts too, the boards of machines, the hub, and links to the final adapter
+    "config": 1960,  # with keywords of Python, the names that other tools have, and keys and help texts in groups
+    "topology": 870,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1460,
     "models": 4690,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces
     "data": 3650,  # with other names of questions and answers, and rows that are looked at before any tokenizer

@@ -32,9 +32,10 @@ NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST, SAVE_NOW, LAUNCH_FOLDER, TOKENIZER = "manifest.json", "SAVE_NOW", "launch", "tokenizer"
 LOCK, HEARTBEATS = "run.lock", Path("logs", "heartbeats")
 PARTIAL, REMOVED = ".partial", ".removed"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 NEEDED = ("run.json", "trainer_state.json")
 OWN = re.compile(  # entries of a run's folder
-    rf"config\.yaml|launch\.json|{LAUNCH_FOLDER}|logs|report\.html|{TOKENIZER}|{SAVE_NOW}|{re.escape(LOCK)}.*|"
+    rf"config\.yaml|launch\.json|{LAUNCH_FOLDER}|logs|report\.html|{TOKENIZER}|{SAVE_NOW}|{re.escape(LOCK)}.*|{'|'.join(map(re.escape, ADAPTER))}|"
     rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.escape(REMOVED)})?"
 )
 LEFTOVER = re.compile(rf"({NAME.pattern}|final_model)({re.escape(PARTIAL)}|{re.escape(REMOVED)})")
@@ -107,6 +108,15 @@ def remove_run(output_dir: Path) -> list[str]:
     for path in sorted(removed, key=lambda path: path.name == "launch.json"):  # by which the rest is known as a run's
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return sorted(path.relative_to(output_dir).as_posix() for path in removed)
+
+
+def link_adapter(output_dir: Path) -> None:
+    """Link final_model's adapter in the run's folder, for `PeftModel.from_pretrained(base, OUTPUT_DIR)`."""
+    for name in ADAPTER:
+        link, target = output_dir / name, Path("final_model", name)
+        if (output_dir / target).is_file() and not link.is_symlink():
+            with contextlib.suppress(OSError):  # some file systems have no links
+                link.symlink_to(target)
 
 
 def free_folder(base: Path) -> tuple[Path, Path]:

@@ -179,6 +179,7 @@ class TrainingRun:
         if main:
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            run_folder.link_adapter(self.output_dir)
         self.accelerator.wait_for_everyone()
         return final
 
