@@ -153,6 +153,16 @@ def test_thinking_that_would_be_lost_is_refused():
             render(tokenizer_for(template), turns)
 
 
+def test_reasoning_traces_are_learned_by_the_template_for_r1_and_refused_by_its_own():
+    turns = [user("a"), said("b"), user("c"), said("d", reasoning_content="why")]
+    end = (tokenizer := tokenizer_for(OWN["deepseek_r1"])).eos_token
+    assert render(tokenizer, turns).supervised_texts == [f"b{end}", f"why\n</think>\n\nd{end}"]
+    written = [user("c"), said("<think>\nwhy\n</think>\n\nd")]
+    assert render(tokenizer, written).supervised_texts == [f"<think>\nwhy\n</think>\n\nd{end}"]
+    with pytest.raises(BadRow, match="drops the thinking"):
+        render(tokenizer_for(PACKAGED["deepseek_r1_distill"]), turns)
+
+
 def test_the_empty_thinking_block_is_learned_by_option():
     turns, tokenizer = [user("a"), said("b")], tokenizer_for(PACKAGED["qwen3"])
     assert render(tokenizer, turns).supervised_texts == ["b<|im_end|>"]

@@ -274,7 +274,7 @@ class LearnedKeys(Keys):
     chat_template: str | None = Field(
         None,
         min_length=1,
-        description="a Jinja file, one of chatml, llama3, gemma, mistral, zephyr, plain, or one of the tokenizer's own templates",
+        description="a Jinja file, one of chatml, llama3, gemma, mistral, zephyr, deepseek_r1, plain, or one of the tokenizer's own templates",
     )
     chat_template_kwargs: Mapping = Field(
         {}, description="variables for the template, such as {enable_thinking: false}"

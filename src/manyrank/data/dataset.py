@@ -268,7 +268,7 @@ def _counts(columns: dict[str, np.ndarray], double: np.ndarray, duplicates: str)
 def _bad_rows(report: Report, *, skippable: bool = True) -> UserError:
     reasons = bad_reasons(report)
     if sum(reasons[reason] for reason in TEMPLATE_REASONS) > reasons.total() / 2:
-        fix = "choose a chat template that knows such rows (--chat_template), or fix it"
+        fix = "choose a chat template that knows such rows (--chat_template; deepseek_r1 keeps the thinking), or fix it"
     else:
         fix = usual_fix(reasons)
     first = ((row["place"], row["detail"]) for row in report.bad())
