@@ -93,7 +93,8 @@ class ResolvedConfig:
 
 def canonical(key: str) -> str:
     """The key that a spelling stands for; data and dataset, where they are no sections of a recipe, are data_path."""
-    return (DATA_ALIASES | KNOWN.spellings).get(normal(key), normal(key))
+    name = normal(key)
+    return KNOWN.spellings.get(name) or DATA_ALIASES.get(name, name)
 
 
 def presets() -> list[str]:
