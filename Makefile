@@ -22,7 +22,7 @@ ifneq ($(filter-out cu126 cu130 cpu,$(TORCH_INDEX)),)
 $(error there is no build $(TORCH_INDEX) of this torch: TORCH_INDEX is one of cu126, cu130, cpu, auto, or empty)
 endif
 
-.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults cuda-dry doctor verify chat merge bench bench-counts bench-gpu gpu-check bench-data bench-save lint audit help clean
+.PHONY: setup train plan test test-hosts test-nightly test-slurm test-faults first-hour cuda-dry doctor verify chat merge bench bench-counts bench-gpu gpu-check bench-data bench-save lint audit help clean
 
 setup: $(VENV)/.installed  ## make .venv with the pinned versions; TORCH_INDEX=auto for an older driver or GPU
 
@@ -62,6 +62,9 @@ test-hosts: setup  ## two hosts, SLURM, full disks, a browser
 
 test-nightly: setup  ## what takes minutes each: random kills, whole matrices, stories, benchmarks; and cuda-dry
 	pytest -m nightly $(ARGS); code=$$?; $(MAKE) cuda-dry ARGS= && exit $$code
+
+first-hour: setup  ## what people type first, and what must be true, as a table: ARGS=--nightly, or words of ids
+	python tests/support/first_hour.py $(ARGS)
 
 # Not from a local folder of wheels, where torch may be built for CPUs.
 CUDA_VENV := .venv-cuda

@@ -135,6 +135,7 @@ def test_the_merged_folder_answers_in_plain_transformers(trained, folder, manyra
     assert json.loads((folder / "out.jsonl").read_text())["answers"][0]["text"] == first.strip()
 
 
-def test_the_page_of_other_tools_is_made_from_their_names():
-    made = runpy.run_path(str(ROOT / "docs" / "make_other_tools.py"))
+@pytest.mark.parametrize("name", ["other_tools", "first_hour"])
+def test_a_page_is_what_its_script_makes(name):
+    made = runpy.run_path(str(ROOT / "docs" / f"make_{name}.py"))
     assert made["FILE"].read_text() == made["page"]()
