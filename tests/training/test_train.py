@@ -313,7 +313,7 @@ def test_a_run_replaces_an_earlier_one_when_nothing_can_be_refused_any_more(embe
     first = launch(tmp_path / "run", "--max_steps=4", *args)
     assert first.code == 0 and "removed" not in first.stdout, first.stderr
     (first.folder / "notes.txt").write_text("mine")
-    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 200 + '{"question": "c"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 1200 + '{"question": "c"}\n')
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.name != "run.lock"}
     refused = launch(tmp_path / "run", "--max_steps=-1", *args, f"--data_path={tmp_path / 'bad.jsonl'}")
     assert refused.code == 2, refused.stdout
