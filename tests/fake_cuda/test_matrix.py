@@ -82,6 +82,20 @@ def test_float32(name, embedded_model, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "name"),
+    [("lora", name) for name in ("single", "ddp", "fsdp", "zero2", "zero3")] + [("qlora", "fsdp"), ("full", "zero3")],
+)
+def test_fp16(method, name, embedded_model, tmp_path):
+    """accelerate's own scaler is not there, and its scale is in the checkpoint."""
+    run = train(tmp_path / "run", method, STRATEGIES[name], "--fp16", bf16=False)
+    assert run.code == 0, run.stdout + run.stderr
+    assert "FAKECUDA refused" not in run.stderr and "FAKENCCL" not in run.stderr
+    assert run.facts()["precision"] == "fp16" and len(run.metrics("loss")) == 4
+    state = json.loads((run.folder / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["loss_scale"] == {"value": 2.0**16, "steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
     [("lora", name) for name in ("single", "ddp", "fsdp", "hsdp", "zero2", "zero3")]
     + [("qlora", "fsdp"), ("full", "zero3")],
 )
