@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -23,12 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from manyrank import cli
 from manyrank.chat_template.render import RenderOptions, prompt_ids, stop_ids
+from manyrank.errors import UserError
 from manyrank.models.generation import Sampling, generate
 from manyrank.models.inference import load_model, rendering_of
 from manyrank.models.text_stream import TextStream
 from manyrank.runs.artifact import find
 from manyrank.tools.serve import vllm
-from manyrank.tools.serve.main import _served_name
+from manyrank.tools.serve.main import _served_name, _takes_vllm
 from manyrank.tools.serve.model import ServedModel
 from manyrank.tools.serve.options import ServeOptions
 from manyrank.tools.serve.server import Server
@@ -421,6 +423,24 @@ def test_vllm_gets_the_adapter_the_template_and_the_stop_tokens(whole_run, embed
     assert set(stops) == stop_ids(own, rendering_of(source))
     merged = vllm.prepare(ServeOptions(name=str(embedded_model)), find(str(embedded_model)), tmp_path, name="base")
     assert "--enable-lora" not in merged and merged[merged.index("--served-model-name") + 1] == "base"
+
+
+def test_a_run_without_thinking_is_not_served_by_vllm(whole_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    run = shutil.copytree(whole_run.folder, tmp_path / "run")
+    source = find(str(run))
+    assert _takes_vllm(ServeOptions(name="run"), source)
+    assert not _takes_vllm(ServeOptions(name="run", quantization="8bit"), source)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("thinking: keep", "thinking: strip"))
+    capsys.readouterr()
+    assert not _takes_vllm(ServeOptions(name="run"), source)
+    assert "(thinking: strip): transformers generates" in capsys.readouterr().out
+    with pytest.raises(UserError, match="vLLM keeps the thinking of earlier turns"):
+        _takes_vllm(ServeOptions(name="run", backend="vllm"), source)
+    assert not _takes_vllm(ServeOptions(name="run", backend="transformers"), source)
 
 
 def test_vllm_ends_with_the_server(tmp_path, whole_run):

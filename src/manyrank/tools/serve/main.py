@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...config.args import read_options
+from ...config.resolve import recipe_of
 from ...errors import UserError
 from ...runs import hub
 from ...runs.artifact import ModelSource, find
@@ -30,21 +31,26 @@ def main(argv: Sequence[str]) -> int:
     model_source = find(options.name)
     hub.check_model(model_source.base)
     with Server(options.host, options.port, api_key=options.key) as server:
-        if not _takes_vllm(options):
+        if not _takes_vllm(options, model_source):
             _serve(server, options, model_source)
             return 0
     return vllm.serve(options, model_source, name=_served_name(options, model_source))
 
 
-def _takes_vllm(options: ServeOptions) -> bool:
-    if options.backend != "vllm":
-        return options.backend == "auto" and options.quantization != "8bit" and bool(find_spec("vllm"))
+def _takes_vllm(options: ServeOptions, model_source: ModelSource) -> bool:
+    here, recipe = bool(find_spec("vllm")), recipe_of(model_source)
+    problem = fix = ""
     if options.quantization == "8bit":
-        fix = "leave --quantization out, give 4bit, or --backend transformers"
-        raise UserError("vLLM quantises no model to 8 bits", where="--quantization 8bit", fix=fix)
-    if not find_spec("vllm"):
-        raise UserError("vLLM is not installed", where="--backend vllm", fix="leave --backend out, or install vllm")
-    return True
+        problem, fix = "vLLM quantises no model to 8 bits", "leave --quantization out, give 4bit, or "
+    elif not here:
+        problem, fix = "vLLM is not installed", "install vllm, or "
+    elif recipe and recipe.thinking == "strip":  # its template sees what a client sends
+        problem = "vLLM keeps the thinking of earlier turns, which the run was trained without (thinking: strip)"
+    if options.backend == "vllm" and problem:
+        raise UserError(problem, where="--backend vllm", fix=f"{fix}leave --backend out")
+    if options.backend == "auto" and problem and here:
+        print(f"{problem}: transformers generates", flush=True)
+    return options.backend != "transformers" and not problem
 
 
 def _served_name(options: ServeOptions, model_source: ModelSource) -> str:
