@@ -164,6 +164,20 @@ def test_the_recipe_is_checked_by_train(embedded_model, capsys, argv):
     )
 
 
+@pytest.mark.parametrize(("argv", "batch"), [([], 16), (["--gpu", "H100-80GB", "--nproc", "3"], 24)])
+@pytest.mark.parametrize(("answer", "reward"), [("2 + 2\n#### 4", "numeric"), ("$1,218.00", "numeric"), ("four", "f1")])
+def test_a_recipe_of_grpo_is_one_that_train_takes(embedded_model, capsys, argv, batch, answer, reward):
+    name = write("my.jsonl", *[{"question": f"q{number}", "answer": answer} for number in range(300)])
+    config = made("--task", "grpo", *argv, model="embedded", data=name)
+    assert config.is_grpo and config.rewards == {reward: 1.0} and config.learning_rate == 5e-6
+    assert (config.global_batch_size, config.num_generations, config.packing) == (batch, 4, "none")
+    assert config.max_length >= 256 and config.metric_for_best_model == "eval_reward"
+    assert batch % config.per_device_train_batch_size == 0
+    if not argv:
+        assert cli.main(["train", "my.yaml", "--check"]) == 0
+        assert f"a step: {batch} examples" in capsys.readouterr().out
+
+
 # Errors
 
 
@@ -186,6 +200,7 @@ def test_nothing_is_overwritten():
         ("--model embedded --data gone.jsonl", "there is no file gone.jsonl", "check the path"),
         ("--model embedded --data bad.jsonl", "no row is left to train on: 1 of 1 rows cannot be used", "rows"),
         ("--model embedded --data shapes.jsonl", "no format has the keys ['colour']", "known formats"),
+        ("--model embedded --data my.jsonl --task grpo", "rows of text have no prompt to complete", "--task grpo"),
         ("--model embedded --data my.jsonl --method lorra", "method: 'lorra' is invalid", "write lora"),
     ],
 )

@@ -5,10 +5,12 @@
     GPUs here, or --gpu and --nproc ─┘
 
 manyrank init --model Qwen/Qwen2.5-7B --data my.jsonl --gpu RTX4090
+manyrank init --task grpo --model Qwen/Qwen2.5-7B --data my.jsonl
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +21,9 @@ import yaml
 
 from ..config.args import Options, arg, read_options, word
 from ..config.resolve import ResolvedConfig, Setting, resolve
-from ..config.schema import Int, Method
-from ..data.survey import SourceRows, Survey, survey
+from ..config.schema import Int, Method, Task
+from ..data.numeric import FINAL, NUMBER
+from ..data.survey import SourceRows, Survey, survey, texts
 from ..errors import UserError
 from ..models.spec import ModelSpec
 from ..plan.command import KINDS, PlanOptions, planned_context, read_model
@@ -39,7 +42,8 @@ BATCH = 16  # examples to a step, or one for each process where there are more
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 ENOUGH_TO_SPLIT = 200  # rows
 LEARNING_RATE = {"full": 2e-5}
-OTHER_LEARNING_RATE = 2e-4
+OTHER_LEARNING_RATE, GRPO_LEARNING_RATE = 2e-4, 5e-6
+GENERATIONS, COMPLETION = 4, 256  # of grpo: completions of a prompt, and most tokens of each
 SHORT_NAME = "known to plans; to train it, write its folder, or its hub name with the owner"
 
 
@@ -49,12 +53,14 @@ class InitOptions(Options):
     examples = (
         "manyrank init --model Qwen/Qwen2.5-1.5B-Instruct --data my.jsonl",
         "manyrank init my.yaml --model ./model --data my.jsonl --gpu RTX4090 --nproc 2",
+        "manyrank init --task grpo --model Qwen/Qwen2.5-1.5B-Instruct --data my.jsonl",
     )
     file: Path = word(Path("recipe.yaml"), "the recipe to write (default: recipe.yaml)")
     model: str | None = arg(
         None, "a folder with config.json, a hub name, or embedded", also=["model_name_or_path"], min_length=1
     )
     data: str | None = arg(None, "a file, a folder or a hub name", also=["data_path"], min_length=1)
+    task: Task = arg("sft", "sft: learn the answers of the data; grpo: learn from the rewards of completions")
     gpu: str | None = arg(None, f"kind of the GPUs to plan for (default: what is here); one of {KINDS}", min_length=1)
     nproc: Int | None = arg(None, "GPUs, a process each (default: all that are here, or one of --gpu)", gt=0)
     method: Method | None = arg(None, "how to train (default: lora, or qlora where its base leaves too little room)")
@@ -110,7 +116,8 @@ def main(argv: Sequence[str]) -> int:
         f"model  {model}: {count(shape.parameters)} parameters{f'; {SHORT_NAME}' if _is_short(model) else ''}",
         flush=True,
     )
-    values = {"model_name_or_path": model, "data_path": options.data, "max_length": _max_length(rows, shape)}
+    values = {"model_name_or_path": model, "data_path": options.data}
+    values |= _task(options, rows) | {"max_length": _max_length(options, rows, shape)}
     choice = _choice(options, values, shape)
     _write(options.file, [*_head(options.file, choice), *recipe(values, choice, rows)])
     print(f"plan   {choice.method}: {choice.why}")
@@ -174,9 +181,27 @@ def _is_short(model: str) -> bool:
     return model != EMBEDDED and "/" not in model and not Path(model).is_dir()
 
 
-def _max_length(rows: Survey, shape: ModelSpec) -> int:
-    """Choose a length that takes the longest row, as far as the model has positions."""
-    longest = max(source.longest for source in rows.sources)
+def _task(options: InitOptions, rows: Survey) -> dict[str, Any]:
+    """The keys of grpo, with a reward that the first answer of the data suits.
+
+    Raises:
+        UserError: the rows have no prompts.
+    """
+    if options.task == "sft":
+        return {}
+    examples = [source.example for source in rows.sources if source.example]
+    answers = [text for example in examples for role, text in texts(example) if role == "assistant"]
+    if not answers:
+        what = f"rows of {rows.sources[0].format_type} have no prompt to complete"
+        raise UserError(what, where=options.data or "", fix="give questions with answers, or leave --task grpo out")
+    result = answers[0].rpartition(FINAL)[2].strip().strip("$€£¥%.")
+    reward = "numeric" if NUMBER.fullmatch(result) else "f1"
+    return {"task": "grpo", "rewards": {reward: 1.0}, "num_generations": GENERATIONS}
+
+
+def _max_length(options: InitOptions, rows: Survey, shape: ModelSpec) -> int:
+    """Choose a length that takes the longest row, and a completion under grpo, as far as the model has positions."""
+    longest = max(source.longest for source in rows.sources) + (COMPLETION if options.task == "grpo" else 0)
     length = next((length for length in LENGTHS if length >= longest), LENGTHS[-1])
     return min(length, shape.max_positions or length)
 
@@ -212,7 +237,9 @@ def _choice(options: InitOptions, values: dict[str, Any], shape: ModelSpec) -> C
 def _plan(options: InitOptions, values: dict[str, Any], shape: ModelSpec) -> Plan:
     """Plan a method with the micro-batch that a launch would choose."""
     context = planned_context(PlanOptions(gpu=options.gpu), options.nproc, _resolved(values))
-    context = context.with_options(global_batch_size=max(BATCH, context.world_size))
+    whole = context.world_size * (GENERATIONS if options.task == "grpo" else 1)  # groups on each process
+    batch = whole * math.ceil(BATCH / whole) if options.task == "grpo" else max(BATCH, whole)
+    context = context.with_options(global_batch_size=batch)
     return make_plan(with_micro_batch(context, shape, least=USUAL_MICRO_BATCH), shape, searched=False)
 
 
@@ -241,13 +268,22 @@ def _gpus(context: RunContext) -> str:
 def recipe(values: dict[str, Any], choice: Choice, rows: Survey) -> list[Line]:
     """List the keys that people change."""
     longest, splits = max(source.longest for source in rows.sources), rows.usable >= ENOUGH_TO_SPLIT
-    model, rate = values["model_name_or_path"], LEARNING_RATE.get(choice.method, OTHER_LEARNING_RATE)
+    grpo, model = "task" in values, values["model_name_or_path"]
+    rate = GRPO_LEARNING_RATE if grpo else LEARNING_RATE.get(choice.method, OTHER_LEARNING_RATE)
+    what = "completions" if grpo else "examples"
     on_gpus = f"the plan's choice: {choice.plan.chosen.strategy}" if choice.plan else "single, or ddp, on CPUs"
     adapters = [
         Line("lora_r", 16, "rank of the adapters: more learns more, and takes more memory"),
         Line("lora_alpha", 32, "scale of the adapters: usually twice the rank"),
     ]
+    rewarded = [
+        Line("rewards", values.get("rewards"), "numeric, exact, f1, format, ... by weight: docs/grpo.md"),
+        Line("num_generations", GENERATIONS, "completions of each prompt, compared with each other"),
+        Line("max_completion_length", COMPLETION, "most tokens of a completion"),
+        Line("beta", 0.04, "weight of the KL divergence from the model at the start"),
+    ]
     return [
+        *([Line("task", "grpo", "learn from the rewards of sampled completions")] if grpo else []),
         Line("model_name_or_path", model, SHORT_NAME if _is_short(model) else "a folder or a hub name"),
         Line("method", choice.method, f"of {', '.join(get_args(Method))}; {choice.why}"),
         *(adapters if choice.method != "full" else []),
@@ -259,14 +295,15 @@ def recipe(values: dict[str, Any], choice: Choice, rows: Survey) -> list[Line]:
         ),
         Line("on_bad_row", "error", "skip leaves bad rows out, and lists them"),
         Line("max_length", values["max_length"], f"tokens; the longest row has about {longest:,}"),
-        Line("global_batch_size", choice.batch, "examples to a step, on any number of GPUs"),
+        *(rewarded if grpo else []),
+        Line("global_batch_size", choice.batch, f"{what} to a step, on any number of GPUs"),
         Line(
             "per_device_train_batch_size",
             choice.micro_batch,
-            f"examples at once in a process; the {'plan' if choice.plan else 'default'}'s",
+            f"{what} at once in a process; the {'plan' if choice.plan else 'default'}'s",
         ),
-        Line("num_train_epochs", 3, "times through the data"),
-        Line("learning_rate", rate, f"usual for {choice.method}"),
+        Line("num_train_epochs", 1 if grpo else 3, "times through the data"),
+        Line("learning_rate", rate, f"usual for {'grpo' if grpo else choice.method}"),
         Line("strategy", "auto", on_gpus),
         Line("save_steps", "auto", "a checkpoint every epoch, but at least 50 and at most 500 steps apart"),
         Line("report_to", [], "[wandb], [tensorboard], ..."),
