@@ -103,13 +103,23 @@ def test_a_run_has_a_report_and_is_evaluated(trained, folder, manyrank):
 
 
 def test_python_trains_and_loads(folder):
-    (program,) = blocks("docs/python.md", "python")
+    program, _ = blocks("docs/python.md", "python")
     program += (
         "\nassert list(dataset[0].keys()) == ['input_ids', 'attention_mask', 'labels']\nprint(result.final_model)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (folder / done.stdout.splitlines()[-1] / "adapter_model.safetensors").is_file()
+
+
+def test_the_script_for_torchrun_trains(folder):
+    _, script = blocks("docs/python.md", "python")
+    (folder / "train.py").write_text(script.replace("output/my", "output/ranks"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    done = warm.run(command, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'loss': ") == 1 and "fsdp, 2 processes" in done.stdout
+    assert (folder / "output" / "ranks" / "final_model" / "adapter_model.safetensors").is_file()
 
 
 def test_the_merged_folder_answers_in_plain_transformers(trained, folder, manyrank):
