@@ -20,7 +20,7 @@ from ...config.schema import TrainConfig
 from ...data.scores import row_scores
 from ...errors import UserError
 from ...launch.command import before_imports, plan_launch, run_launch
-from ...runs.run_folder import atomic_directory, check_writable
+from ...runs.run_folder import atomic_directory, check_writable, free_folder
 from ...signals import begin_worker
 from ...topology import gpus, ranks
 from ...topology.ranks import Topology
@@ -96,13 +96,9 @@ def _output(folder: Path | None) -> Path:
     if folder:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"there is something at {folder}", where="--output", fix="name another folder")
-        check_writable(folder, where="--output", fix="name another folder")
-        return folder
-    base, number = Path("output") / "evaluation", 1
-    folder = base
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
+    else:
+        _, folder = free_folder(Path("output") / "evaluation")
+    check_writable(folder, where="--output", fix="name another folder")
     return folder
 
 
