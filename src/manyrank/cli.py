@@ -50,7 +50,7 @@ MODULES = {
     "merge": "tools.merge.main",
     "files": "tools.files",
 }
-LOADS_A_MODEL = ("chat", "generate", "serve", "merge")
+LOADS_A_MODEL = ("data inspect", "chat", "generate", "serve", "merge")
 DATA_USAGE = "manyrank data inspect RECIPE|DATA [--key value ...], or manyrank data prepare CONFIG [--key value ...]"
 
 
@@ -94,6 +94,8 @@ def _usage() -> str:
     commands = "\n".join(f"  {name:<16} {text}" for name, text in COMMANDS.items())
     return (
         f"usage: manyrank COMMAND ..., or manyrank RECIPE.yaml ... to train\n\n{commands}\n\n"
+        "First: `manyrank train quickstart` trains a small model on a bundled sample, in minutes, and\n"
+        "`manyrank init --model NAME --data FILE` writes a recipe for your model and data.\n"
         "`manyrank COMMAND --help` tells more of each."
     )
 

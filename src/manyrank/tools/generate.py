@@ -137,7 +137,7 @@ def _run(options: GenerateOptions, model_source: ModelSource, prompts: list[Prom
         print(f"stopped; {state}: run the same command again to resume", file=sys.stderr)
         return EXIT_PREEMPTED
     file.finish()
-    print(f"{len(requests):,} rows written to {options.output}")
+    print(f"{len(requests):,} row{'s' * (len(requests) != 1)} written to {options.output}")
     return 0
 
 

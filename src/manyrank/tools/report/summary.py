@@ -83,7 +83,8 @@ def _change(run: RunRecord, key: str) -> str:
     if not points:
         return ""
     (first, before), (last, after) = points[0], points[-1]
-    return f"{before:.4f} at step {first:,}, {after:.4f} at step {last:,}"
+    began = f"{before:.4f} at step {first:,}"
+    return began if last == first else f"{began}, {after:.4f} at step {last:,}"
 
 
 def _validation(run: RunRecord) -> str:
