@@ -149,3 +149,11 @@ def test_the_merged_folder_answers_in_plain_transformers(trained, folder, manyra
 def test_a_page_is_what_its_script_makes(name):
     made = runpy.run_path(str(ROOT / "docs" / f"make_{name}.py"))
     assert made["FILE"].read_text() == made["page"]()
+
+
+def test_the_recorded_session_has_each_command_and_an_answer():
+    made = runpy.run_path(str(ROOT / "docs" / "record_first_hour.py"))
+    session = made["FILE"].read_text(encoding="utf-8")
+    codes = dict(re.findall(r"^\$ (.*)\n[^$]*?^\[exit code (\d+), ", session, re.MULTILINE))
+    assert list(codes) == list(dict.fromkeys(made["COMMANDS"])) and set(codes.values()) == {"0", "2"}
+    assert "Traceback" not in session and str(ROOT) not in session
