@@ -91,6 +91,8 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "training": 2560,  # with lines of progress and the model card
     "runs": 1530,  # with the watchdog, which the launch starts too, the boards of machines, the hub, and places tried before work
     "config": 2000,  # with keywords of Python, the names and values that other tools have, what to type for a resume, and keys and help texts in groups
+    "runs": 1520,  # with the watchdog, which the launch starts too, the boards of machines, the hub, and links to the final adapter
+    "config": 2040,  # with keywords of Python, names that other tools have and people guess, and keys and help texts in groups
     "topology": 870,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1460,
     "models": 4690,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manyrank.config.args import LaunchOptions
 from manyrank.config.json_schema import recipe_schema
 from manyrank.config.resolve import (
     ASSUMED,
@@ -134,6 +135,17 @@ def test_aliases_and_dashes(alias, key):
         "packing": "dataset",
         "gradient_checkpointing": "full",
         "beta": 0.1,
+        "global_batch_size": 2,
+        "max_steps": 2,
+        "warmup_steps": 2,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "logging_steps": 2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.1,
+        "lora_alpha": 3.0,
+        "lora_dropout": 0.1,
+        "torch_compile": True,
     }.get(key, "0.5")
     given_key = alias.replace("_", "-")
     values = {name: text for name, text in REQUIRED.items() if name != key}
@@ -173,7 +185,7 @@ def test_what_other_tools_have_and_we_do_not_is_answered(key):
         resolve(None, entries(**REQUIRED, **{key: "x"}))
     assert caught.value.fix == INSTEAD[key] and caught.value.what == f"there is no option '--{key}'"
     for word in re.findall(r"(?:write|--)\s?([a-z_0-9]+)[:,]?", caught.value.fix):
-        assert word in KNOWN.spellings, word
+        assert word in (*KNOWN.spellings, *LaunchOptions.model_fields), word
 
 
 def test_the_same_key_twice_with_two_values():

@@ -129,7 +129,7 @@ class RecipeWord(Options):
     """The recipe."""
 
     recipe: str | None = word(
-        None, f"a YAML file, or a preset's name; presets: {', '.join(presets())}", also=["config"]
+        None, f"a YAML file, or a preset's name; presets: {', '.join(presets())}", also=["config", "recipe", "preset"]
     )
 
 
@@ -482,7 +482,8 @@ def parse_with(argv: Sequence[str], model: type[Model], *, prog: str, launch: bo
     recipe, options = parser.build(RecipeWord, settings).recipe, parser.build(LaunchOptions, settings)
     slurm = [option.field for option, _ in settings if option.owner is SlurmOptions]
     if slurm and options.via not in JOBS:
-        raise UserError(f"--{slurm[0]} is for --via slurm", where="command line", fix="leave it out, or give that")
+        fix = "give --nproc, the processes of this machine" if slurm[0] == "gpus" else "leave it out"
+        raise UserError(f"--{slurm[0]} is for --via slurm", where="command line", fix=f"{fix}; or give that")
     # In the spelling of a recipe, for the train module and for `resolve`.
     overrides = [
         replace(entry, key=f"--{option.field}") if normal(entry.key) in DATA_ALIASES else entry

@@ -342,7 +342,7 @@ def _yes(entry: Setting) -> bool:
 
 def unknown_key(entry: Setting, known: Iterable[str] = KNOWN.spellings) -> UserError:
     """The error for a key that does not exist, with the nearest of the known ones."""
-    close = difflib.get_close_matches(normal(entry.key), known, 1, cutoff=0.5)
+    close = difflib.get_close_matches(normal(entry.key), known, 1)
     dashes = "--" if entry.key.startswith("-") else ""
     fix = f"did you mean {dashes}{close[0]}?" if close else "`--help all` lists every option"
     fix = INSTEAD.get(normal(entry.key), fix) if FIELDS.keys() & set(known) else fix
