@@ -29,6 +29,8 @@ SLOW = (  # the slowest first, as measured
     "plan/test_memory.py",
     "tools/test_doctor.py",
     "topology/test_strategy.py",
+    "test_first_hour.py",
+    "models/test_model_recipes.py",
     "equivalence/test_verify.py",
     "test_counts.py",
     "tools/test_serve.py",

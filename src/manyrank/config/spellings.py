@@ -2,7 +2,7 @@
 
 ALIASES, METHOD_FLAGS    short forms; in help texts
 DATA_ALIASES             of data_path; in a recipe, where they hold keys, these are names of sections
-OTHER_TOOLS              the same meaning in TRL, Axolotl, LLaMA-Factory or Unsloth: read, and not in help texts
+OTHER_TOOLS              the same meaning in TRL, Axolotl, LLaMA-Factory or Unsloth, or as people guess it: read, and not in help texts
 VALUES                   values that these have for a key, and ours
 INSTEAD                  another meaning, or nothing to set: an error that says what to write
 """
