@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "answer all prompts of a file; resumes where it was stopped",
     "serve": "an OpenAI-compatible endpoint for a base, a run, an adapter or a merged model",
     "merge": "put an adapter into its base, and prove the result",
+    "export": "write a run as a GGUF file, for llama.cpp and Ollama",
     "files": "the recipes, scripts and strategy files of the project, shown and copied",
     "embedded-model": "make the small model that examples and tests use",
 }
@@ -48,10 +49,15 @@ MODULES = {
     "generate": "tools.generate",
     "serve": "tools.serve.main",
     "merge": "tools.merge.main",
+    "export gguf": "tools.gguf",
     "files": "tools.files",
 }
-LOADS_A_MODEL = ("data inspect", "chat", "generate", "serve", "merge")
-DATA_USAGE = "manyrank data inspect RECIPE|DATA [--key value ...], or manyrank data prepare CONFIG [--key value ...]"
+LOADS_A_MODEL = ("data inspect", "chat", "generate", "serve", "merge", "export gguf")
+# The commands of two words.
+GROUPS = {
+    "data": "manyrank data inspect RECIPE|DATA [--key value ...], or manyrank data prepare CONFIG [--key value ...]",
+    "export": "manyrank export gguf RUN [--outtype bf16|f16|q8_0] [--output FILE]",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +111,6 @@ def _run(name: str, *argv: str) -> int:
     functions = {
         "train": _train,
         "grpo": _grpo,
-        "data": _data,
         "rules": _rules,
         "schema": _schema,
         "embedded-model": _embedded_model,
@@ -114,6 +119,8 @@ def _run(name: str, *argv: str) -> int:
         return _train([name, *argv])
     if name in functions:
         return functions[name](argv)
+    if name in GROUPS:
+        return _group(name, argv)
     if name in COMMANDS:
         return _call(name, argv)
     import difflib
@@ -161,17 +168,17 @@ def _launch(line: CommandLine) -> int:
         return launch.train(line)
 
 
-def _data(argv: Sequence[str]) -> int:
+def _group(group: str, argv: Sequence[str]) -> int:
     from .errors import UserError
 
-    name = " ".join(("data", *argv[:1]))
+    name = " ".join((group, *argv[:1]))
     if name in MODULES:
         return _call(name, argv[1:])
     if {"-h", "--help"} & set(argv):
-        print(DATA_USAGE)
+        print(GROUPS[group])
         return 0
-    what = f"there is no command {name!r}" if argv else "what to do with data?"
-    raise UserError(what, where="manyrank data", fix=DATA_USAGE)
+    what = f"there is no command {name!r}" if argv else f"which command of {group}?"
+    raise UserError(what, where=f"manyrank {group}", fix=GROUPS[group])
 
 
 def _rules(argv: Sequence[str]) -> int:

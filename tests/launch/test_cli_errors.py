@@ -415,10 +415,10 @@ def test_a_worker_answers_a_long_name_too_and_no_other_error_of_the_system(capsy
     assert "FileNotFoundError" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [*cli.COMMANDS, "data inspect", "data prepare"])
+@pytest.mark.parametrize("name", sorted({*cli.COMMANDS, *cli.MODULES}))
 def test_every_command_has_a_help(capsys, name):
-    if name == "data":
-        assert cli.main(["data", "--help"]) == 0
+    if name in cli.GROUPS:
+        assert cli.main([name, "--help"]) == 0
     else:
         with pytest.raises(SystemExit, match="0"):
             cli.main([*name.split(), "--help"])
