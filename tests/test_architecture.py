@@ -73,6 +73,7 @@ LIGHT += [
     "tools.generate",
     "tools.gguf",
     "tools.merge.main",
+    "tools.push",
     "tools.serve",
     "tools.watch",
     "training.trackers",

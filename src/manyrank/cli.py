@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "answer all prompts of a file; resumes where it was stopped",
     "serve": "an OpenAI-compatible endpoint for a base, a run, an adapter or a merged model",
     "merge": "put an adapter into its base, and prove the result",
+    "push": "upload a final or merged model to the hub, with its card",
     "export": "write a run as a GGUF file, for llama.cpp and Ollama",
     "files": "the recipes, scripts and strategy files of the project, shown and copied",
     "embedded-model": "make the small model that examples and tests use",
@@ -49,6 +50,7 @@ MODULES = {
     "generate": "tools.generate",
     "serve": "tools.serve.main",
     "merge": "tools.merge.main",
+    "push": "tools.push",
     "export gguf": "tools.gguf",
     "files": "tools.files",
 }

@@ -97,9 +97,14 @@ def train(
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
                 if place.is_main and not ranks.restarts():
                     check_new_folder(config, output_dir)  # another run may have ended there meanwhile
-                return _train_checked(resolved, place, machine, output_dir, heartbeat, objects)
+                run = _train_checked(resolved, place, machine, output_dir, heartbeat, objects)
         finally:
             heartbeat.stop()
+    if config.push_to_hub and place.is_main and not config.dry_run:  # an upload takes long: no watch, no lock
+        from .tools.push import push_at_end
+
+        push_at_end(output_dir, config.hub_model_id, private=config.hub_private_repo)
+    return run
 
 
 def _make_room(config: TrainConfig, output_dir: Path) -> None:

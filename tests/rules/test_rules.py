@@ -315,6 +315,12 @@ CASES = [
         {"report_to": "wandb", "env": {"WANDB_MODE": "online"}},
         {"env": {"WANDB_MODE": "online", "WANDB_API_KEY": "x"}},
     ),
+    (
+        "hub-without-login",
+        {"push_to_hub": True, "env": {"HF_TOKEN": ""}},
+        {"push_to_hub": True, "env": {"HF_TOKEN": "x"}},
+    ),
+    ("unused-options", {"hub_model_id": "me/my"}, {"push_to_hub": True, "env": {"HF_TOKEN": "x"}}),
     ("unknown-callback", {"callbacks": "no_such_module:Class"}, {"callbacks": "json.decoder:JSONDecoder"}),
     ("unknown-callback", {"callbacks": "json"}, {"callbacks": "json:JSONDecoder"}),
     # The model

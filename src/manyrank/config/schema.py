@@ -418,6 +418,11 @@ class OutputKeys(Keys):
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
     wandb_project: str | None = Field(None, min_length=1, description="W&B project")
     wandb_tags: Tags = Field([], description="tags of the W&B run")
+    push_to_hub: bool = Field(False, description="upload final_model to the hub at the end, as `manyrank push` does")
+    hub_model_id: str | None = Field(
+        None, min_length=1, description="repository on the hub, as USER/NAME (default: the name of output_dir)"
+    )
+    hub_private_repo: bool = Field(False, description="make that repository private")
     callbacks: Strings = Field([], description="your TrainerCallback classes, as module:Class")
     sample_questions: Strings = Field([], description="prompts that are completed before and after the training")
     sample_max_new_tokens: Int = Field(64, gt=0, description="most tokens of these completions")

@@ -164,6 +164,8 @@ _INSTEAD = {
     "remove_unused_columns": "leave it out: other columns of a row are not read",
     "pad_to_sequence_len": "leave it out: there is no padding",
     "logging_dir": "leave it out: logs are in the run's folder",
+    "hub_token": "set the environment variable HF_TOKEN, or run `hf auth login`",
+    "hub_strategy hub_always_push": "leave it out: push_to_hub uploads final_model at the end, and no checkpoints",
     "wandb_entity": "set the environment variable WANDB_ENTITY",
     "num_gpus num_gpu n_gpus n_gpu devices world_size nproc num_processes nproc_per_node": "give --nproc N on the command "
     "line; without it there is a process for each GPU",

@@ -55,6 +55,7 @@ DEPENDENT = (
     ),
     (("per_device_eval_batch_size",), lambda c: c.has_validation, "no validation"),
     (("wandb_project", "wandb_tags"), lambda c: "wandb" in c.report_to, "report_to without wandb"),
+    (("hub_model_id", "hub_private_repo"), lambda c: c.push_to_hub, "no push_to_hub"),
     (("resume_changes",), lambda c: c.resume_from_checkpoint, "no resume_from_checkpoint"),
     (("sample_max_new_tokens",), lambda c: c.sample_questions, "no sample_questions"),
     (OF_GRPO, lambda c: c.is_grpo, "task sft"),
@@ -127,6 +128,15 @@ def _no_login(s: RunContext) -> bool:
     host = _wandb("base_url", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
     files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
     return not any(_has_login(Path(file).expanduser(), host) for file in files)
+
+
+def _no_hub_login(s: RunContext) -> bool:
+    """Return whether the push at the end would fail for want of a login; the first rank pushes."""
+    if not s.config.push_to_hub or s.config.dry_run or os.environ.get("RANK", "0") != "0":
+        return False
+    from huggingface_hub import get_token
+
+    return get_token() is None
 
 
 def _has_login(file: Path, host: str) -> bool:
@@ -464,6 +474,13 @@ OPTIMISATION_RULES = (
         unless(_no_login, "report_to wandb, and no login for it was found"),
         reason="W&B would ask for a key at the first step, and end the run where nobody can answer.",
         fix="run `wandb login`, set WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline",
+    ),
+    error(
+        "hub-without-login",
+        ("push_to_hub", "environment:HF_TOKEN"),
+        unless(_no_hub_login, "push_to_hub, and nobody is logged in to the hub"),
+        reason="The model would not be uploaded when the run has ended.",
+        fix="run `hf auth login`, set HF_TOKEN, or leave push_to_hub out and type `manyrank push` afterwards",
     ),
 )
 # What the number of steps decides, which without max_steps shows when the data is counted.

@@ -34,15 +34,16 @@ SETTINGS = (
 )
 OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
-USE_ADAPTER = """from peft import AutoPeftModelForCausalLM
+THIS_MODEL = "FOLDER OR HUB NAME OF THIS MODEL"  # `manyrank push` writes its name
+USE_ADAPTER = f"""from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("FOLDER OR HUB NAME OF THIS MODEL")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER OR HUB NAME OF THIS MODEL")"""
-USE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoPeftModelForCausalLM.from_pretrained("{THIS_MODEL}")
+tokenizer = AutoTokenizer.from_pretrained("{THIS_MODEL}")"""
+USE_MODEL = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER OR HUB NAME OF THIS MODEL")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER OR HUB NAME OF THIS MODEL")"""
+model = AutoModelForCausalLM.from_pretrained("{THIS_MODEL}")
+tokenizer = AutoTokenizer.from_pretrained("{THIS_MODEL}")"""
 
 
 def model_card(
