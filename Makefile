@@ -110,7 +110,7 @@ bench-data: setup  ## the preparation of data, as tables: ARGS=ROWS.jsonl
 bench-save: setup  ## what a checkpoint costs: ARGS=FOLDER on the disk to measure
 	python benchmarks/save_checkpoint.py $(ARGS)
 
-story-%: setup launch/stories/%.sh  ## a whole story: traces, pairs, code, chat or grpo; RAW=, MODEL=, ARGS=, see docs/stories.md
+story-%: setup launch/stories/%.sh  ## a whole story: traces, pairs, code, chat, retrieval or grpo; RAW=, MODEL=, ARGS=, see docs/stories.md
 	launch/stories/$*.sh $(ARGS)
 
 lint: setup  ## ruff and the types of the packages without torch

@@ -15,6 +15,7 @@ import slurm_cluster
 from launches import ROOT
 from transformers import AutoModelForCausalLM
 
+from manyrank import cli
 from manyrank.runs.logs import read_metrics
 
 MAKE = runpy.run_path(str(ROOT / "data" / "stories" / "make.py"))
@@ -126,6 +127,46 @@ def test_grpo_learns_what_is_rewarded(tmp_path, embedded_model):
     base, sft, grpo = (model["metrics"]["numeric"]["mean"] for model in models.values())
     assert base < 0.2 and grpo > 0.8 and grpo > sft + 0.2
     assert 'id="chart-reward"' in (tmp_path / "grpo" / "report.html").read_text()
+
+
+RETRIEVAL = runpy.run_path(str(ROOT / "launch" / "stories" / "retrieval.py"))
+BERNOULLI = "What is the variance of a Bernoulli variable with p = 0.3?"
+
+
+def test_a_search_finds_the_passage_of_a_question():
+    passages = (ROOT / "data" / "stories" / "passages.txt").read_text().splitlines()
+    index = RETRIEVAL["Index"](passages)
+    questions = {
+        BERNOULLI: 0,
+        "How is the t statistic computed?": 1,
+        "What is the median of an even number of values?": 2,
+        "What does the central limit theorem say?": 4,
+        "What is the expected value of a fair die?": 7,
+        "What does Bayes' theorem do?": 9,
+    }
+    assert {question: passages.index(index.search(question)[0]) for question in questions} == questions
+    assert all(index.search(passage, 1) == [passage] for passage in passages)
+    assert len(index.search("zzz")) == 3  # a word that no passage has
+
+
+def test_an_answer_from_passages_is_the_completion_of_their_prompt(whole_run, tmp_path, capsys):
+    passages = ROOT / "data" / "stories" / "passages.txt"
+    RETRIEVAL["main"](str(whole_run.folder), str(passages), BERNOULLI)
+    prompt, answer = capsys.readouterr().out.split("\n  ")
+    lines = prompt.splitlines()
+    assert (
+        lines[1] == passages.read_text().splitlines()[0] and lines[-1] == f"Question: {BERNOULLI}" and len(lines) == 5
+    )
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"question": prompt}))
+    argv = ["generate", str(whole_run.folder), str(tmp_path / "prompts.jsonl"), str(tmp_path / "out.jsonl")]
+    assert cli.main([*argv, "--max-new-tokens", "64"]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["answers"][0]["text"] == answer.strip() != ""
+
+
+@pytest.mark.nightly
+def test_retrieval(tmp_path, embedded_model):
+    said = story("retrieval", tmp_path / "run", "--max_steps=4")
+    assert "final model" in said and "Answer from these passages.\nThe variance of a Bernoulli variable" in said
 
 
 @pytest.mark.skipif(bool(NO_SLURM), reason=str(NO_SLURM))
