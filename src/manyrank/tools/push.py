@@ -1,6 +1,6 @@
 """`manyrank push`: upload a final model to the hub, and nothing else of its run.
 
-    final_model/  adapter or weights, tokenizer, chat template, card ──> copied, with hub names in place of folders ──> hub
+    final_model/  adapter or weights, tokenizer, chat template, card ──> links, with hub names in place of folders ──> hub
 
 A model that others cannot use is not published: an adapter whose base is a folder of this machine needs the base's name on
 the hub, and a card or config that names a folder is refused.
