@@ -131,6 +131,7 @@ def test_aliases_and_dashes(alias, key):
         "gradient_accumulation_steps": 2,
         "lr_scheduler_type": "linear",
         "optim": "sgd",
+        "overwrite_output_dir": True,
         "method": "full",
         "packing": "dataset",
         "gradient_checkpointing": "full",

@@ -135,7 +135,7 @@ def _refuse_others(section: Setting) -> None:
     names = [(head, section.where)]
     names += [(name, f"{section.where}.{key}") for key in keys for name in (normal(key), f"{head}_{normal(key)}")]
     for name, where in names:
-        if name in INSTEAD:
+        if name in INSTEAD and name not in SECTIONS:  # `lora: {r: 8}` is a section, and lora alone no key
             raise UserError(f"there is no option {name!r}", where=where, fix=INSTEAD[name])
 
 

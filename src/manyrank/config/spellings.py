@@ -110,6 +110,7 @@ OTHER_TOOLS = {
     "num_samples_per_question": "num_generations",
     "kl_coef": "beta",
     "output_path": "output_dir",
+    "overwrite": "overwrite_output_dir",
     "save_dir": "output_dir",
     "wandb_name": "run_name",
     "wandb_run_name": "run_name",
@@ -164,7 +165,6 @@ _INSTEAD = {
     "remove_unused_columns": "leave it out: other columns of a row are not read",
     "pad_to_sequence_len": "leave it out: there is no padding",
     "logging_dir": "leave it out: logs are in the run's folder",
-    "hub_token": "set the environment variable HF_TOKEN, or run `hf auth login`",
     "hub_strategy hub_always_push": "leave it out: push_to_hub uploads final_model at the end, and no checkpoints",
     "wandb_entity": "set the environment variable WANDB_ENTITY",
     "num_gpus num_gpu n_gpus n_gpu devices world_size nproc num_processes nproc_per_node": "give --nproc N on the command "
@@ -185,7 +185,6 @@ _INSTEAD = {
     "dataset_text_field text_column": "write columns: {text: NAME}",
     "token hf_token hub_token": "set the environment variable HF_TOKEN, or run `hf auth login`",
     "cache_dir": "set the environment variable HF_HOME",
-    "overwrite overwrite_output_dir": "choose another --output_dir, or remove the folder: a run keeps out of the folder of another",
     "continue": "write resume_from_checkpoint: auto",
     "use_dora use_rslora lora_bias modules_to_save": "leave it out: adapters are plain LoRA, without biases",
     "neftune_noise_alpha": "leave it out: no noise is added to embeddings here",
