@@ -336,6 +336,26 @@ def test_bf16(given, value):
     assert make(**given).bf16 is value or make(**given).bf16 == value
 
 
+@pytest.mark.parametrize(
+    "given, key, value",
+    [
+        ({"warmup_ratio": 0.03}, "warmup_steps", 0.03),
+        ({"warmup_steps": "10"}, "warmup_steps", 10),
+        ({"save_steps": "0.25"}, "save_steps", 0.25),
+        ({"save_steps": "epoch"}, "save_steps", "epoch"),
+        ({"save_steps": 0}, "save_steps", "off"),
+        ({"eval_steps": "epoch"}, "eval_steps", "epoch"),
+        ({"eval_steps": 0.5}, "eval_steps", 0.5),
+        ({"logging_steps": "epoch"}, "logging_steps", "epoch"),
+        ({"logging_steps": "1"}, "logging_steps", 1),
+        ({"lr_scheduler_kwargs": "{min_lr_rate: 0.1}"}, "lr_scheduler_kwargs", {"min_lr_rate": 0.1}),
+    ],
+)
+def test_numbers_of_steps_and_shares_of_them(given, key, value):
+    found = getattr(make(**given), key)
+    assert found == value and type(found) is type(value)
+
+
 def test_fp16_stands_in_place_of_bf16(tmp_path):
     (tmp_path / "r.yaml").write_text("data_path: d\nmodel_name_or_path: m\nbf16: true\n")
     above = resolve(str(tmp_path / "r.yaml"), [Setting("fp16", "true", "command line")]).config
@@ -446,6 +466,13 @@ def test_an_unknown_key_that_is_like_no_other():
         ("bf16", "maybe"),
         ("fp16", "auto"),
         ("eval_split", 1.5),
+        ("warmup_steps", 2.5),
+        ("warmup_steps", -0.1),
+        ("save_steps", 0.0),
+        ("save_steps", "each"),
+        ("eval_steps", 3.5),
+        ("logging_steps", "off"),
+        ("lr_scheduler_kwargs", 3),
         ("eval_split", -1),
         ("packing", "dense"),
         ("lora_dropout", 1),

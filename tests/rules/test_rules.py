@@ -297,6 +297,20 @@ CASES = [
     ("elastic-batch", ELASTIC | {"global_batch_size": None}, {"global_batch_size": 8}),
     # Optimisation and reports
     ("warmup-beyond-end", {"warmup_steps": 20, "max_steps": 10}, {"max_steps": 100}),
+    ("warmup-beyond-end", {"warmup_steps": 20, "max_steps": 10}, {"warmup_steps": 0.9}),
+    ("schedule-arguments", {"lr_scheduler_kwargs": {"min_lr": 1e-5}}, {"lr_scheduler_type": "cosine_with_min_lr"}),
+    (
+        "schedule-arguments",
+        {"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "linear"},
+        {"lr_scheduler_kwargs": {}},
+    ),
+    (
+        "schedule-arguments",
+        {"lr_scheduler_type": "warmup_stable_decay"},
+        {"lr_scheduler_kwargs": {"num_decay_steps": 10}},
+    ),
+    ("unused-options", {"early_stopping_threshold": 0.1}, {**EVAL, "early_stopping_patience": 2}),
+    ("unused-options", {"eval_on_start": True}, EVAL),
     ("unusual-learning-rate", {"method": "full", "learning_rate": 2e-3}, {"learning_rate": 2e-5}),
     ("unusual-learning-rate", {"learning_rate": 2e-7}, {"method": "full"}),
     ("unused-options", {"method": "full", "lora_r": 64, "learning_rate": 1e-5}, {"method": "lora"}),

@@ -217,6 +217,36 @@ def test_early_stopping_and_the_best_model(embedded_model, tokenizer, tmp_path):
     assert plain_loss(model.eval(), tokenizer, "data/validation.jsonl") == pytest.approx(min(losses), abs=1e-5)
 
 
+def test_steps_as_shares_of_the_run_and_a_validation_before_it(embedded_model, tmp_path):
+    args = ("--max_steps=8", "--eval_split=20", "--eval_steps=0.5", "--save_steps=0.25", "--save_total_limit=9")
+    args += ("--eval_on_start", "--logging_steps=0.3", "--logging_first_step", "--warmup_ratio=0.25", "--lr=1e-3")
+    run = launch(tmp_path / "run", *args, "--lr_scheduler_type=constant_with_warmup")
+    assert run.code == 0, run.stderr
+    lines = [json.loads(line) for line in (run.folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 4, 8]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 6, 8]
+    assert [line["learning_rate"] for line in lines if "loss" in line] == [0, 1e-3, 1e-3, 1e-3]
+    assert sorted(path.name for path in run.folder.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6, 8)]
+    resumed = launch(
+        tmp_path / "again",
+        *args,
+        "--lr_scheduler_type=constant_with_warmup",
+        f"--resume_from_checkpoint={run.folder / 'checkpoint-4'}",
+    )
+    assert resumed.code == 0 and resumed.metrics("loss") == run.metrics("loss")[2:]
+    assert resumed.metrics("eval_loss") == run.metrics("eval_loss")[2:]  # none at the start of a resume
+    assert resumed.metrics("eval_loss")[0] < run.metrics("eval_loss")[0]
+
+
+def test_a_threshold_of_the_early_stop(embedded_model, tmp_path):
+    args = ("--max_steps=8", "--eval_split=20", "--eval_steps=1", "--early_stopping_patience=2")
+    run = launch(tmp_path / "run", *args, "--early_stopping_threshold=100")
+    assert run.code == 0 and len(run.metrics("eval_loss")) == 3, (
+        run.stderr
+    )  # the first is the best, two are not 100 better
+    assert len(launch(tmp_path / "free", *args).metrics("eval_loss")) > 3
+
+
 def test_the_steps_before_an_early_stop_are_logged(embedded_model, tmp_path):
     given = (
         "base: verify\nmax_steps: 8\nlogging_steps: 50\neval_steps: 1\nearly_stopping_patience: 1\nlearning_rate: 0\n"

@@ -25,8 +25,9 @@ from pydantic.fields import FieldInfo
 
 from ..errors import UserError
 from .resolve import FIELDS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key
-from .schema import Int, TrainConfig
+from .schema import TrainConfig
 from .spellings import ALIASES, DATA_ALIASES, METHOD_FLAGS, OTHER_TOOLS, VALUES
+from .value_types import Int
 
 JOBS = ("slurm",)  # these write a job's file, and start nothing on this machine
 YES_NO = ("true", "false", "yes", "no", "on", "off", "1", "0", "auto", "none")

@@ -26,6 +26,7 @@ IDENTITY = (
     "stop_tokens",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
     "weight_decay",

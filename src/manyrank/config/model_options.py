@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .args import Options, arg
-from .schema import Float, Int
+from .value_types import Float, Int
 
 Count = Annotated[Int, Field(gt=0)]
 OptionalCount = Annotated[Int | None, Field(gt=0)]

@@ -25,8 +25,9 @@ from ..project_files import EMBEDDED, asset
 from ..runs import artifact
 from ..runs.artifact import ModelSource
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
-from .schema import DataSource, Method, TrainConfig
+from .schema import DataSource, TrainConfig
 from .spellings import ALIASES, DATA_ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, as_ours
+from .value_types import Method
 
 FIELDS = TrainConfig.model_fields
 METHODS = frozenset(get_args(Method))

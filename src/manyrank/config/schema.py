@@ -2,181 +2,36 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from datetime import date
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..topology.strategies import STRATEGIES
-
-Task = Literal["sft", "grpo"]
-Method = Literal["full", "lora", "qlora", "int8", "fp8"]
-FORMATS = (
-    "auto",
-    "question_answer",
-    "alpaca",
-    "sharegpt",
-    "messages",
-    "prompt_completion",
-    "text",
-    "tokens",
+from .value_types import (
+    Cache,
+    Columns,
+    EachEpoch,
+    Float,
+    Format,
+    Int,
+    Layers,
+    Mapping,
+    Method,
+    Metric,
+    MicroBatch,
+    Optimizer,
+    Part,
+    Parts,
+    SaveSteps,
+    Schedule,
+    StrategyOrAuto,
+    Strings,
+    Tags,
+    Task,
+    Vllm,
+    Warmup,
+    as_sources,
 )
-Schedule = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-]
-Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a yes/no value is not a number")
-    if str(value).strip().lower().lstrip("+-") in ("inf", "infinity", "nan", ".inf", ".nan"):
-        raise ValueError("not a finite number")
-    return value
-
-
-def listed(value: Any) -> Any:
-    """Read a string as a list: YAML in brackets, or items between commas."""
-    if not isinstance(value, str):
-        return value
-    if not value.startswith("["):
-        return [item for item in value.split(",") if item]
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError("not a list like [a, b]") from None
-
-
-def _mapped(value: Any) -> Any:
-    """Read YAML text, as on the command line, as a mapping."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError("not a mapping like {a: b}") from None
-
-
-def _parts(value: Any) -> Any:
-    """The lm_head was called head; old recipes still say so."""
-    items = listed(value)
-    return ["lm_head" if item == "head" else item for item in items] if isinstance(items, list) else items
-
-
-def _dates_as_text(value: Any) -> Any:
-    """Turn the dates that YAML makes back into text."""
-    if isinstance(value, dict):
-        return {key: _dates_as_text(inner) for key, inner in value.items()}
-    return value.isoformat() if isinstance(value, date) else value
-
-
-def _sources(value: Any) -> Any:
-    """Read one path, or text in brackets as a YAML list of paths and sources."""
-    if isinstance(value, str) and value[:1] in ("[", "{"):
-        value = _mapped(value)
-    return [value] if isinstance(value, str | dict) else value
-
-
-def _part(value: float) -> float:
-    if value > 1 and value != int(value):
-        raise ValueError("it is neither a share below 1 nor a number of examples")
-    return value
-
-
-def _layers(value: Any) -> Any:
-    """Read a yes/no value as all layers or none."""
-    text = str(value).strip().lower()
-    return {"true": "full", "yes": "full", "on": "full", "false": "off", "no": "off"}.get(text, text)
-
-
-def _auto(value: Any) -> Any:
-    return None if value == "auto" else value
-
-
-def _format(value: str) -> str:
-    if value not in FORMATS and not (":" in value and all(part for part in value.split(":", 1))):
-        own = (
-            "rows of another shape: columns: {question: NAME, answer: NAME}, or module:function, which returns messages"
-        )
-        raise ValueError(f"it is none of {', '.join(FORMATS)}, nor module:function ({own})")
-    return value
-
-
-def _strategy(value: str) -> str:
-    if value not in STRATEGIES:
-        close = difflib.get_close_matches(value, STRATEGIES, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"it is none of auto, {', '.join(STRATEGIES)}{hint}")
-    return value
-
-
-def _vllm(value: Any) -> Any:
-    """Read a yes/no value as a vLLM on the training's GPUs, or none."""
-    text = str(value).strip().lower()
-    return {"true": "colocate", "yes": "colocate", "on": "colocate", "false": "off", "no": "off"}.get(text, text)
-
-
-def _cache(value: Any) -> Any:
-    """Read a yes/no value as auto or off; a folder in the working directory is written as ./NAME."""
-    text = str(value).strip()
-    known = {"auto": "auto", "true": "auto", "yes": "auto", "on": "auto", "off": "off", "false": "off", "no": "off"}
-    if text.lower() not in known and "/" not in text and text != "~":
-        raise ValueError(f"a folder in the working directory is written as ./{text or 'NAME'}")
-    return known.get(text.lower(), text)
-
-
-def _saves(value: Any) -> Any:
-    """Read a number of steps, and none or no as off."""
-    text = str(value).strip().lower()
-    return {"auto": "auto", **dict.fromkeys(("off", "no", "none", "null", "false", "0"), "off")}.get(text) or _number(
-        value
-    )
-
-
-def _pattern(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return value
-
-
-def _tag(value: str) -> str:
-    if not 1 <= len(value) <= 64 or "," in value:
-        raise ValueError("a tag has 1 to 64 characters, and no comma")
-    return value
-
-
-def _metric(value: str) -> str:
-    """Read the name of a metric of the validation, as transformers does, also without its prefix."""
-    return value if value.startswith("eval_") else f"eval_{value}"
-
-
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
-Part = Annotated[Float, AfterValidator(_part)]
-Strings = Annotated[list[str], BeforeValidator(listed)]
-Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(listed)]
-Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
-SaveSteps = Annotated[Literal["auto", "off"] | Annotated[int, Field(gt=0)], BeforeValidator(_saves)]
-MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
-Cache = Annotated[str, BeforeValidator(_cache)]
-Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
-Parts = Annotated[list[Literal["lm_head", "lora", "attention", "norm", "mlp", "rope"]], BeforeValidator(_parts)]
-Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
-Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
-Format = Annotated[str, AfterValidator(_format)]
-Strategy = Annotated[str, AfterValidator(_strategy)]
 
 
 class DataSource(BaseModel):
@@ -198,7 +53,7 @@ def _source(value: Any) -> Any:
 
 
 Source = Annotated[DataSource, BeforeValidator(_source)]
-Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(_sources)]
+Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(as_sources)]
 
 
 class Keys(BaseModel):
@@ -342,7 +197,12 @@ class OptimisationKeys(Keys):
     )
     learning_rate: Float = Field(2e-4, ge=0, description="peak learning rate")
     lr_scheduler_type: Schedule = Field("cosine", description="shape of the learning rate's schedule")
-    warmup_steps: Int = Field(0, ge=0, description="steps in which the learning rate rises from 0")
+    lr_scheduler_kwargs: Mapping = Field(
+        {}, description="arguments of the schedule, as {min_lr_rate: 0.1} of cosine_with_min_lr"
+    )
+    warmup_steps: Warmup = Field(
+        0, description="steps in which the learning rate rises from 0; below 1 a share of the run's"
+    )
     num_train_epochs: Float = Field(3.0, gt=0, description="epochs")
     max_steps: Int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
     optim: Optimizer = Field("adamw_torch", description="optimizer")
@@ -389,16 +249,18 @@ class OutputKeys(Keys):
     overwrite_output_dir: bool = Field(
         False, description="remove an earlier run from output_dir first; what is not a run's stays"
     )
-    eval_steps: Int | None = Field(
-        None, gt=0, description="steps between two validations (default: once an epoch, where there is validation data)"
+    eval_steps: EachEpoch | None = Field(
+        None,
+        description="steps between two validations, below 1 a share of the run's (default: epoch, where there is validation data)",
     )
+    eval_on_start: bool = Field(False, description="validate before the first step, too")
     save_steps: SaveSteps = Field(
         "auto",
-        description="steps between two checkpoints; auto: every epoch, but at least 50 and at most 500 steps apart; or off",
+        description="steps between two checkpoints, below 1 a share of the run's; epoch; auto: every epoch, but at least 50 and at most 500 steps apart; or off",
     )
     save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
     load_best_model_at_end: bool = Field(False, description="final_model is the checkpoint with the best metric")
-    metric_for_best_model: Annotated[str, AfterValidator(_metric)] = Field(
+    metric_for_best_model: Metric = Field(
         "eval_loss",
         description="validation metric that decides which checkpoint is best: loss, perplexity, reward, ...",
     )
@@ -406,6 +268,7 @@ class OutputKeys(Keys):
     early_stopping_patience: Int | None = Field(
         None, gt=0, description="validations without a better metric after which the run stops"
     )
+    early_stopping_threshold: Float = Field(0.0, ge=0, description="by how much a better metric must be better")
     resume_from_checkpoint: str | None = Field(
         None, min_length=1, description="a checkpoint folder, or 'auto' for the run's newest"
     )
@@ -414,7 +277,10 @@ class OutputKeys(Keys):
         description="keys that may differ from the checkpoint on a resume: learning_rate, max_steps, data_path, ...",
     )
     run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
-    logging_steps: Int = Field(10, gt=0, description="steps between two lines of metrics")
+    logging_steps: EachEpoch = Field(
+        10, description="steps between two lines of metrics, below 1 a share of the run's; or epoch"
+    )
+    logging_first_step: bool = Field(False, description="a line of metrics for the first step, too")
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
     wandb_project: str | None = Field(None, min_length=1, description="W&B project")
     wandb_tags: Tags = Field([], description="tags of the W&B run")
@@ -432,7 +298,7 @@ class OutputKeys(Keys):
 class PlaceKeys(Keys):
     """Where to run: what a recipe may say of it."""
 
-    strategy: Annotated[Strategy | None, BeforeValidator(_auto)] = Field(
+    strategy: StrategyOrAuto = Field(
         None,
         description=f"one of auto, {', '.join(STRATEGIES)}; auto: on GPUs the fastest that fits, else single or ddp",
     )

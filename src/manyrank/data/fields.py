@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..chat_template.types import BadRow
-from ..config.schema import Float, Int
+from ..config.value_types import Float, Int
 from ..errors import UserError
 from ..sandbox import Limits, Refused, run_limited
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..config.schema import Int, Pattern, Strings
+from ..config.value_types import Int, Pattern, Strings
 from ..errors import UserError
 from .fields import Program
 from .numeric import NUMBER

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator
 from ..config.args import CommandLine, Options, arg, parse_with
 from ..config.recipe_file import refuse_data
 from ..config.resolve import NOT_GIVEN, ResolvedConfig, Setting, TrainConfig, find_recipe, resolve
-from ..config.schema import Float
+from ..config.value_types import Float
 from ..errors import UserError
 from ..models.catalog import read
 from ..models.spec import ModelSpec

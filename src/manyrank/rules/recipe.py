@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import configparser
-import contextlib
-import importlib.util
 import json
-import netrc
 import os
-import sys
 import time
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 from ..config.identity import OF_GRPO, early_changes
 from ..config.resolve import DEFAULTS_OF_GRPO
 from ..project_files import asset
 from .context import RunContext
+from .reporting import REPORTING_RULES
 from .rule import error, unless, warning
 
-# The trackers of transformers; each needs the package of its name.
-TRACKERS = [
-    "wandb",
-    "tensorboard",
-    "mlflow",
-    "comet_ml",
-    "neptune",
-    "clearml",
-    "dvclive",
-    "swanlab",
-    "trackio",
-    "codecarbon",
-]
 RECIPES = str(asset("launch", "recipes"))
 # Peak learning rates that people use, by method.
 USUAL_RATES = {
@@ -53,7 +35,8 @@ DEPENDENT = (
         lambda c: c.load_best_model_at_end or c.early_stopping_patience,
         "neither load_best_model_at_end nor early_stopping_patience",
     ),
-    (("per_device_eval_batch_size",), lambda c: c.has_validation, "no validation"),
+    (("per_device_eval_batch_size", "eval_on_start"), lambda c: c.has_validation, "no validation"),
+    (("early_stopping_threshold",), lambda c: c.early_stopping_patience, "no early_stopping_patience"),
     (("wandb_project", "wandb_tags"), lambda c: "wandb" in c.report_to, "report_to without wandb"),
     (("hub_model_id", "hub_private_repo"), lambda c: c.push_to_hub, "no push_to_hub"),
     (("resume_changes",), lambda c: c.resume_from_checkpoint, "no resume_from_checkpoint"),
@@ -63,6 +46,21 @@ DEPENDENT = (
     (("vllm_server_base_url",), lambda c: c.use_vllm == "server", "use_vllm not server"),
     (("vllm_gpu_memory_utilization",), lambda c: c.use_vllm == "colocate", "use_vllm not colocate"),
 )
+# What each schedule of transformers takes in lr_scheduler_kwargs, and of which it needs one.
+_MIN_LR = ("num_cycles", "min_lr", "min_lr_rate")
+_STABLE = ("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles")
+SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "cosine": (("num_cycles",), ()),
+    "cosine_with_restarts": (("num_cycles",), ()),
+    "cosine_with_min_lr": (_MIN_LR, ("min_lr", "min_lr_rate")),
+    "cosine_warmup_with_min_lr": ((*_MIN_LR, "warmup_lr_rate"), ("min_lr", "min_lr_rate")),
+    "warmup_stable_decay": (_STABLE, ("num_decay_steps",)),
+    "polynomial": (("lr_end", "power"), ()),
+    "constant": ((), ()),
+    "constant_with_warmup": ((), ()),
+    "inverse_sqrt": (("timescale",), ()),
+}
 LOCAL_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
 MOUNTS = Path("/proc/mounts")
 
@@ -87,17 +85,6 @@ def _batch_divides(s: RunContext) -> str | None:
     return None
 
 
-def _tracker(s: RunContext) -> str | None:
-    for name in s.config.report_to:
-        if name not in TRACKERS:
-            return f"there is no tracker {name!r}; known: none, {', '.join(TRACKERS)}"
-        package = importlib.util.find_spec(name)
-        # Without an origin it is a folder of that name, such as W&B's own wandb/.
-        if package is None or package.origin is None:
-            return f"tracker {name} needs the package {name}, which is not installed"
-    return None
-
-
 def _best_metric(s: RunContext) -> str | None:
     rewards = ["eval_reward", *(f"eval_rewards/{name}/mean" for name in s.config.rewards)]
     known = rewards if s.config.is_grpo else ["eval_loss", "eval_perplexity"]
@@ -106,61 +93,23 @@ def _best_metric(s: RunContext) -> str | None:
     return f"validation gives {', '.join(known)}, and metric_for_best_model is {s.config.metric_for_best_model}"
 
 
-def _callback(s: RunContext) -> str | None:
-    """Object to a callback whose module is not here; the module itself is not imported."""
-    for path in s.config.callbacks:
-        module, _, name = path.partition(":")
-        if not (module and name):
-            return f"callback {path!r}"
-        if PathFinder.find_spec(module.partition(".")[0], [str(Path.cwd()), *sys.path]) is None:
-            return f"callback {path}: there is no module {module.partition('.')[0]!r} here, nor among the installed packages"
-    return None
-
-
-def _no_login(s: RunContext) -> bool:
-    """Return whether W&B would ask for a key; only the first rank reports."""
-    if "wandb" not in s.config.report_to or s.config.dry_run or os.environ.get("RANK", "0") != "0":
-        return False
-    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _wandb("api_key"):
-        return False
-    if _wandb("mode") in ("offline", "disabled", "dryrun"):
-        return False
-    host = _wandb("base_url", "https://api.wandb.ai").split("://")[-1].split("/")[0].split(":")[0]
-    files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
-    return not any(_has_login(Path(file).expanduser(), host) for file in files)
-
-
-def _no_hub_login(s: RunContext) -> bool:
-    """Return whether the push at the end would fail for want of a login; the first rank pushes."""
-    if not s.config.push_to_hub or s.config.dry_run or os.environ.get("RANK", "0") != "0":
-        return False
-    from huggingface_hub import get_token
-
-    return get_token() is None
-
-
-def _has_login(file: Path, host: str) -> bool:
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _wandb(name: str, default: str = "") -> str:
-    """A setting of W&B: of the environment, or of its file for this folder (`wandb offline`) or this user (`wandb login`)."""
-    settings = configparser.ConfigParser(default_section="none")
-    user = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
-    with contextlib.suppress(configparser.Error):
-        settings.read([Path(user).expanduser() / "settings", Path("wandb", "settings")])
-    return os.environ.get(f"WANDB_{name.upper()}") or settings.get("default", name, fallback=default)
-
-
 def _far_rate(s: RunContext) -> str | None:
     low, high = USUAL_RATES[s.config.method]
     rate = s.config.learning_rate
     if s.config.optim == "sgd" or low / FAR <= rate <= high * FAR:
         return None
     return f"learning_rate {rate:g}, where method {s.config.method} usually takes {low:g} to {high:g}"
+
+
+def _schedule(s: RunContext) -> str | None:
+    kind, given = s.config.lr_scheduler_type, s.config.lr_scheduler_kwargs
+    taken, needed = SCHEDULES[kind]
+    if unknown := [key for key in given if key not in taken]:
+        known = f"it takes {', '.join(taken)}" if taken else "it takes none"
+        return f"lr_scheduler_kwargs {', '.join(unknown)} of the schedule {kind}; {known}"
+    if needed and not set(needed) & set(given):
+        return f"the schedule {kind} without {' or '.join(needed)} in lr_scheduler_kwargs"
+    return None
 
 
 def _overwrites(s: RunContext) -> str | None:
@@ -216,8 +165,8 @@ def _unsaved_at_limit(s: RunContext) -> str | None:
     if not end.isdecimal():
         return None
     left, every = int(end) - time.time(), s.config.save_steps
-    if every == "auto":
-        return None  # at most 500 steps, and the epoch is not known yet
+    if every in ("auto", "epoch") or (every != "off" and every < 1):
+        return None  # the steps of an epoch, or of the run, are not known yet
     if every == "off":
         return f"the job ends in {left / 3600:.1f} hours, and nothing is saved before"
     took = _seconds_per_step(s)
@@ -428,6 +377,13 @@ STEP_RULES = (
 )
 
 OPTIMISATION_RULES = (
+    error(
+        "schedule-arguments",
+        ("lr_scheduler_kwargs", "lr_scheduler_type"),
+        _schedule,
+        reason="The schedule could not be made.",
+        fix="give those it takes, as --lr_scheduler_kwargs '{min_lr_rate: 0.1}'",
+    ),
     warning(
         "warmup-beyond-end",
         ("warmup_steps", "max_steps"),
@@ -454,37 +410,9 @@ OPTIMISATION_RULES = (
         fix="leave it out, or switch on what it belongs to",
         of_many=True,
     ),
-    error(
-        "unknown-tracker",
-        ("report_to",),
-        _tracker,
-        reason="The run would fail when it begins to report.",
-        fix="install the package, or choose another tracker",
-    ),
-    error(
-        "unknown-callback",
-        ("callbacks",),
-        _callback,
-        reason="The run would fail when it imports the callback.",
-        fix="write module:Class, of a module in the folder where you are, or in PYTHONPATH",
-    ),
-    error(
-        "wandb-without-login",
-        ("report_to", "environment:WANDB_API_KEY"),
-        unless(_no_login, "report_to wandb, and no login for it was found"),
-        reason="W&B would ask for a key at the first step, and end the run where nobody can answer.",
-        fix="run `wandb login`, set WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline",
-    ),
-    error(
-        "hub-without-login",
-        ("push_to_hub", "environment:HF_TOKEN"),
-        unless(_no_hub_login, "push_to_hub, and nobody is logged in to the hub"),
-        reason="The model would not be uploaded when the run has ended.",
-        fix="run `hf auth login`, set HF_TOKEN, or leave push_to_hub out and type `manyrank push` afterwards",
-    ),
 )
 # What the number of steps decides, which without max_steps shows when the data is counted.
 LENGTH_RULES = tuple(
     rule for rule in (*STEP_RULES, *OPTIMISATION_RULES) if rule.name in ("never-saved", "warmup-beyond-end")
 )
-RECIPE_RULES = (*SOURCE_RULES, *BATCH_RULES, *STEP_RULES, *OPTIMISATION_RULES)
+RECIPE_RULES = (*SOURCE_RULES, *BATCH_RULES, *STEP_RULES, *OPTIMISATION_RULES, *REPORTING_RULES)

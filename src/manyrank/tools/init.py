@@ -21,7 +21,7 @@ import yaml
 
 from ..config.args import Options, arg, read_options, word
 from ..config.resolve import ResolvedConfig, Setting, resolve
-from ..config.schema import Int, Method, Task
+from ..config.value_types import Int, Method, Task
 from ..data.numeric import FINAL, NUMBER
 from ..data.survey import SourceRows, Survey, survey, texts
 from ..errors import UserError

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..config.args import CommandLine, Options, arg, parse_with
 from ..config.resolve import NOT_GIVEN, ResolvedConfig, Setting, canonical, presets, resolve
-from ..config.schema import Int
+from ..config.value_types import Int
 from ..data.files import SUFFIXES, kind_of
 from ..data.survey import SourceRows, Survey, survey, texts
 from ..errors import UserError

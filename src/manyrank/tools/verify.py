@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from ..config.args import Options, arg, read_options, word
 from ..config.resolve import TrainConfig, resolve
-from ..config.schema import Int, listed
+from ..config.value_types import Int, listed
 from ..errors import EXIT_FAILED, UserError
 from ..project_files import asset
 from ..runs.logs import read_metrics

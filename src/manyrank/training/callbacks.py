@@ -26,6 +26,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..config.resolve import TrainConfig
 from ..errors import UserError
+from .optim import count_steps
 
 # Steps between two checkpoints, where the recipe says nothing: an epoch, several short ones, or a part of a long one.
 FEWEST_UNSAVED, MOST_UNSAVED = 50, 500
@@ -123,7 +124,7 @@ def build_callbacks(config: TrainConfig, output_dir: Path) -> list[TrainerCallba
     callbacks = [DefaultFlowCallback(), Progress(), RunLog(output_dir)]
     callbacks += [cls() for cls in get_reporting_integration_callbacks(config.report_to)]
     if config.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_threshold))
     return callbacks + [load_callback(path)() for path in config.callbacks]
 
 
@@ -169,12 +170,16 @@ def check_states(handler: CallbackHandler) -> None:
             raise UserError(what, where="callbacks", fix="let its state() give what JSON can hold") from None
 
 
-def steps_between_saves(config: TrainConfig, steps_per_epoch: int) -> int:
+def steps_between_saves(config: TrainConfig, steps_per_epoch: int, total_steps: int) -> int:
     """Steps between two checkpoints; 0 for none."""
-    if isinstance(config.save_steps, int):
-        return config.save_steps
-    epochs = math.ceil(FEWEST_UNSAVED / steps_per_epoch)
-    return min(MOST_UNSAVED, epochs * steps_per_epoch) if config.save_steps == "auto" else 0
+    if config.save_steps == "auto":
+        return min(MOST_UNSAVED, math.ceil(FEWEST_UNSAVED / steps_per_epoch) * steps_per_epoch)
+    return 0 if config.save_steps == "off" else steps_between(config.save_steps, steps_per_epoch, total_steps)
+
+
+def steps_between(value: float | str | None, steps_per_epoch: int, total_steps: int) -> int:
+    """Steps between two events that a recipe wants every so many steps, every share of the run, or every epoch (None, too)."""
+    return count_steps(value, total_steps) if isinstance(value, int | float) else steps_per_epoch
 
 
 def training_arguments(
@@ -193,18 +198,21 @@ def training_arguments(
         "run_name": config.run_name or output_dir.name,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
-        "warmup_steps": config.warmup_steps,
+        "lr_scheduler_kwargs": dict(config.lr_scheduler_kwargs),
+        "warmup_steps": count_steps(config.warmup_steps, total_steps),
         "num_train_epochs": config.num_train_epochs,
         "max_steps": total_steps,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
-        "logging_steps": config.logging_steps,
+        "logging_steps": steps_between(config.logging_steps, steps_per_epoch, total_steps),
+        "logging_first_step": config.logging_first_step,
         "eval_strategy": "steps" if config.has_validation else "no",
-        "eval_steps": config.eval_steps or steps_per_epoch,
+        "eval_steps": steps_between(config.eval_steps, steps_per_epoch, total_steps),
+        "eval_on_start": config.eval_on_start,
         "save_strategy": "no" if config.save_steps == "off" else "steps",
-        "save_steps": steps_between_saves(config, steps_per_epoch),
+        "save_steps": steps_between_saves(config, steps_per_epoch, total_steps),
         "save_total_limit": config.save_total_limit,
         "report_to": config.report_to or "none",
         "use_cpu": on_cpu,

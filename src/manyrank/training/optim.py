@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from ..config.resolve import TrainConfig
+from ..errors import UserError
 from ..models.adapters import trainable
 from ..models.reach import shape_of
 
@@ -47,7 +48,19 @@ def build_schedule(config: TrainConfig, total_steps: int) -> LambdaLR:
     checkpoint (the step says everything), and DeepSpeed, which swaps the optimizer, cannot part it from its optimizer.
     """
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
-    return get_scheduler(config.lr_scheduler_type, stand_in, config.warmup_steps, total_steps)
+    warmup, options = count_steps(config.warmup_steps, total_steps), dict(config.lr_scheduler_kwargs)
+    if config.lr_scheduler_type == "warmup_stable_decay":
+        options["num_decay_steps"] = count_steps(options["num_decay_steps"], total_steps)
+    try:
+        return get_scheduler(config.lr_scheduler_type, stand_in, warmup, total_steps, options)
+    except (TypeError, ValueError) as error:
+        what = f"the schedule {config.lr_scheduler_type} takes no such arguments: {error}"
+        raise UserError(what, where="lr_scheduler_kwargs", fix="see transformers.get_scheduler") from None
+
+
+def count_steps(value: float, total_steps: int) -> int:
+    """Steps of a number of steps, or of a share of the run's, which is rounded up as transformers does."""
+    return math.ceil(value * total_steps) if value < 1 else int(value)
 
 
 def advance(schedule: LambdaLR, steps: int = 1) -> None:

@@ -133,6 +133,8 @@ class Trainer:
         steps = Prefetcher(self.loader)
         self._event("on_train_begin")
         self.control.should_training_stop |= self.stopped
+        if self.config.eval_on_start and self.eval_loader and not self.state.global_step:
+            self._evaluate()  # it is no candidate for the best one: there is no checkpoint of step 0
         while not self._is_over():
             number = self.state.global_step
             if number % self.loader.steps_per_epoch == 0:
@@ -234,14 +236,18 @@ class Trainer:
         }
 
     def _log(self, logs: dict[str, float]) -> None:
-        logs = {**logs, "epoch": round(self.state.epoch, 4)}
+        logs = {**logs, "epoch": round(self.state.epoch or 0, 4)}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self._event("on_log", logs=logs)
 
-    def _evaluate_and_compare(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
         metrics = self.task.evaluate(self.eval_loader, number=self.state.global_step)
         self._log(metrics)
         self._event("on_evaluate", metrics=metrics)
+        return metrics
+
+    def _evaluate_and_compare(self) -> None:
+        metrics = self._evaluate()
         if self.config.metric_for_best_model not in metrics:
             raise UserError(
                 f"validation gives no {self.config.metric_for_best_model}",

@@ -24,7 +24,7 @@ from typing import Any
 from ... import __version__
 from ...config.args import JOBS, CommandLine, Options, arg, parse_with
 from ...config.resolve import NOT_GIVEN
-from ...config.schema import Int
+from ...config.value_types import Int
 from ...errors import EXIT_FAILED, UserError
 from ...launch.command import LaunchPlan, choose_output_dir, plan_launch
 from ...launch.main import ResolvedLaunch, resolve_launch

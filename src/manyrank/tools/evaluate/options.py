@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from ...config.args import Options, arg, read_with_keys, recipe_options, word
 from ...config.model_options import Count, ModelOptions, OptionalCount, SamplingOptions
-from ...config.schema import Int, listed
+from ...config.value_types import Int, listed
 from ...data.scores import SCORES
 from ...errors import UserError
 from .plan import DATA_KEYS

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator
 
 from ...config.args import Options, arg, read_options, word
-from ...config.schema import Float
+from ...config.value_types import Float
 from ...errors import EXIT_FAILED, UserError
 from ...runs.artifact import ModelSource, find
 from ...runs.run_folder import atomic_directory, check_output

@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...chat_template.types import BadRow
-from ...config.schema import Float, Int, Pattern, Strings
+from ...config.value_types import Float, Int, Pattern, Strings
 from ...data.dedup import digest, same_text
 from ...data.fields import Program, find, find_text
 from ...data.formats import load_function

@@ -23,7 +23,7 @@ from ... import __version__
 from ...chat_template.types import IGNORE, BadRow
 from ...config.args import Options, arg, options_of, read_with_keys, word
 from ...config.recipe_file import refuse_data
-from ...config.schema import Columns, Float, Format, Int
+from ...config.value_types import Columns, Float, Format, Int
 from ...data import sources
 from ...data.dedup import digest
 from ...data.formats import Conversation, PlainText, Sample, detect, to_sample

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ...config.args import arg, word
 from ...config.model_options import ModelOptions, OptionalCount
-from ...config.schema import Float, Int
+from ...config.value_types import Float, Int
 
 API_KEY = "MANYRANK_API_KEY"
 
