@@ -214,7 +214,7 @@ def test_every_key_stands_in_a_group():
     assert {groups[key] for key in SWITCHES} == {"Short forms"}
 
 
-@pytest.mark.parametrize(("model", "lines"), [(TrainOptions, 60), (GrpoOptions, 66)])
+@pytest.mark.parametrize(("model", "lines"), [(TrainOptions, 61), (GrpoOptions, 67)])
 def test_help_begins_with_twenty_keys(capsys, monkeypatch, model, lines):
     text = help_of(capsys, monkeypatch, "my.yaml", "--help", model=model)
     shown = sections(text)

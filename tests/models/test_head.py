@@ -68,6 +68,23 @@ def test_value_and_gradients_are_those_of_cross_entropy(case, dtype, close, chun
     assert HeadLoss.apply(*tensors, targets).item() == loss.item()  # without gradients
 
 
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("cross_entropy", [fused_head.in_blocks, fused_head.by_shares])
+def test_smoothed_targets(case, dtype, close, cross_entropy, monkeypatch):
+    monkeypatch.setattr(fused_head, "BLOCK", 300 * 8 * 3 // torch.get_num_threads())
+    monkeypatch.setitem(fused_head.CROSS_ENTROPY, "cpu", cross_entropy)
+    *tensors, targets = case
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    options = {"reduction": "sum", "label_smoothing": 0.2}
+    exact = [tensor.double() for tensor in tensors]
+    wanted, wanted_grads = gradients(lambda h, w, b: F.cross_entropy(h @ w.T + b, targets, **options), exact)
+    loss, grads = gradients(lambda h, w, b: HeadLoss.apply(h, w, b, targets, 0.2), tensors)
+    assert apart(loss, wanted) < close
+    assert max(apart(found, want) for found, want in zip(grads, wanted_grads)) < close
+    _, plain = gradients(lambda h, w, b: HeadLoss.apply(h, w, b, targets), tensors)
+    assert apart(plain[0], wanted_grads[0]) > 0.02
+
+
 @pytest.mark.parametrize("cross_entropy", [fused_head.in_blocks, fused_head.by_shares])
 def test_small_losses_in_16_bits_are_not_rounded_away(cross_entropy, monkeypatch):
     """Of tokens that are all but known, loss and gradient come out as well as of others."""
@@ -103,6 +120,20 @@ def loss_and_gradients(model, *, fused):
     loss = token_loss(*micro_batch())
     loss.backward()
     return token_loss, loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_targets_are_smoothed_in_training_alone(fused):
+    torch.manual_seed(0)
+    model, (inputs, positions, targets) = LlamaForCausalLM(LlamaConfig(**SMALL)), micro_batch()
+    logits = model(**inputs).logits.flatten(0, 1)[positions]
+    wanted = [F.cross_entropy(logits, targets, reduction="sum", label_smoothing=part).item() for part in (0.1, 0.0)]
+    token_loss = TokenLoss(model, fused=fused, smoothing=0.1)
+    found = []
+    for training in (True, False):
+        model.train(training)
+        found.append(token_loss(inputs, positions, targets).item())
+    assert found == pytest.approx(wanted, rel=1e-5) and wanted[0] != pytest.approx(wanted[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -212,7 +243,7 @@ def test_without_gradients_none_are_computed(monkeypatch):
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     seen = []
     inner = fused_head._loss_and_gradients
-    monkeypatch.setattr(fused_head, "_loss_and_gradients", lambda *args: seen.append(args[-1]) or inner(*args))
+    monkeypatch.setattr(fused_head, "_loss_and_gradients", lambda *args: seen.append(args[-2]) or inner(*args))
     token_loss = TokenLoss(model)
     with torch.no_grad():
         token_loss(*micro_batch())

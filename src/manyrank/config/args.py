@@ -162,11 +162,9 @@ class Option:
         """For an option that alone means yes, the words that are its value where they follow it; None: it needs a value."""
         types, others = _alternatives(self.info.annotation), VALUES.get(self.field, {})
         alone = bool in types or ("off" in types and self._takes("true")) or ("true" in others and str not in types)
-        if not alone:
-            return None
         words = [kind for kind in (*types, *others) if isinstance(kind, str)]
         words += ["-?[0-9.]+"] if int in types else []
-        return re.compile("|".join([*YES_NO, *words]), re.IGNORECASE)
+        return re.compile("|".join([*YES_NO, *words]), re.IGNORECASE) if alone else None
 
     def _takes(self, value: str) -> bool:
         try:

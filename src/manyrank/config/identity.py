@@ -26,7 +26,6 @@ IDENTITY = (
     "stop_tokens",
     "learning_rate",
     "lr_scheduler_type",
-    "lr_scheduler_kwargs",
     "warmup_steps",
     "optim",
     "weight_decay",
@@ -36,6 +35,7 @@ IDENTITY = (
     "adam_beta2",
     "adam_epsilon",
 )
+LATER = ("lr_scheduler_kwargs", "label_smoothing_factor")
 OF_GRPO = (
     "rewards",
     "on_reward_error",
@@ -65,8 +65,9 @@ FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim")  # the shap
 def identity(config: TrainConfig, precision: Precision, **facts: object) -> dict:
     """Collect the values that must be the same when the run is resumed."""
     own = {key: getattr(config, key) for key in OF_GRPO} if config.is_grpo else {}
-    # A checkpoint of a version without fp16 does not name it.
+    # A checkpoint of an earlier version does not name fp16, nor these.
     computed = {"bf16": precision is Precision.BF16, "fp16": precision is Precision.FP16 or None}
+    computed |= {key: getattr(config, key) or None for key in LATER}
     return {"task": config.task} | computed | {key: getattr(config, key) for key in IDENTITY} | own | facts
 
 
@@ -130,7 +131,7 @@ def refuse_changes(folder: Path, run: dict, *, allowed: list[str]) -> list[str]:
     names = allowed_names(allowed)
     for key in allowed:
         if key not in FIELDS or not set(CALLED.get(key, (key,))) <= run.keys():
-            known = sorted({*IDENTITY, *OF_GRPO, *CALLED, "global_batch_size", "bf16", "fp16"} - set(FIXED))
+            known = sorted({*IDENTITY, *LATER, *OF_GRPO, *CALLED, "global_batch_size", "bf16", "fp16"} - set(FIXED))
             fix = f"known: {known}"
             if key not in FIELDS and key in run and (keys := keys_of(key)):
                 fix = f"name the key that it comes from: {' or '.join(keys)}"

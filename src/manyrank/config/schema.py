@@ -201,7 +201,7 @@ class OptimisationKeys(Keys):
         {}, description="arguments of the schedule, as {min_lr_rate: 0.1} of cosine_with_min_lr"
     )
     warmup_steps: Warmup = Field(
-        0, description="steps in which the learning rate rises from 0; below 1 a share of the run's"
+        0, description="steps in which the learning rate rises from 0, or a share of the run's"
     )
     num_train_epochs: Float = Field(3.0, gt=0, description="epochs")
     max_steps: Int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
@@ -210,6 +210,9 @@ class OptimisationKeys(Keys):
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
     adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
     adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    label_smoothing_factor: Float = Field(
+        0.0, ge=0, lt=1, description="share of each target that is spread over the vocabulary, in training"
+    )
     max_grad_norm: Float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
     seed: Int = Field(
         42, ge=0, lt=2**32, description="seed of the adapters' initial weights, the data's order and dropout"
@@ -251,12 +254,12 @@ class OutputKeys(Keys):
     )
     eval_steps: EachEpoch | None = Field(
         None,
-        description="steps between two validations, below 1 a share of the run's (default: epoch, where there is validation data)",
+        description="steps between two validations, or a share of the run's (default: epoch)",
     )
     eval_on_start: bool = Field(False, description="validate before the first step, too")
     save_steps: SaveSteps = Field(
         "auto",
-        description="steps between two checkpoints, below 1 a share of the run's; epoch; auto: every epoch, but at least 50 and at most 500 steps apart; or off",
+        description="steps between checkpoints, or a share of the run; auto: each epoch, 50 to 500 steps apart",
     )
     save_total_limit: Int | None = Field(3, gt=0, description="checkpoints to keep; the best one stays")
     load_best_model_at_end: bool = Field(False, description="final_model is the checkpoint with the best metric")
@@ -278,7 +281,7 @@ class OutputKeys(Keys):
     )
     run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
     logging_steps: EachEpoch = Field(
-        10, description="steps between two lines of metrics, below 1 a share of the run's; or epoch"
+        10, description="steps between two lines of metrics, or a share of the run's; epoch"
     )
     logging_first_step: bool = Field(False, description="a line of metrics for the first step, too")
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")

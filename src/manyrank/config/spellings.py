@@ -112,7 +112,6 @@ OTHER_TOOLS = {
     "num_samples_per_question": "num_generations",
     "kl_coef": "beta",
     "output_path": "output_dir",
-    "overwrite": "overwrite_output_dir",
     "save_dir": "output_dir",
     "wandb_name": "run_name",
     "wandb_run_name": "run_name",

@@ -31,18 +31,19 @@ class HeadLoss(torch.autograd.Function):
 
     Args of `apply`:
         hidden: (n, h). weight: (vocabulary, h). bias: (vocabulary,) or None. targets: (n,), token ids.
+        smoothing: share of a target that all tokens of the vocabulary have alike.
 
     Returns:
         A scalar, float32 (float64 for such a head).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
+    def forward(ctx, hidden, weight, bias, targets, smoothing=0.0):
         dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             wanted = ctx.needs_input_grad[:3]
             loss, *gradients = _loss_and_gradients(
-                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets, wanted
+                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets, wanted, smoothing
             )
         ctx.gradients, ctx.dtypes = gradients, [getattr(t, "dtype", None) for t in (hidden, weight, bias)]
         return loss
@@ -54,7 +55,11 @@ class HeadLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the loss of a fused head goes backward once")
-        return (*(g if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None)
+        return (
+            *(g if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)),
+            None,
+            None,
+        )
 
 
 def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -66,7 +71,7 @@ def _autocast(tensor: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
 
 
-def _loss_and_gradients(hidden, weight, bias, targets, wanted):
+def _loss_and_gradients(hidden, weight, bias, targets, wanted, smoothing):
     """The loss, and the gradients that are wanted of hidden, weight and bias (those of the head's own in float32)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -84,7 +89,7 @@ def _loss_and_gradients(hidden, weight, bias, targets, wanted):
             torch.mm(part, weight.T, out=logits)
         else:
             torch.addmm(bias, part, weight.T, out=logits)
-        part_loss, gradient = cross_entropy(logits, targets[rows], differentiate=any(wanted))
+        part_loss, gradient = cross_entropy(logits, targets[rows], differentiate=any(wanted), smoothing=smoothing)
         loss += part_loss
         if wanted[0]:
             torch.mm(gradient, weight, out=of_hidden[rows])
@@ -102,40 +107,54 @@ def _rows(limit: int, vocabulary: int, dtype: torch.dtype) -> int:
 
 
 def in_blocks(
-    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool
+    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the sum of the cross-entropies of logits (n, vocabulary) and their gradient, in place of the logits.
 
     In float32 at least, a few tokens at a time, which stay in the caches of the cores.
+
+    Args:
+        smoothing: see HeadLoss.
     """
+    each = smoothing / logits.shape[1]  # of a target, for each token of the vocabulary
     wide = torch.promote_types(logits.dtype, torch.float32)
     block = _rows(BLOCK, logits.shape[1], wide) * torch.get_num_threads()
-    places = targets[:, None]
+    places, smooth = targets[:, None], torch.zeros((), dtype=wide, device=logits.device)
     of_targets = torch.empty_like(places, dtype=wide)
     for part, place, of_target in zip(*(tensor.split(block) for tensor in (logits, places, of_targets))):
         log_shares = torch.log_softmax(part, -1, dtype=wide)
         torch.gather(log_shares, 1, place, out=of_target)
+        if smoothing:
+            smooth -= each * log_shares.sum()
         if differentiate:
-            part.copy_(log_shares.exp_())
+            shares = log_shares.exp_()
+            part.copy_(shares.sub_(each) if smoothing else shares)
+    loss = -of_targets.sum() * (1 - smoothing) + smooth
     if differentiate:  # the shares, less one at the target
-        logits.scatter_(1, places, of_targets.expm1().to(logits.dtype))
-    return -of_targets.sum(), logits if differentiate else None
+        logits.scatter_(1, places, of_targets.expm1_().add_(smoothing - each).to(logits.dtype))
+    return loss, logits if differentiate else None
 
 
 def by_shares(
-    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool
+    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what `in_blocks` does from a softmax in the type of the logits: a third of the bytes read and written."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     shares = torch.softmax(logits, -1)
     at_target = torch.arange(len(logits), device=logits.device) * logits.shape[1] + targets
-    plain = (logits.amax(-1) - shares.amax(-1).to(wide).log() - logits.take(at_target)).to(wide)
+    norm = logits.amax(-1) - shares.amax(-1).to(wide).log()  # the logarithm of the sum of exponentials
+    plain = (norm - logits.take(at_target)).to(wide)
     sure = shares.take(at_target) > 0.5
     # In 16 bits a share near one is so coarse that a small loss, and its gradient, would drown: the sum of the other
     # shares tells it well.
     others = shares.view(-1).index_fill_(0, at_target, 0).view_as(shares).sum(-1)
     loss = torch.where(sure, -torch.log1p(-others.to(wide)), plain).sum()
-    return loss, shares.view(-1).index_copy_(0, at_target, -others).view_as(shares) if differentiate else None
+    if smoothing:
+        loss = loss * (1 - smoothing) + smoothing * (norm - logits.mean(-1, dtype=wide)).sum()
+    if not differentiate:
+        return loss, None
+    gradient = shares.view(-1).index_copy_(0, at_target, smoothing - others).view_as(shares)
+    return loss, gradient.sub_(smoothing / logits.shape[1]) if smoothing else gradient
 
 
 CROSS_ENTROPY = {"cpu": in_blocks}  # of other devices by_shares
@@ -146,7 +165,7 @@ class FusedHead:
 
     def __init__(self, head: torch.nn.Linear) -> None:
         self.head, self.plain = head, head.forward
-        self.wanted: tuple[torch.Tensor, torch.Tensor, list[int] | None] | None = None
+        self.wanted: tuple[torch.Tensor, torch.Tensor, list[int] | None, float] | None = None
         self.loss: torch.Tensor | None = None
         # On the instance: the hooks with which a strategy gathers the weight stay around it.
         head.forward = self._forward
@@ -158,23 +177,25 @@ class FusedHead:
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.wanted is None:
             return self.plain(hidden)
-        positions, targets, rows = self.wanted
+        positions, targets, rows, smoothing = self.wanted
         chosen = hidden.flatten(0, -2)[positions]
         tensors = (chosen, self.head.weight, self.head.bias)
         if not torch.is_grad_enabled():  # else what requires gradients would get them computed all the same
             tensors = [t if t is None else t.detach() for t in tensors]
         if rows is None:
-            loss = HeadLoss.apply(*tensors, targets)
+            loss = HeadLoss.apply(*tensors, targets, smoothing)
         else:
             parts = zip(tensors[0].split(rows), targets.split(rows))
-            loss = torch.stack([HeadLoss.apply(part, *tensors[1:], wanted) for part, wanted in parts])
+            loss = torch.stack([HeadLoss.apply(part, *tensors[1:], wanted, smoothing) for part, wanted in parts])
         self.loss = loss.detach()
         return loss
 
     @contextlib.contextmanager
-    def losing(self, positions: torch.Tensor, targets: torch.Tensor, rows: list[int] | None = None) -> Iterator[None]:
+    def losing(
+        self, positions: torch.Tensor, targets: torch.Tensor, rows: list[int] | None = None, *, smoothing: float = 0.0
+    ) -> Iterator[None]:
         """Let the lm_head return the loss; one for each row, where `rows` has their numbers of targets."""
-        self.wanted = positions, targets, rows
+        self.wanted = positions, targets, rows, smoothing
         try:
             yield
         finally:

@@ -24,7 +24,14 @@ USUAL_RATES = {
     "fp8": (1e-5, 1e-3),
 }
 FAR = 10
-OF_SFT = ("train_on_last_turn", "train_on_prompt", "train_on_opening", "lora_dropout", "per_device_eval_batch_size")
+OF_SFT = (
+    "label_smoothing_factor",
+    "train_on_last_turn",
+    "train_on_prompt",
+    "train_on_opening",
+    "lora_dropout",
+    "per_device_eval_batch_size",
+)
 # Options, and what makes them count.
 DEPENDENT = (
     (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), lambda c: c.uses_lora, "method full"),

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
+from ..errors import UserError
 from ..models.positions import check_lengths
 from ..topology.precision import Precision
 from ..training.loss import TokenLoss
@@ -29,8 +30,12 @@ class SFT(Task):
     def use_engine(self) -> None:
         engine = self.engine
         self.device = engine.accelerator.device
-        fused = "lm_head" not in self.config.disable_fused
-        self.token_loss = TokenLoss(engine.wrapped, engine.model, fused=fused, function=self.objects.loss)
+        fused, smoothing = "lm_head" not in self.config.disable_fused, self.config.label_smoothing_factor
+        if smoothing and self.objects.loss:
+            what, fix = "label_smoothing_factor with a loss of your own", "smooth in it, and leave the key out"
+            raise UserError(what, where="label_smoothing_factor", fix=fix)
+        options = {"fused": fused, "function": self.objects.loss, "smoothing": smoothing}
+        self.token_loss = TokenLoss(engine.wrapped, engine.model, **options)
 
     def loader(self, examples: Examples, *, training: bool) -> StepLoader:
         config, accelerator = self.config, self.engine.accelerator

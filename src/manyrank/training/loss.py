@@ -8,6 +8,7 @@ A mean of means would weigh a token by the company it keeps, and the loss would 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class TokenLoss:
         fused: join head and loss (see `fused_head`), where the model's head allows it.
         function: another loss: logits (n, vocabulary) in float32 and targets (n,) to the sum over the n tokens; the
             head is not fused with it.
+        smoothing: share of a target that is spread over the vocabulary while the model trains (Szegedy et al. 2016,
+            arXiv 1512.00567); a validation gives the plain loss.
     """
 
     def __init__(
@@ -41,8 +44,9 @@ class TokenLoss:
         *,
         fused: bool = True,
         function: LossFunction | None = None,
+        smoothing: float = 0.0,
     ) -> None:
-        self.wrapped, self.function = wrapped, function
+        self.wrapped, self.function, self.smoothing = wrapped, function, smoothing
         self.head = fuse(model or wrapped) if fused and function is None else None
 
     def prove(self, inputs: dict, positions: torch.Tensor, targets: torch.Tensor, *, agree: Agree = bool) -> None:
@@ -85,14 +89,16 @@ class TokenLoss:
             A float32 scalar, or with `rows` a vector (rows,), that is connected to the graph even with no target, so
             that no rank waits for another's gradients in vain.
         """
+        smoothing = self.smoothing if self.wrapped.training else 0.0
         if self.head is None:
-            return _whole_logits(self.wrapped, inputs, positions, targets, self.function or _cross_entropy, rows)
-        with self.head.losing(positions, targets, rows):
+            function = self.function or partial(_cross_entropy, smoothing=smoothing)
+            return _whole_logits(self.wrapped, inputs, positions, targets, function, rows)
+        with self.head.losing(positions, targets, rows, smoothing=smoothing):
             return self.wrapped(**inputs, use_cache=False).logits
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, targets, reduction="sum")
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
 def _whole_logits(
