@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from manyrank.config.resolve import METHOD_PREFERENCE
-from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, VALUES
+from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, VALUES, WHEN
 
 FILE = Path(__file__).parent / "other_tools.md"
 INTRO = """# Coming from TRL, Axolotl, LLaMA-Factory or Unsloth
@@ -45,6 +45,11 @@ def page() -> str:
         for theirs, allowed in words.items():
             ours = " or ".join(f"`{method}`" for method in METHOD_PREFERENCE if method in allowed)
             values.append(f"| `{key}` | `{theirs}` | `method`: {ours} |")
+    for key, words in WHEN.items():
+        values += [
+            f"| `{key}` | `{word}` | `{OTHER_TOOLS[key]}`: `{ {'no': 'off'}.get(word, word) }` |" for word in words
+        ]
+        values.append(f"| `{key}` | `steps` | `{OTHER_TOOLS[key]}`: the number beside it |")
     instead: dict[str, list[str]] = {}
     for name, what in INSTEAD.items():
         instead.setdefault(what, []).append(f"`{name}`")

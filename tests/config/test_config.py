@@ -22,7 +22,7 @@ from manyrank.config.resolve import (
     presets,
     resolve,
 )
-from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, VALUES
+from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, VALUES, WHEN
 from manyrank.errors import UserError
 from manyrank.project_files import asset
 
@@ -114,7 +114,7 @@ def test_a_base_that_is_not_there(recipe):
 
 
 @pytest.mark.parametrize(
-    "alias, key", [entry for entry in (ALIASES | OTHER_TOOLS).items() if entry[0] not in METHOD_VALUES]
+    "alias, key", [entry for entry in (ALIASES | OTHER_TOOLS).items() if entry[0] not in {*METHOD_VALUES, *WHEN}]
 )
 def test_aliases_and_dashes(alias, key):
     value = {
@@ -348,12 +348,38 @@ def test_bf16(given, value):
         ({"eval_steps": 0.5}, "eval_steps", 0.5),
         ({"logging_steps": "epoch"}, "logging_steps", "epoch"),
         ({"logging_steps": "1"}, "logging_steps", 1),
+        ({"save_strategy": "epoch"}, "save_steps", "epoch"),
+        ({"save_strategy": "no"}, "save_steps", "off"),
+        ({"save_strategy": False}, "save_steps", "off"),
+        ({"save_strategy": "steps", "save_steps": 7}, "save_steps", 7),
+        ({"eval_strategy": "no"}, "eval_steps", "off"),
+        ({"evaluation_strategy": "steps", "eval_steps": 0.5}, "eval_steps", 0.5),
+        ({"logging_strategy": "epoch"}, "logging_steps", "epoch"),
         ({"lr_scheduler_kwargs": "{min_lr_rate: 0.1}"}, "lr_scheduler_kwargs", {"min_lr_rate": 0.1}),
     ],
 )
 def test_numbers_of_steps_and_shares_of_them(given, key, value):
     found = getattr(make(**given), key)
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "given, what, fix",
+    [
+        ({"save_strategy": "steps"}, "save_strategy: steps, and no save_steps beside it", "write save_steps: a number"),
+        (
+            {"save_strategy": "best"},
+            "save_strategy: 'best' is not known",
+            "load_best_model_at_end: true saves each best",
+        ),
+        ({"logging_strategy": "no"}, "logging_strategy: 'no' is not known", "choose one of epoch, steps"),
+        ({"save_strategy": "epoch", "save_steps": 500}, "these contradict each other", "keep one of them"),
+    ],
+)
+def test_strategies_of_steps_that_cannot_be(given, what, fix):
+    with pytest.raises(UserError) as refused:
+        make(**given)
+    assert what in refused.value.what and fix in refused.value.fix
 
 
 def test_fp16_stands_in_place_of_bf16(tmp_path):

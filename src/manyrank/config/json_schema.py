@@ -12,7 +12,7 @@ from ..topology.strategies import STRATEGIES
 from .recipe_file import SECTIONS
 from .resolve import SWITCHES
 from .schema import TrainConfig
-from .spellings import ALIASES, DATA_ALIASES, METHOD_VALUES, OTHER_TOOLS, VALUES
+from .spellings import ALIASES, DATA_ALIASES, METHOD_VALUES, OTHER_TOOLS, VALUES, WHEN
 
 TEXT = {"type": "string"}
 
@@ -29,6 +29,8 @@ def recipe_schema() -> dict[str, Any]:
     properties["save_steps"]["anyOf"].append({"enum": [None, 0, False]})
     for alias, key in (ALIASES | OTHER_TOOLS).items():
         properties[alias] = properties[key] | {"description": f"the same as {key}"}
+    for alias, values in WHEN.items():
+        properties[alias] = {"enum": [*values, "steps", False], "description": f"says {OTHER_TOOLS[alias]} in words"}
     for alias, values in METHOD_VALUES.items():
         written = [int(value) if value.isdecimal() else value for value in values]
         properties[alias] = {"enum": [*written, None], "description": "another name of method"}

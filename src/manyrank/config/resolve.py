@@ -26,7 +26,7 @@ from ..runs import artifact
 from ..runs.artifact import ModelSource
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
 from .schema import DataSource, TrainConfig
-from .spellings import ALIASES, DATA_ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, as_ours
+from .spellings import ALIASES, DATA_ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, WHEN, as_ours
 from .value_types import Method
 
 FIELDS = TrainConfig.model_fields
@@ -273,7 +273,7 @@ def _layers(recipe: str, above: tuple[Path, ...] = ()) -> list[list[Setting]]:
     return [*_layers(base, (*above, path.resolve())), [entry for entry in entries if entry.key != "base"]]
 
 
-def _canonical(entries: Iterable[Setting], method: Setting | None) -> dict[str, Setting]:
+def _canonical(entries: Sequence[Setting], method: Setting | None) -> dict[str, Setting]:
     """Bring one layer's entries under their canonical keys; `method` is what lower layers chose."""
     settings: dict[str, Setting] = {}
     allowed, because = METHODS, []
@@ -282,6 +282,10 @@ def _canonical(entries: Iterable[Setting], method: Setting | None) -> dict[str, 
         if normal(entry.key) in (*METHOD_FLAGS, *METHOD_VALUES):
             allowed, because = allowed & _methods(entry), [*because, entry]
             continue
+        if normal(entry.key) in WHEN:
+            entry = _by_steps(entry, key, entries)
+            if entry is None:
+                continue
         if key == "wandb":
             entry = Setting("report_to", ["wandb"] if _yes(entry) else [], entry.where)
             key = "report_to"
@@ -320,6 +324,23 @@ def _located(config: TrainConfig) -> TrainConfig:
         if getattr(config, key)
     }
     return config.model_copy(update=sources)
+
+
+def _by_steps(entry: Setting, steps: str, entries: Sequence[Setting]) -> Setting | None:
+    """Read a key of WHEN as its key of steps; None leaves it to the number beside it."""
+    values, value = WHEN[normal(entry.key)], str(entry.value).strip().lower()
+    if value == "steps":
+        if any(normal(other.key) not in WHEN and canonical(other.key) == steps for other in entries):
+            return None
+        raise UserError(
+            f"{entry.key}: steps, and no {steps} beside it", where=entry.where, fix=f"write {steps}: a number"
+        )
+    value = {"false": "no"}.get(value, value)  # as YAML reads a bare no
+    if value not in values:
+        better = "; load_best_model_at_end: true saves each best one" if value == "best" else ""
+        fix = f"choose one of {', '.join((*values, 'steps'))}{better}"
+        raise UserError(f"{entry.key}: {entry.value!r} is not known here", where=entry.where, fix=fix)
+    return replace(entry, value={"no": "off"}.get(value, value))
 
 
 def _methods(entry: Setting) -> frozenset[str]:

@@ -11,6 +11,7 @@ from .value_types import (
     Cache,
     Columns,
     EachEpoch,
+    EvalSteps,
     Float,
     Format,
     Int,
@@ -252,9 +253,9 @@ class OutputKeys(Keys):
     overwrite_output_dir: bool = Field(
         False, description="remove an earlier run from output_dir first; what is not a run's stays"
     )
-    eval_steps: EachEpoch | None = Field(
+    eval_steps: EvalSteps = Field(
         None,
-        description="steps between two validations, or a share of the run's (default: epoch)",
+        description="steps between two validations, or a share of the run's; epoch, the default with validation data; or off",
     )
     eval_on_start: bool = Field(False, description="validate before the first step, too")
     save_steps: SaveSteps = Field(
@@ -344,7 +345,7 @@ class TrainConfig(PlaceKeys, OutputKeys, SpeedKeys, OptimisationKeys, GrpoKeys, 
 
     @property
     def has_validation(self) -> bool:
-        return bool(self.eval_data_path or self.eval_split)
+        return bool(self.eval_data_path or self.eval_split) and self.eval_steps != "off"
 
     @property
     def uses_lora(self) -> bool:

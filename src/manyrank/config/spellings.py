@@ -3,6 +3,7 @@
 ALIASES, METHOD_FLAGS    short forms; in help texts
 DATA_ALIASES             of data_path; in a recipe, where they hold keys, these are names of sections
 OTHER_TOOLS              the same meaning in TRL, Axolotl, LLaMA-Factory or Unsloth, or as people guess it: read, and not in help texts
+WHEN                     keys of transformers that say when something is done
 VALUES                   values that these have for a key, and ours
 INSTEAD                  another meaning, or nothing to set: an error that says what to write
 """
@@ -84,6 +85,10 @@ OTHER_TOOLS = {
     "warmup_ratio": "warmup_steps",
     "overwrite": "overwrite_output_dir",
     "save_every": "save_steps",
+    "save_strategy": "save_steps",
+    "eval_strategy": "eval_steps",
+    "evaluation_strategy": "eval_steps",
+    "logging_strategy": "logging_steps",
     "eval_every": "eval_steps",
     "log_every": "logging_steps",
     "scheduler": "lr_scheduler_type",
@@ -137,6 +142,13 @@ METHOD_VALUES: dict[str, dict[str, frozenset[str]]] = {
     "adapter": {"lora": ADAPTERS, "qlora": frozenset({"qlora"}), "none": frozenset({"full"})},
     "quantization_bit": {"4": frozenset({"qlora"}), "8": frozenset({"int8"}), "none": frozenset({"full", "lora"})},
 }
+# Values of the keys that say when something is done; with `steps`, a number of steps stands beside it.
+WHEN: dict[str, tuple[str, ...]] = {
+    "save_strategy": ("no", "epoch"),
+    "eval_strategy": ("no", "epoch"),
+    "evaluation_strategy": ("no", "epoch"),
+    "logging_strategy": ("epoch",),
+}
 VALUES: dict[str, dict[str, str]] = {
     "lora_target_modules": {"all": "all-linear"},
     "optim": {"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"},
@@ -149,8 +161,6 @@ _INSTEAD = {
     "fsdp fsdp_config": "choose --strategy fsdp; accelerate_configs/ has its file",
     "stage": "write task: sft or grpo",
     "template": "leave it out for the model's own chat template, or write chat_template: chatml, llama3, ... or a file",
-    "save_strategy": "write save_steps: auto (every epoch, but at least 50 and at most 500 steps apart), a number, or off",
-    "eval_strategy evaluation_strategy": "write eval_steps: a number; without it, validation is once an epoch",
     "max_samples": "write data_path: {path: FILE, max_rows: N}",
     "attn_implementation flash_attn flash_attention use_flash_attention_2": "leave it out: documents of a pack attend by "
     "flash attention wherever the GPU has it",

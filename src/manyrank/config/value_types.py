@@ -144,6 +144,11 @@ def _cache(value: Any) -> Any:
     return known.get(text.lower(), text)
 
 
+def _off(value: Any) -> Any:
+    """Read no and false as off."""
+    return "off" if str(value).strip().lower() in ("off", "no", "false") else value
+
+
 def _saves(value: Any) -> Any:
     """Read a number of steps, and none or no as off."""
     text = str(value).strip().lower()
@@ -180,6 +185,7 @@ Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)],
 Steps = Annotated[Float, Field(gt=0), AfterValidator(_steps)]
 Warmup = Annotated[Float, Field(ge=0), AfterValidator(_steps)]
 EachEpoch = Literal["epoch"] | Steps
+EvalSteps = Annotated[Literal["epoch", "off"] | Steps | None, BeforeValidator(_off)]
 SaveSteps = Annotated[Literal["auto", "off", "epoch"] | Steps, BeforeValidator(_saves)]
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
 Pattern = Annotated[str, AfterValidator(_pattern)]

@@ -294,7 +294,8 @@ STEP_RULES = (
         "validation-without-data",
         ("eval_steps", "eval_data_path"),
         unless(
-            lambda s: bool(s.config.eval_steps) and not s.config.has_validation, "eval_steps without validation data"
+            lambda s: s.config.eval_steps not in (None, "off") and not s.config.has_validation,
+            "eval_steps without validation data",
         ),
         reason="There is nothing to validate with.",
         fix="give --eval_data_path or --eval_split, or set --eval_steps none",

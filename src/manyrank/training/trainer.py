@@ -86,7 +86,7 @@ class Trainer:
         self.main, self.world, self.device = accelerator.is_main_process, accelerator.num_processes, accelerator.device
         task.attach(engine, tokenizer, output_dir=output_dir, in_phase=self._in_phase)
         self.loader = task.loader(train, training=True)
-        self.eval_loader = task.loader(evaluation, training=False) if evaluation else None
+        self.eval_loader = task.loader(evaluation, training=False) if evaluation and config.has_validation else None
         self.total_steps = total_steps(config, self.loader.steps_per_epoch)
         self.run = run | {"total_steps": self.total_steps}
         self.schedule = build_schedule(config, self.total_steps)
