@@ -114,7 +114,12 @@ def test_a_base_that_is_not_there(recipe):
 
 
 @pytest.mark.parametrize(
-    "alias, key", [entry for entry in (ALIASES | OTHER_TOOLS).items() if entry[0] not in {*METHOD_VALUES, *WHEN}]
+    "alias, key",
+    [
+        entry
+        for entry in (ALIASES | OTHER_TOOLS).items()
+        if entry[0] not in {*METHOD_VALUES, *WHEN} and entry[1] != "adapter"
+    ],
 )
 def test_aliases_and_dashes(alias, key):
     value = {

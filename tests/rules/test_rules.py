@@ -127,6 +127,8 @@ CASES = [
     ("grpo-in-float8", {**GRPO, "method": "fp8"}, {"method": "qlora"}),
     ("generation-from-host-memory", {**GRPO, "strategy": "zero3_offload"}, {"strategy": "zero3"}),
     ("sft-model-of-sft", {"sft_model": "ADAPTER"}, {"sft_model": None}),
+    ("two-starts", {**GRPO, "sft_model": "ADAPTER", "adapter": "ADAPTER"}, {"adapter": None}),
+    ("adapter-of-full", {"adapter": "ADAPTER", "method": "full"}, {"method": "qlora"}),
     ("compiled-generation", {**GRPO, "torch_compile": True}, {"torch_compile": False}),
     ("processes-of-single", {"strategy": "single"}, {"nproc": 1}),
     ("processes-of-single", {"strategy": "single", "nproc": 1, "world_size": 2, "save_steps": 5}, {"strategy": "ddp"}),
@@ -553,8 +555,9 @@ def made(tmp_path, monkeypatch):
         if build := case.pop("torch", None):
             own = importlib.util.spec_from_file_location("torch", torch_folder(folder / "torch", build))
             monkeypatch.setattr(importlib.util, "find_spec", lambda name: own if name == "torch" else there(name))
-        if case.get("sft_model") == "ADAPTER":
-            case["sft_model"] = adapter_folder(folder / "adapter")
+        if "ADAPTER" in (case.get("sft_model"), case.get("adapter")):
+            path = adapter_folder(folder / "adapter")
+            case |= {key: path for key in ("sft_model", "adapter") if case.get(key) == "ADAPTER"}
         if "run" in case:
             run_folder(places["output_dir"], case.pop("run"))
         folder.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from manyrank.config.args import parse
-from manyrank.config.resolve import resolve
+from manyrank.config.resolve import Setting, resolve
 from manyrank.models import spec
 from manyrank.models.float8 import to_float8
 from manyrank.models.load import with_adapters
@@ -134,3 +134,20 @@ def packs() -> dict[str, torch.Tensor]:
         "max_length_q": each,
         "max_length_k": each,
     }
+
+
+def plain_loss(model, tokenizer, path) -> float:
+    """Mean loss of supervised tokens with nothing but transformers: row by row, all logits."""
+    from manyrank.data.dataset import prepare
+
+    given = {"model_name_or_path": "embedded", "data_path": path, "max_length": 256}
+    config = resolve(None, [Setting(k, v, "test") for k, v in given.items()]).config
+    examples = prepare(config.data_path, tokenizer, config)
+    total = count = 0
+    for row in map(examples.__getitem__, range(len(examples))):
+        ids, labels = torch.as_tensor(row["input_ids"])[None].long(), torch.as_tensor(row["labels"])[None].long()
+        supervised = int((labels != -100).sum())
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * supervised
+        count += supervised
+    return total / count

@@ -332,7 +332,7 @@ def test_adapters_that_no_recipe_makes_are_refused(sft, tmp_path):
     file = tmp_path / "adapter" / "adapter_config.json"
     known = json.loads(file.read_text())
     for change in (
-        {"use_rslora": True},
+        {"use_dora": True},
         {"peft_type": "LOHA"},
         {"target_modules": None},
         {"rank_pattern": {"q_proj": 2}},

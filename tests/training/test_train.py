@@ -9,30 +9,13 @@ import pytest
 import torch
 import warm
 from launches import ROOT, Run, accelerate_launch, launch, nightly
-from small_models import made, recipe
+from small_models import made, plain_loss, recipe
 
 from manyrank.config.resolve import Setting, resolve
 from manyrank.launch.command import LaunchPlan
 from manyrank.project_files import asset
 from manyrank.topology import gpus
 from manyrank.training.callbacks import steps_between_saves
-
-
-def plain_loss(model, tokenizer, path) -> float:
-    """Mean loss of supervised tokens with nothing but transformers: row by row, all logits."""
-    from manyrank.data.dataset import prepare
-
-    given = {"model_name_or_path": "embedded", "data_path": path, "max_length": 256}
-    config = resolve(None, [Setting(k, v, "test") for k, v in given.items()]).config
-    examples = prepare(config.data_path, tokenizer, config)
-    total = count = 0
-    for row in map(examples.__getitem__, range(len(examples))):
-        ids, labels = torch.as_tensor(row["input_ids"])[None].long(), torch.as_tensor(row["labels"])[None].long()
-        supervised = int((labels != -100).sum())
-        with torch.no_grad():
-            total += model(input_ids=ids, labels=labels).loss.item() * supervised
-        count += supervised
-    return total / count
 
 
 @pytest.mark.parametrize(("strategy", "method"), [("single", "lora"), ("zero3", "lora"), ("fsdp", "full")])
@@ -236,6 +219,13 @@ def test_steps_as_shares_of_the_run_and_a_validation_before_it(embedded_model, t
     assert resumed.code == 0 and resumed.metrics("loss") == run.metrics("loss")[2:]
     assert resumed.metrics("eval_loss") == run.metrics("eval_loss")[2:]  # none at the start of a resume
     assert resumed.metrics("eval_loss")[0] < run.metrics("eval_loss")[0]
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(whole_run, embedded_model, tmp_path):
+    same, other = (launch(tmp_path / seed, "--max_steps=3", f"--data_seed={seed}") for seed in ("42", "7"))
+    assert same.code == other.code == 0, same.stderr + other.stderr
+    assert same.metrics() == pytest.approx(whole_run.metrics()[:3], abs=1e-5)
+    assert other.metrics()[0] != pytest.approx(same.metrics()[0], abs=1e-3)
 
 
 def test_a_threshold_of_the_early_stop(embedded_model, tmp_path):

@@ -35,7 +35,7 @@ IDENTITY = (
     "adam_beta2",
     "adam_epsilon",
 )
-LATER = ("lr_scheduler_kwargs", "label_smoothing_factor")
+LATER = ("use_rslora", "lr_scheduler_kwargs", "label_smoothing_factor", "data_seed")
 OF_GRPO = (
     "rewards",
     "on_reward_error",
@@ -67,7 +67,7 @@ def identity(config: TrainConfig, precision: Precision, **facts: object) -> dict
     own = {key: getattr(config, key) for key in OF_GRPO} if config.is_grpo else {}
     # A checkpoint of an earlier version does not name fp16, nor these.
     computed = {"bf16": precision is Precision.BF16, "fp16": precision is Precision.FP16 or None}
-    computed |= {key: getattr(config, key) or None for key in LATER}
+    computed |= {key: value if (value := getattr(config, key)) != FIELDS[key].default else None for key in LATER}
     return {"task": config.task} | computed | {key: getattr(config, key) for key in IDENTITY} | own | facts
 
 

@@ -33,7 +33,8 @@ def recipe_schema() -> dict[str, Any]:
         properties[alias] = {"enum": [*values, "steps", False], "description": f"says {OTHER_TOOLS[alias]} in words"}
     for alias, values in METHOD_VALUES.items():
         written = [int(value) if value.isdecimal() else value for value in values]
-        properties[alias] = {"enum": [*written, None], "description": "another name of method"}
+        other = {"enum": [*written, None], "description": "another name of method"}
+        properties[alias] = {"anyOf": [properties[alias], other]} if alias in TrainConfig.model_fields else other
     for switch in sorted(SWITCHES):
         properties.setdefault(switch, {"type": "boolean"})
     properties["base"] = TEXT | {"description": "a preset, or another file, whose values this one overrules"}

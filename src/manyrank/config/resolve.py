@@ -46,7 +46,6 @@ DEFAULTS_OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "
 PLAIN_ADAPTER = {
     "peft_type": "LORA",
     "bias": "none",
-    "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
     "rank_pattern": {},
@@ -124,8 +123,9 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
         del merged["bf16"]
     if "task" in merged and merged["task"].value == "grpo":
         merged = {key: Setting(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
-    if not finished and "sft_model" in merged and merged["sft_model"].value not in (None, "none", "null"):
-        merged = _gone_on_from(merged["sft_model"], merged)
+    for key in ("sft_model", "adapter"):
+        if not finished and key in merged and merged[key].value not in (None, "none", "null"):
+            merged = _gone_on_from(merged[key], merged)
     merged = _with_model(_with_data(merged))
     return ResolvedConfig(_validate(merged), {key: entry.where for key, entry in merged.items()})
 
@@ -166,11 +166,16 @@ def recipe_of(source: ModelSource) -> TrainConfig | None:
 
 
 def _gone_on_from(entry: Setting, merged: dict[str, Setting]) -> dict[str, Setting]:
-    """Add the base of the SFT model, its rendering options, and the shape of its adapter, which cannot change."""
+    """Add the base of the model that is trained on, its rendering options, and the shape of its adapter, which cannot change."""
     if not Path(str(entry.value)).expanduser().is_dir():
-        fix = "give a run's folder, a checkpoint, an adapter or a merged model"
+        fix = (
+            "give the folder of a run, a checkpoint or an adapter; one of the hub: hf download NAME --local-dir FOLDER"
+        )
         raise UserError(f"there is no folder {entry.value!r}", where=entry.where, fix=fix)
     source = artifact.find(str(entry.value))
+    if canonical(entry.key) == "adapter" and not source.adapter:
+        fix = f"start from it with model_name_or_path: {entry.value}"
+        raise UserError(f"{entry.value} is a whole model, and no adapter", where=entry.where, fix=fix)
     base = merged.get("model_name_or_path", Setting("model_name_or_path", source.base, entry.where))
     if not source.adapter and str(base.value) != source.base:
         what = f"{entry.value} is a whole model, and model_name_or_path is {base.value}"
@@ -222,14 +227,26 @@ def _adapter_shape(adapter: Path, entry: Setting) -> dict[str, Any]:
         adapter_config = json.loads(file.read_text(encoding="utf-8"))
         special = [key for key, usual in PLAIN_ADAPTER.items() if (adapter_config.get(key) or usual) != usual]
         targets = adapter_config.get("target_modules")
-        if special or not isinstance(targets, str | list):
+        if isinstance(targets, str):
+            targets = _adapted_names(adapter)
+        if special or not isinstance(targets, list):
             what = f"the adapter is not one that manyrank makes ({', '.join(special) or 'target_modules'})"
             fix = "merge it (manyrank merge), and start from the result"
             raise UserError(what, where=f"{entry.where}, {file}", fix=fix)
         shape = {"lora_r": adapter_config["r"], "lora_alpha": adapter_config["lora_alpha"]}
+        shape |= {"use_rslora": True} if adapter_config.get("use_rslora") else {}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
-    return {**shape, "lora_target_modules": targets if isinstance(targets, str) else sorted(targets)}
+    return {**shape, "lora_target_modules": sorted(targets)}
+
+
+def _adapted_names(adapter: Path) -> list[str]:
+    """Read the names of the adapted layers from the weights, where the config has a pattern, as Unsloth's has."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "np") as file:
+        names = [re.match(r"(?:.*\.)?([^.]+)\.lora_[AB]\b", name) for name in file.keys()]
+    return sorted({match[1] for match in names if match})
 
 
 def find_recipe(name: str) -> Path:
@@ -279,7 +296,7 @@ def _canonical(entries: Sequence[Setting], method: Setting | None) -> dict[str, 
     allowed, because = METHODS, []
     for entry in entries:
         key = canonical(entry.key)
-        if normal(entry.key) in (*METHOD_FLAGS, *METHOD_VALUES):
+        if _says_method(entry, entries):
             allowed, because = allowed & _methods(entry), [*because, entry]
             continue
         if normal(entry.key) in WHEN:
@@ -341,6 +358,16 @@ def _by_steps(entry: Setting, steps: str, entries: Sequence[Setting]) -> Setting
         fix = f"choose one of {', '.join((*values, 'steps'))}{better}"
         raise UserError(f"{entry.key}: {entry.value!r} is not known here", where=entry.where, fix=fix)
     return replace(entry, value={"no": "off"}.get(value, value))
+
+
+def _says_method(entry: Setting, entries: Sequence[Setting]) -> bool:
+    """Return whether a key of METHOD_FLAGS or METHOD_VALUES chooses a method; adapter is also the key of a folder."""
+    name = normal(entry.key)
+    if name in METHOD_FLAGS or name not in METHOD_VALUES:
+        return name in METHOD_FLAGS
+    if name in FIELDS and entry.value is None:  # Axolotl's full fine-tuning; a run's own config has a method, too
+        return all(canonical(other.key) != "method" for other in entries)
+    return name not in FIELDS or str(entry.value).strip().lower() in METHOD_VALUES[name]
 
 
 def _methods(entry: Setting) -> frozenset[str]:

@@ -78,6 +78,11 @@ class ModelKeys(Keys):
         min_length=1,
         description="where grpo starts: a run, a checkpoint, an adapter or a merged model; its base need not be named",
     )
+    adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="a run, a checkpoint or a LoRA adapter of any tool, whose training continues with new data; its base need not be named",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: Method = Field(
         "lora",
@@ -85,6 +90,7 @@ class ModelKeys(Keys):
     )
     lora_r: Int = Field(16, gt=0, description="rank of the adapters")
     lora_alpha: Float = Field(32, gt=0, description="adapters are scaled by lora_alpha / lora_r")
+    use_rslora: bool = Field(False, description="scale adapters by lora_alpha / sqrt(lora_r), for large ranks (rsLoRA)")
     lora_dropout: Float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
     lora_target_modules: Literal["all-linear"] | Strings = Field(
         "all-linear", description="'all-linear' (every linear layer but the lm_head) or a list of module names"
@@ -218,6 +224,9 @@ class OptimisationKeys(Keys):
     seed: Int = Field(
         42, ge=0, lt=2**32, description="seed of the adapters' initial weights, the data's order and dropout"
     )
+    data_seed: Int | None = Field(
+        None, ge=0, lt=2**32, description="seed of the data's order and of max_rows (default: seed)"
+    )
 
 
 class SpeedKeys(Keys):
@@ -328,6 +337,16 @@ class TrainConfig(PlaceKeys, OutputKeys, SpeedKeys, OptimisationKeys, GrpoKeys, 
     @property
     def is_grpo(self) -> bool:
         return self.task == "grpo"
+
+    @property
+    def start_model(self) -> str | None:
+        """What the run starts from on its base: an adapter, or for grpo also a merged model."""
+        return self.adapter or self.sft_model
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the data's order, and of the rows that a part of a source has."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def expandable_segments(self) -> bool:

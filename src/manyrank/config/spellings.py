@@ -107,7 +107,6 @@ OTHER_TOOLS = {
     "lr_scheduler": "lr_scheduler_type",
     "optimizer": "optim",
     "finetuning_type": "method",
-    "adapter": "method",
     "quantization_bit": "method",
     "lora_target": "lora_target_modules",
     "neat_packing": "packing",
@@ -121,6 +120,10 @@ OTHER_TOOLS = {
     "wandb_name": "run_name",
     "wandb_run_name": "run_name",
     "resume": "resume_from_checkpoint",
+    "adapter_name_or_path": "adapter",
+    "adapter_path": "adapter",
+    "lora_model_dir": "adapter",
+    "peft_model_id": "adapter",
 }
 ADAPTERS = frozenset({"lora", "qlora", "int8", "fp8"})
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
@@ -196,7 +199,7 @@ _INSTEAD = {
     "token hf_token hub_token": "set the environment variable HF_TOKEN, or run `hf auth login`",
     "cache_dir": "set the environment variable HF_HOME",
     "continue": "write resume_from_checkpoint: auto",
-    "use_dora use_rslora lora_bias modules_to_save": "leave it out: adapters are plain LoRA, without biases",
+    "use_dora lora_bias modules_to_save": "leave it out: adapters are plain LoRA or rsLoRA, without biases",
     "neftune_noise_alpha": "leave it out: no noise is added to embeddings here",
     "assistant_only_loss completion_only_loss": "leave it out: only what the assistant says is learned, unless "
     "train_on_prompt is true",

@@ -174,7 +174,7 @@ def prepare(
     share, subsamples, examples = 1.1, None, None  # some more than needed, for those that will be left out
     while examples is None or (needed and len(examples) < needed):
         wanted = min(1.0, share * needed / sum(most)) if needed else 1.0
-        before, subsamples = subsamples, [_subsample(*pair, wanted, config.seed) for pair in zip(rows, most)]
+        before, subsamples = subsamples, [_subsample(*pair, wanted, config.order_seed) for pair in zip(rows, most)]
         if subsamples == before:
             break
         examples, share = _examples(known, subsamples, tokenizer, config), 2 * share

@@ -167,7 +167,7 @@ def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: s
     elif config.eval_data_path:
         evaluation = _prepared(config.eval_data_path, tokenizer, config)
         readings.append(_reading("eval_data_path", config.eval_data_path, evaluation))
-    parts = [_part("training", train, tokenizer, config, seed=config.seed, samples=samples)]
+    parts = [_part("training", train, tokenizer, config, seed=config.order_seed, samples=samples)]
     if evaluation:
         parts.append(_part("validation", evaluation, tokenizer, config, seed=None, samples=samples))
     overlap = int(np.isin(evaluation.content, train.content).sum()) if evaluation else None

@@ -65,6 +65,7 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
         target_modules=config.lora_target_modules,
         exclude_modules=excluded,
         task_type="CAUSAL_LM",

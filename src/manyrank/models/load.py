@@ -46,6 +46,9 @@ from .reach import reach
 from .shards import Share, is_read, loading_in_shards
 from .tiny import ensure
 
+# What wrappers of training scripts have left in the names of saved adapters.
+_WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|default)\.")
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -295,7 +298,7 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = sil
 
 @torch.no_grad()
 def load_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Give a model's new adapters the values of a saved one of the same shape.
+    """Give a model's new adapters the values of a saved one of the same shape, of this project or of another tool.
 
     Raises:
         UserError: they do not fit, or cannot be read.
@@ -303,8 +306,9 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> None:
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         saved = load_file(folder / "adapter_model.safetensors")
+        saved = {_WRAPPERS.sub("", name): tensor for name, tensor in saved.items()}
         for name, parameter in own.items():
-            parameter.copy_(saved.pop(name.replace(".default.", ".")))
+            parameter.copy_(saved.pop(_WRAPPERS.sub("", name)))
         if saved:
             raise KeyError(next(iter(saved)))
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:

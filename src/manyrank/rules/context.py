@@ -94,7 +94,7 @@ class RunContext:
     @property
     def goes_on_from_adapter(self) -> bool:
         """Whether what SFT has made is an adapter, not a whole model."""
-        return bool(self.config.sft_model and artifact.find(self.config.sft_model).adapter)
+        return bool(self.config.start_model and artifact.find(self.config.start_model).adapter)
 
     @cached_property
     def files(self) -> StrategyFiles:

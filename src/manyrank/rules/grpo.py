@@ -90,7 +90,9 @@ GRPO_RULES = (
         "adapter-of-full-grpo",
         ("sft_model", "method"),
         unless(
-            lambda s: s.config.is_grpo and s.config.method == "full" and s.goes_on_from_adapter,
+            lambda s: (
+                s.config.is_grpo and s.config.method == "full" and bool(s.config.sft_model) and s.goes_on_from_adapter
+            ),
             "method full, and {c.sft_model} is an adapter",
         ),
         reason="Full training has no place for an adapter.",

@@ -127,7 +127,7 @@ def _overwrites(s: RunContext) -> str | None:
     if (number := os.environ.get("SLURM_RESTART_COUNT", "0")) not in ("", "0"):
         return f"overwrite_output_dir in a job that was queued again (SLURM_RESTART_COUNT is {number})"
     sources = (*s.config.data_path, *(s.config.eval_data_path or ()))
-    inputs = [s.config.model_name_or_path, s.config.sft_model, s.config.chat_template, *(x.path for x in sources)]
+    inputs = [s.config.model_name_or_path, s.config.start_model, s.config.chat_template, *(x.path for x in sources)]
     below = [path for path in filter(None, inputs) if s.output_dir and _is_below(path, s.output_dir)]
     return f"overwrite_output_dir would remove {below[0]}, which the run reads" if below else None
 
@@ -385,6 +385,20 @@ STEP_RULES = (
 )
 
 OPTIMISATION_RULES = (
+    error(
+        "two-starts",
+        ("adapter", "sft_model"),
+        unless(lambda s: bool(s.config.adapter and s.config.sft_model), "adapter and sft_model together"),
+        reason="A run starts from one adapter.",
+        fix="keep one of them",
+    ),
+    error(
+        "adapter-of-full",
+        ("adapter", "method"),
+        unless(lambda s: bool(s.config.adapter) and s.config.method == "full", "method full, and adapter {c.adapter}"),
+        reason="Full fine-tuning has no place for an adapter.",
+        fix="merge it first (manyrank merge), and train the result; or use method lora",
+    ),
     error(
         "schedule-arguments",
         ("lr_scheduler_kwargs", "lr_scheduler_type"),

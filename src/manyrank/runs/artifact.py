@@ -138,6 +138,11 @@ def _working_folders(run: Path | None) -> list[Path]:
     return [folder.parents[len(path.parts) - 1]] if inside and path.parts else []
 
 
+def adapter_fingerprint(folder: Path) -> str:
+    """Fingerprint the weights of an adapter."""
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()[:32]
+
+
 def base_fingerprint(name: str, commit: str | None) -> str:
     """Fingerprint a base model, wherever it lies: its config, and a piece of each file of weights.
 

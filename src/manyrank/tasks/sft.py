@@ -50,7 +50,7 @@ class SFT(Task):
             pad_token=self.tokenizer.pad_token_id,
             rank=accelerator.process_index,
             ranks=accelerator.num_processes,
-            seed=config.seed if training else None,
+            seed=config.order_seed if training else None,
         )
 
     def check(self, *, precision: Precision) -> None:

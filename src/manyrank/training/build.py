@@ -23,6 +23,7 @@ from ..models import flash
 from ..models.adapters import remove_adapters
 from ..models.load import (
     fitted,
+    load_adapter,
     load_model,
     load_tokenizer,
     plan_load,
@@ -100,7 +101,8 @@ def _build(
     train, evaluation = _examples(task, tokenizer, needed, accelerator)
     base, give_back = _fingerprint(objects.model), _lent(objects.model)
     heartbeat.beat(0, "loading the model")
-    model = _model(config, accelerator, objects.model, precision=precision)
+    adapter = artifact.find(config.adapter).adapter if config.adapter else None
+    model = _model(config, accelerator, objects.model, adapter, precision=precision)
     task.prepare_model(model, accelerator, tokenizer, precision=precision)
     _check_alike(model, accelerator)
     with heartbeat.waiting("distributing the model and the optimizer", compile_locks.explain):
@@ -114,6 +116,7 @@ def _build(
         **task.identity(),
         model=base or artifact.base_fingerprint(resolve_name(config.model_name_or_path), commit),
         loss=objects.loss and f"{objects.loss.__module__}.{objects.loss.__qualname__}",
+        adapter=artifact.adapter_fingerprint(adapter) if adapter else None,
         data=train.fingerprint,
         global_batch_size=config.batch(accelerator.num_processes),
         # What stands beside a global batch is only how it is laid out.
@@ -186,18 +189,29 @@ def _plan(
 
 
 def _model(
-    config: TrainConfig, accelerator: Accelerator, own: PreTrainedModel | None, *, precision: Precision
+    config: TrainConfig,
+    accelerator: Accelerator,
+    own: PreTrainedModel | None,
+    adapter: Path | None,
+    *,
+    precision: Precision,
 ) -> torch.nn.Module:
+    """The base with its adapters; `adapter` is the folder of those that the training continues from."""
+
     def say(line: str) -> None:
         if accelerator.is_main_process:
             print(line, flush=True)
 
     if own:
-        return with_adapters(fitted(own, config, precision=precision, say=say), config, say=say)
-    plan = plan_load(config, accelerator, precision=precision)
-    read = partial(cached_base, where=config.quantized_cache, say=say)
-    with without_zero_init(accelerator) if plan.share else contextlib.nullcontext():
-        return load_model(plan, config, say=say, read=read)
+        model = with_adapters(fitted(own, config, precision=precision, say=say), config, say=say)
+    else:
+        plan = plan_load(config, accelerator, precision=precision)
+        read = partial(cached_base, where=config.quantized_cache, say=say)
+        with without_zero_init(accelerator) if plan.share else contextlib.nullcontext():
+            model = load_model(plan, config, say=say, read=read)
+    if adapter:
+        load_adapter(model, adapter)
+    return model
 
 
 def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
@@ -210,7 +224,7 @@ def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
 
 def _tokenizer(config: TrainConfig, objects: UserObjects) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the recipe's model, or of the run that this one starts from."""
-    own = artifact.find(config.sft_model).own_tokenizer if config.sft_model else None
+    own = artifact.find(config.start_model).own_tokenizer if config.start_model else None
     return load_tokenizer(config.model_copy(update={"model_name_or_path": own}) if own else config, objects.tokenizer)
 
 

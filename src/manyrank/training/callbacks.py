@@ -206,6 +206,7 @@ def training_arguments(
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
+        "data_seed": config.data_seed,
         "logging_steps": steps_between(config.logging_steps, steps_per_epoch, total_steps),
         "logging_first_step": config.logging_first_step,
         "eval_strategy": "steps" if config.has_validation else "no",

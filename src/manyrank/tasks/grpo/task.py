@@ -155,9 +155,8 @@ class GRPO(Task):
         rows = hashlib.sha256()
         for question in self.questions:
             rows.update(json.dumps(question.row, sort_keys=True, default=str).encode())
-        adapter = self._sft_adapter and (self._sft_adapter / "adapter_model.safetensors").read_bytes()
         return {
-            "sft_model": hashlib.sha256(adapter).hexdigest()[:32] if adapter else None,
+            "sft_model": artifact.adapter_fingerprint(self._sft_adapter) if self._sft_adapter else None,
             "rows": rows.hexdigest()[:32],
         }
 
@@ -179,7 +178,7 @@ class GRPO(Task):
             completions=self.config.num_generations,
             rank=accelerator.process_index,
             ranks=accelerator.num_processes,
-            seed=self.config.seed if training else None,
+            seed=self.config.order_seed if training else None,
         )
 
     def forward_backward(self, step: PromptStep, *, number: int) -> StepLoss:

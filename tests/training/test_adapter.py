@@ -1,0 +1,138 @@
+"""Training that continues from an adapter, of a run or of another tool."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launches import launch, nightly
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from small_models import plain_loss
+from transformers import AutoModelForCausalLM
+
+START = ("--eval_data_path=data/validation.jsonl", "--eval_on_start", "--max_steps=2")
+
+
+@pytest.fixture(scope="module")
+def first(embedded_model, tmp_path_factory):
+    """A run whose adapter has learned something."""
+    run = launch(
+        tmp_path_factory.mktemp("first") / "run", "--max_steps=8", "--lr=3e-3", "--lora_r=5", "--lora_alpha=11"
+    )
+    assert run.code == 0, run.stderr
+    return run.folder
+
+
+@pytest.fixture(scope="module")
+def foreign(embedded_model, tmp_path_factory):
+    """An adapter that another tool has made: rsLoRA on some layers, not at its beginning."""
+    folder = tmp_path_factory.mktemp("foreign") / "adapter"
+    torch.manual_seed(3)
+    config = LoraConfig(
+        r=6, lora_alpha=9, target_modules=["q_proj", "down_proj"], use_rslora=True, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(embedded_model), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def loss_of(adapter: Path, base, tokenizer) -> float:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return plain_loss(model.eval(), tokenizer, "data/validation.jsonl")
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp", "zero3", *nightly("ddp", "zero2")])
+def test_the_loss_before_the_first_step_is_that_of_the_adapter(strategy, first, embedded_model, tokenizer, tmp_path):
+    nproc = 1 if strategy == "single" else 2
+    run = launch(tmp_path / "run", *START, f"--adapter={first}", f"--strategy={strategy}", f"--nproc={nproc}")
+    assert run.code == 0, run.stderr
+    wanted = loss_of(first / "final_model", embedded_model, tokenizer)
+    assert run.metrics("eval_loss")[0] == pytest.approx(wanted, abs=1e-5)
+    assert run.metrics("eval_loss")[-1] != pytest.approx(wanted, abs=1e-4)  # it has gone further
+    shape = json.loads((run.folder / "final_model" / "adapter_config.json").read_text())
+    assert (shape["r"], shape["lora_alpha"]) == (5, 11)
+
+
+@pytest.mark.parametrize("strategy", ["single", *nightly("fsdp", "zero3")])
+def test_on_a_base_in_4_bits(strategy, embedded_model, tmp_path):
+    place = (f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}", "--method=qlora")
+    before = launch(
+        tmp_path / "before", *START[:1], *place, "--max_steps=4", "--eval_steps=4", "--save_steps=4", "--lr=3e-3"
+    )
+    run = launch(tmp_path / "run", *START, *place, f"--adapter={before.folder / 'checkpoint-4'}")
+    assert run.code == 0, run.stderr
+    assert run.metrics("eval_loss")[0] == pytest.approx(before.metrics("eval_loss")[-1], abs=1e-5)
+
+
+@pytest.mark.parametrize("names", ["as peft", "wrapped", "pattern"])
+def test_adapters_of_other_tools(names, foreign, embedded_model, tokenizer, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(foreign, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    if names == "wrapped":
+        renamed = {
+            name.replace("model.layers", "model._orig_mod.layers").replace(".lora_A", ".lora_A.default"): tensor
+            for name, tensor in weights.items()
+        }
+        save_file(renamed, adapter / "adapter_model.safetensors")
+    if names == "pattern":
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        config["target_modules"] = r".*\.(?:q_proj|down_proj)"
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+    run = launch(tmp_path / "run", *START, f"--adapter={adapter}", "--lr=0", "--strategy=single")
+    assert run.code == 0, run.stderr
+    assert run.metrics("eval_loss")[0] == pytest.approx(loss_of(foreign, embedded_model, tokenizer), abs=1e-5)
+    final = run.folder / "final_model"
+    shape = json.loads((final / "adapter_config.json").read_text())
+    assert (shape["r"], shape["lora_alpha"], shape["use_rslora"]) == (6, 9, True)
+    assert sorted(shape["target_modules"]) == ["down_proj", "q_proj"]
+    saved = load_file(final / "adapter_model.safetensors")
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
+    assert loss_of(final, embedded_model, tokenizer) == pytest.approx(run.metrics("eval_loss")[-1], abs=1e-5)
+
+
+def test_a_resume_is_exact_and_knows_its_adapter(first, foreign, tmp_path):
+    args = (f"--adapter={first}", "--max_steps=4", "--save_steps=2", "--strategy=single")
+    whole = launch(tmp_path / "whole", *args)
+    again = f"--resume_from_checkpoint={whole.folder / 'checkpoint-2'}"
+    resumed = launch(tmp_path / "resumed", *args, again)
+    assert resumed.code == 0 and resumed.metrics() == whole.metrics()[2:], resumed.stderr
+    other = launch(tmp_path / "other", *args[1:], again, f"--adapter={whole.folder}")
+    assert other.code == 2 and "adapter: " in other.stderr and "--resume_changes adapter" in other.stderr, other.stderr
+
+
+@pytest.mark.parametrize(
+    "args, what",
+    [
+        (("--adapter={first}", "--lora_r=32"), "lora_r is 32, and that of"),
+        (("--adapter={first}", "--method=full"), "method full, and adapter"),
+        (("--adapter=nowhere",), "there is no folder 'nowhere'"),
+    ],
+)
+def test_what_contradicts_the_adapter_is_refused(args, what, first, tmp_path):
+    run = launch(tmp_path / "run", *(arg.format(first=first) for arg in args))
+    assert run.code == 2 and what in run.stderr and not run.folder.exists()
+
+
+def test_an_adapter_of_another_base_is_refused(foreign, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(foreign, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: tensor[:, :-1].contiguous() if "lora_A" in name else tensor for name, tensor in weights.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    run = launch(tmp_path / "run", f"--adapter={adapter}", "--max_steps=1", "--strategy=single")
+    assert run.code == 2 and "the adapter does not fit the model" in run.stderr
+    whole = launch(tmp_path / "whole", "--adapter=" + str(first_base(adapter)), "--max_steps=1")
+    assert whole.code == 2 and "is a whole model, and no adapter" in whole.stderr
+
+
+def first_base(adapter: Path) -> str:
+    return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
