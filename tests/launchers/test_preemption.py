@@ -251,10 +251,11 @@ def test_a_run_that_was_asked_to_stop_is_not_started_anew(embedded_model, tmp_pa
 
 
 def test_a_users_error_is_not_tried_again(embedded_model, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c"}\n')
+    good = '{"question": "a", "answer": "b"}\n' * 1200  # the launch looks at the first 1,000 rows
+    (tmp_path / "rows.jsonl").write_text(good + '{"question": "c"}\n')
     options = (f"--data_path={tmp_path / 'rows.jsonl'}", "--strategy=ddp", "--nproc=2", "--max_restarts=3")
     run = launch(tmp_path / "run", *options)
-    assert run.code == 2 and run.stderr.count("error: 1 of 2 rows cannot be used") == 1, run.stderr
+    assert run.code == 2 and run.stderr.count("error: 1 of 1,201 rows cannot be used") == 1, run.stderr
 
 
 # Rank 1 is at its start when rank 0 ends, and torch's agent sends it a SIGTERM that asks no run to stop.

@@ -307,7 +307,7 @@ def test_a_start_that_fails_leaves_nothing(embedded_model, tmp_path):
     """Also where the fault is found after the ranks have met and written their signs of life."""
     rows = tmp_path / "rows.jsonl"
     good = '{"question": "a", "answer": "b"}\n'
-    rows.write_text(good * 150 + '{"question": "c"}\n')
+    rows.write_text(good * 1200 + '{"question": "c"}\n')
     argv = [
         sys.executable,
         "-m",
@@ -319,7 +319,7 @@ def test_a_start_that_fails_leaves_nothing(embedded_model, tmp_path):
     ]
     for options in (["--strategy=single"], ["--strategy=ddp", "--nproc=2"]):
         done = warm.run([*argv, *options], cwd=ROOT, timeout=120)
-        assert done.returncode == 2 and "1 of 151 rows cannot be used" in done.stderr, done.stderr
+        assert done.returncode == 2 and "1 of 1,201 rows cannot be used" in done.stderr, done.stderr
         assert not (tmp_path / "run").exists() or run_folder.is_new(tmp_path / "run")
 
 

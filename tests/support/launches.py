@@ -41,7 +41,8 @@ def launch(folder: Path, *args: str, recipe: str = "verify", cwd: Path = ROOT, c
     Args:
         cold: in a new interpreter, see `warm`.
     """
-    argv = [sys.executable, "-m", "manyrank.cli", "train", recipe, f"--output_dir={folder}", "--logging_steps=1", *args]
+    argv = [sys.executable, "-m", "manyrank.cli", "train", recipe, f"--output_dir={folder}", *args]
+    argv += [] if any(arg.startswith("--logging_steps=") for arg in args) else ["--logging_steps=1"]
     run = subprocess.run if cold else warm.run
     done = run(argv, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, timeout=400)
     return Run(done.returncode, done.stdout, done.stderr, folder)

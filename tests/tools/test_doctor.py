@@ -221,7 +221,7 @@ def test_a_machine_that_does_not_come(tmp_path):
             "limit: 'soon' is invalid: input should be a valid integer, unable to parse string as an integer",
         ),
         (["--max_restarts=2"], "max_restarts"),
-        (["--nnodes=2"], "2 machines, and rdzv_endpoint is None"),
+        (["--nnodes=2"], "2 machines, and no address of machine 0"),
     ],
 )
 def test_wrong_input(argv, error):

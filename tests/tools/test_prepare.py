@@ -503,7 +503,11 @@ def test_wrong_configs(refused, config, what, fix):
     [
         (["--outputdir", "x"], "there is no option '--outputdir'", "did you mean --output_dir?"),
         (["--max_rows", "few"], "max_rows: 'few' is invalid", "README"),
-        (["--overwrite", "perhaps"], "one word too many: 'perhaps'", "usage: manyrank data prepare CONFIG"),
+        (
+            ["--overwrite", "perhaps"],
+            "--overwrite: 'perhaps' is none of its values",
+            "--overwrite: replace an output_dir",
+        ),
         (["--output_dir"], "--output_dir needs a value", "the folder to write"),
     ],
 )

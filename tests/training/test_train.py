@@ -222,9 +222,10 @@ def test_steps_as_shares_of_the_run_and_a_validation_before_it(embedded_model, t
 
 
 def test_the_order_of_the_data_has_a_seed_of_its_own(whole_run, embedded_model, tmp_path):
-    same, other = (launch(tmp_path / seed, "--max_steps=3", f"--data_seed={seed}") for seed in ("42", "7"))
+    args = ("--max_steps=6", "--strategy=single")
+    same, other = (launch(tmp_path / seed, *args, f"--data_seed={seed}") for seed in ("42", "7"))
     assert same.code == other.code == 0, same.stderr + other.stderr
-    assert same.metrics() == pytest.approx(whole_run.metrics()[:3], abs=1e-5)
+    assert same.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
     assert other.metrics()[0] != pytest.approx(same.metrics()[0], abs=1e-3)
 
 
@@ -341,7 +342,10 @@ def test_a_run_replaces_an_earlier_one_when_nothing_can_be_refused_any_more(embe
     assert all(path.stat().st_mtime_ns == before[path] for path in files)
     again = launch(tmp_path / "run", "--max_steps=2", "--strategy=ddp", "--nproc=2", *args)
     assert again.code == 0, again.stderr
-    assert f"overwrite_output_dir: removed the run in {again.folder} (checkpoint-2, checkpoint-4, " in again.stdout
+    assert (
+        f"overwrite_output_dir: removed the run in {again.folder} (adapter_config.json, adapter_model.safetensors, checkpoint-2, checkpoint-4, "
+        in again.stdout
+    )
     assert [path.name for path in sorted(again.folder.glob("checkpoint-*"))] == ["checkpoint-2"]
     assert (again.folder / "notes.txt").read_text() == "mine" and len(again.metrics()) == 2
     assert again.facts()["world_size"] == 2
