@@ -127,7 +127,7 @@ CASES = [
     ("grpo-in-float8", {**GRPO, "method": "fp8"}, {"method": "qlora"}),
     ("generation-from-host-memory", {**GRPO, "strategy": "zero3_offload"}, {"strategy": "zero3"}),
     ("sft-model-of-sft", {"sft_model": "ADAPTER"}, {"sft_model": None}),
-    ("two-starts", {**GRPO, "sft_model": "ADAPTER", "adapter": "ADAPTER"}, {"adapter": None}),
+    ("two-starts", {**GRPO, "sft_model": "ADAPTER", "adapter": "ADAPTER"}, {"sft_model": None}),
     ("adapter-of-full", {"adapter": "ADAPTER", "method": "full"}, {"method": "qlora"}),
     ("compiled-generation", {**GRPO, "torch_compile": True}, {"torch_compile": False}),
     ("processes-of-single", {"strategy": "single"}, {"nproc": 1}),

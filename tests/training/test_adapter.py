@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from small_models import plain_loss
 from transformers import AutoModelForCausalLM
 
+from manyrank import SFTConfig
+
 START = ("--eval_data_path=data/validation.jsonl", "--eval_on_start", "--max_steps=2")
 
 
@@ -118,6 +120,11 @@ def test_a_resume_is_exact_and_knows_its_adapter(first, foreign, tmp_path):
 def test_what_contradicts_the_adapter_is_refused(args, what, first, tmp_path):
     run = launch(tmp_path / "run", *(arg.format(first=first) for arg in args))
     assert run.code == 2 and what in run.stderr and not run.folder.exists()
+
+
+def test_no_adapter_from_python_is_the_default():
+    config = SFTConfig(model_name_or_path="embedded", data_path="data/sample.jsonl", adapter=None)
+    assert config.method == "lora" and config.adapter is None
 
 
 def test_an_adapter_of_another_base_is_refused(foreign, tmp_path):

@@ -33,7 +33,9 @@ class SFTConfig(TrainConfig):
 
         def __init__(self, recipe: str | Path | None = None, **values: Any) -> None:
             recipe = recipe if recipe or values else "default"
-            entries = [Setting(key, _plain(value), f"SFTConfig, {key}") for key, value in values.items()]
+            # None is what a key without a value has; in Axolotl's recipes a blank adapter is full fine-tuning.
+            given = {key: value for key, value in values.items() if not (key == "adapter" and value is None)}
+            entries = [Setting(key, _plain(value), f"SFTConfig, {key}") for key, value in given.items()]
             resolved = resolve(None if recipe is None else str(recipe), entries)
             super().__init__(**dict(resolved.config))
             self._resolved = resolved
