@@ -4,6 +4,7 @@ import json
 
 import pytest
 from launches import launch, nightly
+from safetensors.torch import load_file
 
 from manyrank.parallel.loss_scale import FIRST, LEAST, WINDOW, LossScale
 
@@ -56,7 +57,7 @@ def fp16(tmp_path):
 )
 def test_a_step_whose_gradients_overflow_is_taken_again(strategy, method, fp16, whole_run, tmp_path):
     nproc = 1 if strategy == "single" else 2
-    args = (f"--strategy={strategy}", f"--nproc={nproc}", f"--method={method}", "--max_steps=6")
+    args = (f"--strategy={strategy}", f"--nproc={nproc}", f"--method={method}", "--max_steps=6", "--save_steps=6")
     run, scales = fp16("run", *args)
     assert run.facts()["precision"] == "fp16" and scales == [FIRST] * 7
     if method == "lora":
@@ -66,6 +67,8 @@ def test_a_step_whose_gradients_overflow_is_taken_again(strategy, method, fp16, 
     assert high.metrics() == pytest.approx(run.metrics(), abs=0.01)
     assert high.metrics("grad_norm") == pytest.approx(run.metrics("grad_norm"), rel=0.05)
     assert len(high.metrics()) == 6
+    states = load_file(high.folder / "checkpoint-6" / "optimizer-00001.safetensors")
+    assert {state.item() for name, state in states.items() if name.endswith("|step")} == {6.0}
 
 
 def test_a_checkpoint_keeps_the_scale_and_a_resume_is_exact(fp16, tmp_path):

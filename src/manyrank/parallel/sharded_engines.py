@@ -214,7 +214,8 @@ class DeepSpeedEngine(Engine):
     def optimizer_state(self) -> Iterator[tuple[str, OptimizerState]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        steps, keys = torch.tensor(float(self.wrapped.global_steps)), self._moments()
+        taken = self.wrapped.global_steps - self.wrapped.skipped_steps  # an overflow is a step of DeepSpeed, too
+        steps, keys = torch.tensor(float(taken)), self._moments()
         for name, parameter in self.trainable.items():
             moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in keys}
             yield name, {"step": steps, **moments}
