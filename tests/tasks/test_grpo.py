@@ -1,6 +1,7 @@
 """GRPO in real runs: what is learned from, the reference, every strategy, resuming, signals, and what is refused."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -75,13 +76,12 @@ def nothing_left_by_others():
         yield
 
 
-def session_of(folder: Path, *args: str):
+def session_of(folder: Path, *args: str, precision: Precision = Precision.FLOAT32):
     entries = [
         Setting(name, value, "test") for name, _, value in (a.partition("=") for a in last_wins(*SMALL, *BATCH, *args))
     ]
-    return build_run(
-        resolve(None, entries).config, ranks.from_environment(), GRPO, output_dir=folder, precision=Precision.FLOAT32
-    )
+    config = resolve(None, entries).config
+    return build_run(config, ranks.from_environment(), GRPO, output_dir=folder, precision=precision)
 
 
 def log_probs(model, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
@@ -262,6 +262,16 @@ def test_full_training_validation_and_a_report(embedded_model, tmp_path):
     page = (run.folder / "report.html").read_text()
     for sign in ('id="chart-reward"', 'id="chart-kl"', 'id="completions"', "reward, last", "What is "):
         assert sign in page
+
+
+def test_a_step_that_overflows_is_measured_once(embedded_model, tmp_path):
+    """It is taken again with the same completions."""
+    trainer = session_of(tmp_path / "run", "--fp16=true", precision=Precision.FP16).trainer
+    trainer.engine.loss_scale.value = 2.0**60
+    result = trainer.train_step(trainer.loader.step(0))
+    assert trainer.engine.loss_scale.value < 2.0**50 and math.isfinite(result.grad_norm)
+    counts = {key: len(values) for key, values in trainer.task.state().items()}
+    assert counts["reward"] == 1 and counts["entropy"] == counts["kl"] == 4  # micro-batches
 
 
 def test_a_line_of_metrics_over_a_resume(sft, tmp_path):

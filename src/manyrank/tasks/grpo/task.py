@@ -51,6 +51,7 @@ class GRPO(Task):
         self.questions: list[Question] = []  # of the training examples, then of the validation's
         self.step: PromptStep | None = None  # the last one, and its micro-batches
         self.parts: list[dict] = []
+        self.unmeasured: dict[str, list[float]] = {}  # of trl, when these were completed
 
     @staticmethod
     def rows_needed(config: TrainConfig, batch: int) -> int:
@@ -186,8 +187,9 @@ class GRPO(Task):
             self.in_phase("generating completions")
             with self.engine.whole():
                 self.parts = self.trl.complete(step.numbers, step=number)
-            self.step = step
+            self.step, self.unmeasured = step, self.trl.unmeasured
             self._count(step, self.parts)
+        self.trl.unmeasured = self.unmeasured  # without the losses of an attempt that overflowed
         losses, parts = [], self.parts
         for index, inputs in enumerate(parts):
             last = index + 1 == len(parts)

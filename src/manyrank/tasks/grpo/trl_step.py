@@ -156,12 +156,12 @@ class TrlStep(GRPOTrainer):
     @property
     def unmeasured(self) -> dict[str, list[float]]:
         """The values whose means the next call of `measured` returns; a checkpoint keeps them."""
-        return dict(self._metrics["train"])
+        return {key: list(values) for key, values in self._metrics["train"].items()}
 
     @unmeasured.setter
     def unmeasured(self, values: dict[str, list[float]]) -> None:
         self._metrics["train"].clear()
-        self._metrics["train"].update(values)
+        self._metrics["train"].update({key: list(values) for key, values in values.items()})
 
     def validated(self, completions: int) -> dict[str, list[float]]:
         """Return the rewards of the last step's first completions over all ranks, by name, and drop trl's means."""
