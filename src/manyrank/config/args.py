@@ -489,8 +489,7 @@ def parse_with(argv: Sequence[str], model: type[Model], *, prog: str, launch: bo
         for option, entry in settings
         if option.owner is TrainConfig
     ]
-    line = CommandLine(recipe, overrides, options, parser.build(SlurmOptions, settings))
-    return line, parser.build(model, settings)
+    return CommandLine(recipe, overrides, options, parser.build(SlurmOptions, settings)), parser.build(model, settings)
 
 
 def as_grpo(line: CommandLine) -> CommandLine:
