@@ -82,6 +82,19 @@ def test_what_is_not_published(whole_run, hub, push, tmp_path):
     assert hub.files == {}
 
 
+def test_a_folder_with_a_name_like_the_hubs_is_no_base_wherever_one_stands(whole_run, hub, push, tmp_path):
+    work = tmp_path / "work"
+    final = shutil.copytree(whole_run.folder / "final_model", work / "output" / "my" / "final_model")
+    (work / "output" / "my" / "config.yaml").write_text("output_dir: output/my\n")
+    (work / BASE).mkdir(parents=True)
+    (work / BASE / "config.json").write_text("{}")
+    config = json.loads((final / "adapter_config.json").read_text()) | {"base_model_name_or_path": BASE}
+    (final / "adapter_config.json").write_text(json.dumps(config))
+    done = push("work/output/my", "me/my")
+    assert done.returncode == 2 and f"base is a folder of this machine: {work / BASE}" in done.stderr
+    assert hub.files == {} and push("work/output/my", "me/my", "--base", BASE).returncode == 0
+
+
 def test_a_run_pushes_at_its_end_and_does_not_fail_for_it(hub, embedded_model, tmp_path):
     """With the base under a name that could be the hub's."""
     (tmp_path / "Qwen").mkdir()

@@ -20,7 +20,7 @@ from pathlib import Path
 from ..config.args import Options, arg, read_options, word
 from ..errors import UserError, in_one_line
 from ..runs import hub
-from ..runs.artifact import find
+from ..runs.artifact import ModelSource, find
 from ..runs.run_folder import NAME as CHECKPOINT
 from ..training.model_card import THIS_MODEL
 
@@ -68,12 +68,13 @@ def push(name: str, repo: str, *, private: bool = False, base: str | None = None
     """
     from huggingface_hub import HfApi
 
-    folder, api = _final_model(name), HfApi()
+    source, api = find(name, base=base), HfApi()
+    folder = _final_model(source)
     with _of_the_hub(repo):
         user = api.whoami()["name"]
     repo_id = repo if "/" in repo else f"{user}/{repo}"
     with tempfile.TemporaryDirectory(prefix="manyrank-push-") as staged:
-        _stage(folder, Path(staged), repo_id, base)
+        _stage(source, folder, Path(staged), repo_id, base)
         with _of_the_hub(repo_id):
             url = api.create_repo(repo_id, private=private or None, exist_ok=True)
             if private and not api.repo_info(repo_id).private:
@@ -94,12 +95,11 @@ def push_at_end(folder: Path, repo: str | None, *, private: bool) -> None:
         print(f"warning: not pushed: {in_one_line(error)}{fix}\nto push it, type: {command}", file=sys.stderr)
 
 
-def _final_model(name: str) -> Path:
+def _final_model(source: ModelSource) -> Path:
     """The folder to upload; refuse what is no final model."""
-    source = find(name)
     folder = source.adapter or Path(source.base).expanduser()
     if not folder.is_dir():
-        raise UserError("there is no such folder", where=name, fix="name a run, an adapter or a model's folder")
+        raise UserError("there is no such folder", where=source.name, fix="name a run, an adapter or a model's folder")
     if CHECKPOINT.fullmatch(folder.name):
         fix = "let the run end, or merge the checkpoint and push the merged model"
         raise UserError("a checkpoint is not published", where=str(folder), fix=fix)
@@ -108,7 +108,7 @@ def _final_model(name: str) -> Path:
     return folder
 
 
-def _stage(folder: Path, staged: Path, repo_id: str, base: str | None) -> None:
+def _stage(source: ModelSource, folder: Path, staged: Path, repo_id: str, base: str | None) -> None:
     """Put links to the files into a folder, and changed files in place of those that name this machine."""
     for file in (file for pattern in FILES for file in folder.glob(pattern)):
         link = staged / file.relative_to(folder)
@@ -117,9 +117,7 @@ def _stage(folder: Path, staged: Path, repo_id: str, base: str | None) -> None:
         link.symlink_to(file.absolute())
     adapter, card = staged / "adapter_config.json", staged / "README.md"
     if adapter.exists():
-        _name_base(adapter, base, folder)
-    elif base:
-        raise UserError(f"a base for {folder}, which is no adapter", where="--base", fix="leave it out")
+        _name_base(adapter, source)
     if card.exists():
         _name_model(card, repo_id, base)
     for file in (card, *staged.glob("*config.json")):
@@ -128,14 +126,15 @@ def _stage(folder: Path, staged: Path, repo_id: str, base: str | None) -> None:
             raise UserError(f"names a folder of this machine: {path[0]}", where=str(folder / file.name), fix=fix)
 
 
-def _name_base(file: Path, base: str | None, folder: Path) -> None:
-    values = json.loads(file.read_text(encoding="utf-8"))
-    named = str(base or values.get("base_model_name_or_path"))
-    if not hub.NAME.fullmatch(named) or (not base and Path(named).is_dir()):
+def _name_base(file: Path, source: ModelSource) -> None:
+    """Write the base's name on the hub, if it has one; a name that is a folder where the run was trained is none."""
+    if not hub.NAME.fullmatch(source.base):
         fix = "add --base ORG/NAME, its name on the hub; or push what `manyrank merge` makes, which needs no base"
-        raise UserError(f"the adapter's base is a folder of this machine: {named}", where=str(folder), fix=fix)
-    if base:
-        _rewrite(file, json.dumps(values | {"base_model_name_or_path": base}, indent=2))
+        what = f"the adapter's base is a folder of this machine: {source.base}"
+        raise UserError(what, where=str(source.adapter), fix=fix)
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.get("base_model_name_or_path") != source.base:
+        _rewrite(file, json.dumps(values | {"base_model_name_or_path": source.base}, indent=2))
 
 
 def _name_model(card: Path, repo_id: str, base: str | None) -> None:
