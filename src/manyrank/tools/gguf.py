@@ -26,6 +26,7 @@ from typing import Literal
 from ..config.args import Options, arg, read_options, word
 from ..errors import EXIT_FAILED, UserError
 from ..runs.artifact import ModelSource, find
+from ..runs.run_folder import check_writable
 from ..signals import die_with_parent
 from .merge.main import MergeFailed, merge
 
@@ -96,6 +97,7 @@ def _output(options: GgufOptions, source: ModelSource) -> Path:
         raise UserError(f"{output} is a folder", where="output", fix="name a file")
     if output.exists() and not options.overwrite:
         raise UserError(f"{output} is there already", where="output", fix="choose another --output, or add --overwrite")
+    check_writable(output, where="output", fix="choose another --output")
     return output
 
 
