@@ -187,9 +187,8 @@ class TrainingRun:
         """Write what a final model has beside its weights."""
         self.tokenizer.save_pretrained(folder)
         state, batch = self.trainer.state, self.config.batch(self.accelerator.num_processes)
-        card = model_card(
-            self.config, self.output_dir, steps=state.global_step, batch=batch, log_history=state.log_history
-        )
+        named = self.config.model_copy(update={"model_name_or_path": self.trainer.task.model_name})
+        card = model_card(named, self.output_dir, steps=state.global_step, batch=batch, log_history=state.log_history)
         (folder / "README.md").write_text(card, encoding="utf-8")
         run_folder.give_usual_modes(folder)
 

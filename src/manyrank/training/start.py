@@ -31,7 +31,7 @@ def describe_start(trainer: Trainer, facts: StrategyInfo, planned: PlannedRun | 
     config, evaluation = trainer.config, trainer.eval_loader
     share = facts.trained_parameters / facts.parameters
     lines = {
-        "model": f"{config.model_name_or_path}: {count(facts.parameters)} parameters, "
+        "model": f"{trainer.task.model_name}: {count(facts.parameters)} parameters, "
         f"{count(facts.trained_parameters)} ({share:.2%}) trained",
         "method": _method(config, facts),
         "training data": trainer.loader.examples.describe(),
@@ -48,11 +48,8 @@ def describe_start(trainer: Trainer, facts: StrategyInfo, planned: PlannedRun | 
 
 
 def _method(config: TrainConfig, facts: StrategyInfo) -> str:
-    targets = (
-        config.lora_target_modules
-        if isinstance(config.lora_target_modules, str)
-        else ", ".join(config.lora_target_modules)
-    )
+    targets = config.lora_target_modules
+    targets = targets if isinstance(targets, str) else ", ".join(targets)
     adapters = f", rank {config.lora_r}, alpha {config.lora_alpha:g}, on {targets}" if config.uses_lora else ""
     return f"{config.method}{adapters}; {Precision(facts.precision).label}"
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..config.resolve import TrainConfig
+from ..config.resolve import DEFAULT_MODEL, TrainConfig
 from ..data.dataset import Examples
 from ..data.loader import Step
 from ..parallel.engine import Engine
@@ -79,6 +79,14 @@ class Task(ABC):
 
     def __init__(self, config: TrainConfig, objects: UserObjects) -> None:
         self.config, self.objects = config, objects
+
+    @property
+    def model_name(self) -> str:
+        """The base's name for people; of one that a script passes without naming it, the name that it has itself."""
+        own = self.objects.model
+        if own is None or self.config.model_name_or_path != DEFAULT_MODEL:
+            return self.config.model_name_or_path
+        return own.name_or_path or type(own).__name__
 
     @staticmethod
     def rows_needed(config: TrainConfig, batch: int) -> int:
