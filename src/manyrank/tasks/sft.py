@@ -59,10 +59,8 @@ class SFT(Task):
         micro = trial(packed=packed).to(self.device)
         with engine.evaluating():
             if packed:
-                exact = not precision.half and self.config.method not in (
-                    "int8",
-                    "fp8",
-                )  # which round rows of activations
+                rounds = self.config.method in ("int8", "fp8")  # rows of activations
+                exact = not precision.half and not rounds
                 prove_packing(engine.wrapped, engine.model, exact=exact, device=self.device)
             self.token_loss.prove(micro.inputs, micro.positions, micro.targets, agree=self._agree)
 

@@ -40,11 +40,8 @@ WRAPPERS = {
     EngineKind.FSDP: "FSDP",
     EngineKind.DEEPSPEED: "DeepSpeedEngine",
 }
-TOLERANCE = {
-    "no": 1e-5,
-    "bf16": 2e-2,
-    "fp16": 2e-2,
-}  # largest difference of losses and gradient norms; bf16 rounds at 4e-3
+# Largest difference of losses and gradient norms; bf16 rounds at 4e-3.
+TOLERANCE = {"no": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 SHARD_SLACK = 1.05  # padding of uneven shards
 
 

@@ -44,11 +44,8 @@ HEAD_BYTES = 1 << 20  # of a data file that are compared between machines
 FREE = 0.9  # of a GPU's memory: less is free when somebody else uses it
 EXCHANGE_SECONDS = 4.0  # that one size may take, on a slow network
 PART_OF_LINK = 0.4  # of a link's figure that an all-reduce of large messages reaches at least
-LOSS_DIFFERENCE = {
-    "no": 1e-5,
-    "bf16": 2e-2,
-    "fp16": 2e-2,
-}  # of a step that is taken again, as `manyrank verify` allows it
+# Of a step that is taken again, as `manyrank verify` allows it.
+LOSS_DIFFERENCE = {"no": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 STEPS = 2
 SMALL_RUN = {"max_length": 256, "save_steps": 1, "logging_steps": 1, "max_steps": STEPS}
 _KEPT: list[object] = []  # for the reason that train keeps its run
