@@ -675,6 +675,11 @@ def test_a_section_takes_names_of_other_tools_with_their_values(recipe):
     assert (config := resolve(path).config).method == "qlora" and config.learning_rate == 1e-3
 
 
+def test_a_section_whose_name_alone_means_something_else_is_read(recipe):
+    assert resolve(recipe("model: embedded\ndata_path: x\nlora: {r: 4, alpha: 9}\n")).config.lora_r == 4
+    assert not INSTEAD.keys() & KNOWN.spellings.keys()  # what has a name here is not answered with another
+
+
 # The JSON schema for editors
 
 
