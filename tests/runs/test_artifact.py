@@ -16,6 +16,7 @@ from manyrank.models.load import load_model as with_model
 from manyrank.models.load import plan_load, with_adapters
 from manyrank.models.tiny import ensure
 from manyrank.runs.artifact import find
+from manyrank.runs.run_folder import ADAPTER, link_adapter
 from manyrank.topology.precision import Precision
 
 
@@ -47,6 +48,19 @@ def test_a_run_without_a_final_model_gives_its_newest_complete_checkpoint(run, t
     assert find(str(tmp_path / "run")).adapter.name == "checkpoint-2"
     (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").write_bytes(b"half")
     assert find(str(tmp_path / "run")).adapter.name == "checkpoint-1"
+
+
+def test_the_folder_of_a_run_has_links_to_its_final_adapter(run, tmp_path):
+    links = [run / name for name in ADAPTER]
+    assert all(
+        link.is_symlink() and link.read_bytes() == (run / "final_model" / link.name).read_bytes() for link in links
+    )
+    copy = shutil.copytree(run, tmp_path / "run")  # which has files in their place
+    (copy / "final_model" / "adapter_model.safetensors").write_bytes(b"of a later training")
+    link_adapter(copy)
+    assert (copy / "adapter_model.safetensors").read_bytes() == b"of a later training"
+    shutil.move(copy, tmp_path / "moved")
+    assert (tmp_path / "moved" / "adapter_model.safetensors").read_bytes() == b"of a later training"
 
 
 def trained_on(name: str, folder):

@@ -114,8 +114,9 @@ def link_adapter(output_dir: Path) -> None:
     """Link final_model's adapter in the run's folder, for `PeftModel.from_pretrained(base, OUTPUT_DIR)`."""
     for name in ADAPTER:
         link, target = output_dir / name, Path("final_model", name)
-        if (output_dir / target).is_file() and not link.is_symlink():
-            with contextlib.suppress(OSError):  # some file systems have no links
+        with contextlib.suppress(OSError):  # some file systems have no links
+            link.unlink(missing_ok=True)  # in a copy of a run it may be a file, of an earlier final_model
+            if (output_dir / target).is_file():
                 link.symlink_to(target)
 
 
