@@ -939,6 +939,12 @@ def test_a_bad_row_among_the_first_is_refused_before_the_launch(data):
     assert check_data(config.data_path[0], config) == "question_answer"
 
 
+def test_a_bad_row_that_the_seed_may_leave_out_is_left_to_the_run(data):
+    source = {"path": data('{"question": "q", "answer": "a"}\n' * 500 + "nonsense\n"), "max_rows": 10}
+    config = resolved(data_path=[source]).config
+    assert check_data(config.data_path[0], config) == "question_answer"
+
+
 def test_later_bad_rows_are_left_to_the_run(data):
     config = resolved(data_path=data('{"question": "q", "answer": "a"}\n' * 1000 + "nonsense\n")).config
     assert check_data(config.data_path[0], config) == "question_answer"

@@ -183,7 +183,7 @@ def _file_problems(resolved: ResolvedConfig) -> list[UserError]:
 
 
 def check_data(source: DataSource, config: TrainConfig) -> str:
-    """Read the start of a source as the run will; of a name on the hub, or where bad rows are skipped, to the first good row.
+    """Read the start of a source as the run will; to the first good row of a name on the hub, or where a bad one may pass.
 
     Returns:
         Its format.
@@ -199,7 +199,7 @@ def check_data(source: DataSource, config: TrainConfig) -> str:
         rows += 1
         try:
             to_sample(row.readable(), known.format_type, known.columns)
-            if not stops or not Path(known.path).exists():
+            if not stops or known.max_rows or not Path(known.path).exists():  # the seed chooses among rows
                 return known.format_type
         except BadRow as problem:
             bad.append((row.place, problem))
