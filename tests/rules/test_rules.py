@@ -1049,14 +1049,21 @@ def test_a_folder_without_a_run_is_never_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(UserError, match=r"holds no run: thesis\.txt"):
         check_output_dir(resolved(overwrite_output_dir=True).config, tmp_path)
+    (tmp_path / "checkpoint-5").mkdir()  # of another tool
+    with pytest.raises(UserError, match=r"has no launch\.json"):
+        check_output_dir(resolved(overwrite_output_dir=True).config, tmp_path)
 
 
+@pytest.mark.parametrize("home", [False, True])
 @pytest.mark.parametrize("key", ["model_name_or_path", "sft_model", "data_path"])
-def test_a_run_does_not_overwrite_what_it_reads(key, tmp_path):
+def test_a_run_does_not_overwrite_what_it_reads(key, home, tmp_path, monkeypatch):
     inside = tmp_path / "run" / "final_model"
     adapter_folder(inside) if key == "sft_model" else model_folder(inside, llama())
     (inside / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
     path = str(inside / "rows.jsonl" if key == "data_path" else inside)
+    if home and key != "data_path":  # which is written out when the recipe is read
+        monkeypatch.setenv("HOME", str(tmp_path))
+        path = path.replace(str(tmp_path), "~")
     run = situation(output_dir=tmp_path / "run", overwrite_output_dir=True, **{key: path})
     found = [violation.what for violation in find_violations(run) if violation.rule.name == "overwritten-input"]
     assert found == [f"overwrite_output_dir would remove {path}, which the run reads"]

@@ -133,7 +133,8 @@ def _overwrites(s: RunContext) -> str | None:
 
 
 def _is_below(path: str, folder: Path) -> bool:
-    return Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve())
+    file = Path(path).expanduser()
+    return file.exists() and file.resolve().is_relative_to(folder.resolve())
 
 
 def _unused(s: RunContext) -> str | None:
