@@ -23,7 +23,7 @@ from .launch.command import LAUNCH_VARIABLE, LaunchPlan, before_imports, default
 from .rules.check import check_new_folder, check_output_dir, check_rules
 from .rules.context import RunContext
 from .runs.heartbeats import HeartbeatWriter
-from .runs.run_folder import LAUNCH_FOLDER, remove_run, writable
+from .runs.run_folder import LAUNCH, LAUNCH_FOLDER, is_marked, is_removable, mark_for_removal, remove_run, writable
 from .runs.run_lock import claimed
 from .runs.watchdog import Watchdog
 from .topology import gpus, ranks, strategy_files
@@ -97,6 +97,9 @@ def train(
             with claimed(output_dir) if place.is_main and not config.dry_run else contextlib.nullcontext():
                 if place.is_main and not ranks.restarts():
                     check_new_folder(config, output_dir)  # another run may have ended there meanwhile
+                    if config.overwrite_output_dir and not config.dry_run and is_removable(output_dir):
+                        with writable(output_dir):
+                            mark_for_removal(output_dir)
                 run = _train_checked(resolved, place, machine, output_dir, heartbeat, objects)
         finally:
             heartbeat.stop()
@@ -109,8 +112,9 @@ def train(
 
 def _make_room(config: TrainConfig, output_dir: Path) -> None:
     """Remove an earlier run, where the recipe asks for it, once nothing can be refused any more."""
-    if config.overwrite_output_dir and not ranks.restarts() and (removed := remove_run(output_dir)):
-        print(f"overwrite_output_dir: removed the run in {output_dir} ({', '.join(removed)})", flush=True)
+    if config.overwrite_output_dir and is_marked(output_dir):
+        removed = ", ".join(remove_run(output_dir))
+        print(f"overwrite_output_dir: removed the run in {output_dir} ({removed})", flush=True)
 
 
 def _train_checked(
@@ -177,7 +181,7 @@ def _write_launch(output_dir: Path, resolved: ResolvedConfig) -> None:
     (output_dir / "config.yaml").write_text(resolved.as_yaml(), encoding="utf-8")
     packed = os.environ.get(LAUNCH_VARIABLE)  # not there under a launcher that the user has called
     launch = asdict(LaunchPlan.unpacked(packed)) if packed else {"argv": sys.orig_argv}
-    (output_dir / "launch.json").write_text(json.dumps(launch, indent=1), encoding="utf-8")
+    (output_dir / LAUNCH).write_text(json.dumps(launch, indent=1), encoding="utf-8")
     if packed:
         (output_dir / LAUNCH_FOLDER).mkdir(exist_ok=True)
         (output_dir / LAUNCH_FOLDER / "plan.txt").write_text(LaunchPlan.unpacked(packed).text(), encoding="utf-8")

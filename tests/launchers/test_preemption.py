@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,27 @@ def test_workers_that_are_started_anew_resume_by_themselves(whole_run, tmp_path)
     assert run.code == 0, run.stderr
     assert f"resumed from {run.folder / 'checkpoint-2'}, step 2" in run.stdout
     assert run.metrics() == pytest.approx(whole_run.metrics(), abs=1e-5)
+
+
+# Ends a rank before the first step, in its first start alone.
+EARLY = """
+import os
+from transformers import TrainerCallback
+class Early(TrainerCallback):
+    def __init__(self):
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(9)
+"""
+
+
+def test_a_run_that_replaces_another_does_not_resume_from_that_one_when_it_is_started_anew(whole_run, tmp_path):
+    (tmp_path / "early.py").write_text(EARLY)
+    folder = shutil.copytree(whole_run.folder, tmp_path / "run", symlinks=True)
+    options = ("--strategy=ddp", "--nproc=2", "--max_steps=6", "--overwrite_output_dir", "--max_restarts=1")
+    run = launch(folder, *options, "--callbacks=early:Early", PYTHONPATH=str(tmp_path))
+    assert run.code == 0, run.stderr
+    assert "resumed from" not in run.stdout and "removed the run in" in run.stdout
+    assert len(run.metrics()) == 6 and not (folder / "launch" / "remove-run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -41,14 +41,16 @@ def find_start(config: TrainConfig, output_dir: Path, accelerator: Accelerator) 
     places = [config.resume_from_checkpoint] if config.resume_from_checkpoint else []
     if any(gather_object([restarts()])) and places != ["auto"]:
         places = ["auto", *places]  # what this run has saved itself comes before where it began
-    start = broadcast_from_rank0(accelerator, lambda: _start(output_dir, places, dry_run=config.dry_run))
+    start = broadcast_from_rank0(accelerator, lambda: _start(config, output_dir, places))
     _check_shared(output_dir, start.folder, accelerator)
     return start
 
 
-def _start(output_dir: Path, places: list[str], *, dry_run: bool) -> Start:
+def _start(config: TrainConfig, output_dir: Path, places: list[str]) -> Start:
     notes: list[str] = []
-    if places and not dry_run:  # without them the folder is new
+    if config.overwrite_output_dir and run_folder.is_marked(output_dir):  # what is there is the run before
+        return Start(None)
+    if places and not config.dry_run:  # without them the folder is new
         notes += run_folder.tidy(output_dir)
     for place in places:
         checkpoint = run_folder.find(output_dir, place)

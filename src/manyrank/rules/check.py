@@ -26,7 +26,7 @@ from ..errors import UserError, UserErrors
 from ..models.model_facts import find_facts
 from ..project_files import template_file, template_names
 from ..runs import artifact, run_lock
-from ..runs.run_folder import check_writable, is_new, others, unsealed
+from ..runs.run_folder import LAUNCH, check_writable, is_new, is_removable, others, unsealed
 from ..topology.gpus import Hardware
 from ..topology.strategies import default_strategy
 from .context import RunContext
@@ -289,10 +289,13 @@ def check_new_folder(config: TrainConfig, output_dir: Path) -> None:
     """
     if config.resume_from_checkpoint or is_new(output_dir):
         return
-    if config.overwrite_output_dir and artifact.is_run(output_dir):
+    if config.overwrite_output_dir and is_removable(output_dir):
         return
     what, fix = f"the output folder {output_dir} is not empty", "choose another --output_dir"
     if not artifact.is_run(output_dir) and (foreign := others(output_dir)):
         raise UserError(f"{what}, and holds no run: {', '.join(foreign[:3])}", where="output_dir", fix=fix)
+    if config.overwrite_output_dir:
+        what = f"{what}, and has no {LAUNCH}, by which a run is known that may be removed"
+        raise UserError(what, where="output_dir", fix=f"{fix}, or remove the folder")
     fix += ", continue that run with --resume_from_checkpoint auto, or replace it with --overwrite_output_dir"
     raise UserError(what, where="output_dir", fix=fix)

@@ -80,7 +80,7 @@ def _in_folder(name: str, folder: Path, base: str | None) -> ModelSource:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder is that of a run that has begun."""
-    begun = ((folder / name).exists() for name in ("final_model", "launch.json"))
+    begun = ((folder / name).exists() for name in ("final_model", run_folder.LAUNCH))
     return any(begun) or bool(run_folder.checkpoints(folder))
 
 
@@ -93,7 +93,7 @@ def _of_run(name: str, folder: Path) -> Path:
         if complete is None:
             raise UserError("no checkpoint of this run is complete", where=name, fix="train it again, or name another")
         return complete
-    if (folder / "launch.json").is_file():
+    if (folder / run_folder.LAUNCH).is_file():
         raise UserError("this run has saved nothing yet", where=name, fix="wait for its first checkpoint")
     return folder
 

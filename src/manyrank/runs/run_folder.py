@@ -6,7 +6,7 @@
     SAVE_NOW                   made by the user: save at the next step
     tokenizer/                 of a run whose tokenizer is not its base's, since a script passed it
     run.lock                   whose folder it is while a run works in it; see `run_lock`
-    launch/                    the plan of the launch, and the job's file
+    launch/                    the plan of the launch, the job's file, and the mark of a run that is to be removed
     logs/heartbeats/           signs of life; a folder with nothing but these three is a new run's
 
 A killed save leaves only what the next start removes, or what it can finish: a sealed folder that is not renamed yet.
@@ -29,8 +29,9 @@ from pathlib import Path
 from ..errors import UserError
 
 NAME = re.compile(r"checkpoint-(\d+)")
-MANIFEST, SAVE_NOW, LAUNCH_FOLDER, TOKENIZER = "manifest.json", "SAVE_NOW", "launch", "tokenizer"
-LOCK, HEARTBEATS = "run.lock", Path("logs", "heartbeats")
+MANIFEST, SAVE_NOW, TOKENIZER = "manifest.json", "SAVE_NOW", "tokenizer"
+LAUNCH, LAUNCH_FOLDER = "launch.json", "launch"
+LOCK, HEARTBEATS, TO_REMOVE = "run.lock", Path("logs", "heartbeats"), Path(LAUNCH_FOLDER, "remove-run")
 PARTIAL, REMOVED = ".partial", ".removed"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 NEEDED = ("run.json", "trainer_state.json")
@@ -96,8 +97,24 @@ def others(output_dir: Path) -> list[str]:
     return sorted(path.name for path in entries if not OWN.fullmatch(path.name))
 
 
+def is_removable(output_dir: Path) -> bool:
+    """Return whether a folder's run may be removed: only a run writes launch.json, where other tools have checkpoints, too."""
+    return (output_dir / LAUNCH).is_file()
+
+
+def mark_for_removal(output_dir: Path) -> None:
+    """Mark a folder whose run is to be removed when the next one starts; a restart until then must not resume from it."""
+    (output_dir / TO_REMOVE).parent.mkdir(exist_ok=True)
+    (output_dir / TO_REMOVE).touch()
+
+
+def is_marked(output_dir: Path) -> bool:
+    """Return whether a folder's run is to be removed, see `mark_for_removal`."""
+    return (output_dir / TO_REMOVE).exists()
+
+
 def remove_run(output_dir: Path) -> list[str]:
-    """Remove an earlier run from the folder of one that starts, and return the names of what is gone.
+    """Remove an earlier run from the folder of one that starts, and its mark, and return the names of what is gone.
 
     What the start has written stays (see `is_new`), and what is not a run's.
     """
@@ -105,8 +122,9 @@ def remove_run(output_dir: Path) -> list[str]:
     logs = HEARTBEATS.parts[0]
     removed = [path for path in entries if path.name not in (LAUNCH_FOLDER, logs)]
     removed += [path for path in (output_dir / logs).glob("*") if path.name != HEARTBEATS.name]
-    for path in sorted(removed, key=lambda path: path.name == "launch.json"):  # by which the rest is known as a run's
+    for path in sorted(removed, key=lambda path: path.name == LAUNCH):  # by which the rest is known as a run's
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (output_dir / TO_REMOVE).unlink(missing_ok=True)
     return sorted(path.relative_to(output_dir).as_posix() for path in removed)
 
 
