@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError
-from .resolve import FIELDS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key
+from .resolve import FIELDS, SWITCHES, Setting, invalid_value, normal, presets, unknown_key, written_as_list
 from .schema import TrainConfig
 from .spellings import ALIASES, DATA_ALIASES, METHOD_FLAGS, OTHER_TOOLS, VALUES
 from .value_types import Int
@@ -352,7 +352,8 @@ class Parser:
             if option and entry and option.values_after:
                 what, fix = f"{entry.key}: {words[len(places)]!r} is none of its values", option.meaning
             elif entry:
-                fix = f"write {entry.key}={','.join([entry.value, *words[len(places) :]])}"
+                first = min(at for at, given in beside.items() if given[1] is entry)
+                fix = written_as_list(entry, words[first:])
             raise UserError(what, where="command line", fix=fix)
         for option, word in zip(places, words):
             _refuse_empty(option.label, option, word)
@@ -481,8 +482,8 @@ def parse_with(argv: Sequence[str], model: type[Model], *, prog: str, launch: bo
     recipe, options = parser.build(RecipeWord, settings).recipe, parser.build(LaunchOptions, settings)
     slurm = [option.field for option, _ in settings if option.owner is SlurmOptions]
     if slurm and options.via not in JOBS:
-        fix = "give --nproc, the processes of this machine" if slurm[0] == "gpus" else "leave it out"
-        raise UserError(f"--{slurm[0]} is for --via slurm", where="command line", fix=f"{fix}; or give that")
+        fix = "write --nproc, the processes of this machine" if slurm[0] == "gpus" else "leave it out"
+        raise UserError(f"--{slurm[0]} is for --via slurm", where="command line", fix=f"{fix}, or add --via slurm")
     # In the spelling of a recipe, for the train module and for `resolve`.
     overrides = [
         replace(entry, key=f"--{option.field}") if normal(entry.key) in DATA_ALIASES else entry

@@ -287,13 +287,17 @@ def _layers(recipe: str, above: tuple[Path, ...] = ()) -> list[list[Setting]]:
         raise UserError(f"{path} is its own base", where=bases[0].where, fix="leave the base out in one of the recipes")
     beside = path.parent / bases[0].value
     base = str(beside) if beside.is_file() else bases[0].value
+    try:
+        find_recipe(base)
+    except UserError as error:
+        raise UserError(error.what, where=bases[0].where, fix=error.fix) from None
     return [*_layers(base, (*above, path.resolve())), [entry for entry in entries if entry.key != "base"]]
 
 
 def _canonical(entries: Sequence[Setting], method: Setting | None) -> dict[str, Setting]:
     """Bring one layer's entries under their canonical keys; `method` is what lower layers chose."""
     settings: dict[str, Setting] = {}
-    allowed, because = METHODS, []
+    allowed, because, unknown = METHODS, [], []
     for entry in entries:
         key = canonical(entry.key)
         if _says_method(entry, entries):
@@ -307,11 +311,14 @@ def _canonical(entries: Sequence[Setting], method: Setting | None) -> dict[str, 
             entry = Setting("report_to", ["wandb"] if _yes(entry) else [], entry.where)
             key = "report_to"
         if key not in FIELDS:
-            raise unknown_key(entry)
+            unknown.append(unknown_key(entry))
+            continue
         entry = replace(entry, value=as_ours(key, entry.value))
         if key in settings and settings[key].value != entry.value:
             raise _contradiction([settings[key], entry])
         settings[key] = entry
+    if unknown:
+        raise unknown[0] if len(unknown) == 1 else UserErrors(unknown)
     if because:
         if "method" in settings:
             allowed, because = allowed & {str(settings["method"].value)}, [*because, settings["method"]]
@@ -396,6 +403,14 @@ def unknown_key(entry: Setting, known: Iterable[str] = KNOWN.spellings) -> UserE
     fix = f"did you mean {dashes}{close[0]}?" if close else "`--help all` lists every option"
     fix = INSTEAD.get(normal(entry.key), fix) if FIELDS.keys() & set(known) else fix
     return UserError(f"there is no option {entry.key!r}", where=entry.where, fix=fix)
+
+
+def written_as_list(entry: Setting, words: Sequence[str]) -> str:
+    """Say how an option and the words behind it are written as a list; a path may hold commas, so paths stand in brackets."""
+    items = [entry.value, *words]
+    if canonical(entry.key) in ("data_path", "eval_data_path"):
+        return f"write {entry.key}='[{', '.join(items)}]'"
+    return f"write {entry.key}={','.join(items)}"
 
 
 def _contradiction(entries: Sequence[Setting]) -> UserError:

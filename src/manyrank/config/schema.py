@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..topology.strategies import STRATEGIES
+from .spellings import as_ours
 from .value_types import (
     Cache,
     Columns,
@@ -50,7 +51,15 @@ class DataSource(BaseModel):
 
 
 def _source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
+    """Read a path alone; of a mapping, Axolotl's `type` as the format, and the formats by their other names."""
+    if not isinstance(value, dict):
+        return {"path": value} if isinstance(value, str) else value
+    source = dict(value)
+    if "format_type" not in source and "type" in source:
+        source["format_type"] = source.pop("type")
+    if isinstance(source.get("format_type"), str):
+        source["format_type"] = as_ours("format_type", source["format_type"])
+    return source
 
 
 Source = Annotated[DataSource, BeforeValidator(_source)]

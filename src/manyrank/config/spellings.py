@@ -145,6 +145,7 @@ METHOD_VALUES: dict[str, dict[str, frozenset[str]]] = {
     "adapter": {"lora": ADAPTERS, "qlora": frozenset({"qlora"}), "none": frozenset({"full"})},
     "quantization_bit": {"4": frozenset({"qlora"}), "8": frozenset({"int8"}), "none": frozenset({"full", "lora"})},
 }
+FORMATS_ELSEWHERE = {"chat_template": "messages", "openai": "messages", "chatml": "messages", "completion": "text"}
 # Values of the keys that say when something is done; with `steps`, a number of steps stands beside it.
 WHEN: dict[str, tuple[str, ...]] = {
     "save_strategy": ("no", "epoch"),
@@ -153,6 +154,7 @@ WHEN: dict[str, tuple[str, ...]] = {
     "logging_strategy": ("epoch",),
 }
 VALUES: dict[str, dict[str, str]] = {
+    "format_type": FORMATS_ELSEWHERE,
     "lora_target_modules": {"all": "all-linear"},
     "optim": {"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"},
     "packing": {"true": "dataset", "false": "step"},
@@ -172,6 +174,19 @@ _INSTEAD = {
     "use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_type bnb_4bit_compute_dtype": "leave it out: use_4bit is NF4 "
     "with double quantisation, computed in bf16, with fp16: true in float16, or with bf16: false in float32",
     "dtype torch_dtype": "write bf16: true, fp16: true, or bf16: false for float32",
+    "model_type tokenizer_type is_llama_derived_model use_fast_tokenizer tokenizer_use_fast": "leave it out: the model's own files say it",
+    "special_tokens": "leave it out: the tokenizer has its own, and there is no padding; stop_tokens adds what ends a completion",
+    "strict": "leave it out: a key that is not known is always an error",
+    "dataset_dir": "write data_path: with the folder in it, as data_path: FOLDER/FILE",
+    "dataset_prepared_path overwrite_cache": "leave it out: tokenised rows are kept, and made anew where something changed",
+    "preprocessing_num_workers dataset_processes num_proc": "leave it out: rows are tokenised on the cores that are there",
+    "lora_target_linear": "write lora_target_modules: all-linear",
+    "lora_modules_to_save additional_target": "leave it out: adapters are plain LoRA or rsLoRA, without whole modules beside them",
+    "tf32": "leave it out: products in float32 are exact here",
+    "xformers_attention sdp_attention s2_attention": "leave it out: documents of a pack attend by flash attention wherever the GPU has it",
+    "plot_loss": "leave it out: report.html has the curves",
+    "include_tokens_per_second include_num_input_tokens_seen": "leave it out: metrics have both",
+    "ddp_find_unused_parameters": "leave it out: what gets no gradient is frozen, or named",
     "do_train": "leave it out: `manyrank train` trains",
     "do_eval": "leave it out: with eval_data_path or eval_split it validates",
     "dataloader_num_workers": "leave it out: a thread reads the next step",

@@ -147,7 +147,7 @@ class Examples:
             raise UserError(
                 f"{int(held.sum())} of {len(self)} examples are in the validation part",
                 where="eval_split",
-                fix="choose another part, or give eval_data_path",
+                fix=f"choose another part, as --eval_split {max(1, len(self) // 10)}, or give eval_data_path",
             )
         return self.take(~held), self.take(held)
 

@@ -250,6 +250,9 @@ def _choose(options: list[Option], context: RunContext, *, named: bool) -> tuple
     passed = [option for option in options[: options.index(chosen)] if not option.usable]
     because = "" if first or not passed else "; " + ", ".join(_passed(option, context) for option in passed)
     fastest = "the fastest that fits" if chosen.tokens_per_second == best else "the simplest of the fastest that fit"
+    from_host = [option.tokens_per_second or 0 for option in options if option.usable and option.strategy.offload]
+    if not chosen.strategy.offload and max(from_host, default=0) > best:
+        fastest += " without host memory, whose rate is hard to tell"
     return chosen, f"{fastest}{tight}{because}"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.args import Options, read_options, word
+from ..config.resolve import presets
 from ..errors import UserError
 from ..project_files import asset
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
 def _named(word: str) -> tuple[str, Path]:
     """A file or folder of the project by its name, which does not lead out of it."""
     name = word.strip("/")
+    if name in presets():
+        name = f"launch/recipes/{name}.yaml"
     path = asset(*Path(name).parts)
     if name.split("/")[0] not in FOLDERS or ".." in Path(name).parts or not path.exists():
         fix = f"`manyrank files` lists what there is, in {', '.join(FOLDERS)}"

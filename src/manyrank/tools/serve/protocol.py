@@ -100,7 +100,7 @@ class StreamOptions(_Part):
 class ChatRequest(_Part):
     """A request; what it leaves out is None."""
 
-    model: str
+    model: str | None = None  # the one that is served
     messages: list[Annotated[ChatMessage, BeforeValidator(_without_nulls)]] = Field(min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

@@ -179,8 +179,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.api_key and not hmac.compare_digest(given.encode("latin-1"), expected.encode()):
             raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key")
 
-    def _check_name(self, name: str) -> None:
-        if name != self.server.model.name:
+    def _check_name(self, name: str | None) -> None:
+        if name not in (None, self.server.model.name):
             what = f"the model {name!r} does not exist; this server has {self.server.model.name!r}"
             raise ApiError(what, status=404, param="model", code="model_not_found")
 
