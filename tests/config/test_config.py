@@ -1,6 +1,7 @@
 """Recipes to configs: precedence, other spellings, and errors that name the place."""
 
 import re
+import warnings
 
 import jsonschema
 import pytest
@@ -364,8 +365,10 @@ def test_bf16(given, value):
     ],
 )
 def test_numbers_of_steps_and_shares_of_them(given, key, value):
-    found = getattr(make(**given), key)
-    assert found == value and type(found) is type(value)
+    config = make(**given)
+    assert getattr(config, key) == value and type(getattr(config, key)) is type(value)
+    with warnings.catch_warnings(action="error"):  # pydantic's, of a value that is not of the field's type
+        config.model_dump()
 
 
 @pytest.mark.parametrize(
