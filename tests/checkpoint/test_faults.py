@@ -174,7 +174,7 @@ def test_a_folder_that_can_only_be_read(small_disk, embedded_model):
     disk = small_disk("1m")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     run = launch(disk / "run", "--max_steps=2")
-    assert run.code == 2 and "cannot be written to" in run.stderr and "Traceback" not in run.stderr
+    assert run.code == 2 and "cannot be written: Read-only file system" in run.stderr and "Traceback" not in run.stderr
 
 
 @pytest.mark.hosts
