@@ -56,6 +56,7 @@ PLAIN_ADAPTER = {
     "trainable_token_indices": None,
     "fan_in_fan_out": False,
 }
+YES = ("true", "yes", "on", "1")
 METHOD_PREFERENCE = ("lora", "qlora", "int8", "fp8", "full")
 SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
 TYPED = frozenset({"trust_remote_code"})  # what a run's own config cannot switch on: it may be somebody else's
@@ -132,9 +133,7 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
 
 def _with_layer(merged: dict[str, Setting], layer: dict[str, Setting]) -> dict[str, Setting]:
     """Put a layer's entries over those below; bf16 replaces an fp16 there, and fp16 a bf16."""
-    on = [
-        key for key in ("bf16", "fp16") if key in layer and str(layer[key].value).lower() in ("true", "yes", "on", "1")
-    ]
+    on = [key for key in ("bf16", "fp16") if key in layer and str(layer[key].value).lower() in YES]
     if len(on) > 1:
         raise _contradiction([layer[key] for key in on])
     below = {key: entry for key, entry in merged.items() if not (on and key in ("bf16", "fp16"))}
@@ -389,7 +388,7 @@ def _methods(entry: Setting) -> frozenset[str]:
 
 
 def _yes(entry: Setting) -> bool:
-    if str(entry.value).lower() in ("true", "yes", "on", "1"):
+    if str(entry.value).lower() in YES:
         return True
     if str(entry.value).lower() in ("false", "no", "off", "0"):
         return False

@@ -27,6 +27,7 @@ from ..project_files import asset
 from ..runs.logs import read_metrics
 from ..signals import die_with_parent
 from ..topology import gpus
+from ..topology.precision import Precision
 from ..topology.strategies import STRATEGIES, EngineKind, Strategy, default_strategy
 
 COMPARED = [s.name for s in STRATEGIES.values() if s.engine is not EngineKind.SINGLE and not s.offload]
@@ -40,8 +41,6 @@ WRAPPERS = {
     EngineKind.FSDP: "FSDP",
     EngineKind.DEEPSPEED: "DeepSpeedEngine",
 }
-# Largest difference of losses and gradient norms; bf16 rounds at 4e-3.
-TOLERANCE = {"no": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 SHARD_SLACK = 1.05  # padding of uneven shards
 
 
@@ -172,7 +171,7 @@ def problems(case: Case, outcome: Outcome, single: Outcome) -> list[str]:
         problems.append(f"a rank holds {share(facts):.0%} of the base")
     if outcome.saved_tensors != facts["trainable_tensors"]:
         problems.append(f"saved {outcome.saved_tensors} of {facts['trainable_tensors']} tensors")
-    tolerance = TOLERANCE[facts["precision"]]
+    tolerance = Precision(facts["precision"]).tolerance
     for name, one, other in (
         ("loss", outcome.losses, single.losses),
         ("grad norm", outcome.grad_norms, single.grad_norms),

@@ -29,6 +29,11 @@ class Precision(StrEnum):
         """Whether it has 16 bits."""
         return self is not Precision.FLOAT32
 
+    @property
+    def tolerance(self) -> float:
+        """The largest difference of losses and gradient norms that differ by rounding alone; bf16 rounds at 4e-3."""
+        return 2e-2 if self.half else 1e-5
+
 
 def find_precision(bf16: bool | str, fp16: bool, machine: Hardware) -> Precision:
     """Decide the recipe's `bf16` (true, false, auto) and `fp16` on this machine."""

@@ -44,8 +44,6 @@ HEAD_BYTES = 1 << 20  # of a data file that are compared between machines
 FREE = 0.9  # of a GPU's memory: less is free when somebody else uses it
 EXCHANGE_SECONDS = 4.0  # that one size may take, on a slow network
 PART_OF_LINK = 0.4  # of a link's figure that an all-reduce of large messages reaches at least
-# Of a step that is taken again, as `manyrank verify` allows it.
-LOSS_DIFFERENCE = {"no": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 STEPS = 2
 SMALL_RUN = {"max_length": 256, "save_steps": 1, "logging_steps": 1, "max_steps": STEPS}
 _KEPT: list[object] = []  # for the reason that train keeps its run
@@ -373,7 +371,7 @@ def save_and_load(loss: float, again: float, tensors: int, facts: dict[str, Any]
     figures = {"tensors": tensors, "loss": again}
     if tensors != expected:
         return failed(name, f"the checkpoint has {tensors} of {expected} tensors", fix, **figures)
-    if not abs(again - loss) / max(1.0, loss) <= LOSS_DIFFERENCE[facts["precision"]]:
+    if not abs(again - loss) / max(1.0, loss) <= Precision(facts["precision"]).tolerance:
         what = f"the step from the checkpoint has loss {again:.4f}, and had {loss:.4f} before it"
         return failed(name, what, fix, **figures)
     return ok(name, f"{tensors} tensors; the step from them gives the same loss", **figures)
