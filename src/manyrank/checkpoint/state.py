@@ -25,6 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import SaveError
+from ..models.adapters import saved_names
+from ..models.frozen_adapter import cut, frozen_names, joined
+from ..models.reach import shape_of
 from ..parallel.engine import Engine, OptimizerState
 from ..runs import run_folder
 
@@ -116,7 +119,8 @@ def _write_weights(
     adapter = hasattr(model, "peft_config")
     # A whole model has also what is not trained: a vision tower under texts.
     names, state = list(engine.trainable if adapter else dict(model.named_parameters())), {}
-    for name, tensor in engine.full_parameters(names):
+    frozen = frozen_names(model) if adapter else []
+    for name, tensor in engine.full_parameters([*names, *frozen]):
         if main:
             state[name] = tensor.to(dtype) if dtype else tensor.clone()
     if not main:
@@ -126,8 +130,13 @@ def _write_weights(
     # A frozen second adapter, with which a task compares, is no part of the result.
     more = {"save_embedding_layers": False, "selected_adapters": ["default"]}
     more = more if adapter else {"save_original_format": portable}
+    own = model.peft_config["default"] if adapter else None
+    if frozen:
+        state, model.peft_config["default"] = joined(model, state)
     elements = sum(tensor.numel() for tensor in state.values())  # saving empties the dictionary
     attempt.run(lambda: model.save_pretrained(folder, state_dict=state, **more))
+    if own:
+        model.peft_config["default"] = own
     attempt.run((folder / "README.md").unlink, True)  # peft's card is empty
     if not attempt.problem:
         written = _elements(folder)
@@ -152,12 +161,13 @@ def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def load_weights(engine: Engine, folder: Path) -> None:
     """Read what `save_weights` wrote into the running model. All ranks together; each reads the files."""
-    adapter = hasattr(engine.model, "peft_config")
+    names = saved_names(engine.model) if hasattr(engine.model, "peft_config") else {}
     tensors = {name: file for file in folder.glob("*model*.safetensors") for name in safe_open(file, "pt").keys()}
-    for name in engine.trainable:
-        key = name.replace(".default.", ".") if adapter else name
+    for name, parameter in engine.trainable.items():
+        key = names.get(name, name)
         with safe_open(tensors[key], "pt") as file:
-            engine.set_parameter(name, file.get_tensor(key))
+            value = file.get_tensor(key)
+        engine.set_parameter(name, cut(value, shape_of(parameter)) if ".lora_" in name else value)
 
 
 def save_checkpoint(engine: Engine, output_dir: Path, step: int, *, state: dict, run: dict) -> Path:

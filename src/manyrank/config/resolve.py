@@ -8,22 +8,22 @@ it came from, so that an error can name the place.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError, UserErrors
 from ..project_files import EMBEDDED, asset
 from ..runs import artifact
 from ..runs.artifact import ModelSource
+from .peft_config import adapter_keys
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
 from .schema import DataSource, TrainConfig
 from .spellings import ALIASES, DATA_ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, WHEN, as_ours
@@ -42,20 +42,6 @@ ASSUMED = {
 # What the task grpo sets where nobody says otherwise: answers are padded, and the best model has the best reward.
 BY_TASK = "task grpo"
 DEFAULTS_OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "greater_is_better": True}
-# Of adapter_config.json, what the adapters made here have, so that theirs is told by rank, scale and modules.
-PLAIN_ADAPTER = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "fan_in_fan_out": False,
-}
 YES = ("true", "yes", "on", "1")
 METHOD_PREFERENCE = ("lora", "qlora", "int8", "fp8", "full")
 SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
@@ -179,14 +165,19 @@ def _gone_on_from(entry: Setting, merged: dict[str, Setting]) -> dict[str, Setti
     if not source.adapter and str(base.value) != source.base:
         what = f"{entry.value} is a whole model, and model_name_or_path is {base.value}"
         raise UserError(what, where=f"{base.where}; {entry.where}", fix="leave model_name_or_path out")
-    shape = _adapter_shape(source.adapter, entry) if source.adapter else {}
+    new = merged.get("new_adapter")
+    is_new = canonical(entry.key) == "adapter" and new is not None and str(new.value).lower() in YES
+    shape = adapter_keys(source.adapter, entry) if source.adapter and not is_new else {}
     for key, theirs in shape.items():
         setting = merged.get(key)
         if setting and not _is_same(setting, theirs):
+            beside = (
+                "" if canonical(entry.key) == "sft_model" else ", or write new_adapter: true for another one on top"
+            )
             raise UserError(
                 f"{key} is {setting.value}, and that of {entry.value} is {theirs}",
                 where=f"{setting.where}; {entry.where}",
-                fix=f"leave {key} out: the same adapter is trained on",
+                fix=f"leave {key} out: the same adapter is trained on{beside}",
             )
     own = {key: Setting(key, value, entry.where) for key, value in (_speech(source) | shape).items()}
     return own | merged | {"model_name_or_path": base} | {key: own[key] for key in shape}
@@ -196,10 +187,14 @@ def _is_same(setting: Setting, theirs: Any) -> bool:
     """Return whether a value fits the adapter. A preset's is for other models, too, and all-linear became a list in it."""
     if setting.where.startswith(str(asset("launch", "recipes"))) or setting.value == "all-linear":
         return True
-    if isinstance(theirs, list):
-        names = setting.value if isinstance(setting.value, list) else str(setting.value).strip("[] ").split(",")
-        return {str(name).strip() for name in names} == set(theirs)
-    return str(setting.value) == str(theirs) or setting.value == theirs
+    info = FIELDS[canonical(setting.key)]
+    try:
+        value = TypeAdapter(Annotated[info.annotation, *info.metadata]).validate_python(setting.value)
+    except ValidationError:  # which `_validate` says better
+        return True
+    if isinstance(value, list) and isinstance(theirs, list):
+        return set(value) == set(theirs)
+    return value == theirs
 
 
 def _speech(source: ModelSource) -> dict[str, Any]:
@@ -213,39 +208,6 @@ def _speech(source: ModelSource) -> dict[str, Any]:
     if source.own_tokenizer:
         del options["chat_template"]
     return {key: value for key, value in options.items() if value != FIELDS[key].default}
-
-
-def _adapter_shape(adapter: Path, entry: Setting) -> dict[str, Any]:
-    """The keys of a recipe that make an adapter of this shape.
-
-    Raises:
-        UserError: no recipe makes it, or its config cannot be read.
-    """
-    file = adapter / "adapter_config.json"
-    try:
-        adapter_config = json.loads(file.read_text(encoding="utf-8"))
-        special = [key for key, usual in PLAIN_ADAPTER.items() if (adapter_config.get(key) or usual) != usual]
-        targets = adapter_config.get("target_modules")
-        if isinstance(targets, str):
-            targets = _adapted_names(adapter)
-        if special or not isinstance(targets, list):
-            what = f"the adapter is not one that manyrank makes ({', '.join(special) or 'target_modules'})"
-            fix = "merge it (manyrank merge), and start from the result"
-            raise UserError(what, where=f"{entry.where}, {file}", fix=fix)
-        shape = {"lora_r": adapter_config["r"], "lora_alpha": adapter_config["lora_alpha"]}
-        shape |= {"use_rslora": True} if adapter_config.get("use_rslora") else {}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
-    return {**shape, "lora_target_modules": sorted(targets)}
-
-
-def _adapted_names(adapter: Path) -> list[str]:
-    """Read the names of the adapted layers from the weights, where the config has a pattern, as Unsloth's has."""
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", "np") as file:
-        names = [re.match(r"(?:.*\.)?([^.]+)\.lora_[AB]\b", name) for name in file.keys()]
-    return sorted({match[1] for match in names if match})
 
 
 def find_recipe(name: str) -> Path:

@@ -9,27 +9,32 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ..topology.strategies import STRATEGIES
 from .spellings import as_ours
 from .value_types import (
+    Alphas,
     Cache,
     Columns,
     EachEpoch,
     EvalSteps,
     Float,
     Format,
+    InitialWeights,
     Int,
     Layers,
     Mapping,
     Method,
     Metric,
     MicroBatch,
+    Numbers,
     Optimizer,
     Part,
     Parts,
+    Ranks,
     SaveSteps,
     Schedule,
     StrategyOrAuto,
     Strings,
     Tags,
     Task,
+    Tokens,
     Vllm,
     Warmup,
     as_sources,
@@ -87,15 +92,26 @@ class ModelKeys(Keys):
         min_length=1,
         description="where grpo starts: a run, a checkpoint, an adapter or a merged model; its base need not be named",
     )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    method: Method = Field(
+        "lora",
+        description="all weights (full), or adapters on a base of 16 (lora), 4 (qlora) or 8 bits (int8, fp8); qlora is NF4 with double quantisation, fp8 has products in float8, too",
+    )
+
+
+class AdapterKeys(Keys):
+    """Adapters."""
+
     adapter: str | None = Field(
         None,
         min_length=1,
         description="a run, a checkpoint or a LoRA adapter of any tool, whose training continues with new data; its base need not be named",
     )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    method: Method = Field(
-        "lora",
-        description="all weights (full), or adapters on a base of 16 (lora), 4 (qlora) or 8 bits (int8, fp8); qlora is NF4 with double quantisation, fp8 has products in float8, too",
+    new_adapter: bool = Field(
+        False, description="freeze that adapter and train another on top; both are saved as one adapter on the base"
+    )
+    allow_base_change: bool = Field(
+        False, description="put that adapter on another base than the one that it was made for"
     )
     lora_r: Int = Field(16, gt=0, description="rank of the adapters")
     lora_alpha: Float = Field(32, gt=0, description="adapters are scaled by lora_alpha / lora_r")
@@ -103,6 +119,32 @@ class ModelKeys(Keys):
     lora_dropout: Float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
     lora_target_modules: Literal["all-linear"] | Strings = Field(
         "all-linear", description="'all-linear' (every linear layer but the lm_head) or a list of module names"
+    )
+    exclude_modules: Strings = Field([], description="modules without adapters: names, or patterns of whole names")
+    layers_to_transform: Numbers = Field([], description="numbers of the layers that have adapters (default: all)")
+    layers_pattern: Strings = Field(
+        [], description="names of the lists of layers that layers_to_transform counts (default: any)"
+    )
+    rank_pattern: Ranks = Field({}, description="other ranks than lora_r, by names or patterns of modules")
+    alpha_pattern: Alphas = Field({}, description="other alphas than lora_alpha, by names or patterns of modules")
+    target_parameters: Strings = Field(
+        [], description="parameters with adapters that are no linear layers, as mlp.experts.gate_up_proj"
+    )
+    init_lora_weights: InitialWeights = Field(
+        "true",
+        description="start of the adapters: true (A random, B zero), gaussian, orthogonal; from the base's weights pissa, "
+        "pissa_niter_N or olora; loftq, for qlora",
+    )
+    use_dora: bool = Field(False, description="train a magnitude of each output, too (DoRA); slower")
+    lora_bias: bool = Field(False, description="train a bias with each adapter")
+    modules_to_save: Strings = Field(
+        [], description="modules that are trained whole beside the adapters, as embed_tokens"
+    )
+    trainable_token_indices: Tokens = Field(
+        [], description="ids of tokens whose embeddings are trained; {MODULE: ids} for other modules than the embedding"
+    )
+    loraplus_lr_ratio: Float | None = Field(
+        None, ge=1, description="learning rate of the matrices B over that of the matrices A (LoRA+)"
     )
 
 
@@ -338,7 +380,9 @@ class PlaceKeys(Keys):
 
 
 # Of several bases, pydantic takes the fields of the last one first.
-class TrainConfig(PlaceKeys, OutputKeys, SpeedKeys, OptimisationKeys, GrpoKeys, LearnedKeys, DataKeys, ModelKeys):
+class TrainConfig(
+    PlaceKeys, OutputKeys, SpeedKeys, OptimisationKeys, GrpoKeys, LearnedKeys, DataKeys, AdapterKeys, ModelKeys
+):
     """Keys of a recipe. Typed and frozen; batch sizes count examples, lengths count tokens."""
 
     model_config = ConfigDict(defer_build=False)

@@ -171,6 +171,18 @@ def _tag(value: str) -> str:
     return value
 
 
+def _initial(value: Any) -> str:
+    """Read peft's name of how adapters start; as text, also for true."""
+    text = str(value).strip().lower()
+    if not re.fullmatch(r"true|gaussian|orthogonal|pissa(_niter_[1-9]\d*)?|olora|loftq", text):
+        raise ValueError("it is none of true, gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq")
+    return text
+
+
+def _one_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, int) else listed(value)
+
+
 def _metric(value: str) -> str:
     """Read the name of a metric of the validation, as transformers does, also without its prefix."""
     return value if value.startswith("eval_") else f"eval_{value}"
@@ -182,13 +194,20 @@ Part = Annotated[Float, AfterValidator(_part)]
 Strings = Annotated[list[str], BeforeValidator(listed)]
 Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(listed)]
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Numbers = Annotated[list[Annotated[Int, Field(ge=0)]], BeforeValidator(_one_as_list)]
+Tokens = Annotated[
+    Numbers | dict[str, Numbers], BeforeValidator(lambda value: _mapped(value) if "{" in str(value) else value)
+]
+Ranks = Annotated[dict[Pattern, Annotated[Int, Field(gt=0)]], BeforeValidator(_mapped)]
+Alphas = Annotated[dict[Pattern, Annotated[Float, Field(gt=0)]], BeforeValidator(_mapped)]
+InitialWeights = Annotated[str, BeforeValidator(_initial)]
 Steps = Annotated[Int | Float, Field(gt=0), AfterValidator(_steps)]
 Warmup = Annotated[Int | Float, Field(ge=0), AfterValidator(_steps)]
 EachEpoch = Literal["epoch"] | Steps
 EvalSteps = Annotated[Literal["epoch", "off"] | Steps | None, BeforeValidator(_off)]
 SaveSteps = Annotated[Literal["auto", "off", "epoch"] | Steps, BeforeValidator(_saves)]
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
 Cache = Annotated[str, BeforeValidator(_cache)]
 Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
 Parts = Annotated[list[Literal["lm_head", "lora", "attention", "norm", "mlp", "rope"]], BeforeValidator(_parts)]

@@ -6,18 +6,23 @@ import re
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
+from ..config.peft_config import peft_arguments
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 from . import coverage
 from .lora import speed_up
 from .reach import Reach, shape_of, unreached_modules, within
+from .token_rows import speed_up_tokens
 
 Say = Callable[[str], None]
+
+# What wrappers of training scripts have left in the names of saved adapters.
+WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|default)\.")
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -58,28 +63,38 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
     set_seed(config.seed)
     unreached = unreached_modules(model, reached) if reached else []
     left_out = [*unreached, *(_refused(model) if config.lora_target_modules == "all-linear" else [])]
+    left_out += [rf"(?:.*\.)?(?:{pattern})" for pattern in config.exclude_modules]
     excluded = "|".join(rf"(?:{pattern})(?:\..*)?" for pattern in left_out) or None
     fix = _fix_of_targets(model, config, excluded)
     beyond = _beyond_text(model, reached)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        target_modules=config.lora_target_modules,
-        exclude_modules=excluded,
-        task_type="CAUSAL_LM",
-    )
+    arguments = peft_arguments(config) | {"exclude_modules": excluded}
+    if config.lora_target_modules == "all-linear" and config.layers_to_transform:
+        arguments["target_modules"] = _linear_names(model, excluded)  # peft counts layers of named modules alone
     try:
-        adapted = get_peft_model(model, lora)
+        adapted = get_peft_model(model, LoraConfig(**arguments, task_type="CAUSAL_LM"))
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
     if "lora" not in config.disable_fused:
         speed_up(adapted)
+    speed_up_tokens(adapted)
     for note in (coverage.of_adapters(adapted, reached), beyond):
         if note:
             say(note)
     return adapted
+
+
+def saved_names(model: torch.nn.Module) -> dict[str, str]:
+    """The names that peft saves an adapter's parameters under, by their names in the model."""
+    markers = {name: torch.empty(0) for name, _ in model.named_parameters()}
+    names = {id(marker): name for name, marker in markers.items()}
+    saved = get_peft_model_state_dict(model, markers, save_embedding_layers=False)
+    return {names[id(marker)]: key for key, marker in saved.items()}
+
+
+def adapted_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
+    """The layers with adapters, by their names in the base."""
+    prefix = "base_model.model."
+    return {n.removeprefix(prefix): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
 def remove_adapters(model: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
@@ -205,6 +206,8 @@ class FusedHead:
 def fuse(model: torch.nn.Module) -> FusedHead | None:
     """Fuse the head of a model with the loss; None, with a line in the log, where its logits are not a plain product."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if isinstance(head, ModulesToSaveWrapper):  # trained whole beside adapters
+        head = head.modules_to_save["default"]
     changes = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     changed = [f"{key} {getattr(config, key)}" for key in changes if getattr(config, key, None) not in (None, 1.0)]
     if head is None:

@@ -36,7 +36,7 @@ from ..project_files import EMBEDDED, template_file, template_names
 from ..runs import hub
 from ..topology.precision import Precision
 from . import coverage, flash
-from .adapters import Say, freeze_unreached, with_lora
+from .adapters import WRAPPERS, Say, freeze_unreached, saved_names, trainable, with_lora
 from .attention import use_packed_attention
 from .float8 import to_float8
 from .fused_mlp import fuse_mlps
@@ -45,9 +45,6 @@ from .fused_rope import fuse_ropes
 from .reach import reach
 from .shards import Share, is_read, loading_in_shards
 from .tiny import ensure
-
-# What wrappers of training scripts have left in the names of saved adapters.
-_WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|default)\.")
 
 
 @dataclass(frozen=True)
@@ -303,12 +300,12 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         UserError: they do not fit, or cannot be read.
     """
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = saved_names(model)
     try:
         saved = load_file(folder / "adapter_model.safetensors")
-        saved = {_WRAPPERS.sub("", name): tensor for name, tensor in saved.items()}
-        for name, parameter in own.items():
-            parameter.copy_(saved.pop(_WRAPPERS.sub("", name)))
+        saved = {WRAPPERS.sub("", name): tensor for name, tensor in saved.items()}
+        for name, parameter in trainable(model).items():
+            parameter.copy_(saved.pop(WRAPPERS.sub("", names[name])))
         if saved:
             raise KeyError(next(iter(saved)))
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:

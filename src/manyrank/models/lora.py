@@ -22,6 +22,7 @@ from .float8 import Float8Linear
 
 logger = logging.get_logger(__name__)
 
+FROZEN = "frozen"  # the name of an adapter that is added below the one that is trained, see `frozen_adapter`
 QUANTISED = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes, and peft's layers around them
 
 
@@ -142,8 +143,8 @@ def _reason(layer: LoraLayer) -> str | None:
     plain = _is_plain(base) or isinstance(base, Float8Linear)
     if type(layer) is Linear and (not plain or layer.fan_in_fan_out):
         return f"their base is of type {type(base).__name__}"
-    if layer.lora_variant or any(layer.lora_bias.values()) or len(layer.active_adapters) != 1:
-        return "variants, biases or several adapters"
+    if layer.lora_variant or len(layer.active_adapters) != 1:
+        return "variants, or several adapters"
     return None
 
 
@@ -153,9 +154,9 @@ def _is_plain(base: torch.nn.Module) -> bool:
 
 
 def _forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    (name,) = layer.active_adapters
-    base = layer.get_base_layer()
-    kind, shape, whole = x.device.type, x.shape, _is_plain(base)
+    name, base = _trained(layer), layer.get_base_layer()
+    below = FROZEN in layer.active_adapters and FROZEN in layer.lora_A
+    kind, shape, whole = x.device.type, x.shape, _is_plain(base) and not below
     y_base = None if whole else base(x).flatten(0, -2)
     dtype = y_base.dtype if y_base is not None else x.dtype
     if torch.is_autocast_enabled(kind):
@@ -165,13 +166,25 @@ def _forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     dropped = dropout(x) if layer.training and getattr(dropout, "p", 0) else None
     weight, bias = (_cast(base.weight, dtype), _cast(base.bias, dtype)) if whole else (None, None)
     with torch.autocast(kind, enabled=False):
+        if below:
+            thin = x @ layer.lora_A[FROZEN].weight.to(dtype).T
+            wide = layer.lora_B[FROZEN].weight.to(dtype).T
+            y_base = torch.addmm(y_base, thin, wide, alpha=layer.scaling[FROZEN])
         adapter = (*_adapter(layer), _casts(layer, dtype))
         y = _Adapted.apply(x, dropped, weight, bias, y_base, *adapter, layer.scaling[name])
+        if (own := layer.lora_B[name].bias) is not None:
+            y = y + (layer.scaling[name] * own).to(dtype)
     return y.unflatten(0, shape[:-1])
 
 
+def _trained(layer: LoraLayer) -> str:
+    """The name of a layer's active adapter that is not the frozen one below it."""
+    (name,) = (name for name in layer.active_adapters if name != FROZEN)
+    return name
+
+
 def _adapter(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    (name,) = layer.active_adapters
+    name = _trained(layer)
     return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 

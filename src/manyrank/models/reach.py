@@ -90,7 +90,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 def is_packed(module: torch.nn.Module) -> bool:
     """Return whether a linear layer holds its weight in another form than a float matrix."""
     sizes = [getattr(module, name, None) for name in ("out_features", "in_features")]
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")  # of its own: wrappers of peft compute theirs
     if not all(isinstance(size, int) for size in sizes) or not isinstance(weight, torch.Tensor):
         return False
     return list(shape_of(weight)) not in (sizes, sizes[::-1]) or not weight.dtype.is_floating_point

@@ -156,7 +156,7 @@ class Engine:
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -20,10 +20,10 @@ from ..config.identity import batch_per_process, identity, refuse_changes
 from ..config.resolve import TrainConfig
 from ..data.dataset import Examples, prepare
 from ..models import flash
+from ..models.adapter_start import start_adapters, weights_of
 from ..models.adapters import remove_adapters
 from ..models.load import (
     fitted,
-    load_adapter,
     load_model,
     load_tokenizer,
     plan_load,
@@ -102,7 +102,10 @@ def _build(
     base, give_back = _fingerprint(objects.model), _lent(objects.model)
     heartbeat.beat(0, "loading the model")
     adapter = artifact.find(config.adapter).adapter if config.adapter else None
-    model = _model(config, accelerator, objects.model, adapter, precision=precision)
+    model = _model(config, accelerator, objects.model, precision=precision)
+    if config.uses_lora:
+        weights = weights_of(resolve_name(config.model_name_or_path), objects.model)
+        start_adapters(model, config, weights, adapter=adapter, resumed=start.folder)
     task.prepare_model(model, accelerator, tokenizer, precision=precision)
     _check_alike(model, accelerator)
     with heartbeat.waiting("distributing the model and the optimizer", compile_locks.explain):
@@ -192,11 +195,10 @@ def _model(
     config: TrainConfig,
     accelerator: Accelerator,
     own: PreTrainedModel | None,
-    adapter: Path | None,
     *,
     precision: Precision,
 ) -> torch.nn.Module:
-    """The base with its adapters; `adapter` is the folder of those that the training continues from."""
+    """The base with its adapters."""
 
     def say(line: str) -> None:
         if accelerator.is_main_process:
@@ -209,8 +211,6 @@ def _model(
         read = partial(cached_base, where=config.quantized_cache, say=say)
         with without_zero_init(accelerator) if plan.share else contextlib.nullcontext():
             model = load_model(plan, config, say=say, read=read)
-    if adapter:
-        load_adapter(model, adapter)
     return model
 
 

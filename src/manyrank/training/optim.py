@@ -16,12 +16,7 @@ from ..models.reach import shape_of
 
 def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trainable parameters; weight decay acts on matrices only."""
-    parameters = trainable(model).values()
-    groups = [
-        {"params": [p for p in parameters if len(shape_of(p)) > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if len(shape_of(p)) <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(model, config)
     if config.optim == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     adam = {
@@ -39,6 +34,19 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
         "paged_adamw_32bit": bnb.PagedAdamW32bit,
     }
     return cls[config.optim](groups, **adam)
+
+
+def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict]:
+    """The trainable parameters with their weight decay and `lr_ratio`, of their learning rate to the schedule's.
+
+    LoRA+ (Hayou et al. 2024, arXiv 2402.12354) has matrices B learn faster than matrices A.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        decay = config.weight_decay if len(shape_of(parameter)) > 1 else 0.0
+        ratio = config.loraplus_lr_ratio if ".lora_B." in name or ".lora_embedding_B." in name else None
+        groups.setdefault((decay, ratio or 1.0), []).append(parameter)
+    return [{"params": own, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), own in groups.items()]
 
 
 def build_schedule(config: TrainConfig, total_steps: int) -> LambdaLR:

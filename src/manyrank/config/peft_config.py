@@ -1,0 +1,96 @@
+"""A recipe's adapters in peft's words: keys to arguments of LoraConfig, and an adapter_config.json back to keys. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .recipe_file import Setting
+from .schema import TrainConfig
+
+# Keys of a recipe, and peft's names of what shapes an adapter.
+PEFT_NAMES = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "use_rslora": "use_rslora",
+    "lora_target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "layers_to_transform": "layers_to_transform",
+    "layers_pattern": "layers_pattern",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "target_parameters": "target_parameters",
+    "use_dora": "use_dora",
+    "lora_bias": "lora_bias",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable_token_indices",
+}
+# Of adapter_config.json, what no recipe makes, and its usual values.
+NOT_MADE_HERE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+}
+FIX = "merge it (manyrank merge), and start from the result"
+
+
+def peft_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of LoraConfig that shape a recipe's adapters; what is empty is None, as peft has it."""
+    values = {theirs: getattr(config, key) for key, theirs in PEFT_NAMES.items()}
+    values = {key: None if value == [] else value for key, value in values.items()}
+    return values | {"lora_dropout": config.lora_dropout}
+
+
+def adapter_keys(adapter: Path, entry: Setting) -> dict[str, Any]:
+    """The keys of a recipe that make an adapter of the same shape.
+
+    Args:
+        adapter: its folder. entry: where it was named.
+
+    Raises:
+        UserError: no recipe makes it, or its config cannot be read.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+        special = [key for key, usual in NOT_MADE_HERE.items() if theirs.get(key, usual[-1]) not in usual]
+        values = {key: theirs.get(name) for key, name in PEFT_NAMES.items()}
+        if isinstance(values["lora_target_modules"], str):
+            values["lora_target_modules"] = _adapted_names(adapter)
+        if special or not (values["lora_target_modules"] or values["target_parameters"]):
+            what = f"the adapter is not one that manyrank makes ({', '.join(special) or 'target_modules'})"
+            raise UserError(what, where=f"{entry.where}, {file}", fix=FIX)
+        if not values["lora_r"] or not values["lora_alpha"]:
+            raise ValueError("it has no r or no lora_alpha")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
+    return {key: _as_ours(key, value) for key, value in values.items()}
+
+
+def _as_ours(key: str, value: Any) -> Any:
+    """A value of adapter_config.json as a recipe has it: a list for one name, and nothing empty but a list or mapping."""
+    if key == "lora_target_modules":
+        return sorted(value or [])
+    usual = TrainConfig.model_fields[key].default
+    if not value:
+        return usual
+    return [value] if isinstance(usual, list) and isinstance(value, str | int) else value
+
+
+def _adapted_names(adapter: Path) -> list[str]:
+    """Read the names of the adapted layers from the weights, where the config has a pattern, as Unsloth's has."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "np") as file:
+        names = [re.match(r"(?:.*\.)?([^.]+)\.lora_[AB]\b", name) for name in file.keys()]
+    return sorted({match[1] for match in names if match})

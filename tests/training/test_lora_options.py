@@ -1,0 +1,71 @@
+"""What a recipe says of its adapters beyond their rank: each option is seen in the result, on every strategy."""
+
+import pytest
+from launches import Run, launch, nightly
+from peft import PeftModel
+from safetensors.torch import load_file
+from small_models import plain_loss
+from transformers import AutoModelForCausalLM
+
+RECIPE = ("--eval_data_path=data/validation.jsonl", "--max_steps=4", "--save_steps=2", "--lr=3e-3")
+OPTIONS = {
+    "plain": (),
+    "rslora": ("--use_rslora",),
+    "dora": ("--use_dora",),
+    "bias": ("--lora_bias",),
+    "gaussian": ("--init_lora_weights=gaussian",),
+    "orthogonal": ("--init_lora_weights=orthogonal",),
+    "pissa": ("--init_lora_weights=pissa",),
+    "pissa_niter_2": ("--init_lora_weights=pissa_niter_2",),
+    "olora": ("--init_lora_weights=olora", "--rank_pattern={q_proj: 3}"),
+    "patterns": ("--rank_pattern={q_proj: 3, layers.0.mlp.down_proj: 24}", "--alpha_pattern={up_proj: 5}"),
+    "layers": ("--layers_to_transform=1,2", "--layers_pattern=layers"),
+    "exclude": (r"--exclude_modules=[up_proj, 'model\.layers\.0\..*']",),
+    "head": ("--modules_to_save=lm_head",),
+    "embedding": ("--modules_to_save=embed_tokens",),
+    "tokens": ("--trainable_token_indices=1,16",),
+    "loraplus": ("--loraplus_lr_ratio=4",),
+}
+STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
+
+
+def loss_in_peft(run: Run, base, tokenizer) -> float:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.folder / "final_model")
+    return plain_loss(model.eval(), tokenizer, "data/validation.jsonl")
+
+
+@pytest.fixture(scope="module")
+def alone(embedded_model, tmp_path_factory):
+    """The runs of one process, made once for each option."""
+    runs = {}
+
+    def run(option: str) -> Run:
+        if option not in runs:
+            folder = tmp_path_factory.mktemp("alone") / option
+            runs[option] = launch(folder, *RECIPE, *OPTIONS[option], "--strategy=single")
+            assert runs[option].code == 0, runs[option].stderr
+        return runs[option]
+
+    return run
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_peft_gives_the_loss_of_the_training(option, alone, embedded_model, tokenizer):
+    run = alone(option)
+    assert loss_in_peft(run, embedded_model, tokenizer) == pytest.approx(run.metrics("eval_loss")[-1], abs=1e-5)
+    if option != "plain":  # the option is seen
+        assert run.metrics() != alone("plain").metrics()
+
+
+@pytest.mark.parametrize("option, strategy", [(o, s) for o in OPTIONS for s in STRATEGIES])
+def test_strategies_agree_and_resume(option, strategy, alone, tmp_path):
+    args = (*RECIPE, *OPTIONS[option], f"--strategy={strategy}", "--nproc=2")
+    run = launch(tmp_path / "run", *args)
+    assert run.code == 0, run.stderr
+    assert run.metrics() == pytest.approx(alone(option).metrics(), abs=1e-5)
+    resumed = launch(tmp_path / "again", *args, f"--resume_from_checkpoint={run.folder / 'checkpoint-2'}")
+    assert resumed.code == 0 and resumed.metrics() == run.metrics()[2:], resumed.stderr
+    first, second = (
+        load_file(folder / "final_model" / "adapter_model.safetensors") for folder in (run.folder, resumed.folder)
+    )
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
