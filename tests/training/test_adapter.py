@@ -114,12 +114,40 @@ def test_a_resume_is_exact_and_knows_its_adapter(first, foreign, tmp_path):
     [
         (("--adapter={first}", "--lora_r=32"), "lora_r is 32, and that of"),
         (("--adapter={first}", "--method=full"), "method full, and adapter"),
+        (("--adapter={first}", "--use_rslora"), "use_rslora is true, and that of"),
+        (("--adapter={first}", "--init_lora_weights=pissa"), "has its values"),
+        (("--new_adapter",), "new_adapter, and no adapter below it"),
         (("--adapter=nowhere",), "there is no folder 'nowhere'"),
     ],
 )
 def test_what_contradicts_the_adapter_is_refused(args, what, first, tmp_path):
     run = launch(tmp_path / "run", *(arg.format(first=first) for arg in args))
     assert run.code == 2 and what in run.stderr and not run.folder.exists()
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp", *nightly("ddp", "zero2", "zero3")])
+@pytest.mark.parametrize("below", ["first", "foreign"])
+def test_another_adapter_on_top(strategy, below, first, foreign, embedded_model, tokenizer, tmp_path):
+    """The one below stays as it is, and both are one adapter of the base."""
+    folder = {"first": first / "final_model", "foreign": foreign}[below]
+    args = (*START[:2], "--max_steps=4", "--save_steps=2", f"--adapter={folder}", "--new_adapter", "--lora_r=4")
+    args += (
+        f"--strategy={strategy}",
+        f"--nproc={1 if strategy == 'single' else 2}",
+        "--lora_target_modules=q_proj,v_proj",
+    )
+    run = launch(tmp_path / "run", *args)
+    assert run.code == 0, run.stderr
+    assert run.metrics("eval_loss")[0] == pytest.approx(loss_of(folder, embedded_model, tokenizer), abs=1e-5)
+    final = run.folder / "final_model"
+    assert loss_of(final, embedded_model, tokenizer) == pytest.approx(run.metrics("eval_loss")[-1], abs=1e-5)
+    before, after = load_file(folder / "adapter_model.safetensors"), load_file(final / "adapter_model.safetensors")
+    only_below = [name for name in before if "down_proj.lora_A" in name]
+    assert only_below and all(torch.equal(before[name], after[name]) for name in only_below)
+    both = [name for name in before if "q_proj.lora_A" in name]
+    assert both and all(torch.equal(after[name][4:], before[name]) for name in both)
+    resumed = launch(tmp_path / "again", *args, f"--resume_from_checkpoint={run.folder / 'checkpoint-2'}")
+    assert resumed.code == 0 and resumed.metrics() == run.metrics()[2:], resumed.stderr
 
 
 def test_no_adapter_from_python_is_the_default():
@@ -136,7 +164,7 @@ def test_an_adapter_of_another_base_is_refused(foreign, tmp_path):
         adapter / "adapter_model.safetensors",
     )
     run = launch(tmp_path / "run", f"--adapter={adapter}", "--max_steps=1", "--strategy=single")
-    assert run.code == 2 and "the adapter does not fit the model" in run.stderr
+    assert run.code == 2 and "is for [192, 511] weights, and that of embedded has" in run.stderr
     whole = launch(tmp_path / "whole", "--adapter=" + str(first_base(adapter)), "--max_steps=1")
     assert whole.code == 2 and "is a whole model, and no adapter" in whole.stderr
 

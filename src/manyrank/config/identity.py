@@ -35,7 +35,30 @@ IDENTITY = (
     "adam_beta2",
     "adam_epsilon",
 )
-LATER = ("use_rslora", "lr_scheduler_kwargs", "label_smoothing_factor", "data_seed")
+# What makes the shape of adapters, and of what is saved.
+OF_ADAPTERS = (
+    "new_adapter",
+    "rank_pattern",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "init_lora_weights",
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+# What checkpoints of earlier versions do not have.
+LATER = (
+    *OF_ADAPTERS,
+    "use_rslora",
+    "alpha_pattern",
+    "loraplus_lr_ratio",
+    "lr_scheduler_kwargs",
+    "label_smoothing_factor",
+    "data_seed",
+)
 OF_GRPO = (
     "rewards",
     "on_reward_error",
@@ -59,7 +82,7 @@ CALLED = {
     "num_train_epochs": ("total_steps",),
     "max_steps": ("total_steps",),
 }
-FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
+FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim", *OF_ADAPTERS)  # the shape of the saved state
 
 
 def identity(config: TrainConfig, precision: Precision, **facts: object) -> dict:

@@ -48,6 +48,7 @@ def peft_arguments(config: TrainConfig) -> dict[str, Any]:
     """The arguments of LoraConfig that shape a recipe's adapters; what is empty is None, as peft has it."""
     values = {theirs: getattr(config, key) for key, theirs in PEFT_NAMES.items()}
     values = {key: None if value == [] else value for key, value in values.items()}
+    values["layers_pattern"] = values["layers_pattern"] if config.layers_to_transform else None
     return values | {"lora_dropout": config.lora_dropout}
 
 

@@ -188,8 +188,9 @@ def _is_same(setting: Setting, theirs: Any) -> bool:
     if setting.where.startswith(str(asset("launch", "recipes"))) or setting.value == "all-linear":
         return True
     info = FIELDS[canonical(setting.key)]
+    kind = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
     try:
-        value = TypeAdapter(Annotated[info.annotation, *info.metadata]).validate_python(setting.value)
+        value = TypeAdapter(kind).validate_python(setting.value)
     except ValidationError:  # which `_validate` says better
         return True
     if isinstance(value, list) and isinstance(theirs, list):

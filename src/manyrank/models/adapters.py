@@ -74,6 +74,7 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
         adapted = get_peft_model(model, LoraConfig(**arguments, task_type="CAUSAL_LM"))
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
+    _check_names(adapted, config)
     if "lora" not in config.disable_fused:
         speed_up(adapted)
     speed_up_tokens(adapted)
@@ -81,6 +82,33 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
         if note:
             say(note)
     return adapted
+
+
+def _check_names(model: torch.nn.Module, config: TrainConfig) -> None:
+    """Refuse names and patterns of the recipe that fit nothing: peft passes over them without a word.
+
+    Raises:
+        UserError: there is one.
+    """
+    names = {name.removeprefix("base_model.model.") for name, _ in model.named_modules()}
+    adapted = set(adapted_layers(model))
+    layers = {int(number) for name in adapted for number in re.findall(r"\.(\d+)\.", name)}
+    tokens = config.trainable_token_indices
+    wanted = {
+        "exclude_modules": (config.exclude_modules, names),
+        "rank_pattern": (config.rank_pattern, adapted),
+        "alpha_pattern": (config.alpha_pattern, adapted),
+        "modules_to_save": (config.modules_to_save, names),
+        "trainable_token_indices": (tokens if isinstance(tokens, dict) else (), names),
+        "layers_to_transform": (map(str, config.layers_to_transform), set(map(str, layers))),
+    }
+    for key, (patterns, known) in wanted.items():
+        for pattern in patterns:
+            if not any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in known):
+                what = f"{key}: nothing of the model with adapters is called {pattern!r}"
+                raise UserError(
+                    what, where=key, fix="give the end of a name, as mlp.down_proj, or a pattern of the whole name"
+                )
 
 
 def saved_names(model: torch.nn.Module) -> dict[str, str]:

@@ -183,7 +183,16 @@ class ModelFacts:
         if self.find("model.safetensors.index.json"):
             return frozenset(self._json("model.safetensors.index.json").get("weight_map") or {})
         file = self.find("model.safetensors")
-        return frozenset(_header(file)) - {"__metadata__"} if file else frozenset()
+        return frozenset(read_header(file)) - {"__metadata__"} if file else frozenset()
+
+    def headers(self) -> dict[str, list[int]]:
+        """The shapes of the weights, by name; empty where not all files are here."""
+        index = self._json("model.safetensors.index.json").get("weight_map") or {}
+        files = [self.find(name) for name in sorted(set(index.values()) or {"model.safetensors"})]
+        heads = [read_header(file) for file in files if file]
+        if len(heads) != len(files):
+            return {}
+        return {name: entry["shape"] for head in heads for name, entry in head.items() if "shape" in entry}
 
     def has_module(self, target: str) -> bool:
         """Return whether an adapter's target is a module that has weights; peft compares the end of the whole name."""
@@ -233,7 +242,7 @@ def _cached(name: str, file: str) -> Path | None:
     return Path(file_path) if isinstance(file_path, str) else None
 
 
-def _header(file: Path) -> dict[str, Any]:
+def read_header(file: Path) -> dict[str, Any]:
     """The JSON at the start of a safetensors file; empty where it is none."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -156,7 +156,10 @@ def _fuses_mlps(run: PlannedRun) -> bool:
 
 
 def _thin(run: PlannedRun, layer: Layer) -> int:
-    return len(run.adapted(layer)) * run.config.lora_r * run.compute
+    """Bytes of x A' of a token; under DoRA also of both products, which it keeps to scale them."""
+    adapted = run.adapted(layer)
+    products = 2 * sum(linear.outputs for linear in adapted.values()) if run.config.use_dora else 0
+    return (sum(map(run.rank, adapted)) + products) * run.compute
 
 
 def _experts(run: PlannedRun, layer: Layer) -> int:

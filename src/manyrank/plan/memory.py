@@ -166,7 +166,8 @@ def _lasting(run: PlannedRun) -> dict[str, int]:
 def _adapters(run: PlannedRun, shards: int) -> int:
     # float32 masters; DeepSpeed works on 16-bit ones and keeps its masters with the optimizer. Of grpo a frozen copy.
     copies = 2 if run.config.is_grpo and run.config.beta else 1
-    masters = copies * run.trainable * (run.compute if run.strategy.engine is EngineKind.DEEPSPEED else FLOAT) // shards
+    held = copies * run.trainable + run.frozen_adapters
+    masters = held * (run.compute if run.strategy.engine is EngineKind.DEEPSPEED else FLOAT) // shards
     return masters + (run.compute * run.trainable if _casts_adapters(run) else 0)
 
 
@@ -198,7 +199,7 @@ def states(run: PlannedRun, optim: str) -> int:
 
     if run.full:
         return of_tensor(run.trainable)
-    return sum(layer.count * sum(map(of_tensor, run.adapters(layer))) for layer in run.shape.layers)
+    return int(sum(count * of_tensor(size) for count, size in run.tensors))
 
 
 def _gradients(run: PlannedRun) -> int:
@@ -322,6 +323,7 @@ def _dequantised(run: PlannedRun) -> int:
     Rows in float8 come when other gradients of the layer are gone.
     """
     element = {"qlora": run.compute, "int8": run.compute, "fp8": 1}.get(run.config.method, 0)
+    element += 3 * FLOAT if run.config.use_dora else 0  # the matrix, its adapter written out, and their sum
     return _largest_matrix(run) * element
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -17,6 +19,8 @@ ADAPTED_EXPERTS = {
     "mixtral": ("w1", "w2", "w3"),
     **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
 }
+OUTSIDE = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")  # modules of the vocabulary's size
+SAVED = 4  # bytes of an element of a saved adapter
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,15 @@ class PlannedRun:
         return {
             name: linear
             for name, linear in layer.linears.items()
-            if name not in taken and (targets == "all-linear" or _named(name, targets))
+            if name not in taken
+            and (targets == "all-linear" or _named(name, targets))
+            and not _matched(name, self.config.exclude_modules)
         }
+
+    def rank(self, name: str) -> int:
+        """The rank of the adapters of a matrix; a pattern for some layers counts for all."""
+        pattern = _matched(name, self.config.rank_pattern)
+        return self.config.rank_pattern[pattern] if pattern else self.config.lora_r
 
     def adapted_experts(self, layer: Layer) -> bool:
         names = ADAPTED_EXPERTS.get(self.shape.model_type)
@@ -138,11 +149,37 @@ class PlannedRun:
             [rank * hidden, rank * experts.number] if self.config.lora_target_modules == "all-linear" else []
         )
 
-    def adapters(self, layer: Layer) -> list[int]:
-        """Elements of each adapter tensor of one layer."""
-        rank = self.config.lora_r
-        plain = [(rank * linear.inputs, rank * linear.outputs) for linear in self.adapted(layer).values()]
+    def matrices(self, layer: Layer) -> list[int]:
+        """Elements of each matrix A and B of one layer."""
+        adapted = self.adapted(layer).items()
+        plain = [(self.rank(name) * linear.inputs, self.rank(name) * linear.outputs) for name, linear in adapted]
         return [*chain.from_iterable(plain), *self.expert_adapters(layer)]
+
+    def adapters(self, layer: Layer) -> list[int]:
+        """Elements of each trained tensor of one layer."""
+        beside = self.config.use_dora + self.config.lora_bias  # magnitudes, and biases
+        vectors = [linear.outputs for linear in self.adapted(layer).values()] * beside
+        whole = [linear.weights for name, linear in layer.linears.items() if name in self.config.modules_to_save]
+        return [*self.matrices(layer), *vectors, *whole]
+
+    @cached_property
+    def tensors(self) -> list[tuple[float, int]]:
+        """Numbers of trained tensors beside a frozen base, and the elements of each."""
+        chosen = len(self.config.layers_to_transform) / self.shape.depth if self.config.layers_to_transform else 1
+        inner = [(chosen * layer.count, size) for layer in self.shape.layers for size in self.adapters(layer)]
+        ids = self.config.trainable_token_indices
+        rows = sum(map(len, ids.values())) if isinstance(ids, dict) else len(ids)
+        whole = sum(name.rpartition(".")[2] in OUTSIDE for name in self.config.modules_to_save)
+        return inner + [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
+
+    @cached_property
+    def frozen_adapters(self) -> int:
+        """Elements of a frozen adapter below the trained one, see `models.frozen_adapter`."""
+        if self.config.new_adapter and self.config.adapter:
+            return self.context.adapter_bytes // SAVED
+        if self.full or not self.config.init_lora_weights.startswith(("pissa", "olora")):
+            return 0
+        return sum(layer.count * sum(self.matrices(layer)) for layer in self.shape.layers)
 
     @cached_property
     def active_adapters(self) -> int:
@@ -159,7 +196,12 @@ class PlannedRun:
         """Elements that are learned."""
         if self.full:
             return self.shape.parameters
-        return sum(layer.count * sum(self.adapters(layer)) for layer in self.shape.layers)
+        return int(sum(count * size for count, size in self.tensors))
+
+
+def _matched(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern whose last part fits the name of a matrix."""
+    return next((pattern for pattern in patterns if re.fullmatch(pattern.rpartition(".")[2], name)), None)
 
 
 def _named(name: str, targets: list[str]) -> bool:

@@ -1,6 +1,6 @@
 """Check all rules before a process starts, and report all violations at once. No torch.
 
-    RULES               one table: recipe_rules, strategy_rules, model_rules, grpo_rules; docs/rules.md is printed from it
+    RULES               one table: recipe, adapters, strategy, model, grpo; docs/rules.md is printed from it
     check_rules         errors end the start together; warnings are printed, and `ignore_warnings` switches them off
     check_data, ...     files that the recipe names: rows, templates, models, the output folder
 
@@ -29,6 +29,7 @@ from ..runs import artifact, run_lock
 from ..runs.run_folder import LAUNCH, check_writable, is_new, is_removable, others, unsealed
 from ..topology.gpus import Hardware
 from ..topology.strategies import default_strategy
+from .adapters import ADAPTER_RULES
 from .context import RunContext
 from .grpo import GRPO_RULES
 from .model import MODEL_RULES
@@ -64,7 +65,7 @@ RETIRED = frozenset(
         "warmup-of-constant",
     }
 )
-RULES: tuple[Rule, ...] = (*RECIPE_RULES, *STRATEGY_RULES, *MODEL_RULES, *GRPO_RULES)
+RULES: tuple[Rule, ...] = (*RECIPE_RULES, *ADAPTER_RULES, *STRATEGY_RULES, *MODEL_RULES, *GRPO_RULES)
 
 
 def check_sources(resolved: ResolvedConfig) -> None:

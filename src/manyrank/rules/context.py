@@ -94,7 +94,18 @@ class RunContext:
     @property
     def goes_on_from_adapter(self) -> bool:
         """Whether what SFT has made is an adapter, not a whole model."""
-        return bool(self.config.start_model and artifact.find(self.config.start_model).adapter)
+        return self.adapter is not None
+
+    @cached_property
+    def adapter(self) -> Path | None:
+        """The folder of the adapter that the run starts from."""
+        return artifact.find(self.config.start_model).adapter if self.config.start_model else None
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of its weights as they are stored."""
+        file = self.adapter and self.adapter / "adapter_model.safetensors"
+        return file.stat().st_size if file and file.is_file() else 0
 
     @cached_property
     def files(self) -> StrategyFiles:

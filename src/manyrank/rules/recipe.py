@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..config.identity import OF_GRPO, early_changes
 from ..config.resolve import DEFAULTS_OF_GRPO
+from ..config.schema import AdapterKeys
 from ..project_files import asset
 from .context import RunContext
 from .reporting import REPORTING_RULES
@@ -34,7 +35,13 @@ OF_SFT = (
 )
 # Options, and what makes them count.
 DEPENDENT = (
-    (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), lambda c: c.uses_lora, "method full"),
+    (
+        tuple(key for key in AdapterKeys.model_fields if key not in ("adapter", "new_adapter")),
+        lambda c: c.uses_lora,
+        "method full",
+    ),
+    (("allow_base_change",), lambda c: c.adapter, "no adapter"),
+    (("layers_pattern",), lambda c: c.layers_to_transform, "no layers_to_transform"),
     (("quantized_cache",), lambda c: c.method == "qlora", "another method than qlora"),
     (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda c: c.optim != "sgd", "optim sgd"),
     (
@@ -386,20 +393,6 @@ STEP_RULES = (
 )
 
 OPTIMISATION_RULES = (
-    error(
-        "two-starts",
-        ("adapter", "sft_model"),
-        unless(lambda s: bool(s.config.adapter and s.config.sft_model), "adapter and sft_model together"),
-        reason="A run starts from one adapter.",
-        fix="keep one of them",
-    ),
-    error(
-        "adapter-of-full",
-        ("adapter", "method"),
-        unless(lambda s: bool(s.config.adapter) and s.config.method == "full", "method full, and adapter {c.adapter}"),
-        reason="Full fine-tuning has no place for an adapter.",
-        fix="merge it first (manyrank merge), and train the result; or use method lora",
-    ),
     error(
         "schedule-arguments",
         ("lr_scheduler_kwargs", "lr_scheduler_type"),

@@ -1,0 +1,248 @@
+"""Rules about adapters: what they start from, and which of their options go together."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..models.model_facts import find_facts, read_header
+from ..runs import artifact
+from .context import RunContext
+from .rule import error, unless
+
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+SUBTRACTED = ("pissa", "olora")  # starts of which a copy lies frozen below the adapter
+# Names of repositories that hold the same weights in 4 bits, or mirror them.
+COPIES = re.compile(r"[-_](unsloth|bnb|4bit)\b", re.IGNORECASE)
+
+
+def _keeps_below(s: RunContext) -> str | None:
+    """The option that freezes an adapter below the trained one."""
+    if s.config.new_adapter:
+        return "new_adapter"
+    return (
+        f"init_lora_weights {s.config.init_lora_weights}" if s.config.init_lora_weights.startswith(SUBTRACTED) else None
+    )
+
+
+def _start_of_saved(s: RunContext) -> str | None:
+    kind, saved = s.config.init_lora_weights, s.config.adapter or (s.config.sft_model and s.goes_on_from_adapter)
+    if kind == "true" or not saved or s.config.new_adapter:
+        return None
+    return f"init_lora_weights {kind}, and the adapter {s.config.start_model} has its values"
+
+
+def _together(s: RunContext) -> str | None:
+    """Name two options of which one leaves no room for the other."""
+    config, below = s.config, _keeps_below(s)
+    own_start = config.init_lora_weights not in ("true", "gaussian")
+    parameters = bool(config.target_parameters)
+    pairs = {
+        ("use_dora", below or f"init_lora_weights {config.init_lora_weights}"): config.use_dora
+        and bool(below or config.init_lora_weights == "loftq"),
+        ("use_dora", "lora_bias"): config.use_dora and config.lora_bias,
+        ("use_dora", "method fp8"): config.use_dora and config.method == "fp8",
+        ("target_parameters", "use_dora"): parameters and config.use_dora,
+        ("target_parameters", "lora_bias"): parameters and config.lora_bias,
+        ("target_parameters", "lora_dropout"): parameters and bool(config.lora_dropout),
+        ("target_parameters", below or f"init_lora_weights {config.init_lora_weights}"): parameters
+        and (own_start or bool(below)),
+    }
+    return next((" with ".join(pair) for pair, meet in pairs.items() if meet), None)
+
+
+def _odd_rank(s: RunContext) -> str | None:
+    ranks = [s.config.lora_r, *s.config.rank_pattern.values()]
+    odd = [rank for rank in ranks if rank % 2]
+    return (
+        f"init_lora_weights orthogonal with rank {odd[0]}"
+        if s.config.init_lora_weights == "orthogonal" and odd
+        else None
+    )
+
+
+def _below_in_grpo(s: RunContext) -> str | None:
+    below = _keeps_below(s)
+    return f"{below} with task grpo" if below and s.config.is_grpo else None
+
+
+def _whole_tied(s: RunContext) -> str | None:
+    names = [name for name in s.config.modules_to_save if name.rpartition(".")[2] in EMBEDDINGS]
+    tied = s.config.uses_lora and s.model is not None and s.model.ties_embeddings
+    return f"modules_to_save {names[0]}, whose weights are those of another module" if names and tied else None
+
+
+def _tokens_beyond(s: RunContext) -> str | None:
+    ids, size = s.config.trainable_token_indices, s.model.config.get("vocab_size") if s.model else None
+    numbers = [number for own in ids.values() for number in own] if isinstance(ids, dict) else ids
+    beyond = [number for number in numbers if isinstance(size, int) and number >= size]
+    return f"trainable_token_indices {beyond[0]}, and the model has {size} tokens" if beyond else None
+
+
+# The base of an adapter
+
+
+def _other_base(s: RunContext) -> str | None:
+    if not s.config.adapter or s.config.allow_base_change:
+        return None
+    source, name = artifact.find(s.config.adapter), s.config.model_name_or_path
+    made_for, here = _fingerprint(source.base), _fingerprint(name)
+    recorded = _recorded(source)
+    if here and recorded and here != recorded:
+        return f"{s.config.adapter} was trained on other weights than those of {name}"
+    if here and made_for:
+        return None if here == made_for else f"{s.config.adapter} is for {source.base}, and {name} has other weights"
+    if recorded == here or _plain(source.base) == _plain(name):
+        return None
+    return f"{s.config.adapter} is for {source.base}, and the base is {name}"
+
+
+def _fingerprint(name: str) -> str | None:
+    """That of a base whose files are here, in a folder."""
+    facts = find_facts(name) if name == "embedded" or Path(name).expanduser().is_dir() else None
+    config = facts and facts.find("config.json")
+    return artifact.base_fingerprint(str(config.parent), None) if config else None
+
+
+def _recorded(source: artifact.ModelSource) -> str | None:
+    """The fingerprint of the base in a checkpoint of the adapter's run."""
+    places = [source.adapter, *sorted(source.run.glob("checkpoint-*"))] if source.run else [source.adapter]
+    for place in filter(None, places):
+        if (place / "run.json").is_file():
+            own = json.loads((place / "run.json").read_text(encoding="utf-8")).get("model")
+            return own if own and "@" not in own else None
+    return None
+
+
+def _plain(name: str) -> str:
+    return COPIES.sub("", Path(name).name).lower()
+
+
+def _misfit(s: RunContext) -> str | None:
+    """Compare an adapter's matrices with the base's, by the heads of their files."""
+    adapter, model = s.adapter, s.model
+    if not adapter or not model or model.quantisation:
+        return None
+    file, base = adapter / "adapter_model.safetensors", model.headers()
+    for name, shape in _adapted(read_header(file)) if file.is_file() else ():
+        here = base.get(f"{name}.weight", [])
+        if len(here) == 2 and sorted(here) != sorted(shape):  # Conv1D has (in, out)
+            return f"the adapter's {name} is for {shape} weights, and that of {model.name} has {here}"
+    return None
+
+
+def _adapted(header: dict) -> Iterator[tuple[str, list[int]]]:
+    """The names and shapes (out, in) of the matrices that plain adapters are for."""
+    for name, entry in header.items():
+        if match := re.match(r"(?:base_model\.model\.)?(.+)\.lora_A\.(?:default\.)?weight", name):
+            up = header.get(name.replace(".lora_A.", ".lora_B."))
+            if up:
+                yield match[1], [up["shape"][0], entry["shape"][1]]
+
+
+ADAPTER_RULES = (
+    error(
+        "two-starts",
+        ("adapter", "sft_model"),
+        unless(lambda s: bool(s.config.adapter and s.config.sft_model), "adapter and sft_model together"),
+        reason="A run starts from one adapter.",
+        fix="keep one of them",
+    ),
+    error(
+        "adapter-of-full",
+        ("adapter", "method"),
+        unless(lambda s: bool(s.config.adapter) and s.config.method == "full", "method full, and adapter {c.adapter}"),
+        reason="Full fine-tuning has no place for an adapter.",
+        fix="merge it first (manyrank merge), and train the result; or use method lora",
+    ),
+    error(
+        "new-adapter-on-none",
+        ("new_adapter", "adapter"),
+        unless(lambda s: s.config.new_adapter and not s.config.adapter, "new_adapter, and no adapter below it"),
+        reason="It freezes the adapter that is given, and trains another on top.",
+        fix="give it as adapter: FOLDER, or leave new_adapter out",
+    ),
+    error(
+        "another-base",
+        ("adapter", "model_name_or_path"),
+        _other_base,
+        reason="An adapter is a difference to the weights that it was trained on; on others it is noise.",
+        fix="leave model_name_or_path out, or, if it is meant so, set allow_base_change: true",
+    ),
+    error(
+        "adapter-does-not-fit",
+        ("adapter", "sft_model", "model:model.safetensors"),
+        _misfit,
+        reason="Its matrices cannot be added to those of the base.",
+        fix="give the base that the adapter was trained on",
+    ),
+    error(
+        "start-of-saved-adapter",
+        ("init_lora_weights", "adapter", "sft_model"),
+        _start_of_saved,
+        reason="The option says how new adapters start.",
+        fix="leave init_lora_weights out, or write new_adapter: true for another adapter on top",
+    ),
+    error(
+        "adapter-options-together",
+        ("use_dora", "lora_bias", "target_parameters", "init_lora_weights", "new_adapter", "lora_dropout", "method"),
+        _together,
+        reason="peft does not have these together, or the saved adapter would not be one that peft loads.",
+        fix="keep one of the two",
+        of_many=True,
+    ),
+    error(
+        "loftq-without-4-bits",
+        ("init_lora_weights", "method"),
+        unless(
+            lambda s: s.config.init_lora_weights == "loftq" and s.config.method != "qlora",
+            "init_lora_weights loftq with method {c.method}",
+        ),
+        reason="It makes up for what a base in 4 bits has lost.",
+        fix="use method: qlora, or leave init_lora_weights out",
+    ),
+    error(
+        "orthogonal-with-odd-rank",
+        ("init_lora_weights", "lora_r", "rank_pattern"),
+        _odd_rank,
+        reason="Half of the rank's directions are for A, the other half for B.",
+        fix="give even ranks",
+    ),
+    error(
+        "frozen-adapter-in-grpo",
+        ("new_adapter", "init_lora_weights", "task"),
+        _below_in_grpo,
+        reason="trl switches adapters on and off to compare the model with its start, all of them alike.",
+        fix="merge the adapter below first (manyrank merge), or leave the option out",
+        of_many=True,
+    ),
+    error(
+        "whole-tied-embeddings",
+        ("modules_to_save", "model:config.json"),
+        _whole_tied,
+        reason="The copy that is trained would part from the other module, and the saved model would be neither.",
+        fix="use trainable_token_indices for single tokens, or method: full",
+    ),
+    error(
+        "tokens-beyond-model",
+        ("trainable_token_indices", "model:config.json"),
+        _tokens_beyond,
+        reason="The embedding has no such rows.",
+        fix="give ids of the tokenizer's tokens",
+    ),
+    error(
+        "unmergeable-for-vllm",
+        ("use_vllm", "lora_bias", "trainable_token_indices", "target_parameters"),
+        unless(
+            lambda s: (
+                s.config.use_vllm != "off"
+                and bool(s.config.lora_bias or s.config.trainable_token_indices or s.config.target_parameters)
+            ),
+            "use_vllm {c.use_vllm} with adapters that are more than A and B of linear layers",
+        ),
+        reason="trl hands vLLM the merged weights after each step, and these do not merge.",
+        fix="set use_vllm: off, or leave them out",
+    ),
+)
