@@ -58,8 +58,10 @@ def start_adapters(
             frozen_adapter.put_below(model, frozen_adapter.saved_below(model, resumed))
         return
     _copy_modules(model, weights)
-    if config.init_lora_weights not in ("true", "gaussian") or config.use_dora:
-        _from_base(model, config, weights)
+    # peft has taken the magnitudes from a quantised base, which is whole here; what is in shards may be no more than shapes.
+    magnitudes = config.use_dora and config.method == "lora"
+    if config.init_lora_weights not in ("true", "gaussian") or magnitudes:
+        _from_base(model, config, weights, magnitudes=magnitudes)
     if config.init_lora_weights == "gaussian":
         set_seed(config.seed)
         for layer in adapted_layers(model).values():
@@ -114,7 +116,7 @@ def _copy_modules(model: torch.nn.Module, weights: Weights) -> None:
 
 
 @torch.no_grad()
-def _from_base(model: torch.nn.Module, config: TrainConfig, weights: Weights) -> None:
+def _from_base(model: torch.nn.Module, config: TrainConfig, weights: Weights, *, magnitudes: bool) -> None:
     """Set the adapters' values that depend on the base's weights; each rank works on some layers."""
     state = PartialState()
     for at, (name, layer) in enumerate(adapted_layers(model).items()):
@@ -123,19 +125,19 @@ def _from_base(model: torch.nn.Module, config: TrainConfig, weights: Weights) ->
             raise UserError(what, where="init_lora_weights", fix="set init_lora_weights: true")
         owner = at % state.num_processes
         targets = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-        targets += [layer.lora_magnitude_vector["default"].weight] if config.use_dora else []
+        targets += [layer.lora_magnitude_vector["default"].weight] if magnitudes else []
         if owner == state.process_index:
             set_seed(config.seed + at)
             values = _values(layer, config, weights(f"{name}.weight").to(state.device, torch.float32))
         else:
             values = [torch.empty(target.shape, device=state.device) for target in targets]
-        for target, value in zip(targets, values, strict=True):
+        for target, value in zip(targets, values):
             target.data = broadcast(value.contiguous(), from_process=owner).to(target.device)
     set_seed(config.seed)
 
 
 def _values(layer: LoraLayer, config: TrainConfig, weight: torch.Tensor) -> list[torch.Tensor]:
-    """A and B of a layer, and under DoRA the magnitudes; `weight` is (out, in), float32."""
+    """A and B of a layer, and the magnitudes of DoRA; `weight` is (out, in), float32."""
     kind, rank, alpha = config.init_lora_weights, layer.r["default"], layer.lora_alpha["default"]
     if layer.fan_in_fan_out:
         weight = weight.T.contiguous()
@@ -147,7 +149,7 @@ def _values(layer: LoraLayer, config: TrainConfig, weight: torch.Tensor) -> list
     plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
     adapted = Linear(plain, "default", own, r=rank, lora_alpha=alpha)
     down, up = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
-    return [down, up, *([torch.linalg.norm(weight, dim=1)] if config.use_dora else [])]
+    return [down, up, torch.linalg.norm(weight, dim=1)]
 
 
 def _quantised(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ def _together(s: RunContext) -> str | None:
         ("use_dora", below or f"init_lora_weights {config.init_lora_weights}"): config.use_dora
         and bool(below or config.init_lora_weights == "loftq"),
         ("use_dora", "lora_bias"): config.use_dora and config.lora_bias,
-        ("use_dora", "method fp8"): config.use_dora and config.method == "fp8",
+        ("use_dora", f"method {config.method}"): config.use_dora and config.method in ("int8", "fp8"),
         ("target_parameters", "use_dora"): parameters and config.use_dora,
         ("target_parameters", "lora_bias"): parameters and config.lora_bias,
         ("target_parameters", "lora_dropout"): parameters and bool(config.lora_dropout),
@@ -192,6 +192,16 @@ ADAPTER_RULES = (
         reason="peft does not have these together, or the saved adapter would not be one that peft loads.",
         fix="keep one of the two",
         of_many=True,
+    ),
+    error(
+        "dora-on-4-bits-in-shards",
+        ("use_dora", "method", "strategy"),
+        unless(
+            lambda s: s.config.use_dora and s.config.method == "qlora" and "parameters" in s.strategy.shards,
+            "use_dora with method qlora on {s.strategy.name}",
+        ),
+        reason="DoRA takes its first magnitudes from whole weights, which no process has where they are loaded in shards.",
+        fix="use ddp or zero2, or method: lora; or leave use_dora out: use_rslora with a larger rank costs less",
     ),
     error(
         "loftq-without-4-bits",
