@@ -1,11 +1,12 @@
 """What a recipe says of its adapters beyond their rank: each option is seen in the result, on every strategy."""
 
 import pytest
+import torch
 from launches import Run, launch, nightly
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_models import plain_loss
-from transformers import AutoModelForCausalLM
+from small_models import LAUNCHED, plain_loss, save_for_launch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 RECIPE = ("--eval_data_path=data/validation.jsonl", "--max_steps=4", "--save_steps=2", "--lr=3e-3")
 OPTIONS = {
@@ -24,6 +25,7 @@ OPTIONS = {
     "head": ("--modules_to_save=lm_head",),
     "embedding": ("--modules_to_save=embed_tokens",),
     "tokens": ("--trainable_token_indices=1,16",),
+    "tokens of both": ("--trainable_token_indices={embed_tokens: [1, 16], lm_head: [1, 3]}",),
     "loraplus": ("--loraplus_lr_ratio=4",),
 }
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
@@ -69,3 +71,41 @@ def test_strategies_agree_and_resume(option, strategy, alone, tmp_path):
         load_file(folder / "final_model" / "adapter_model.safetensors") for folder in (run.folder, resumed.folder)
     )
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def small(kind: str, folder, embedded_model, **shape):
+    """A small random model of another architecture, in a folder to launch."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **LAUNCHED, **shape))
+    save_for_launch(model, folder, embedded_model)
+    return folder
+
+
+def trained(base, tokenizer, folder, *args: str) -> None:
+    """A run that is the same in plain peft, and resumes exactly."""
+    args = (*RECIPE, f"--model={base}", "--max_length=128", *args)
+    run = launch(folder / "run", *args)
+    assert run.code == 0, run.stderr
+    wanted = plain_loss(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.folder / "final_model").eval(),
+        tokenizer,
+        "data/validation.jsonl",
+    )
+    assert run.metrics("eval_loss")[-1] == pytest.approx(wanted, abs=1e-4)
+    resumed = launch(folder / "again", *args, f"--resume_from_checkpoint={run.folder / 'checkpoint-2'}")
+    assert resumed.code == 0 and resumed.metrics() == run.metrics()[2:], resumed.stderr
+
+
+@pytest.mark.parametrize("strategy", ["single", *STRATEGIES])
+def test_tokens_of_tied_embeddings(strategy, embedded_model, tokenizer, tmp_path):
+    base = small("qwen2", tmp_path / "base", embedded_model, tie_word_embeddings=True)
+    nproc = 1 if strategy == "single" else 2
+    trained(base, tokenizer, tmp_path, "--trainable_token_indices=1,16", f"--strategy={strategy}", f"--nproc={nproc}")
+
+
+@pytest.mark.parametrize("strategy", ["single", *STRATEGIES])
+def test_experts_as_parameters(strategy, embedded_model, tokenizer, tmp_path):
+    moe = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    base = small("qwen3_moe", tmp_path / "base", embedded_model, **moe)
+    args = ("--target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj", "--lora_target_modules=q_proj")
+    trained(base, tokenizer, tmp_path, *args, f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}")

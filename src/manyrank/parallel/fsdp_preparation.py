@@ -5,12 +5,19 @@ have (the vision layers of Gemma 3 and Qwen 3.5 beside a text model); accelerate
 first name that it does not find. It can go when that skips such names.
 
 tests/parallel/test_fsdp_preparation.py fails on that day.
+
+`plain_embeddings`: peft 0.21's wrapper of trained tokens gives a weight that it computes, so accelerate does not see that the
+embeddings and lm_head are tied, and shards them twice. It can go when accelerate asks the config.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -21,6 +28,19 @@ def name_layers(plugin: FullyShardedDataParallelPlugin, model: torch.nn.Module) 
     """Tell accelerate the classes of layers to shard apart, unless the user has."""
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layers_apart(model)
+
+
+@contextlib.contextmanager
+def plain_embeddings(model: torch.nn.Module) -> Iterator[None]:
+    """Let modules with trained tokens show the weight of the base."""
+    wrappers = [module for module in model.modules() if isinstance(module, TrainableTokensWrapper)]
+    for wrapper in wrappers:
+        AuxiliaryTrainingWrapper.enable_adapters(wrapper, False)  # the flag alone, not what is trained
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            AuxiliaryTrainingWrapper.enable_adapters(wrapper, True)
 
 
 def layers_apart(model: torch.nn.Module) -> list[str]:

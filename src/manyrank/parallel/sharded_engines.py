@@ -17,7 +17,7 @@ from ..errors import NonFiniteGradientError
 from ..models.shards import take_parts
 from ..topology.precision import Precision
 from .engine import Check, Engine, OptimizerState, StrategyInfo, accept
-from .fsdp_preparation import name_layers
+from .fsdp_preparation import name_layers, plain_embeddings
 from .zero3_preparation import gather_by_layer, gathered_together, held_whole, partition
 
 
@@ -29,15 +29,17 @@ class FsdpEngine(Engine):
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         name_layers(self.accelerator.state.fsdp_plugin, model)
         parts = take_parts(model)
-        wrapped, optimizer = super()._prepare(model, optimizer)
+        with plain_embeddings(model):
+            wrapped, optimizer = super()._prepare(model, optimizer)
         self._put_in(model, parts)
         return wrapped, optimizer
 
     @torch.no_grad()
     def _put_in(self, model: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
         """Give the sharded parameters the parts that this rank has read."""
-        frozen = {}
+        frozen, shared = {}, {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
+            shared.setdefault(id(parameter), []).append(name)
             if name in parts and parameter.requires_grad:
                 parameter.to_local().copy_(parts[name])
             elif name in parts:
@@ -46,7 +48,10 @@ class FsdpEngine(Engine):
                 sharded = DTensor.from_local(parts[name], mesh, placements, run_check=False, **layout)
                 frozen[name] = sharded.to(parts[name].device)  # which an offloading strategy keeps on the host
         model.load_state_dict(frozen, strict=False, assign=True)
-        getattr(model, "get_base_model", lambda: model)().tie_weights()
+        for first, *others in shared.values():  # that gives each module a parameter of its own
+            for name in others:
+                path, _, own = name.rpartition(".")
+                setattr(model.get_submodule(path), own, model.get_parameter(first))
 
     @contextlib.contextmanager
     def forward_backward(self, *, last: bool):

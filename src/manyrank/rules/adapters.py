@@ -74,6 +74,12 @@ def _whole_tied(s: RunContext) -> str | None:
     return f"modules_to_save {names[0]}, whose weights are those of another module" if names and tied else None
 
 
+def _tied_tokens(s: RunContext) -> str | None:
+    ids = s.config.trainable_token_indices
+    tied = isinstance(ids, dict) and len(ids) > 1 and s.model is not None and s.model.ties_embeddings
+    return f"trainable_token_indices of {' and '.join(ids)}, which share their weights" if tied else None
+
+
 def _tokens_beyond(s: RunContext) -> str | None:
     ids, size = s.config.trainable_token_indices, s.model.config.get("vocab_size") if s.model else None
     numbers = [number for own in ids.values() for number in own] if isinstance(ids, dict) else ids
@@ -234,6 +240,13 @@ ADAPTER_RULES = (
         _whole_tied,
         reason="The copy that is trained would part from the other module, and the saved model would be neither.",
         fix="use trainable_token_indices for single tokens, or method: full",
+    ),
+    error(
+        "tokens-of-tied-modules",
+        ("trainable_token_indices", "model:config.json"),
+        _tied_tokens,
+        reason="What is trained of one counts for the other.",
+        fix="give the ids as one list",
     ),
     error(
         "tokens-beyond-model",
