@@ -81,16 +81,16 @@ LIGHT += [
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 1570,  # with the watchdog, which the launch starts too, the boards of machines, the hub, what a new run replaces, links to the adapter
-    "config": 2300,  # with keywords of Python, the names and values that other tools have and people guess, and keys and help texts in groups, and all that is not known at once
+    "config": 2480,  # with keywords of Python, the names and values that other tools have and people guess, and keys and help texts in groups, and all that is not known at once, all options of adapters
     "topology": 880,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1460,
-    "models": 4700,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces
+    "models": 5200,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces, what adapters start from, frozen ones below, rows of tokens
     "data": 3650,  # with other names of questions and answers, and rows that are looked at before any tokenizer
-    "rules": 2000,  # with templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
-    "plan": 1950,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words
-    "parallel": 1350,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16
+    "rules": 2320,  # with templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules, and the options of adapters
+    "plan": 2010,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words, what is trained beside A and B
+    "parallel": 1400,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16, tied embeddings with trained tokens
     "checkpoint": 480,
-    "training": 2610,  # with lines of progress, the model card, and a start in words
+    "training": 2640,  # with lines of progress, the model card, and a start in words
     "tasks": 960,
     "launch": 860,
     "tools": 8000,  # with an OpenAI-compatible endpoint, recipes written, files copied, runs watched, GGUF files, and pushes to the hub

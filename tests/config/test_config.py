@@ -152,6 +152,15 @@ def test_aliases_and_dashes(alias, key):
         "max_grad_norm": 0.1,
         "lora_alpha": 3.0,
         "lora_dropout": 0.1,
+        "new_adapter": True,
+        "use_dora": True,
+        "use_rslora": True,
+        "init_lora_weights": "pissa",
+        "layers_to_transform": [1],
+        "trainable_token_indices": [1],
+        "modules_to_save": ["a"],
+        "layers_pattern": ["a"],
+        "target_parameters": ["a"],
         "torch_compile": True,
     }.get(key, "0.5")
     given_key = alias.replace("_", "-")

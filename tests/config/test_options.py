@@ -208,13 +208,13 @@ def test_every_key_stands_in_a_group():
     """A key is declared in one of the groups that TrainConfig is made of, and in no other place."""
     titles = {str(group.__doc__).split(":")[0].removesuffix(".") for group in TrainConfig.__bases__}
     assert all(issubclass(group, Keys) for group in TrainConfig.__bases__)
-    assert len(titles) == len(TrainConfig.__bases__) == 8
+    assert len(titles) == len(TrainConfig.__bases__) == 9
     groups = {option.field: option.group for option in recipe_options()}
     assert {key: groups[key] for key in FIELDS if groups[key] not in titles} == {}
     assert {groups[key] for key in SWITCHES} == {"Short forms"}
 
 
-@pytest.mark.parametrize(("model", "lines"), [(TrainOptions, 61), (GrpoOptions, 67)])
+@pytest.mark.parametrize(("model", "lines"), [(TrainOptions, 63), (GrpoOptions, 69)])
 def test_help_begins_with_twenty_keys(capsys, monkeypatch, model, lines):
     text = help_of(capsys, monkeypatch, "my.yaml", "--help", model=model)
     shown = sections(text)
@@ -238,7 +238,7 @@ def test_examples_of_the_help_are_read(model):
 def test_a_help_is_in_groups(capsys, monkeypatch):
     shown = sections(help_of(capsys, monkeypatch, "--help", "all"))
     assert list(shown) == [
-        *("The recipe", "Model and method", "Data", "What is learned", "Rewards and completions (GRPO)"),
+        *("The recipe", "Model and method", "Adapters", "Data", "What is learned", "Rewards and completions (GRPO)"),
         *("Batch and optimisation", "Precision, memory and speed", "Validation, saving and logging", "Where to run"),
         *("Short forms", "The job (--via slurm)", "Options", "Examples"),
     ]

@@ -129,6 +129,41 @@ CASES = [
     ("sft-model-of-sft", {"sft_model": "ADAPTER"}, {"sft_model": None}),
     ("two-starts", {**GRPO, "sft_model": "ADAPTER", "adapter": "ADAPTER"}, {"sft_model": None}),
     ("adapter-of-full", {"adapter": "ADAPTER", "method": "full"}, {"method": "qlora"}),
+    ("new-adapter-on-none", {"new_adapter": True}, {"adapter": "ADAPTER"}),
+    ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"allow_base_change": True}),
+    ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"model_name_or_path": "embedded"}),
+    ("adapter-does-not-fit", {"adapter": "ADAPTER", "allow_base_change": True, "model": llama()}, {"adapter": None}),
+    ("start-of-saved-adapter", {"adapter": "ADAPTER", "init_lora_weights": "olora"}, {"new_adapter": True}),
+    ("start-of-saved-adapter", {"adapter": "ADAPTER", "init_lora_weights": "olora"}, {"init_lora_weights": "true"}),
+    ("adapter-options-together", {"use_dora": True, "init_lora_weights": "pissa"}, {"init_lora_weights": "gaussian"}),
+    ("adapter-options-together", {"use_dora": True, "lora_bias": True}, {"lora_bias": False}),
+    ("adapter-options-together", {"use_dora": True, "method": "int8"}, {"method": "lora"}),
+    ("adapter-options-together", {"target_parameters": ["experts"], "lora_dropout": 0.1}, {"lora_dropout": 0}),
+    ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "fsdp"}, {"strategy": "ddp"}),
+    ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "zero3"}, {"method": "lora"}),
+    ("loftq-without-4-bits", {"init_lora_weights": "loftq"}, {"method": "qlora"}),
+    ("orthogonal-with-odd-rank", {"init_lora_weights": "orthogonal", "lora_r": 5}, {"lora_r": 6}),
+    ("frozen-adapter-in-grpo", {**GRPO, "init_lora_weights": "pissa"}, {"init_lora_weights": "gaussian"}),
+    (
+        "whole-tied-embeddings",
+        {"model": llama(tie_word_embeddings=True), "modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["norm"]},
+    ),
+    (
+        "tokens-of-tied-modules",
+        {"model": llama(tie_word_embeddings=True), "trainable_token_indices": {"embed_tokens": [1], "lm_head": [1]}},
+        {"trainable_token_indices": [1]},
+    ),
+    (
+        "tokens-beyond-model",
+        {"model": llama(vocab_size=8), "trainable_token_indices": [8]},
+        {"trainable_token_indices": [7]},
+    ),
+    (
+        "unmergeable-for-vllm",
+        {**GRPO, "use_vllm": "server", "vllm_server_base_url": "http://a:1", "lora_bias": True},
+        {"use_vllm": "off", "vllm_server_base_url": "none"},
+    ),
     ("compiled-generation", {**GRPO, "torch_compile": True}, {"torch_compile": False}),
     ("processes-of-single", {"strategy": "single"}, {"nproc": 1}),
     ("processes-of-single", {"strategy": "single", "nproc": 1, "world_size": 2, "save_steps": 5}, {"strategy": "ddp"}),
@@ -505,6 +540,13 @@ def adapter_folder(folder: Path) -> str:
     folder.mkdir(parents=True)
     shape = {"base_model_name_or_path": "embedded", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(shape))
+    shapes = {"A": [16, 192], "B": [256, 16]}  # of the embedded model
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": shape for part, shape in shapes.items()
+    }
+    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()}
+    text = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     return str(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -46,7 +47,8 @@ FIX = "merge it (manyrank merge), and start from the result"
 
 def peft_arguments(config: TrainConfig) -> dict[str, Any]:
     """The arguments of LoraConfig that shape a recipe's adapters; what is empty is None, as peft has it."""
-    values = {theirs: getattr(config, key) for key, theirs in PEFT_NAMES.items()}
+    # peft changes the patterns that it is given.
+    values = {theirs: copy.deepcopy(getattr(config, key)) for key, theirs in PEFT_NAMES.items()}
     values = {key: None if value == [] else value for key, value in values.items()}
     values["layers_pattern"] = values["layers_pattern"] if config.layers_to_transform else None
     return values | {"lora_dropout": config.lora_dropout}

@@ -13,10 +13,10 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError, UserErrors
@@ -187,10 +187,9 @@ def _is_same(setting: Setting, theirs: Any) -> bool:
     """Return whether a value fits the adapter. A preset's is for other models, too, and all-linear became a list in it."""
     if setting.where.startswith(str(asset("launch", "recipes"))) or setting.value == "all-linear":
         return True
-    info = FIELDS[canonical(setting.key)]
-    kind = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+    key, needed = canonical(setting.key), {"model_name_or_path": "-", "data_path": "-"}
     try:
-        value = TypeAdapter(kind).validate_python(setting.value)
+        value = getattr(TrainConfig.model_validate(needed | {key: setting.value}), key)
     except ValidationError:  # which `_validate` says better
         return True
     if isinstance(value, list) and isinstance(theirs, list):

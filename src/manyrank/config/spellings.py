@@ -124,6 +124,16 @@ OTHER_TOOLS = {
     "adapter_path": "adapter",
     "lora_model_dir": "adapter",
     "peft_model_id": "adapter",
+    "create_new_adapter": "new_adapter",
+    "lora_modules_to_save": "modules_to_save",
+    "additional_target": "modules_to_save",
+    "peft_use_dora": "use_dora",
+    "peft_use_rslora": "use_rslora",
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_layers_pattern": "layers_pattern",
+    "peft_init_lora_weights": "init_lora_weights",
+    "peft_trainable_token_indices": "trainable_token_indices",
+    "lora_target_parameters": "target_parameters",
 }
 ADAPTERS = frozenset({"lora", "qlora", "int8", "fp8"})
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
@@ -181,7 +191,7 @@ _INSTEAD = {
     "dataset_prepared_path overwrite_cache": "leave it out: tokenised rows are kept, and made anew where something changed",
     "preprocessing_num_workers dataset_processes num_proc": "leave it out: rows are tokenised on the cores that are there",
     "lora_target_linear": "write lora_target_modules: all-linear",
-    "lora_modules_to_save additional_target": "leave it out: adapters are plain LoRA or rsLoRA, without whole modules beside them",
+    "pissa_init pissa_iter": "write init_lora_weights: pissa, or pissa_niter_16",
     "tf32": "leave it out: products in float32 are exact here",
     "xformers_attention sdp_attention s2_attention": "leave it out: documents of a pack attend by flash attention wherever the GPU has it",
     "plot_loss": "leave it out: report.html has the curves",
@@ -214,7 +224,6 @@ _INSTEAD = {
     "token hf_token hub_token": "set the environment variable HF_TOKEN, or run `hf auth login`",
     "cache_dir": "set the environment variable HF_HOME",
     "continue": "write resume_from_checkpoint: auto",
-    "use_dora lora_bias modules_to_save": "leave it out: adapters are plain LoRA or rsLoRA, without biases",
     "neftune_noise_alpha": "leave it out: no noise is added to embeddings here",
     "assistant_only_loss completion_only_loss": "leave it out: only what the assistant says is learned, unless "
     "train_on_prompt is true",

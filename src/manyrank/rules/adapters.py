@@ -96,11 +96,12 @@ def _other_base(s: RunContext) -> str | None:
     source, name = artifact.find(s.config.adapter), s.config.model_name_or_path
     made_for, here = _fingerprint(source.base), _fingerprint(name)
     recorded = _recorded(source)
-    if here and recorded and here != recorded:
-        return f"{s.config.adapter} was trained on other weights than those of {name}"
+    if here and recorded:
+        other = f"{s.config.adapter} was trained on other weights than those of {name}"
+        return None if here == recorded else other
     if here and made_for:
         return None if here == made_for else f"{s.config.adapter} is for {source.base}, and {name} has other weights"
-    if recorded == here or _plain(source.base) == _plain(name):
+    if _plain(source.base) == _plain(name):
         return None
     return f"{s.config.adapter} is for {source.base}, and the base is {name}"
 

@@ -101,11 +101,8 @@ def _build(
     train, evaluation = _examples(task, tokenizer, needed, accelerator)
     base, give_back = _fingerprint(objects.model), _lent(objects.model)
     heartbeat.beat(0, "loading the model")
-    adapter = artifact.find(config.adapter).adapter if config.adapter else None
     model = _model(config, accelerator, objects.model, precision=precision)
-    if config.uses_lora:
-        weights = weights_of(resolve_name(config.model_name_or_path), objects.model)
-        start_adapters(model, config, weights, adapter=adapter, resumed=start.folder)
+    adapter = _start(model, config, objects.model, start)
     task.prepare_model(model, accelerator, tokenizer, precision=precision)
     _check_alike(model, accelerator)
     with heartbeat.waiting("distributing the model and the optimizer", compile_locks.explain):
@@ -119,7 +116,7 @@ def _build(
         **task.identity(),
         model=base or artifact.base_fingerprint(resolve_name(config.model_name_or_path), commit),
         loss=objects.loss and f"{objects.loss.__module__}.{objects.loss.__qualname__}",
-        adapter=artifact.adapter_fingerprint(adapter) if adapter else None,
+        adapter=adapter,
         data=train.fingerprint,
         global_batch_size=config.batch(accelerator.num_processes),
         # What stands beside a global batch is only how it is laid out.
@@ -212,6 +209,15 @@ def _model(
         with without_zero_init(accelerator) if plan.share else contextlib.nullcontext():
             model = load_model(plan, config, say=say, read=read)
     return model
+
+
+def _start(model: torch.nn.Module, config: TrainConfig, own: PreTrainedModel | None, start: Start) -> str | None:
+    """Give the adapters their first values, and return the fingerprint of those that the training continues from."""
+    adapter = artifact.find(config.adapter).adapter if config.adapter else None
+    if config.uses_lora:
+        weights = weights_of(resolve_name(config.model_name_or_path), own)
+        start_adapters(model, config, weights, adapter=adapter, resumed=start.folder)
+    return artifact.adapter_fingerprint(adapter) if adapter else None
 
 
 def _check_alike(model: torch.nn.Module, accelerator: Accelerator) -> None:
