@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "fine-tune a model as a recipe says",
     "grpo": "train with rewards (GRPO), from a base or from an SFT run",
     "init": "write a commented recipe for a model, data and the GPUs that are here or named",
+    "import": "translate a recipe of Axolotl, LLaMA-Factory, TRL or transformers",
     "plan": "memory and speed of a recipe on every strategy, before anything is started",
     "data": "inspect a recipe's data, or prepare a training set from raw rows",
     "doctor": "examine this machine, its GPUs and a recipe before a training",
@@ -38,6 +39,7 @@ COMMANDS = {
 # The modules whose `main` is a command; the other commands are functions here.
 MODULES = {
     "init": "tools.init",
+    "import": "tools.importer.main",
     "plan": "plan.command",
     "data inspect": "tools.inspect_data",
     "data prepare": "tools.prepare.main",

@@ -1,0 +1,1 @@
+"""`manyrank import`: translate the recipe of another tool, see `main`."""

@@ -1,0 +1,43 @@
+"""What the dialects share about data: roles, columns and splits of a source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...config.resolve import canonical
+from ...data.messages import ROLES
+from .translation import Translation
+
+TURN_KEYS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})
+
+
+def model_of(t: Translation) -> str:
+    """The model, whether its key is looked at already or not."""
+    given = [entry.value for entry in t.settings if canonical(entry.key) == "model_name_or_path"]
+    waiting = [value for key, value in t.theirs.items() if canonical(key) == "model_name_or_path"]
+    return str(next(iter(given + waiting), ""))
+
+
+def split_of(t: Translation, key: str, source: dict[str, Any]) -> dict[str, Any]:
+    """The split and configuration of a source; a part of a split is left to the user."""
+    split = source.pop("split", None)
+    if split and "[" in str(split):
+        t.decide(f"{key}.split", split, "a part of a split is not read: write max_rows, which the seed chooses")
+        split = str(split).partition("[")[0]
+    given = {"split": split, "name": source.pop("name", None)}
+    return {name: value for name, value in given.items() if value}
+
+
+def check_roles(t: Translation, key: str, roles: Mapping[str, Any] | None) -> None:
+    """Check that every name of a role means here what it means there: {ours: [names in the data]}."""
+    for role, names in (roles or {}).items():
+        for name in [names] if isinstance(names, str) else names:
+            if ROLES.get(name) != ROLES.get(role, role):
+                t.decide(f"{key}.roles", {role: names}, f"{name!r} is read as {ROLES.get(name, 'no role')} here")
+
+
+def check_turns(t: Translation, key: str, role: str, content: str) -> None:
+    """Check that role and content of a message stand under names that are read here."""
+    if {"role": role, "content": content} not in TURN_KEYS:
+        t.decide(key, {"role": role, "content": content}, "messages have role and content, or from and value")

@@ -1,0 +1,438 @@
+"""`manyrank import`: recipes of other tools, trained as what they say, or an error that names what is not here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from launches import ROOT, launch
+
+from manyrank import cli
+from manyrank.config.resolve import FIELDS, resolve
+from manyrank.errors import UserError, UserErrors
+from manyrank.tools.importer.axolotl import DIALECT as AXOLOTL
+from manyrank.tools.importer.main import DIALECTS, ImportOptions, recognise, translate
+from manyrank.tools.importer.translation import Translation
+
+QUESTIONS = [json.loads(line) for line in (ROOT / "data" / "sample.jsonl").read_text().splitlines()[:8]]
+AXOLOTL_RECIPE = {
+    "base_model": "embedded",
+    "datasets": [
+        {
+            "path": "turns.jsonl",
+            "type": "chat_template",
+            "field_messages": "dialog",
+            "message_property_mappings": {"role": "from", "content": "value"},
+            "roles": {"user": ["human"], "assistant": ["gpt"]},
+            "roles_to_train": ["assistant"],
+            "train_on_eos": "turn",
+        }
+    ],
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 12,
+    "lora_target_linear": True,
+    "sequence_len": 256,
+    "sample_packing": True,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": "3e-3",
+    "max_steps": 4,
+    "optimizer": "adamw_torch_fused",
+    "bf16": False,
+    "flash_attention": True,
+    "wandb_entity": None,
+    "special_tokens": {"pad_token": "<pad>"},
+}
+LLAMA_FACTORY_RECIPE = {
+    "model_name_or_path": "embedded",
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "lora_rank": 4,
+    "lora_target": "q_proj,v_proj",
+    "dataset": "pairs,turns",
+    "template": "chatml",
+    "cutoff_len": 257,
+    "neat_packing": True,
+    "max_samples": 6,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "max_steps": 2,
+    "bf16": False,
+    "plot_loss": True,
+}
+INFO = {
+    "pairs": {"file_name": "pairs.json", "columns": {"prompt": "q", "query": "more", "response": "a"}},
+    "turns": {
+        "file_name": "turns.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "dialog"},
+        "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"},
+    },
+}
+TRL_RECIPE = {
+    "model_name_or_path": "embedded",
+    "dataset_name": "messages.jsonl",
+    "per_device_train_batch_size": 8,
+    "max_steps": 3,
+    "bf16": False,
+    "report_to": "none",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working directory with the data that the recipes name."""
+    monkeypatch.chdir(tmp_path)
+    roles = (("human", "question"), ("gpt", "answer"))
+    turns = [{"dialog": [{"from": role, "value": row[key]} for role, key in roles]} for row in QUESTIONS]
+    names = (("user", "question"), ("assistant", "answer"))
+    messages = [{"messages": [{"role": role, "content": row[key]} for role, key in names]} for row in QUESTIONS]
+    for name, rows in {"turns.jsonl": turns, "messages.jsonl": messages}.items():
+        Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    Path("pairs.json").write_text(json.dumps([{"q": r["question"], "a": r["answer"]} for r in QUESTIONS]))
+    Path("dataset_info.json").write_text(json.dumps(INFO))
+    return tmp_path
+
+
+def write(values: dict, name: str = "theirs.yaml", **changes) -> Path:
+    """Write a recipe with changes; None takes a key out."""
+    changed = {key: value for key, value in (values | changes).items() if value is not None}
+    Path(name).write_text(yaml.safe_dump(changed))
+    return Path(name)
+
+
+def imported(values: dict, *allow: str, **changes):
+    """The resolved config of a recipe."""
+    return translate(ImportOptions(file=write(values, **changes), allow=list(allow)))[1].config
+
+
+def refused(values: dict, *allow: str, **changes) -> UserError:
+    with pytest.raises(UserError) as caught:
+        translate(ImportOptions(file=write(values, **changes), allow=list(allow)))
+    return caught.value
+
+
+def trained(folder: Path, recipe: str, *args: str):
+    run = launch(folder, *args, "--strategy=single", recipe=recipe, cwd=folder.parent)
+    assert run.code == 0, run.stderr
+    return run
+
+
+# Training
+
+
+def test_a_recipe_of_axolotl_trains_as_it_says(folder, capsys):
+    assert cli.main(["import", str(write(AXOLOTL_RECIPE)), "--output", "my.yaml"]) == 0
+    run = trained(folder / "run", "my.yaml")
+    adapter = json.loads((run.folder / "final_model" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (4, 12, 0.0)
+    assert {"q_proj", "down_proj"} <= set(adapter["target_modules"])
+    by_hand = {
+        "model_name_or_path": "embedded",
+        "data_path": {"path": "turns.jsonl", "format_type": "messages", "columns": {"messages": "dialog"}},
+        **{"lora_r": 4, "lora_alpha": 12, "max_length": 256, "packing": "dataset", "overlong": "drop"},
+        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 3e-3},
+        **{"max_steps": 4, "warmup_steps": 0.03, "bf16": False},
+    }
+    Path("hand.yaml").write_text(yaml.safe_dump(by_hand))
+    other = trained(folder / "other", "hand.yaml")
+    assert run.metrics() == other.metrics()
+    assert run.metrics("learning_rate") == other.metrics("learning_rate")
+    assert len(set(run.metrics())) == 4
+
+
+def test_a_recipe_of_llama_factory_trains_as_it_says(folder):
+    assert cli.main(["import", str(write(LLAMA_FACTORY_RECIPE)), "--output", "my.yaml"]) == 0
+    run = trained(folder / "run", "my.yaml")
+    adapter = json.loads((run.folder / "final_model" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], set(adapter["target_modules"])) == (4, 8, {"q_proj", "v_proj"})
+    by_hand = {
+        "model_name_or_path": "embedded",
+        "data_path": [
+            {"path": "pairs.json", "columns": {"instruction": "q", "output": "a"}, "max_rows": 6},
+            {"path": "turns.jsonl", "columns": {"messages": "dialog"}, "max_rows": 6},
+        ],
+        **{"lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"], "max_length": 256},
+        **{"packing": "dataset", "chat_template": "chatml", "per_device_train_batch_size": 1, "bf16": False},
+        **{"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "max_steps": 2, "lr_scheduler_type": "linear"},
+    }
+    Path("hand.yaml").write_text(yaml.safe_dump(by_hand))
+    other = trained(folder / "other", "hand.yaml")
+    assert run.metrics() == other.metrics()
+    assert run.metrics("learning_rate") == other.metrics("learning_rate")
+
+
+def test_a_recipe_of_trl_has_the_losses_of_trl(folder, embedded_model):
+    """Of one batch that holds all rows, with all weights trained: what TRL itself does in three steps."""
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    assert cli.main(["import", str(write(TRL_RECIPE)), "--output", "my.yaml"]) == 0
+    run = trained(folder / "run", "my.yaml")
+    config = SFTConfig(
+        **{key: TRL_RECIPE[key] for key in ("per_device_train_batch_size", "max_steps", "bf16", "report_to")},
+        **{"output_dir": str(folder / "trl"), "logging_steps": 1, "use_cpu": True, "save_strategy": "no"},
+    )
+    rows = load_dataset("json", data_files="messages.jsonl", split="train", cache_dir=str(folder / "cache"))
+    trainer = SFTTrainer(model=str(embedded_model), args=config, train_dataset=rows)
+    trainer.train()
+    theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert run.metrics() == pytest.approx([entry["loss"] for entry in theirs], abs=2e-4)
+    assert run.metrics("learning_rate") == pytest.approx([entry["learning_rate"] for entry in theirs])
+
+
+# Defaults of the tools
+
+
+def test_defaults_that_differ_are_written_down():
+    config = imported(AXOLOTL_RECIPE, adapter=None, sequence_len=None, micro_batch_size=None, max_steps=None)
+    assert (config.method, config.max_length, config.num_train_epochs, config.warmup_steps) == ("full", 512, 1, 0.03)
+    assert (config.per_device_train_batch_size, config.overlong) == (1, "drop")
+    config = imported(
+        LLAMA_FACTORY_RECIPE,
+        **dict.fromkeys(("lora_rank", "lora_target", "cutoff_len", "neat_packing", "learning_rate")),
+        per_device_train_batch_size=None,
+    )
+    assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (8, 16, "all-linear")
+    assert (config.max_length, config.learning_rate, config.lr_scheduler_type) == (2048, 5e-5, "linear")
+    assert (config.per_device_train_batch_size, config.packing) == (8, "step")
+    config = imported(TRL_RECIPE, per_device_train_batch_size=None)
+    assert (config.method, config.learning_rate, config.lr_scheduler_type) == ("full", 2e-5, "linear")
+    assert (config.per_device_train_batch_size, config.train_on_prompt, config.max_length) == (8, True, 1024)
+    config = imported(TRL_RECIPE, use_peft=True, lora_target_modules=["q_proj"])
+    assert (config.method, config.lora_r, config.lora_alpha, config.lora_dropout) == ("lora", 16, 32, 0.05)
+
+
+def test_modules_that_peft_adapts_without_names():
+    model = "Qwen/Qwen2.5-0.5B"
+    config = imported(TRL_RECIPE, model_name_or_path=model, use_peft=True, load_in_4bit=True)
+    assert (config.method, config.lora_target_modules) == ("qlora", ["q_proj", "v_proj"])
+    assert "peft names modules" in refused(TRL_RECIPE, model_name_or_path="some/model", use_peft=True).why
+
+
+@pytest.mark.parametrize(
+    ("rows", "learned"),
+    [
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], True),
+        (
+            [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}],
+            False,
+        ),
+        ([{"text": "a"}], False),
+    ],
+)
+def test_rows_decide_what_trl_learns(rows, learned):
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert imported(TRL_RECIPE, dataset_name="rows.jsonl").train_on_prompt is learned
+    assert not imported(TRL_RECIPE, dataset_name="rows.jsonl", assistant_only_loss=True).train_on_prompt
+    assert imported(TRL_RECIPE, dataset_name="rows.jsonl", completion_only_loss=False).train_on_prompt
+
+
+def test_rows_that_are_not_here_decide_nothing(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    error = refused(TRL_RECIPE, dataset_name="nobody/nothing")
+    assert (error.where, error.fix) == (
+        "theirs.yaml, completion_only_loss",
+        "--allow completion_only_loss leaves it out",
+    )
+    assert not imported(TRL_RECIPE, dataset_name="nobody/nothing", completion_only_loss=True).train_on_prompt
+
+
+# What is not here
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "key"),
+    [
+        (AXOLOTL_RECIPE, {"datasets": [{"path": "pairs.json", "type": "alpaca"}]}, "datasets.type"),
+        (AXOLOTL_RECIPE, {"relora": True}, "relora"),
+        (AXOLOTL_RECIPE, {"rl": "dpo"}, "rl"),
+        (AXOLOTL_RECIPE, {"chat_template": "cohere"}, "chat_template"),
+        (AXOLOTL_RECIPE, {"lora_target_linear": None}, "lora_target_modules"),
+        (AXOLOTL_RECIPE, {"optimizer": "lion_8bit_of_nobody"}, "optimizer"),
+        (AXOLOTL_RECIPE, {"special_tokens": {"eos_token": "<end>"}}, "special_tokens"),
+        (AXOLOTL_RECIPE, {"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        (LLAMA_FACTORY_RECIPE, {"stage": "dpo"}, "stage"),
+        (LLAMA_FACTORY_RECIPE, {"template": "vicuna"}, "template"),
+        (LLAMA_FACTORY_RECIPE, {"neat_packing": None, "packing": True}, "packing"),
+        (LLAMA_FACTORY_RECIPE, {"use_galore": True}, "use_galore"),
+        (LLAMA_FACTORY_RECIPE, {"fp8": True}, "fp8"),
+        (TRL_RECIPE, {"loss_type": "dft"}, "loss_type"),
+        (TRL_RECIPE, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
+        (TRL_RECIPE, {"reward_funcs": ["accuracy_reward"]}, "reward_funcs"),
+    ],
+)
+def test_what_changes_the_loss_needs_to_be_allowed(values, changes, key):
+    error = refused(values, **changes)
+    assert f"{key} changes the loss, and is not translated" in error.what
+    assert error.where == f"theirs.yaml, {key}"
+    translation, resolved, allowed = translate(ImportOptions(file=Path("theirs.yaml"), allow=[key]))
+    assert [left.key for left in allowed] == [key]
+    text = translation.text(resolved, allowed)
+    assert f"{key}:" in text.partition("changes the loss")[2].partition("without an effect")[0]
+
+
+def test_roles_that_mean_something_else_are_not_guessed():
+    source = AXOLOTL_RECIPE["datasets"][0]
+    roles = {"user": ["human"], "assistant": ["bot"]}
+    assert "'bot'" in refused(AXOLOTL_RECIPE, datasets=[source | {"roles": roles}]).why
+    error = refused(AXOLOTL_RECIPE, datasets=[source | {"train_on_eos": "last", "roles_to_train": ["human", "gpt"]}])
+    assert str(error).count("changes the loss") == sum(key not in FIELDS for key in ("train_on_eos", "roles_to_train"))
+
+
+def test_what_has_no_effect_on_the_loss_is_listed_with_its_reason(capsys):
+    assert cli.main(["import", str(write(AXOLOTL_RECIPE, tf32=False, dataset_processes=4))]) == 0
+    shown = capsys.readouterr()
+    for key in ("flash_attention: true", "dataset_processes: 4", "special_tokens", "tf32: false"):
+        assert f"left out: {key}" in shown.err
+        assert f"#   {key}" in shown.out
+    assert "warmup_steps: 0.03" in shown.out
+    assert "# Axolotl's default" in shown.out
+    assert "# micro_batch_size" in shown.out
+
+
+def test_the_schema_decides_what_is_known(monkeypatch):
+    """A key that is added to the schema is translated from then on."""
+    monkeypatch.setitem(AXOLOTL.renamed, "peft_use_dora", "no_such_key")
+    assert "peft_use_dora" in refused(AXOLOTL_RECIPE, peft_use_dora=True).what
+    monkeypatch.setitem(AXOLOTL.renamed, "peft_use_dora", "use_rslora")
+    assert imported(AXOLOTL_RECIPE, peft_use_dora=True).use_rslora
+
+
+def test_keys_that_nothing_reads_are_left_out():
+    config = imported(AXOLOTL_RECIPE, adapter=None, evals_per_epoch=2, early_stopping_patience=2)
+    assert (config.method, config.lora_r, config.eval_steps) == ("full", FIELDS["lora_r"].default, None)
+
+
+# Values
+
+
+def test_shares_of_an_epoch_are_shares_of_the_run():
+    config = imported(
+        AXOLOTL_RECIPE, max_steps=None, num_epochs=2, saves_per_epoch=4, evals_per_epoch=1, val_set_size=0.25
+    )
+    assert (config.save_steps, config.eval_steps, config.eval_split) == (0.125, "epoch", 0.25)
+
+
+def test_a_batch_of_one_process_is_split_into_micro_batches():
+    config = imported(AXOLOTL_RECIPE, gradient_accumulation_steps=None, micro_batch_size=2, batch_size=8)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 4)
+
+
+def test_a_schedule_that_ends_above_zero():
+    config = imported(AXOLOTL_RECIPE, cosine_min_lr_ratio=0.1, lr_scheduler="cosine")
+    assert (config.lr_scheduler_type, config.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "strategy"),
+    [
+        ({"deepspeed": "deepspeed_configs/zero3_bf16.json"}, "zero3"),
+        ({"deepspeed": "deepspeed_configs/zero1.json"}, "zero2"),
+        ({"deepspeed": "stage.json"}, "zero3_offload"),
+        ({"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"offload_params": True}}, "fsdp_offload"),
+        ({"fsdp_config": {"reshard_after_forward": True}, "fsdp_version": 2}, "fsdp"),
+        ({"fsdp": [], "deepspeed": None}, None),
+    ],
+)
+def test_sharding_is_a_strategy(changes, strategy):
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}}
+    Path("stage.json").write_text(json.dumps({"zero_optimization": zero}))
+    assert imported(AXOLOTL_RECIPE, **changes).strategy == strategy
+
+
+def test_a_rule_that_is_broken_names_the_line_of_the_file():
+    error = refused(AXOLOTL_RECIPE, load_in_8bit=True, fsdp=["full_shard"])
+    assert "int8" in error.what
+    assert "theirs.yaml, load_in_8bit" in error.where
+
+
+def test_trackers_and_the_hub():
+    config = imported(AXOLOTL_RECIPE, wandb_project="mine", use_tensorboard=True, hub_model_id="me/model")
+    assert (config.report_to, config.wandb_project) == (["wandb", "tensorboard"], "mine")
+    assert (config.push_to_hub, config.hub_private_repo, config.hub_model_id) == (True, True, "me/model")
+
+
+def test_text_to_complete():
+    Path("text.jsonl").write_text(json.dumps({"body": "Some text."}))
+    source = {"path": "text.jsonl", "type": "completion", "field": "body"}
+    (source,) = imported(AXOLOTL_RECIPE, datasets=[source]).data_path
+    assert (source.format_type, source.columns) == ("text", {"text": "body"})
+
+
+def test_thinking_that_is_empty_is_learned_as_llama_factory_does():
+    changes = {"model_name_or_path": "Qwen/Qwen3-4B", "template": "qwen3"}
+    assert imported(LLAMA_FACTORY_RECIPE, **changes).train_on_opening
+    config = imported(LLAMA_FACTORY_RECIPE, **changes, enable_thinking=False)
+    assert (config.train_on_opening, config.chat_template) == (False, None)
+
+
+# Files and options
+
+
+def test_a_script_of_trl(tmp_path):
+    write({"learning_rate": 1e-3, "max_length": 99}, "beside.yaml")
+    Path("train.sh").write_text(
+        "export A=1\naccelerate launch trl/scripts/sft.py --config beside.yaml \\\n  --model_name_or_path embedded "
+        "--dataset_name messages.jsonl \\\n  --packing --use_peft --lora_target_modules q_proj v_proj --max_length=77\n"
+    )
+    config = translate(ImportOptions(file=Path("train.sh")))[1].config
+    assert (config.learning_rate, config.max_length, config.packing) == (1e-3, 77, "dataset")
+    assert config.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_the_arguments_of_transformers():
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments("out", learning_rate=1e-3, adam_beta2=0.95, per_device_train_batch_size=2)
+    Path("args.json").write_text(arguments.to_json_string())
+    config = translate(ImportOptions(file=Path("args.json"), model="embedded", data="messages.jsonl"))[1].config
+    assert (config.learning_rate, config.adam_beta2, config.per_device_train_batch_size) == (1e-3, 0.95, 2)
+    assert (config.method, config.lr_scheduler_type) == ("full", "linear")
+    with pytest.raises(UserErrors) as caught:
+        translate(ImportOptions(file=Path("args.json")))
+    assert [problem.fix for problem in caught.value.problems] == ["add --model NAME", "add --data NAME"]
+
+
+def test_a_file_is_known_by_its_keys():
+    for recipe, name in ((AXOLOTL_RECIPE, "axolotl"), (LLAMA_FACTORY_RECIPE, "llamafactory"), (TRL_RECIPE, "trl")):
+        assert recognise(recipe, "file").name == name
+    with pytest.raises(UserError) as caught:
+        recognise({"some": "thing"}, "file")
+    assert "--from axolotl" in caught.value.fix
+
+
+def test_the_recipe_that_is_printed_is_the_one_that_was_checked(capsys):
+    translation, resolved, allowed = translate(ImportOptions(file=write(AXOLOTL_RECIPE)))
+    Path("printed.yaml").write_text(translation.text(resolved, allowed))
+    assert resolve("printed.yaml").config == resolved.config
+
+
+def test_a_file_is_not_replaced_without_force(capsys):
+    Path("my.yaml").write_text("mine")
+    assert cli.main(["import", str(write(TRL_RECIPE)), "--output", "my.yaml"]) == 2
+    assert Path("my.yaml").read_text() == "mine"
+    assert cli.main(["import", "theirs.yaml", "--output", "my.yaml", "--force"]) == 0
+    assert resolve("my.yaml").config.method == "full"
+
+
+def test_data_sets_that_are_not_listed_are_an_error():
+    Path("dataset_info.json").unlink()
+    assert "--data FILE" in refused(LLAMA_FACTORY_RECIPE).fix
+    options = ImportOptions(file=Path("theirs.yaml"), data="messages.jsonl")
+    assert translate(options)[1].config.data_path[0].path == "messages.jsonl"
+
+
+def test_allow_of_what_is_known_is_a_mistake():
+    assert "needs no --allow" in refused(TRL_RECIPE, "learning_rate").what
+
+
+def test_every_dialect_names_keys_of_the_schema():
+    """A handler that sets a key which is renamed one day must not fail only when somebody needs it."""
+    for dialect in DIALECTS.values():
+        translation = Translation(dialect, "file", {})
+        translation.read()
+        assert {entry.key for entry in translation.settings} <= FIELDS.keys()
