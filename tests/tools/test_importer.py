@@ -382,6 +382,12 @@ def test_a_script_of_trl(tmp_path):
     config = translate(ImportOptions(file=Path("train.sh")))[1].config
     assert (config.learning_rate, config.max_length, config.packing) == (1e-3, 77, "dataset")
     assert config.lora_target_modules == ["q_proj", "v_proj"]
+    Path("train.sh").write_text("trl sft --model_name $MODEL --dataset_name messages.jsonl --max_length 99\n")
+    with pytest.raises(UserError) as caught:
+        translate(ImportOptions(file=Path("train.sh"), as_from="trl"))
+    assert caught.value.where == "train.sh, model_name"
+    config = translate(ImportOptions(file=Path("train.sh"), as_from="trl", model="embedded"))[1].config
+    assert (config.model_name_or_path, config.max_length) == ("embedded", 99)
 
 
 def test_the_arguments_of_transformers():

@@ -52,6 +52,8 @@ _DROPPED = {
     "swanlab_project swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace use_swanlab "
     "swanlab_log_completions swanlab_log_model": "report_to names the trackers",
     "eval_table_size eval_max_new_tokens do_bench_eval do_causal_lm_eval eval_causal_lm_metrics": "manyrank evaluate",
+    "streaming_multipack_buffer_size ple_cpu_offload base_model_ignore_patterns lora_fan_in_fan_out": "nothing to set here",
+    "use_dsv4_kernels use_glm_dsa_kernels expert_parallel_num_nvl_bytes expert_parallel_token_capacity": NO_KERNELS,
     "profiler_steps profiler_steps_start include_tkps": "metrics have tokens a second",
     "eot_tokens": "what ends an answer is read from the template, and learned",
     "accelerator_config": "the strategy is a file of its own",
@@ -293,6 +295,11 @@ def _hub(t: Translation, value: Any) -> None:
     t.give("hub_private_repo", True, "hub_model_id")
 
 
+def _resume(t: Translation, value: Any) -> None:
+    if value:
+        t.give("resume_from_checkpoint", "auto", "auto_resume_from_checkpoints")
+
+
 def _deduplicate(t: Translation, value: Any) -> None:
     t.give("duplicates", "drop" if value else "keep", "dataset_exact_deduplication")
 
@@ -342,6 +349,7 @@ DIALECT = Dialect(
         **dict.fromkeys(("wandb_project", "use_tensorboard", "use_mlflow"), _trackers),
         "hub_model_id": _hub,
         "dataset_exact_deduplication": _deduplicate,
+        "auto_resume_from_checkpoints": _resume,
     },
     renamed=RENAMED,
     dropped=DROPPED,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from ...config.args import Options, arg, read_options, word
-from ...config.resolve import ResolvedConfig
+from ...config.resolve import ResolvedConfig, canonical
 from ...errors import UserError, UserErrors
 from ...rules.check import find_violations
 from ...rules.context import RunContext
@@ -100,6 +100,7 @@ def translate(options: ImportOptions) -> tuple[Translation, ResolvedConfig, list
     resolved = None if missing else translation.resolve()
     allowed = [left for left in translation.open if {left.key, ALL} & set(options.allow)]
     problems = [_problem(left, options.file) for left in translation.open if left not in allowed] + missing
+    problems += [_variable(key, options.file) for key, value in translation.theirs.items() if str(value)[:1] == "$"]
     if not problems:
         _check_allowed(options, translation)
     if resolved and not problems:
@@ -181,23 +182,23 @@ def _check_output(file: Path, *, force: bool) -> None:
 # What is in it
 
 NEEDED = {"model_name_or_path": "model", "data_path": "data"}
-MODELS = ("model_name_or_path", "base_model", "model")
-SOURCES = ("data_path", "datasets", "dataset", "dataset_name")
+ROWS = ("data_path", "dataset_text_field")  # how rows are read that other data need not have
 
 
 def _replace(translation: Translation, options: ImportOptions) -> None:
     """Put the model and data of the command line in the place of the file's."""
     if options.model:
-        _forget(translation, MODELS)
+        _forget(translation, "model_name_or_path")
         translation.replace("model_name_or_path", options.model, "command line, --model")
     if options.data:
-        _forget(translation, SOURCES)
+        _forget(translation, "data_path")
         translation.replace("data_path", options.data, "command line, --data")
 
 
-def _forget(translation: Translation, keys: Sequence[str]) -> None:
-    for key in keys:
-        translation.theirs.pop(key, None)
+def _forget(translation: Translation, key: str) -> None:
+    """Take out the keys of the file that a key of the command line replaces."""
+    for name in [name for name in translation.theirs if canonical(name) == key or (key, name) == ROWS]:
+        del translation.theirs[name]
 
 
 def _check_allowed(options: ImportOptions, translation: Translation) -> None:
@@ -211,6 +212,10 @@ def _check_allowed(options: ImportOptions, translation: Translation) -> None:
 def _problem(left: Left, file: Path) -> UserError:
     what = f"{left.key} changes the loss, and is not translated: {left.value}"
     return UserError(what, where=f"{file}, {left.key}", fix=f"--allow {left.key} leaves it out", why=left.why)
+
+
+def _variable(key: str, file: Path) -> UserError:
+    return UserError(f"{key} is a variable of the shell", where=f"{file}, {key}", fix="write its value there")
 
 
 def _missing(key: str, option: str, file: Path) -> UserError:
