@@ -283,6 +283,37 @@ def test_roles_that_mean_something_else_are_not_guessed():
     assert str(error).count("changes the loss") == sum(key not in FIELDS for key in ("train_on_eos", "roles_to_train"))
 
 
+def test_what_one_source_says_is_for_all():
+    source = AXOLOTL_RECIPE["datasets"][0]
+    pairs = (("chat_template", "chatml", "llama3"), ("train_on_eos", "turn", "last"))
+    for name, one, other in pairs:
+        both = [source | {name: one}, source | {name: other}]
+        assert f"datasets.{name}" in refused(AXOLOTL_RECIPE, datasets=both).what
+    sources = [source | {"chat_template": "chatml"}] * 2
+    assert imported(AXOLOTL_RECIPE, datasets=sources, chat_template="llama3").chat_template == "chatml"
+    assert imported(AXOLOTL_RECIPE, chat_template="llama3").chat_template == "llama3"
+    text = {"path": "text.jsonl", "type": "completion"}
+    assert imported(AXOLOTL_RECIPE, datasets=[text]).overlong == "split"
+    assert "overlong" in refused(AXOLOTL_RECIPE, datasets=[text, source]).why
+
+
+@pytest.mark.parametrize(
+    ("values", "changes"),
+    [
+        (AXOLOTL_RECIPE, {"datasets": ["rows.jsonl"]}),
+        (AXOLOTL_RECIPE, {"datasets": [{"type": "chat_template"}]}),
+        (AXOLOTL_RECIPE, {"gradient_accumulation_steps": None, "batch_size": "large"}),
+        (LLAMA_FACTORY_RECIPE, {"cutoff_len": "long"}),
+        (LLAMA_FACTORY_RECIPE, {"dataset": 3}),
+        (TRL_RECIPE, {"datasets": ["rows.jsonl"]}),
+    ],
+)
+def test_values_that_their_tool_does_not_read_either(values, changes):
+    error = refused(values, **changes)
+    assert "is nothing that" in error.what
+    assert error.where in {f"theirs.yaml, {key}" for key in changes}
+
+
 def test_what_has_no_effect_on_the_loss_is_listed_with_its_reason(capsys):
     assert cli.main(["import", str(write(AXOLOTL_RECIPE, tf32=False, dataset_processes=4))]) == 0
     shown = capsys.readouterr()

@@ -15,7 +15,7 @@ from ...models.model_facts import find_facts
 from ...project_files import template_names
 from . import strategies
 from .sources import check_roles, check_turns, model_of, split_of
-from .translation import Dialect, Translation
+from .translation import UNKNOWN, Dialect, Translation, with_another
 
 OTHER_TASKS = {
     "rl": "trains by preferences or rewards",
@@ -25,6 +25,7 @@ OTHER_TASKS = {
     "processor_type": "trains on images or sound",
 }
 PREPARED = {"type", "path", "data_files", "ds_type", "trust_remote_code", "preprocess_shards"}
+OF_ALL_SOURCES = {"chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot"}
 # Templates that are the own ones of the models whose names have this part.
 OWN_TEMPLATES = {"tokenizer_default": "", "qwen_25": "qwen2.5", "gemma3": "gemma-3"}
 NO_KERNELS = "this project has kernels of its own"
@@ -90,15 +91,12 @@ def _test_datasets(t: Translation, value: Any) -> None:
 def _sources(t: Translation, key: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     sources = []
     for entry in entries:
-        source = {name: value for name, value in entry.items() if value is not None}
-        files = source.get("data_files") or [source.get("path")]
+        source = {name: value for name, value in entry.items() if value is not None and name not in OF_ALL_SOURCES}
         rows = split_of(t, key, source) | _format(t, key, source)
-        if not source.get("data_files"):
-            files = [source.get("path")]
         for name in source.keys() - PREPARED:
             t.decide(f"{key}.{name}", source[name])
-        paths = [files] if isinstance(files, str) else files
-        sources += [{"path": path, **rows} for path in paths]
+        paths = source.get("data_files") or source["path"]
+        sources += [{"path": path, **rows} for path in ([paths] if isinstance(paths, str) else paths)]
     return sources
 
 
@@ -108,42 +106,26 @@ def _format(t: Translation, key: str, source: dict[str, Any]) -> dict[str, Any]:
     if kind == "completion":
         field = source.pop("field", "text")
         return {"format_type": "text"} | ({"columns": {"text": field}} if field != "text" else {})
-    if kind.split(".")[0] not in ("chat_template", "sharegpt") or kind == "chat_template.argilla":
-        t.decide(f"{key}.type", source.get("type", "none"), _prompt(kind))
-        return {"format_type": "alpaca"} if kind.startswith("alpaca") else {}
-    return _messages(t, key, source, kind)
+    if _has_turns(source):
+        return _messages(t, key, source, shared_gpt=kind.startswith("sharegpt"))
+    why = "it writes a prompt of its own; here the chat template renders the rows (write one as chat_template)"
+    t.decide(f"{key}.type", source.get("type", "none"), why)
+    return {"format_type": "alpaca"} if kind.startswith("alpaca") else {}
 
 
-def _prompt(kind: str) -> str:
-    return f"{kind or 'it'} writes a prompt of its own; here the chat template renders the rows (write one as chat_template)"
+def _has_turns(source: dict[str, Any]) -> bool:
+    kind = str(source.get("type", ""))
+    return kind.partition(".")[0] in ("chat_template", "sharegpt") and kind != "chat_template.argilla"
 
 
-def _messages(t: Translation, key: str, source: dict[str, Any], kind: str) -> dict[str, Any]:
-    names = source.pop("message_property_mappings", None) or {}
-    shared_gpt = kind.startswith("sharegpt")
+def _messages(t: Translation, key: str, source: dict[str, Any], *, shared_gpt: bool) -> dict[str, Any]:
+    names = dict(source.pop("message_property_mappings", {}))
     role = source.pop("message_field_role", names.pop("role", "from" if shared_gpt else "role"))
     content = source.pop("message_field_content", names.pop("content", "value" if shared_gpt else "content"))
     check_turns(t, f"{key}.message_property_mappings", role, content)
     if extra := {name: column for name, column in names.items() if name != column}:
         t.decide(f"{key}.message_property_mappings", extra, "other keys of a message keep their names")
     check_roles(t, key, source.pop("roles", None))
-    _learned(t, key, source)
-    _template(t, f"{key}.chat_template", source.pop("chat_template", None), source.pop("chat_template_jinja", None))
-    columns = {"messages": source.pop("field_messages", "conversations" if shared_gpt else "messages")}
-    if (tools := source.pop("field_tools", "tools")) != "tools":
-        columns["tools"] = f"{tools}?"
-    plain = {name: column for name, column in columns.items() if name != column}
-    return {"format_type": "messages"} | ({"columns": plain} if plain else {})
-
-
-def _learned(t: Translation, key: str, source: dict[str, Any]) -> None:
-    """Which turns of a source are learned: by default the assistant's, with what ends each."""
-    roles, ends = source.pop("roles_to_train", ["assistant"]), source.pop("train_on_eos", "turn")
-    ends = source.pop("train_on_eot", ends)
-    if sorted({"gpt": "assistant"}.get(role, role) for role in roles or []) != ["assistant"]:
-        _ask_schema(t, "roles_to_train", roles, key)
-    if ends != "turn":
-        _ask_schema(t, "train_on_eos", ends, key)
     if (training := source.pop("message_field_training", "weight")) != "weight":
         t.decide(f"{key}.message_field_training", training, "a turn that is not learned has weight: 0")
     for name in ("field_thinking", "template_thinking_key"):
@@ -151,38 +133,61 @@ def _learned(t: Translation, key: str, source: dict[str, Any]) -> None:
             source.pop(name)
     if source.get("drop_system_message") is False:
         source.pop("drop_system_message")
+    columns = {"messages": source.pop("field_messages", "conversations" if shared_gpt else "messages")}
+    if (tools := source.pop("field_tools", "tools")) != "tools":
+        columns["tools"] = f"{tools}?"
+    plain = {name: column for name, column in columns.items() if name != column}
+    return {"format_type": "messages"} | ({"columns": plain} if plain else {})
 
 
-def _ask_schema(t: Translation, name: str, value: Any, key: str) -> None:
-    """Set a key of the recipe where there is one."""
-    if name not in FIELDS:
-        t.decide(f"{key}.{name}", value)
-    elif not t.has(name):
-        t.give(name, value, f"{key}.{name}")
+def _of_all_sources(t: Translation) -> None:
+    """Set what sources say each for itself and a recipe says for all: the template, and what is learned."""
+    entries = [entry for key in ("datasets", "test_datasets") for entry in t.theirs.get(key, [])]
+    chats = [entry for entry in entries if _has_turns(entry)]
+    jinja = ("chat_template", "chat_template_jinja")
+    own = tuple(t.theirs.get(name) for name in jinja)
+    templates = {tuple(entry.get(name) for name in jinja) for entry in chats} or {own}
+    templates = {own if template == (None, None) else template for template in templates}
+    if len(templates) == 1:
+        _template(t, *templates.pop())
+    else:
+        t.decide("datasets.chat_template", [name for name, _ in templates], "one template renders all sources")
+    roles = [
+        sorted({"gpt": "assistant"}.get(role, role) for role in entry.get("roles_to_train") or ()) for entry in chats
+    ]
+    _learned(t, "roles_to_train", [names or ["assistant"] for names in roles], ["assistant"])
+    _learned(
+        t, "train_on_eos", [entry.get("train_on_eot", entry.get("train_on_eos", "turn")) for entry in chats], "turn"
+    )
+    texts = [entry.get("type") == "completion" for entry in entries]
+    if any(texts) and not all(texts) and not t.has("overlong"):
+        t.decide(
+            "datasets.type", "completion", "longer text is split there, and other rows dropped; overlong is for all"
+        )
+    t.default("overlong", "split" if texts and all(texts) else "drop")
 
 
-def _chat_template(t: Translation, value: Any) -> None:
-    _template(t, "chat_template", value, t.theirs.get("chat_template_jinja"))
+def _learned(t: Translation, name: str, values: list[Any], usual: Any) -> None:
+    """Set a key of what is learned where the schema has it, and all sources say the same."""
+    others = [value for value in values if value != usual]
+    if others and name in FIELDS and all(value == others[0] for value in values):
+        t.give(name, others[0], f"datasets.{name}")
+    elif others:
+        t.decide(f"datasets.{name}", others[0], "it is for all sources" if name in FIELDS else UNKNOWN)
 
 
-def _jinja(t: Translation, value: Any) -> None:
-    if "chat_template" not in t.theirs:
-        _template(t, "chat_template", "jinja", value)
-
-
-def _template(t: Translation, name: str, value: Any, jinja: Any) -> None:
-    """Set the template; those of Axolotl and this project with the same name write the same text."""
+def _template(t: Translation, value: Any, jinja: Any) -> None:
+    """Set the template; of the same name, those of Axolotl and this project write the same text."""
     part = OWN_TEMPLATES.get(value or "tokenizer_default")
     if part is not None and not jinja and part in model_of(t).lower():
         return
     if value in (None, "jinja") and jinja and "{" not in str(jinja):
-        value = jinja
-    elif value not in template_names():
+        t.give("chat_template", jinja, "chat_template_jinja")
+    elif value in template_names() and not jinja:
+        t.give("chat_template", value, "chat_template")
+    else:
         why = "leave it out for the model's own template, or write chat_template: and a Jinja file with its text"
-        t.decide(name, value if not jinja else "jinja", why)
-        return
-    if not t.has("chat_template"):
-        t.give("chat_template", value, name)
+        t.decide("chat_template", value or "jinja", why)
 
 
 def _adapter(t: Translation, value: Any) -> None:
@@ -306,6 +311,7 @@ def _deduplicate(t: Translation, value: Any) -> None:
 
 def _finish(t: Translation) -> None:
     """Add the defaults that differ, see the module's docstring."""
+    _of_all_sources(t)
     if not t.has("learning_rate"):
         t.decide("learning_rate", "not given", "Axolotl has no default; write one")
     if not any(entry.key in ("adapter", "method") for entry in t.settings):
@@ -313,7 +319,6 @@ def _finish(t: Translation) -> None:
     elif not t.has("lora_target_modules") and not any(left.key == "lora_target_modules" for left in t.open):
         t.decide("lora_target_modules", "not given", "Axolotl trains no module then; write all-linear, or names")
     t.default("max_length", 512)
-    t.default("overlong", "drop")
     t.default("num_train_epochs", 1.0)
     t.default("per_device_train_batch_size", 1)
     t.default("warmup_steps", 0.03, "at most 100 steps: with more than 3,333 write 100")
@@ -331,8 +336,7 @@ DIALECT = Dialect(
         **strategies.HANDLERS,
         "datasets": _datasets,
         "test_datasets": _test_datasets,
-        "chat_template": _chat_template,
-        "chat_template_jinja": _jinja,
+        **dict.fromkeys(("chat_template", "chat_template_jinja"), with_another),
         "adapter": _adapter,
         "lora_target_modules": _targets,
         "lora_target_linear": _target_linear,

@@ -169,7 +169,14 @@ class Translation:
     def _translate(self, key: str, value: Any) -> None:
         new = self.dialect.renamed.get(key)
         if handler := self.dialect.handlers.get(key):
-            handler(self, value)
+            try:
+                handler(self, value)
+            except (AttributeError, KeyError, TypeError, ValueError):  # of another type, or without what it needs
+                what, fix = (
+                    f"{key} is nothing that {self.dialect.title} reads: {value!r}",
+                    "write it as its page has it",
+                )
+                raise UserError(what, where=f"{self.file}, {key}", fix=fix) from None
         elif why := self.dialect.dropped.get(key, DROPPED.get(key)):
             self.drop(key, value, why)
         elif new and new in KNOWN.spellings:
