@@ -249,20 +249,17 @@ def test_rows_that_are_not_here_decide_nothing(monkeypatch):
     [
         (AXOLOTL_RECIPE, {"datasets": [{"path": "pairs.json", "type": "alpaca"}]}, "datasets.type"),
         (AXOLOTL_RECIPE, {"relora": True}, "relora"),
-        (AXOLOTL_RECIPE, {"rl": "dpo"}, "rl"),
         (AXOLOTL_RECIPE, {"chat_template": "cohere"}, "chat_template"),
         (AXOLOTL_RECIPE, {"lora_target_linear": None}, "lora_target_modules"),
         (AXOLOTL_RECIPE, {"optimizer": "lion_8bit_of_nobody"}, "optimizer"),
         (AXOLOTL_RECIPE, {"special_tokens": {"eos_token": "<end>"}}, "special_tokens"),
         (AXOLOTL_RECIPE, {"tensor_parallel_size": 2}, "tensor_parallel_size"),
-        (LLAMA_FACTORY_RECIPE, {"stage": "dpo"}, "stage"),
         (LLAMA_FACTORY_RECIPE, {"template": "vicuna"}, "template"),
         (LLAMA_FACTORY_RECIPE, {"neat_packing": None, "packing": True}, "packing"),
         (LLAMA_FACTORY_RECIPE, {"use_galore": True}, "use_galore"),
         (LLAMA_FACTORY_RECIPE, {"fp8": True}, "fp8"),
         (TRL_RECIPE, {"loss_type": "dft"}, "loss_type"),
         (TRL_RECIPE, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
-        (TRL_RECIPE, {"reward_funcs": ["accuracy_reward"]}, "reward_funcs"),
     ],
 )
 def test_what_changes_the_loss_needs_to_be_allowed(values, changes, key):
@@ -273,6 +270,22 @@ def test_what_changes_the_loss_needs_to_be_allowed(values, changes, key):
     assert [left.key for left in allowed] == [key]
     text = translation.text(resolved, allowed)
     assert f"{key}:" in text.partition("changes the loss")[2].partition("without an effect")[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "value"),
+    [
+        (AXOLOTL_RECIPE, "rl", "dpo"),
+        (AXOLOTL_RECIPE, "pretraining_dataset", [{"path": "c4"}]),
+        (LLAMA_FACTORY_RECIPE, "stage", "dpo"),
+        (LLAMA_FACTORY_RECIPE, "stage", "pt"),
+        (TRL_RECIPE, "reward_funcs", "accuracy_reward"),
+    ],
+)
+def test_other_tasks_are_refused_whatever_is_allowed(values, key, value):
+    error = refused(values, "all", **{key: value})
+    assert error.what.startswith(f"{key}: {value} ")
+    assert error.where == f"theirs.yaml, {key}"
 
 
 def test_roles_that_mean_something_else_are_not_guessed():
@@ -334,7 +347,11 @@ def test_the_schema_decides_what_is_known(monkeypatch):
 
 
 def test_keys_that_nothing_reads_are_left_out():
-    config = imported(AXOLOTL_RECIPE, adapter=None, evals_per_epoch=2, early_stopping_patience=2)
+    changes = {"adapter": None, "evals_per_epoch": 2, "gradient_checkpointing": "offload"}
+    translation, resolved, _ = translate(ImportOptions(file=write(AXOLOTL_RECIPE, **changes)))
+    config = resolved.config
+    assert {"evals_per_epoch": 2, "lora_r": 4}.items() <= {left.key: left.value for left in translation.dropped}.items()
+    assert config.gradient_checkpointing == "full"
     assert (config.method, config.lora_r, config.eval_steps) == ("full", FIELDS["lora_r"].default, None)
 
 
@@ -394,11 +411,18 @@ def test_text_to_complete():
     assert (source.format_type, source.columns) == ("text", {"text": "body"})
 
 
-def test_thinking_that_is_empty_is_learned_as_llama_factory_does():
-    changes = {"model_name_or_path": "Qwen/Qwen3-4B", "template": "qwen3"}
-    assert imported(LLAMA_FACTORY_RECIPE, **changes).train_on_opening
-    config = imported(LLAMA_FACTORY_RECIPE, **changes, enable_thinking=False)
-    assert (config.train_on_opening, config.chat_template) == (False, None)
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [("Qwen/Qwen2.5-7B-Instruct", True), ("Qwen/Qwen2.5-7B", False), ("Qwen/Qwen2.5-Math-7B-Instruct", False)],
+)
+def test_a_template_is_left_out_where_it_is_the_models_own(model, own):
+    if own:
+        assert imported(LLAMA_FACTORY_RECIPE, model_name_or_path=model, template="qwen").chat_template is None
+        assert imported(AXOLOTL_RECIPE, base_model=model, chat_template="qwen_25").chat_template is None
+    else:
+        assert "template" in refused(LLAMA_FACTORY_RECIPE, model_name_or_path=model, template="qwen").what
+        assert "chat_template" in refused(AXOLOTL_RECIPE, base_model=model, chat_template="qwen_25").what
+    assert "template" in refused(LLAMA_FACTORY_RECIPE, model_name_or_path=model, template="qwen3_vl").what
 
 
 # Files and options

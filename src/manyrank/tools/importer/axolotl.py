@@ -14,7 +14,7 @@ from ...data.messages import REASONING
 from ...models.model_facts import find_facts
 from ...project_files import template_names
 from . import strategies
-from .sources import check_roles, check_turns, model_of, split_of
+from .sources import OWN_OR_JINJA, QWEN25, check_roles, check_turns, is_own_template, model_of, split_of
 from .translation import UNKNOWN, Dialect, Translation, with_another
 
 OTHER_TASKS = {
@@ -22,12 +22,11 @@ OTHER_TASKS = {
     "reward_model": "trains a reward model",
     "process_reward_model": "trains a reward model",
     "pretraining_dataset": "streams text to pretrain on; data of `type: completion` is read",
-    "processor_type": "trains on images or sound",
 }
 PREPARED = {"type", "path", "data_files", "ds_type", "trust_remote_code", "preprocess_shards"}
 OF_ALL_SOURCES = {"chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot"}
-# Templates that are the own ones of the models whose names have this part.
-OWN_TEMPLATES = {"tokenizer_default": "", "qwen_25": "qwen2.5", "gemma3": "gemma-3"}
+# Templates that are the own ones of some models.
+OWN_TEMPLATES = {"tokenizer_default": ".*", "qwen_25": QWEN25, "gemma3": "gemma-3-.*-it"}
 NO_KERNELS = "this project has kernels of its own"
 _DROPPED = {
     "plugins": "plugins are code of Axolotl's; those that change the loss have keys of their own",
@@ -44,7 +43,7 @@ _DROPPED = {
     "dataset_prepared_path": "tokenised rows are kept, and made anew where something changed",
     "activation_offloading": "gradient_checkpointing recomputes as few layers as memory asks for",
     "loss_watchdog_threshold loss_watchdog_patience": "a loss that is not finite ends the run",
-    "tokenizer_legacy tokenizer_use_mistral_common tokenizer_save_jinja_files": "the model's own files say it",
+    "tokenizer_legacy tokenizer_save_jinja_files": "the model's own files say it",
     "is_falcon_derived_model is_mistral_derived_model is_qwen_derived_model": "the model's own files say it",
     "lora_on_cpu qlora_sharded_model_loading experimental_skip_move_to_device merge_lora merge_method": "weights are "
     "loaded in shards",
@@ -77,7 +76,11 @@ RENAMED = {
 
 def _other_task(t: Translation, key: str, value: Any) -> None:
     if value:
-        t.decide(key, value, f"it {OTHER_TASKS[key]}, which is not imported")
+        t.refuse(key, value, OTHER_TASKS[key])
+
+
+def _processor(t: Translation, value: Any) -> None:
+    t.decide("processor_type", value, "images and sound of the rows are not read")
 
 
 def _datasets(t: Translation, value: Any) -> None:
@@ -178,16 +181,14 @@ def _learned(t: Translation, name: str, values: list[Any], usual: Any) -> None:
 
 def _template(t: Translation, value: Any, jinja: Any) -> None:
     """Set the template; of the same name, those of Axolotl and this project write the same text."""
-    part = OWN_TEMPLATES.get(value or "tokenizer_default")
-    if part is not None and not jinja and part in model_of(t).lower():
+    if not jinja and is_own_template(t, OWN_TEMPLATES.get(value or "tokenizer_default")):
         return
     if value in (None, "jinja") and jinja and "{" not in str(jinja):
         t.give("chat_template", jinja, "chat_template_jinja")
     elif value in template_names() and not jinja:
         t.give("chat_template", value, "chat_template")
     else:
-        why = "leave it out for the model's own template, or write chat_template: and a Jinja file with its text"
-        t.decide("chat_template", value or "jinja", why)
+        t.decide("chat_template", value or "jinja", OWN_OR_JINJA)
 
 
 def _adapter(t: Translation, value: Any) -> None:
@@ -300,6 +301,11 @@ def _hub(t: Translation, value: Any) -> None:
     t.give("hub_private_repo", True, "hub_model_id")
 
 
+def _checkpointing(t: Translation, value: Any) -> None:
+    """Read what is offloaded as what is recomputed."""
+    t.give("gradient_checkpointing", "full" if isinstance(value, str) else value, "gradient_checkpointing")
+
+
 def _resume(t: Translation, value: Any) -> None:
     if value:
         t.give("resume_from_checkpoint", "auto", "auto_resume_from_checkpoints")
@@ -334,6 +340,7 @@ DIALECT = Dialect(
     handlers={
         **{key: (lambda t, value, key=key: _other_task(t, key, value)) for key in OTHER_TASKS},
         **strategies.HANDLERS,
+        "processor_type": _processor,
         "datasets": _datasets,
         "test_datasets": _test_datasets,
         **dict.fromkeys(("chat_template", "chat_template_jinja"), with_another),
@@ -354,6 +361,7 @@ DIALECT = Dialect(
         "hub_model_id": _hub,
         "dataset_exact_deduplication": _deduplicate,
         "auto_resume_from_checkpoints": _resume,
+        "gradient_checkpointing": _checkpointing,
     },
     renamed=RENAMED,
     dropped=DROPPED,

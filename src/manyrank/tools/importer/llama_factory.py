@@ -14,7 +14,7 @@ from ...config.resolve import FIELDS
 from ...errors import UserError
 from ...runs.mapping_files import read_json_object
 from . import strategies
-from .sources import check_roles, check_turns, model_of, split_of
+from .sources import OWN_OR_JINJA, QWEN25, check_roles, check_turns, is_own_template, split_of
 from .translation import Dialect, Translation, with_another
 
 INFO = "dataset_info.json"
@@ -25,14 +25,9 @@ STAGES = {
     "dpo": "trains by preferences",
     "kto": "trains by preferences",
 }
-# Templates that write the same text here: one of this project's, or (None) the own template of the models it is for.
-TEMPLATES = {
-    "llama3": ("llama3", ""),
-    "chatml": ("chatml", ""),
-    "qwen3_nothink": ("chatml", ""),
-    "qwen": (None, "qwen2.5"),
-    "qwen3": (None, "qwen3"),
-}
+# Templates that write the same text here; of a reasoning model none does, where a conversation has several turns.
+TEMPLATES = {"llama3": "llama3", "chatml": "chatml", "qwen3_nothink": "chatml"}
+OWN_TEMPLATES = {"qwen": QWEN25}  # that are the model's own
 COLUMNS = {  # of dataset_info.json: the field here, and the column where none is named
     "alpaca": {
         "prompt": ("instruction", "instruction"),
@@ -66,6 +61,7 @@ _DROPPED = {
     "print_param_status ray_num_workers": "the start of a run shows what is trained",
     "use_swanlab swanlab_project swanlab_run_name": "report_to names the trackers",
     "compute_accuracy": "manyrank evaluate",
+    "enable_thinking preserve_thinking": "templates that are read here have no thinking",
     "pissa_iter pissa_convert": "it counts with pissa_init alone",
     "quantization_device_map": "the strategy decides where weights are",
 }
@@ -74,7 +70,7 @@ DROPPED = {name: why for names, why in _DROPPED.items() for name in names.split(
 
 def _stage(t: Translation, value: Any) -> None:
     if value != "sft":
-        t.decide("stage", value, f"it {STAGES.get(value, 'is not known')}; of the stages sft alone is imported")
+        t.refuse("stage", value, STAGES.get(value, "is not known"))
 
 
 def _dataset(t: Translation, value: Any) -> None:
@@ -153,24 +149,12 @@ def _check_tags(t: Translation, key: str, tags: dict[str, str], *, openai: bool)
 
 
 def _template(t: Translation, value: Any) -> None:
-    ours, models = TEMPLATES.get(value, (None, "-"))
-    if ours:
-        t.give("chat_template", ours, f"template {value}")
-        return
-    if models not in model_of(t).lower():
-        fix = "leave it out for the model's own template, or write chat_template: and a Jinja file with its text"
-        t.decide("template", value, fix)
-        return
-    t.drop("template", value, "it is the model's own, which is used")
-    if value == "qwen3":  # thinking that is empty is learned, unless it is switched off
-        t.give("train_on_opening", t.theirs.get("enable_thinking", True) is not False, "template qwen3")
-
-
-def _thinking(t: Translation, value: Any) -> None:
-    if value is not True and t.theirs.get("template", "qwen3") != "qwen3":
-        t.decide(
-            "enable_thinking", value, "write chat_template_kwargs: {enable_thinking: false} where the template has it"
-        )
+    if value in TEMPLATES:
+        t.give("chat_template", TEMPLATES[value], f"template {value}")
+    elif is_own_template(t, OWN_TEMPLATES.get(value)):
+        t.drop("template", value, "it is the model's own, which is used")
+    else:
+        t.decide("template", value, OWN_OR_JINJA)
 
 
 def _history(t: Translation, value: Any) -> None:
@@ -253,7 +237,6 @@ DIALECT = Dialect(
         "max_samples": with_another,
         "cutoff_len": _length,
         "template": _template,
-        "enable_thinking": _thinking,
         "mask_history": _history,
         "packing": _packing,
         "neat_packing": _neat_packing,

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     translation, resolved, allowed = translate(options)
     text = translation.text(resolved, allowed)
     for left in (*allowed, *translation.dropped):
-        print(f"left out: {' '.join(str(left).split())}", file=sys.stderr)
+        print(f"left out: {left}", file=sys.stderr)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
         shown = shlex.quote(str(options.output))

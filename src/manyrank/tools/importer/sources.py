@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,15 @@ from ...data.messages import ROLES
 from .translation import Translation
 
 TURN_KEYS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})
+
+# Models whose own template has the system message that other tools write for them; the bases have another one.
+QWEN25 = r"qwen2\.5-(?!math).*instruct"
+OWN_OR_JINJA = "leave it out for the model's own template, or write chat_template: and a Jinja file with its text"
+
+
+def is_own_template(t: Translation, pattern: str | None) -> bool:
+    """Return whether a template is that of the model, by the model's name."""
+    return bool(pattern and re.search(pattern, model_of(t), re.IGNORECASE))
 
 
 def model_of(t: Translation) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -141,6 +141,15 @@ class Translation:
         """Leave a key to the user: it changes the loss."""
         self.open.append(Left(key, value, why))
 
+    def refuse(self, key: str, value: Any, why: str) -> NoReturn:
+        """Refuse a recipe that is not one of supervised fine-tuning.
+
+        Raises:
+            UserError: always.
+        """
+        fix = "import a recipe of supervised fine-tuning; `manyrank grpo` trains by rewards, from a recipe of its own"
+        raise UserError(f"{key}: {value} {why}, which is not imported", where=f"{self.file}, {key}", fix=fix)
+
     # The whole
 
     def read(self) -> None:
@@ -215,13 +224,18 @@ class Translation:
             raise problem
         self.settings.remove(wrong[0])
         leave = self.drop if canonical(wrong[0].key) in WITHOUT_EFFECT else self.decide
-        leave(self._name(wrong[0].where), wrong[0].value, f"{problem.what}; {problem.fix}")
+        leave(*self._named(wrong[0]), f"{problem.what}; {problem.fix}")
 
     def _remove(self, keys: Iterable[str], why: str) -> None:
         for entry in [entry for entry in self.settings if canonical(entry.key) in keys]:
             self.settings.remove(entry)
             if entry.where.startswith(self.file):
-                self.drop(self._name(entry.where), entry.value, why)
+                self.drop(*self._named(entry), why)
+
+    def _named(self, entry: Setting) -> tuple[str, Any]:
+        """The name and value of a setting in the file."""
+        name = self._name(entry.where)
+        return name, self.theirs.get(name, entry.value)
 
     def _name(self, where: str) -> str:
         return where.removeprefix(f"{self.file}, ")
@@ -242,7 +256,7 @@ class Translation:
         }
         for title, entries in parts.items():
             if shown := list(entries):
-                lines += ["#", f"# {title}", *(f"#   {' '.join(entry.split())}" for entry in shown)]
+                lines += ["#", f"# {title}", *(f"#   {entry}" for entry in shown)]
         return "\n".join(lines) + "\n"
 
     def _comment(self, key: str, provenance: str) -> str:

@@ -126,7 +126,7 @@ def _eos(t: Translation, value: Any) -> None:
 
 
 def _other_trainer(t: Translation, key: str, value: Any) -> None:
-    t.decide(key, value, "it is a key of another trainer than SFT's, which is not imported")
+    t.refuse(key, value, "is a key of another trainer than SFT's")
 
 
 def _finish(t: Translation) -> None:
