@@ -231,6 +231,16 @@ def test_rows_decide_what_trl_learns(rows, learned):
     assert imported(TRL_RECIPE, dataset_name="rows.jsonl", completion_only_loss=False).train_on_prompt
 
 
+def test_sources_of_several_kinds_decide_nothing():
+    Path("text.jsonl").write_text(json.dumps({"text": "a"}))
+    sources = [{"path": "json", "data_files": name} for name in ("messages.jsonl", "text.jsonl")]
+    error = refused(TRL_RECIPE, dataset_name=None, datasets=sources, packing=True, packing_strategy="bfd", max_length=9)
+    assert "messages and text" in error.why
+    changes = {"dataset_name": None, "datasets": sources[:1], "max_length": 9, "use_peft": False}
+    config = imported(TRL_RECIPE, **changes)
+    assert (config.train_on_prompt, config.method) == (True, "full")
+
+
 def test_rows_that_are_not_here_decide_nothing(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     error = refused(TRL_RECIPE, dataset_name="nobody/nothing")

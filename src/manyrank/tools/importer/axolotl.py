@@ -15,7 +15,7 @@ from ...models.model_facts import find_facts
 from ...project_files import template_names
 from . import strategies
 from .sources import OWN_OR_JINJA, QWEN25, check_roles, check_turns, is_own_template, model_of, split_of
-from .translation import UNKNOWN, Dialect, Translation, with_another
+from .translation import UNKNOWN, Dialect, Translation, usual, with_another
 
 OTHER_TASKS = {
     "rl": "trains by preferences or rewards",
@@ -27,6 +27,7 @@ PREPARED = {"type", "path", "data_files", "ds_type", "trust_remote_code", "prepr
 OF_ALL_SOURCES = {"chat_template", "chat_template_jinja", "roles_to_train", "train_on_eos", "train_on_eot"}
 # Templates that are the own ones of some models.
 OWN_TEMPLATES = {"tokenizer_default": ".*", "qwen_25": QWEN25, "gemma3": "gemma-3-.*-it"}
+ONE_BATCH = "so many processes see one micro-batch; write global_batch_size"
 NO_KERNELS = "this project has kernels of its own"
 _DROPPED = {
     "plugins": "plugins are code of Axolotl's; those that change the loss have keys of their own",
@@ -77,10 +78,6 @@ RENAMED = {
 def _other_task(t: Translation, key: str, value: Any) -> None:
     if value:
         t.refuse(key, value, OTHER_TASKS[key])
-
-
-def _processor(t: Translation, value: Any) -> None:
-    t.decide("processor_type", value, "images and sound of the rows are not read")
 
 
 def _datasets(t: Translation, value: Any) -> None:
@@ -229,14 +226,6 @@ def _special_tokens(t: Translation, value: Any) -> None:
         t.drop("special_tokens", value, "the tokenizer has them, and there is no padding")
 
 
-def _parallel(name: str):
-    def handler(t: Translation, value: Any) -> None:
-        if value and value != 1:
-            t.decide(name, value, "so many processes see one micro-batch; write global_batch_size")
-
-    return handler
-
-
 def _schedule(t: Translation, value: Any) -> None:
     """Read the schedule; that of transformers that ends above zero has the formula of Axolotl's."""
     least = t.theirs.get("cosine_min_lr_ratio")
@@ -340,7 +329,7 @@ DIALECT = Dialect(
     handlers={
         **{key: (lambda t, value, key=key: _other_task(t, key, value)) for key in OTHER_TASKS},
         **strategies.HANDLERS,
-        "processor_type": _processor,
+        "processor_type": usual("processor_type", why="images and sound of the rows are not read"),
         "datasets": _datasets,
         "test_datasets": _test_datasets,
         **dict.fromkeys(("chat_template", "chat_template_jinja"), with_another),
@@ -354,7 +343,10 @@ DIALECT = Dialect(
         "cosine_min_lr_ratio": _min_lr,
         **{name: _half("fp16", "float16") for name in ("fp16", "float16")},
         **{name: _half("bf16", "bfloat16") for name in ("bf16", "bfloat16")},
-        **{name: _parallel(name) for name in ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")},
+        **{
+            name: usual(name, 1, why=ONE_BATCH)
+            for name in ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
+        },
         "saves_per_epoch": _each_epoch("save_steps"),
         "evals_per_epoch": _each_epoch("eval_steps"),
         **dict.fromkeys(("wandb_project", "use_tensorboard", "use_mlflow"), _trackers),

@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...runs.mapping_files import read_json_object
 from . import strategies
 from .sources import OWN_OR_JINJA, QWEN25, check_roles, check_turns, is_own_template, split_of
-from .translation import Dialect, Translation, with_another
+from .translation import Dialect, Translation, usual, with_another
 
 INFO = "dataset_info.json"
 STAGES = {
@@ -49,6 +49,7 @@ TAGS = {
     "observation_tag": ("tool", "observation"),
     "system_tag": ("system", "system"),
 }
+NF4 = "bases in 4 bits are NF4 with double quantisation, by bitsandbytes"
 _DROPPED = {
     "overwrite_cache tokenized_path": "tokenised rows are kept, and made anew where something changed",
     "enable_liger_kernel use_unsloth use_unsloth_gc use_v1_kernels": "this project has kernels of its own",
@@ -188,14 +189,6 @@ def _no_checkpointing(t: Translation, value: Any) -> None:
         t.give("gradient_checkpointing", "off", "disable_gradient_checkpointing")
 
 
-def _quantisation(name: str, usual: Any):
-    def handler(t: Translation, value: Any) -> None:
-        if value != usual:
-            t.decide(name, value, f"bases in 4 bits are NF4 with double quantisation, as {name}: {usual} says")
-
-    return handler
-
-
 def _pissa(t: Translation, value: Any) -> None:
     if value and "init_lora_weights" in FIELDS:
         steps = t.theirs.get("pissa_iter", 16)
@@ -241,9 +234,9 @@ DIALECT = Dialect(
         "packing": _packing,
         "neat_packing": _neat_packing,
         "disable_gradient_checkpointing": _no_checkpointing,
-        "quantization_method": _quantisation("quantization_method", "bnb"),
-        "quantization_type": _quantisation("quantization_type", "nf4"),
-        "double_quantization": _quantisation("double_quantization", True),
+        "quantization_method": usual("quantization_method", "bnb", "bitsandbytes", why=NF4),
+        "quantization_type": usual("quantization_type", "nf4", why=NF4),
+        "double_quantization": usual("double_quantization", True, why=NF4),
         "pissa_init": _pissa,
         "early_stopping_steps": _stop_early,
     },

@@ -268,6 +268,16 @@ def with_another(t: Translation, value: Any) -> None:
     """Leave a key to the handler of another one."""
 
 
+def usual(key: str, *values: Any, why: str) -> Callable[[Translation, Any], None]:
+    """Make the handler of a key that has one meaning here: another value than these is left to the user."""
+
+    def handler(t: Translation, value: Any) -> None:
+        if value not in values:
+            t.decide(key, value, why)
+
+    return handler
+
+
 def flow(values: dict[str, Any]) -> str:
     """One line of YAML."""
     text = yaml.safe_dump(values, allow_unicode=True, default_flow_style=True, width=100_000, sort_keys=False)

@@ -10,13 +10,14 @@ from itertools import islice
 from typing import Any
 
 from ...config.schema import DataSource
+from ...config.value_types import as_sources
 from ...data.sources import Source, known_format, read_rows
 from ...errors import UserError
 from ...models.model_facts import find_facts
 from ...plan.command import read_model
 from . import strategies
 from .sources import model_of, split_of
-from .translation import Dialect, Translation, with_another
+from .translation import Dialect, Translation, usual, with_another
 
 OF_OTHER_TRAINERS = (
     "reward_funcs num_generations max_completion_length beta max_prompt_length reward_model_path desirable_weight"
@@ -66,18 +67,10 @@ def _datasets(t: Translation, value: Any) -> None:
     t.give("data_path", sources, "datasets")
 
 
-def _given(t: Translation, key: str, usual: Any = None) -> Any:
-    return next((entry.value for entry in t.settings if entry.key == key), usual)
-
-
 def _text_field(t: Translation, value: Any) -> None:
     t.give("format_type", "text", "dataset_text_field")
     if value != "text":
         t.give("columns", {"text": value}, "dataset_text_field")
-
-
-def _peft(t: Translation, value: Any) -> None:
-    t.give("use_peft", bool(value), "use_peft")
 
 
 def _packing(t: Translation, value: Any) -> None:
@@ -99,26 +92,6 @@ def _only(t: Translation, value: Any) -> None:
         t.give("train_on_prompt", not either, ", ".join(name for name in names if name in t.theirs))
 
 
-def _loss_type(t: Translation, value: Any) -> None:
-    if value not in ("nll", "chunked_nll"):
-        t.decide("loss_type", value, "the loss is cross-entropy")
-
-
-def _truncation(t: Translation, value: Any) -> None:
-    if value != "keep_start":
-        t.decide("truncation_mode", value, "rows that are too long lose their end")
-
-
-def _sampling(t: Translation, value: Any) -> None:
-    if value == "sequential":
-        t.decide("train_sampling_strategy", value, "rows are shuffled anew in every epoch")
-
-
-def _quant_type(t: Translation, value: Any) -> None:
-    if value != "nf4":
-        t.decide("bnb_4bit_quant_type", value, "bases in 4 bits are NF4")
-
-
 def _eos(t: Translation, value: Any) -> None:
     facts = find_facts(model_of(t))
     if not facts or facts.tokenizer.get("eos_token") != value:
@@ -133,7 +106,7 @@ def _finish(t: Translation) -> None:
     """Add the defaults that differ, see the module's docstring."""
     _finish_arguments(t)
     t.default("learning_rate", 2e-5)
-    if not t.has("use_peft"):
+    if not t.theirs.get("use_peft"):
         t.default("method", "full")
     elif not t.has("lora_target_modules"):
         _usual_modules(t)
@@ -176,33 +149,39 @@ def _what_is_learned(t: Translation) -> None:
     """Of messages TRL learns every token, of a prompt and its completion the completion: the rows decide."""
     if t.has("train_on_prompt") or t.has("format_type"):
         return
-    value = _given(t, "data_path")
-    first = value[0] if isinstance(value, list) else value
+    value = next((entry.value for entry in t.settings if entry.key == "data_path"), [])
+    sources = [DataSource(**({"path": x} if isinstance(x, str) else x)) for x in as_sources(value)]
     try:
-        row = _first_row(DataSource(**first) if isinstance(first, dict) else DataSource(path=str(first)))
-    except (UserError, ValueError):
-        why = "TRL learns every token of messages, and the completion alone of a prompt with one, and the rows are not here: "
-        why += "write completion_only_loss: true or false there"
-        t.decide("completion_only_loss", "not given", why)
-        return
-    if "prompt" in row and "completion" in row:
-        if isinstance(row["prompt"], str):
-            why = "TRL joins prompt and completion as text; here the chat template renders them"
-            t.decide("dataset_name", "prompt and completion are text", why)
-    elif "text" not in row:
+        kinds = {_kind(source) for source in sources}
+    except UserError:
+        kinds = set()
+    why = "TRL learns every token of messages, and the completion alone of a prompt with one; "
+    if kinds == {"prompt and completion as text"}:
+        t.decide("dataset_name", *kinds, "TRL joins them as text; here the chat template renders them")
+    elif kinds == {"messages"}:
         t.default("train_on_prompt", True, "for rows of messages")
+    elif len(kinds) > 1:
+        t.decide("completion_only_loss", "not given", f"{why}there are {' and '.join(sorted(kinds))}")
+    elif not kinds:
+        why += "the rows are not here: write completion_only_loss: true or false there"
+        t.decide("completion_only_loss", "not given", why)
 
 
-def _first_row(source: DataSource) -> dict[str, Any]:
+def _kind(source: DataSource) -> str:
+    """What the first row of a source is."""
     known = known_format(Source(source.path, split=source.split, name=source.name))
-    rows = (row.value for row in islice(read_rows(known), LOOKED_AT))
-    return next((row for row in rows if isinstance(row, dict)), {})
+    row = next((row.value for row in islice(read_rows(known), LOOKED_AT) if isinstance(row.value, dict)), {})
+    if "prompt" in row and "completion" in row:
+        return "prompt and completion as text" if isinstance(row["prompt"], str) else "prompt and completion"
+    return "text" if "text" in row and "messages" not in row else "messages"
 
 
 _HANDLERS = {
     **strategies.HANDLERS,
     **{name: (lambda t, value, name=name: _other_trainer(t, name, value)) for name in OF_OTHER_TRAINERS.split()},
-    "train_sampling_strategy": _sampling,
+    "train_sampling_strategy": usual(
+        "train_sampling_strategy", "random", "group_by_length", why="rows are shuffled anew in every epoch"
+    ),
 }
 MARKS = "dataset_name use_peft dataset_text_field assistant_only_loss completion_only_loss dataset_num_proc packing_strategy "
 MARKS += "attn_implementation dataset_train_split dataset_config max_length eos_token model_name_or_path"
@@ -215,17 +194,16 @@ DIALECT = Dialect(
         "dataset_name": _dataset_name,
         "datasets": _datasets,
         "dataset_text_field": _text_field,
-        "use_peft": _peft,
         "packing": _packing,
         **dict.fromkeys(
             ("packing_strategy", "dataset_config", "dataset_train_split", "dataset_test_split"), with_another
         ),
         "assistant_only_loss": _only,
         "completion_only_loss": _only,
-        "loss_type": _loss_type,
+        "loss_type": usual("loss_type", "nll", "chunked_nll", why="the loss is cross-entropy"),
         "eos_token": _eos,
-        "truncation_mode": _truncation,
-        "bnb_4bit_quant_type": _quant_type,
+        "truncation_mode": usual("truncation_mode", "keep_start", why="rows that are too long lose their end"),
+        "bnb_4bit_quant_type": usual("bnb_4bit_quant_type", "nf4", why="bases in 4 bits are NF4"),
     },
     renamed=RENAMED,
     dropped=DROPPED,
