@@ -302,8 +302,13 @@ def test_roles_that_mean_something_else_are_not_guessed():
     source = AXOLOTL_RECIPE["datasets"][0]
     roles = {"user": ["human"], "assistant": ["bot"]}
     assert "'bot'" in refused(AXOLOTL_RECIPE, datasets=[source | {"roles": roles}]).why
-    error = refused(AXOLOTL_RECIPE, datasets=[source | {"train_on_eos": "last", "roles_to_train": ["human", "gpt"]}])
-    assert str(error).count("changes the loss") == sum(key not in FIELDS for key in ("train_on_eos", "roles_to_train"))
+    learned = {"train_on_eos": "last", "roles_to_train": ["human", "gpt"]}
+    if unknown := [key for key in learned if key not in FIELDS]:
+        error = refused(AXOLOTL_RECIPE, datasets=[source | learned])
+        assert str(error).count("changes the loss") == len(unknown)
+    else:
+        config = imported(AXOLOTL_RECIPE, datasets=[source | learned])
+        assert (config.train_on_eos, sorted(config.roles_to_train)) == ("last", ["assistant", "user"])
 
 
 def test_what_one_source_says_is_for_all():

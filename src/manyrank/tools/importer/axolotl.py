@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from ...config.resolve import FIELDS
-from ...data.messages import REASONING
+from ...data.messages import REASONING, ROLES
 from ...models.model_facts import find_facts
 from ...project_files import template_names
 from . import strategies
@@ -152,9 +152,7 @@ def _of_all_sources(t: Translation) -> None:
         _template(t, *templates.pop())
     else:
         t.decide("datasets.chat_template", [name for name, _ in templates], "one template renders all sources")
-    roles = [
-        sorted({"gpt": "assistant"}.get(role, role) for role in entry.get("roles_to_train") or ()) for entry in chats
-    ]
+    roles = [sorted({ROLES.get(role, role) for role in entry.get("roles_to_train") or ()}) for entry in chats]
     _learned(t, "roles_to_train", [names or ["assistant"] for names in roles], ["assistant"])
     _learned(
         t, "train_on_eos", [entry.get("train_on_eot", entry.get("train_on_eos", "turn")) for entry in chats], "turn"

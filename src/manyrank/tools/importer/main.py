@@ -1,4 +1,5 @@
-"""`manyrank import`: translate a recipe of Axolotl, LLaMA-Factory, TRL or transformers into one of this project. No torch.
+"""`manyrank import`: translate a recipe of Axolotl, LLaMA-Factory, TRL or transformers into one of this project. No torch, but for peft's
+names of modules.
 
     axolotl.yaml ──> keys ──> dialect ──> `translation` ──> rules ──> recipe, on stdout or --output
                                               └── what changes the loss and is not known here: an error, until --allow KEY
