@@ -1,5 +1,6 @@
-"""`manyrank import`: translate a recipe of Axolotl, LLaMA-Factory, TRL or transformers into one of this project. No torch, but for peft's
-names of modules.
+"""`manyrank import`: translate a recipe of Axolotl, LLaMA-Factory, TRL or transformers into one of this project.
+
+No torch, but where peft is asked for its names of modules.
 
     axolotl.yaml ──> keys ──> dialect ──> `translation` ──> rules ──> recipe, on stdout or --output
                                               └── what changes the loss and is not known here: an error, until --allow KEY
