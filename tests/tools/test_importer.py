@@ -355,10 +355,10 @@ def test_what_has_no_effect_on_the_loss_is_listed_with_its_reason(capsys):
 
 def test_the_schema_decides_what_is_known(monkeypatch):
     """A key that is added to the schema is translated from then on."""
-    monkeypatch.setitem(AXOLOTL.renamed, "peft_use_dora", "no_such_key")
-    assert "peft_use_dora" in refused(AXOLOTL_RECIPE, peft_use_dora=True).what
-    monkeypatch.setitem(AXOLOTL.renamed, "peft_use_dora", "use_rslora")
-    assert imported(AXOLOTL_RECIPE, peft_use_dora=True).use_rslora
+    monkeypatch.setitem(AXOLOTL.renamed, "peft_use_qalora", "no_such_key")
+    assert "peft_use_qalora" in refused(AXOLOTL_RECIPE, peft_use_qalora=True).what
+    monkeypatch.setitem(AXOLOTL.renamed, "peft_use_qalora", "use_rslora")
+    assert imported(AXOLOTL_RECIPE, peft_use_qalora=True).use_rslora
 
 
 def test_keys_that_nothing_reads_are_left_out():
