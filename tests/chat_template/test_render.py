@@ -552,8 +552,11 @@ def test_which_turns_are_learned():
     assert render(tokenizer, turns).supervised_texts == ["d<|im_end|>", "f<|im_end|>"]
     last = render(tokenizer, turns, options=RenderOptions(last_turn_only=True))
     assert last.supervised_texts == ["f<|im_end|>"]
-    everything = render(tokenizer, turns, options=RenderOptions(train_on_prompt=True))
+    whole = RenderOptions(train_on_prompt=True)
+    everything = render(tokenizer, [*turns[:1], said("b", prompt=True), *turns[2:]], options=whole)
     assert everything.labels == everything.input_ids and everything.supervised_texts == [everything.text]
+    but_one = render(tokenizer, turns, options=whole)
+    assert but_one.supervised_texts == [*but_one.text.split("b<|im_end|>")]
     with pytest.raises(BadRow, match="no assistant turn is to be learned"):
         render(tokenizer, turns[:2])
 

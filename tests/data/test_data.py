@@ -53,6 +53,10 @@ def qa(question, answer="yes"):
     return {"question": question, "answer": answer}
 
 
+def qa_turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
 def rows_of(examples):
     return [int(examples[i]["row"]) for i in range(len(examples))]
 
@@ -478,6 +482,20 @@ def test_options_say_what_is_learned(examples_of, file, tokenizer, option, learn
     row = examples_of(data_path=path, **option)[0]
     text = tokenizer.decode(row["labels"][row["labels"] != IGNORE])
     assert text == ("".join(learned) if learned else tokenizer.decode(row["input_ids"][1:]))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_message_that_is_not_to_be_learned(examples_of, file, tokenizer, whole):
+    turns = [
+        qa_turn("user", "a"),
+        qa_turn("assistant", "one", train=False),
+        qa_turn("user", "b"),
+        qa_turn("assistant", "two"),
+    ]
+    row = examples_of(data_path=file({"messages": turns}), train_on_prompt=whole)[0]
+    learned = tokenizer.decode(row["labels"][row["labels"] != IGNORE])
+    text = tokenizer.decode(row["input_ids"][1:])
+    assert learned == (text.replace("one<|im_end|>", "") if whole else "two<|im_end|>") and "one" in text
 
 
 def test_packs_of_the_data_set_lose_and_repeat_nothing(examples_of):

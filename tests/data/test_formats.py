@@ -182,7 +182,7 @@ def test_a_prompt_of_messages_is_not_learned():
     }
     made = to_sample(row, "prompt_completion").messages
     assert [message["content"] for message in made] == ["1", "2", "3", "4"]
-    assert [message.get("weight") for message in made] == [None, 0, None, None]
+    assert [message.get("prompt") for message in made] == [None, True, None, None]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -204,6 +204,17 @@ def test_weights_and_names():
         {"role": "assistant", "content": "a", "weight": 0},
         {"role": "assistant", "content": "b", "weight": 1},
     ]
+
+
+@pytest.mark.parametrize("key", ["train", "training"])
+def test_weights_under_the_names_of_other_tools(key):
+    row = {"conversations": [{"from": "gpt", "value": value, key: value == "b"} for value in "ab"]}
+    assert [message["weight"] for message in to_sample(row, "sharegpt").messages] == [0, 1]
+
+
+def test_a_weight_that_changes_nothing_or_is_another_column():
+    assert to_sample({"text": "a", "weight": 1.0, "train": "validation"}, "text").text == "a"
+    assert to_sample({"weight": "a"}, "text", {"text": "weight"}).text == "a"
 
 
 def test_documents():
@@ -384,7 +395,27 @@ BAD = [
     ("messages", {"messages": [ASSISTANT | {"weight": True}]}, "wrong type", "the weight of turn 1"),
     ("messages", {"messages": [ASSISTANT | {"weight": "0"}]}, "wrong type", "the weight of turn 1"),
     ("messages", {"messages": [ASSISTANT | {"weight": 0}]}, "nothing to learn", "weight 0"),
-    ("messages", {"messages": [{"role": "user", "content": "u", "weight": 1}, ASSISTANT]}, "lost field", "weight 1"),
+    ("messages", {"messages": [ASSISTANT | {"train": 0.5}]}, "wrong type", "the train of turn 1"),
+    (
+        "messages",
+        {"messages": [ASSISTANT | {"train": False, "weight": 1}]},
+        "contradiction",
+        "weight 1 and train False",
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": "u", "train": True}, ASSISTANT]},
+        "lost field",
+        "is to be learned",
+    ),
+    (
+        "prompt_completion",
+        {"prompt": [ASSISTANT | {"weight": 1}], "completion": [ASSISTANT]},
+        "lost field",
+        "turn 1 of 'prompt'",
+    ),
+    ("text", {"text": "a", "weight": 0.5}, "weight of a row", "the row has weight 0.5"),
+    ("question_answer", {"question": "q", "answer": "a", "train": False}, "weight of a row", "the row has train False"),
     ("messages", {"messages": [CALLS, {"role": "tool", "tool_call_id": "2"}]}, "answer without a call", "message 2"),
     ("messages", {"messages": [CALLS, *turns(("tool", "r"), ("tool", "r"))]}, "answer without a call", "message 3"),
     ("messages", {"messages": [CALLS, *turns(("user", "u"), ("tool", "r"))]}, "answer without a call", "message 3"),

@@ -356,6 +356,17 @@ def test_bad_rows_are_shown_once(embedded_model, tmp_path, capsys):
     assert out.index("In tokens of embedded") > out.index(f"{path}, line 2 ")
 
 
+def test_a_message_that_is_not_learned_is_shown_so(embedded_model, tmp_path, capsys):
+    (asked, said), unlearned = (
+        chat("Why?", "Because.")["messages"],
+        {"role": "assistant", "content": "No.", "train": False},
+    )
+    path = write(tmp_path / "rows.jsonl", {"messages": [asked, unlearned, asked, said]})
+    assert inspect_data.main([path, "--samples=0"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"assistant \(not learned\)\s+No\.", out) and re.search(r"assistant\s+Because\.", out)
+
+
 def test_a_folder_is_inspected(embedded_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows").mkdir()
     write(tmp_path / "rows" / "train.jsonl", GOOD, HOSTILE)

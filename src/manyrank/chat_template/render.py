@@ -16,7 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -26,7 +26,7 @@ from ..config.resolve import TrainConfig
 from ..errors import UserError
 from .placeholders import CHANGED, DROPPED, NO_STOP, REFUSED, THINK_END, THINK_TAGS, Layout
 from .template import Template
-from .types import IGNORE, BadRow, Message
+from .types import IGNORE, BadRow, Message, bare, is_learned
 
 TEMPLATE_REASONS = frozenset({REFUSED, DROPPED, CHANGED, NO_STOP, "no template"})
 
@@ -37,7 +37,7 @@ class RenderOptions:
 
     Attributes:
         last_turn_only: only the last assistant turn is learned.
-        train_on_prompt: every token is learned.
+        train_on_prompt: every token is learned, but for messages of weight 0.
         train_on_opening: also what the template itself writes between the generation prompt and the content, such as
             an empty thinking block.
         thinking: "strip" removes the assistant's thinking before the template sees it.
@@ -121,17 +121,22 @@ def render(
     """
     template = _template(tokenizer, options, tools)
     messages = _prepared(messages, options)
-    layout = template.layout([_bare(message) for message in messages], tools=tools, documents=documents)
+    layout = template.layout(list(map(bare, messages)), tools=tools, documents=documents)
     plain = _control_strings(template, layout, messages, tools, documents)
     tokens, spans = _tokens(tokenizer, layout.text, _learned(template, messages, layout, options), plain)
     _refuse_false_specials(template, tokens, layout)
-    labels, runs = [IGNORE] * len(tokens.ids), []
-    for start, end in spans:
-        first, last = tokens.range(start, end)
+    ranges = [tokens.range(start, end) for start, end in spans]
+    runs = [
+        _read_back(tokenizer, tokens.ids[first:last], layout.text[start:end])
+        for (first, last), (start, end) in zip(ranges, spans)
+    ]
+    if options.train_on_prompt:  # all but these
+        edges = [0, *chain.from_iterable(ranges), len(tokens.ids)]
+        ranges = [(first, last) for first, last in zip(edges[::2], edges[1::2]) if first < last]
+        runs = [tokenizer.decode(tokens.ids[first:last]) for first, last in ranges]
+    labels = [IGNORE] * len(tokens.ids)
+    for first, last in ranges:
         labels[first:last] = tokens.ids[first:last]
-        runs.append(_read_back(tokenizer, tokens.ids[first:last], layout.text[start:end]))
-    if options.train_on_prompt:
-        labels, runs = list(tokens.ids), [tokenizer.decode(tokens.ids)]
     literal_texts = sorted({layout.text[start:end] for start, end in plain})
     notes = [Note(Notice.SPECIAL_TEXT, f"{word} in the text is not read as a special token") for word in literal_texts]
     notes += [
@@ -157,7 +162,7 @@ def prompt_ids(
         BadRow: the template refuses the messages, or there is none.
     """
     template = _template(tokenizer, options, tools)
-    messages = [_bare(message) for message in _prepared(messages, options)]
+    messages = list(map(bare, _prepared(messages, options)))
     text = template.prompt_text(messages, tools=tools, documents=documents)
     words = template.controls - THINK_TAGS
     plain = []
@@ -242,16 +247,17 @@ def _without_thought(content: str) -> str:
     return content.partition(end)[2].lstrip() if thought else content
 
 
-def _bare(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != "weight"}
-
-
 def _learned(
     template: Template, messages: list[Message], layout: Layout, options: RenderOptions
 ) -> list[tuple[int, int, int]]:
-    """The ranges of characters to learn, each with the end of the generation prompt in front of it."""
-    turns = [index for index in layout.turns if messages[index].get("weight", 1)]
-    if options.last_turn_only:
+    """The ranges of characters to learn, each with the end of the generation prompt in front of it.
+
+    With train_on_prompt, those of messages of weight 0, which are not.
+    """
+    turns = [index for index in layout.turns if is_learned(messages[index])]
+    if options.train_on_prompt:
+        turns = [index for index in layout.turns if not messages[index].get("weight", 1)]
+    elif options.last_turn_only:
         turns = [index for index in turns if index == max(layout.turns)]
     if not turns and not options.train_on_prompt:
         raise BadRow("no assistant turn is to be learned", reason="no assistant turn")

@@ -26,9 +26,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..chat_template.types import IGNORE, BadRow, Message
+from ..chat_template.types import IGNORE, BadRow, Message, is_learned
 from ..errors import UserError
-from .messages import json_object, listed, name_answers, optional, read_tools, read_turns, text
+from .messages import json_object, listed, name_answers, optional, read_tools, read_turns, refuse_weight, text
 
 Values = dict[str, Any]  # a row
 Columns = Mapping[str, str]  # a format's field -> the row's column
@@ -41,7 +41,8 @@ class Conversation:
     Attributes:
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": str}, and where there is one
             "tool_calls": [{"type": "function", "id"?: str, "function": {"name": str, "arguments": dict}}],
-            "reasoning_content": str, "weight": 0 | 1 (0: not learned), "name": str, "tool_call_id": str.
+            "reasoning_content": str, "weight": 0 | 1 (0: not learned), "prompt": True (of an assistant message in a prompt,
+            which is not learned either), "name": str, "tool_call_id": str.
         tools: [{"type": "function", "function": {"name": str, ...}}], the functions that may be called.
         documents: objects for a template that shows documents.
     """
@@ -80,8 +81,10 @@ def _conversation(row: Values, messages: list[Message]) -> Conversation:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise BadRow("no assistant turn, so there is nothing to learn", "no assistant turn")
-    if not any(message.get("weight", 1) for message in answers):
-        raise BadRow("every assistant turn has weight 0, so there is nothing to learn", "nothing to learn")
+    if not any(map(is_learned, answers)):
+        raise BadRow(
+            "every assistant turn has weight 0 or is in a prompt, so there is nothing to learn", "nothing to learn"
+        )
     raw = row.get("documents") or []
     documents = [json_object(document, "a document") for document in (listed(raw, "'documents'") if raw else [])]
     return Conversation(messages, read_tools(row.get("tools")), documents or None)
@@ -128,8 +131,12 @@ def _prompt_completion(row: Values) -> Conversation:
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         return _conversation(row, _exchange(text(prompt, "'prompt'"), text(completion, "'completion'")))
     messages = read_turns(prompt, "prompt")
-    for message in messages:  # what stands in a prompt is never learned
-        message |= {"weight": 0} if message["role"] == "assistant" else {}
+    for number, message in enumerate(messages, 1):
+        if message.get("weight"):
+            raise BadRow(
+                f"turn {number} of 'prompt' is to be learned, and what stands in a prompt never is", "lost field"
+            )
+        message |= {"prompt": True} if message["role"] == "assistant" else {}
     return _conversation(row, messages + read_turns(completion, "completion"))
 
 
@@ -278,6 +285,7 @@ def to_sample(row: Values, format_type: str, columns: Columns | None = None) -> 
     try:
         if ":" in format_type:
             return _by_function(row, format_type, columns)
+        refuse_weight(row, (columns or {}).values())
         return _form(format_type, columns).read(_renamed(row, columns))
     except RecursionError:
         raise BadRow("nested too deeply", "nested too deeply") from None
