@@ -473,7 +473,14 @@ def test_a_function_of_one_s_own_and_its_changes(examples_of, file, tmp_path, mo
     [
         ({}, ["one<|im_end|>", "two<|im_end|>"]),
         ({"train_on_last_turn": True}, ["two<|im_end|>"]),
+        ({"roles_to_train": "human,gpt"}, ["a<|im_end|>", "one<|im_end|>", "b<|im_end|>", "two<|im_end|>"]),
+        ({"roles_to_train": ["user"]}, ["a<|im_end|>", "b<|im_end|>"]),
+        ({"train_on_eos": "all"}, ["<|im_end|>", "one<|im_end|>", "<|im_end|>", "two<|im_end|>"]),
+        ({"train_on_eos": "last"}, ["one", "two<|im_end|>"]),
+        ({"mask_history": True}, ["two<|im_end|>"]),
         ({"train_on_prompt": True}, None),
+        ({"assistant_only_loss": "0"}, None),
+        ({"completion_only_loss": True}, ["one<|im_end|>", "two<|im_end|>"]),
     ],
 )
 def test_options_say_what_is_learned(examples_of, file, tokenizer, option, learned):

@@ -200,7 +200,7 @@ def test_weights_and_names():
         ]
     }
     assert to_sample(row, "messages").messages == [
-        {"role": "user", "content": "u", "name": "ann"},
+        {"role": "user", "content": "u", "name": "ann", "weight": 0},
         {"role": "assistant", "content": "a", "weight": 0},
         {"role": "assistant", "content": "b", "weight": 1},
     ]
@@ -394,19 +394,12 @@ BAD = [
     ("messages", {"messages": [ASSISTANT | {"weight": 0.5}]}, "wrong type", "the weight of turn 1"),
     ("messages", {"messages": [ASSISTANT | {"weight": True}]}, "wrong type", "the weight of turn 1"),
     ("messages", {"messages": [ASSISTANT | {"weight": "0"}]}, "wrong type", "the weight of turn 1"),
-    ("messages", {"messages": [ASSISTANT | {"weight": 0}]}, "nothing to learn", "weight 0"),
     ("messages", {"messages": [ASSISTANT | {"train": 0.5}]}, "wrong type", "the train of turn 1"),
     (
         "messages",
         {"messages": [ASSISTANT | {"train": False, "weight": 1}]},
         "contradiction",
         "weight 1 and train False",
-    ),
-    (
-        "messages",
-        {"messages": [{"role": "user", "content": "u", "train": True}, ASSISTANT]},
-        "lost field",
-        "is to be learned",
     ),
     (
         "prompt_completion",
@@ -455,12 +448,6 @@ BAD = [
         "'completion' is list",
     ),
     ("prompt_completion", {"prompt": turns(("user", "u")), "completion": "c"}, "wrong type", "'prompt' is list"),
-    (
-        "prompt_completion",
-        {"prompt": turns(("assistant", "a")), "completion": turns(("user", "u"))},
-        "nothing to learn",
-        "weight 0",
-    ),
     ("text", {"text": " "}, "empty field", "'text' is empty"),
     ("text", {"text": HALF}, "half a surrogate pair", "'text'"),
     ("tokens", {"input_ids": []}, "empty field", "'input_ids' is empty"),

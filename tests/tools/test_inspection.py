@@ -224,6 +224,12 @@ def test_samples_are_spread_over_the_lengths():
     assert spread(lengths, 0).tolist() == []
 
 
+def test_what_is_learned_is_among_the_settings(tokenizer):
+    assert "train_on_eos" not in survey(tokenizer).settings
+    found = survey(tokenizer, roles_to_train="user", train_on_eos="last").settings
+    assert (found["roles_to_train"], found["train_on_eos"]) == ("['user']", "last")
+
+
 def learned(sample) -> list[str]:
     """The text of each run of supervised pieces."""
     runs, before = [], False

@@ -24,6 +24,7 @@ from .value_types import (
     Optimizer,
     Part,
     Parts,
+    Roles,
     SaveSteps,
     Schedule,
     StrategyOrAuto,
@@ -153,6 +154,13 @@ class LearnedKeys(Keys):
     stop_tokens: Strings = Field([], description="tokens that end a turn, for templates (GLM's) that do not write one")
     thinking: Literal["keep", "strip"] = Field(
         "keep", description="the assistant's thinking: as the template writes it, or removed"
+    )
+    roles_to_train: Roles = Field(
+        ["assistant"], description="whose messages are learned: assistant, user, system, tool"
+    )
+    train_on_eos: Literal["turn", "all", "last"] = Field(
+        "turn",
+        description="end-of-turn tokens that are learned: those of the learned messages, all of the conversation, or its last one",
     )
     train_on_last_turn: bool = Field(False, description="learn only the last assistant turn of each conversation")
     train_on_prompt: bool = Field(False, description="learn every token, also those of the prompt")

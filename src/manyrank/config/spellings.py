@@ -3,6 +3,7 @@
 ALIASES, METHOD_FLAGS    short forms; in help texts
 DATA_ALIASES             of data_path; in a recipe, where they hold keys, these are names of sections
 OTHER_TOOLS              the same meaning in TRL, Axolotl, LLaMA-Factory or Unsloth, or as people guess it: read, and not in help texts
+OPPOSITES                those of them that say the opposite, yes for no
 WHEN                     keys of transformers that say when something is done
 VALUES                   values that these have for a key, and ours
 INSTEAD                  another meaning, or nothing to set: an error that says what to write
@@ -124,7 +125,13 @@ OTHER_TOOLS = {
     "adapter_path": "adapter",
     "lora_model_dir": "adapter",
     "peft_model_id": "adapter",
+    "mask_history": "train_on_last_turn",
+    "assistant_only_loss": "train_on_prompt",
+    "completion_only_loss": "train_on_prompt",
+    "train_on_responses_only": "train_on_prompt",
+    "train_on_eot": "train_on_eos",
 }
+OPPOSITES = frozenset({"assistant_only_loss", "completion_only_loss", "train_on_responses_only"})
 ADAPTERS = frozenset({"lora", "qlora", "int8", "fp8"})
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
 METHOD_FLAGS = {
@@ -216,8 +223,7 @@ _INSTEAD = {
     "continue": "write resume_from_checkpoint: auto",
     "use_dora lora_bias modules_to_save": "leave it out: adapters are plain LoRA or rsLoRA, without biases",
     "neftune_noise_alpha": "leave it out: no noise is added to embeddings here",
-    "assistant_only_loss completion_only_loss": "leave it out: only what the assistant says is learned, unless "
-    "train_on_prompt is true",
+    "message_field_training": "leave it out: `train`, `training` or `weight` of a message is read",
     "shuffle": "leave it out: rows are shuffled anew in every epoch, by the seed",
     "max_tokens": "write max_length, tokens of a row; or for grpo max_completion_length",
     "max_train_samples": "write data_path: {path: FILE, max_rows: N}",

@@ -26,7 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..chat_template.types import IGNORE, BadRow, Message, is_learned
+from ..chat_template.types import IGNORE, BadRow, Message
 from ..errors import UserError
 from .messages import json_object, listed, name_answers, optional, read_tools, read_turns, refuse_weight, text
 
@@ -36,7 +36,7 @@ Columns = Mapping[str, str]  # a format's field -> the row's column
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages to be rendered by a chat template; at least one assistant message is learned.
+    """Messages to be rendered by a chat template; at least one is the assistant's.
 
     Attributes:
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": str}, and where there is one
@@ -78,13 +78,8 @@ def _conversation(row: Values, messages: list[Message]) -> Conversation:
     system = optional(row.get("system"), "'system'")
     messages = [{"role": "system", "content": system}, *messages] if system else messages
     name_answers(messages)
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
+    if all(message["role"] != "assistant" for message in messages):
         raise BadRow("no assistant turn, so there is nothing to learn", "no assistant turn")
-    if not any(map(is_learned, answers)):
-        raise BadRow(
-            "every assistant turn has weight 0 or is in a prompt, so there is nothing to learn", "nothing to learn"
-        )
     raw = row.get("documents") or []
     documents = [json_object(document, "a document") for document in (listed(raw, "'documents'") if raw else [])]
     return Conversation(messages, read_tools(row.get("tools")), documents or None)

@@ -311,9 +311,7 @@ def _extras(turn: dict[str, Any], role: str, name: str) -> Message:
     if thoughts:
         extras["reasoning_content"] = thoughts.pop()
     weight = _weight(turn, name)
-    if weight and role != "assistant":
-        raise BadRow(f"{name} is to be learned, but only an assistant's turn can be", "lost field")
-    return extras if weight is None or role != "assistant" else extras | {"weight": weight}
+    return extras if weight is None else extras | {"weight": weight}
 
 
 def _weight(turn: dict[str, Any], name: str) -> int | None:

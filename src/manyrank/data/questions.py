@@ -83,7 +83,7 @@ def _question(key: Key, row: Row, source: Source) -> Question | None:
         return None
     messages = sample.messages
     learned = [at for at, message in enumerate(messages) if message["role"] == "assistant" and is_learned(message)]
-    last = messages[learned[-1]]
-    if not learned[-1] or last.get("tool_calls") or not (last.get("content") or "").strip():
+    last = messages[learned[-1]] if learned else {}
+    if not learned or not learned[-1] or last.get("tool_calls") or not (last.get("content") or "").strip():
         return None
     return Question(key, row.place, row.value, messages[: learned[-1]], last["content"], sample.tools, sample.documents)

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.types import IGNORE
-from ..config.resolve import TrainConfig
+from ..config.resolve import FIELDS, TrainConfig
 from ..config.schema import DataSource
 from ..errors import UserError
 from .dataset import Examples, bad_reasons, prepare
@@ -200,8 +200,10 @@ def of_run(config: TrainConfig, train: Examples, evaluation: Examples | None) ->
 def _settings(config: TrainConfig) -> dict[str, str]:
     keys = ("max_length", "overlong", "packing", "duplicates", "on_bad_row", "thinking")
     named = {"model": config.model_name_or_path, "chat_template": config.chat_template or "the tokenizer's"}
+    choices = ("roles_to_train", "train_on_eos", "train_on_last_turn", "train_on_prompt", "train_on_opening")
+    learned = {key: str(value) for key in choices if (value := getattr(config, key)) != FIELDS[key].default}
     split = {"eval_split": f"{config.eval_split:g}"} if config.eval_split else {}
-    return named | {key: str(getattr(config, key)) for key in keys} | split
+    return named | {key: str(getattr(config, key)) for key in keys} | learned | split
 
 
 def _prepared(sources: Sequence[DataSource], tokenizer, config: TrainConfig) -> Examples:

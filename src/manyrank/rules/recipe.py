@@ -26,12 +26,15 @@ USUAL_RATES = {
 FAR = 10
 OF_SFT = (
     "label_smoothing_factor",
+    "roles_to_train",
+    "train_on_eos",
     "train_on_last_turn",
     "train_on_prompt",
     "train_on_opening",
     "lora_dropout",
     "per_device_eval_batch_size",
 )
+PARTS = ("train_on_last_turn", "roles_to_train", "train_on_eos")  # of a conversation, to be learned alone
 # Options, and what makes them count.
 DEPENDENT = (
     (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), lambda c: c.uses_lora, "method full"),
@@ -152,6 +155,12 @@ def _unused(s: RunContext) -> str | None:
     return f"{'; '.join(unused)}: nothing reads it" if unused else None
 
 
+def _parts_of_everything(s: RunContext) -> str | None:
+    plain = type(s.config).model_fields
+    parts = [k for k in PARTS if getattr(s.config, k) != plain[k].default] if s.config.train_on_prompt else []
+    return f"train_on_prompt and {' and '.join(parts)}" if parts else None
+
+
 def _validates_training_rows(s: RunContext) -> str | None:
     training = {(source.path, source.split, source.name) for source in s.config.data_path}
     both = [x.path for x in s.config.eval_data_path or [] if (x.path, x.split, x.name) in training]
@@ -217,6 +226,23 @@ def filesystem(path: Path) -> str:
 
 # These look at nothing but the recipe, so `data inspect` checks them too.
 SOURCE_RULES = (
+    error(
+        "parts-of-everything",
+        ("train_on_prompt", *PARTS),
+        _parts_of_everything,
+        reason="With train_on_prompt every token is learned, and the others choose a part of them.",
+        fix="keep one of them",
+    ),
+    error(
+        "last-turn-of-roles",
+        ("train_on_last_turn", "roles_to_train"),
+        unless(
+            lambda s: s.config.train_on_last_turn and s.config.roles_to_train != ["assistant"],
+            "train_on_last_turn, and roles_to_train {c.roles_to_train}",
+        ),
+        reason="It learns the last turn of the assistant.",
+        fix="keep one of them",
+    ),
     error(
         "one-validation-set",
         ("eval_data_path", "eval_split"),
