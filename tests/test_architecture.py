@@ -85,7 +85,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "topology": 880,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1560,  # with messages, roles and ends of turns that are learned or not
     "models": 4700,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces
-    "data": 3650,  # with other names of questions and answers, and rows that are looked at before any tokenizer
+    "data": 3800,  # with weights of messages, data for classifiers, shares of sources, other names of questions and answers, and rows that are looked at before any tokenizer
     "rules": 2100,  # with options that choose among turns, templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
     "plan": 1950,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words
     "parallel": 1350,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16

@@ -565,6 +565,38 @@ def test_names_that_could_mean_two_columns_are_refused(row):
         detect(row, where="")
 
 
+@pytest.mark.parametrize(
+    "row, what, fix",
+    [
+        ({"text": "t", "label": 1}, "text, label", '{"prompt": the text, "completion": its class in words}'),
+        ({"text": "t", "label": None}, "text, label", "--format_type text"),
+        ({"text": "t", "label": "good"}, "text, label", "--columns '{prompt: text, completion: label}'"),
+        (
+            {"Review": "t", "Sentiment": "good", "id": 7},
+            "Review, Sentiment",
+            "--columns '{prompt: Review, completion: Sentiment}'",
+        ),
+        ({"premise": "a", "hypothesis": "b", "label": 0, "idx": 3}, "hypothesis, premise, label", "its class in words"),
+        (
+            {"question": "a", "coarse_label": 0, "fine_label": 3},
+            "question, coarse_label, fine_label",
+            "run_classification.py",
+        ),
+    ],
+)
+def test_rows_for_a_classifier_are_refused(row, what, fix):
+    with pytest.raises(UserError, match=f"rows of {what} look like data for a classifier") as caught:
+        detect(row, where="rows.jsonl")
+    assert fix in caught.value.fix and caught.value.where == "rows.jsonl"
+
+
+def test_rows_with_more_than_a_text_and_a_class_are_read():
+    assert detect({"text": "t", "label": 1, "url": "u"}, where="")[0] == "text"
+    columns = {"prompt": "text", "completion": "label"}
+    assert detect({"text": "t", "label": "good"}, where="", columns=columns) == ("prompt_completion", columns)
+    assert to_sample({"text": "t", "label": 1}, "text").text == "t"
+
+
 def test_columns_are_read_under_other_names():
     row = {"q": "1", "a": "2", "messages": []}
     columns = {"prompt": "q", "completion": "a"}

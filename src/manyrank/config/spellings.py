@@ -224,6 +224,8 @@ _INSTEAD = {
     "use_dora lora_bias modules_to_save": "leave it out: adapters are plain LoRA or rsLoRA, without biases",
     "neftune_noise_alpha": "leave it out: no noise is added to embeddings here",
     "message_field_training": "leave it out: `train`, `training` or `weight` of a message is read",
+    "streaming": "leave it out: rows are read one at a time, and tokens are kept on disk, not in memory. For less of them write data_path: "
+    "{path: FILE, max_rows: N}; the environment variable HF_DATASETS_CACHE names a larger disk, and a run with max_steps reads what it needs",
     "shuffle": "leave it out: rows are shuffled anew in every epoch, by the seed",
     "max_tokens": "write max_length, tokens of a row; or for grpo max_completion_length",
     "max_train_samples": "write data_path: {path: FILE, max_rows: N}",

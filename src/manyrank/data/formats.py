@@ -17,6 +17,7 @@ also read system, tools and documents. Further columns of a row are ignored. Whe
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -213,6 +214,12 @@ FORMATS = {
 QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input", "inputs")
 ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "targets")
 BESIDE = {"system": "system_prompt?", "input": "context?"}
+# Columns of data for classifiers.
+TEXTS = re.compile(
+    "text|sentence[12]?|premise|hypothesis|question[12]?|review|content|title|body|comment|headline|document|tweet",
+    re.I,
+)
+LABELS = re.compile("labels?|label_text|class|category|sentiment|intent|emotion|(coarse|fine)_label", re.I)
 
 
 def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[str, Columns | None]:
@@ -227,8 +234,10 @@ def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[
         The format, and its columns: those that were given, or what they are called in the row.
 
     Raises:
-        UserError: no format fits.
+        UserError: no format fits, or the row is a text with its class.
     """
+    if not columns:
+        _refuse_classes(row, where)
     renamed = frozenset(columns or {})
     for name, form in FORMATS.items():
         if renamed <= form.fields and form.fits(renamed | row.keys()):
@@ -237,6 +246,21 @@ def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[
         return other
     mapped = f" with the columns {dict(columns)}" if columns else ""
     raise UserError(f"no format has the keys {sorted(map(str, row))}{mapped}", where=where, fix=_known())
+
+
+def _refuse_classes(row: Values, where: str) -> None:
+    """Refuse a row with nothing but texts and their class: as text it would teach the texts, and no class."""
+    keys = sorted(str(key) for key in row if str(key).lower() not in ("id", "idx"))
+    texts, labels = (list(filter(names.fullmatch, keys)) for names in (TEXTS, LABELS))
+    if not texts or not labels or len(texts) + len(labels) < len(keys):
+        return
+    fix = 'write rows of {"prompt": the text, "completion": its class in words}'
+    if len(texts) == 1 and isinstance(row[labels[0]], str):
+        fix = f"to learn to write the class, --columns '{{prompt: {texts[0]}, completion: {labels[0]}}}'"
+    if texts == ["text"]:
+        fix += "; to learn the text alone, --format_type text"
+    fix += "; a classifier is trained by run_classification.py of transformers, and not here"
+    raise UserError(f"rows of {', '.join([*texts, *labels])} look like data for a classifier", where=where, fix=fix)
 
 
 def _by_other_names(row: Values) -> tuple[str, Columns] | None:
