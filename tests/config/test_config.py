@@ -140,6 +140,7 @@ def test_aliases_and_dashes(alias, key):
         "duplicates": "drop",
         "train_on_prompt": True,
         "train_on_last_turn": True,
+        "max_rows": 2,
         "train_on_eos": "all",
         "num_generations": 2,
         "max_completion_length": 9,

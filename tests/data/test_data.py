@@ -337,6 +337,72 @@ def test_weights_say_how_often_a_row_is_seen(examples_of, file):
     assert list(epochs[0]) != list(epochs[2]) and list(epochs[0]) == list(epoch_order(examples, 7, 0))
 
 
+def sources(file, **rows):
+    return [file(*[qa(f"{name} {i}") for i in range(count)], name=f"{name}.jsonl") for name, count in rows.items()]
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, (900, 90, 10)),
+        ({"sampling_temperature": 2}, (703, 222, 74)),  # 1000 / (30 + 9.487 + 3.162) times each root
+        ({"sampling_temperature": 1e9}, (333, 333, 333)),
+        ({"sampling_temperature": 1e9, "max_repeats": 4}, (333, 333, 40)),
+    ],
+)
+def test_temperature_evens_out_sources(examples_of, file, options, expected):
+    paths = sources(file, a=900, b=90, c=10)
+    made = config(data_path=paths, **options)
+    examples = examples_of(data_path=paths).tempered(made)
+    assert examples.in_epoch == pytest.approx(expected, abs=1)
+    epochs = [epoch_order(examples, 5, epoch) for epoch in range(3)]
+    for order in epochs:
+        assert tuple(np.bincount(examples.source[order], minlength=3)) == examples.in_epoch
+        assert np.bincount(order).max() <= max(1, np.ceil(max(examples.weights)))
+    seen = np.bincount(np.concatenate(epochs), minlength=1000)
+    assert all(np.ptp(seen[examples.source == source]) <= 1 for source in range(3))  # in turn, whatever the epochs
+    plain = examples_of(data_path=paths)
+    assert (examples.fingerprint == plain.fingerprint) == (not options)
+    shown = f"an epoch has {examples.in_epoch[0]} of {paths[0]}" if options else "1,000 examples"
+    assert shown in examples.describe()
+
+
+def test_steps_of_a_temperature_are_the_same_on_any_ranks(examples_of, file):
+    paths = sources(file, a=40, b=4)
+    examples = examples_of(data_path=paths).tempered(config(data_path=paths, sampling_temperature=3))
+    loaders = [
+        [
+            StepLoader(
+                examples=examples,
+                batch_size=8,
+                micro_batch_size=8 // ranks,
+                max_length=512,
+                packing="step",
+                pad_token=0,
+                rank=rank,
+                ranks=ranks,
+                seed=3,
+            )
+            for rank in range(ranks)
+        ]
+        for ranks in (1, 2)
+    ]
+    for number in range(2 * loaders[0][0].steps_per_epoch):
+        seen = [
+            sorted(row for loader in of for micro in loader.step(number).micro_batches for row in micro.rows)
+            for of in loaders
+        ]
+        assert seen[0] == seen[1]
+
+
+def test_a_cap_on_all_sources_counts_where_a_source_has_none(examples_of, file):
+    a, b = sources(file, a=30, b=30)
+    examples = examples_of(data_path=[a, {"path": b, "max_rows": 3}], max_rows=20)
+    assert list(np.bincount(examples.source)) == [20, 3]
+    alone = examples_of(data_path=[a], max_samples=20)
+    assert rows_of(alone) == rows_of(examples)[:20]
+
+
 def test_weights_that_leave_nothing(examples_of, file):
     examples = weighted(examples_of, file, a=0.01)
     loader = StepLoader(

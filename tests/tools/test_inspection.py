@@ -107,6 +107,15 @@ def test_sources_are_told_apart(tokenizer, tmp_path):
     assert found.parts[0].tokens == first.tokens + second.tokens
 
 
+def test_rows_of_an_epoch_are_told_by_source(tokenizer, tmp_path):
+    few = write(tmp_path / "few.jsonl", *[chat(f"Why {i}?", "Because.") for i in range(10)])
+    found = survey(tokenizer, data_path=[few, SAMPLE], sampling_temperature=1e9, eval_split=0.2)
+    train = found.parts[0].examples
+    assert all(abs(source.in_epoch - train / 2) <= 1 for source in found.readings[0].sources)
+    assert found.readings[0].sources[0].weight > 4 and found.readings[0].sources[0].examples == 10
+    assert "an epoch" in text_of(found)
+
+
 def test_bad_rows_are_named_and_do_not_stop_it(tokenizer, tmp_path):
     path = write(tmp_path / "bad.jsonl", GOOD, NO_ANSWER, "not json", HOSTILE, *[EMPTY] * 11)
     found = survey(tokenizer, data_path=path, on_bad_row="error")
@@ -502,7 +511,7 @@ def test_figures_on_the_page_are_those_of_the_survey(shown, tmp_path):
             repr(value)
             for source in reading.sources
             for value in (
-                *(source.weight, source.rows, source.examples, source.tokens),
+                *(source.weight, source.rows, source.examples, source.in_epoch, source.tokens),
                 source.supervised / source.tokens,
             )
         ]

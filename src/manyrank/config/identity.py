@@ -35,7 +35,16 @@ IDENTITY = (
     "adam_beta2",
     "adam_epsilon",
 )
-LATER = ("use_rslora", "lr_scheduler_kwargs", "label_smoothing_factor", "data_seed", "roles_to_train", "train_on_eos")
+LATER = (
+    "use_rslora",
+    "lr_scheduler_kwargs",
+    "label_smoothing_factor",
+    "data_seed",
+    "roles_to_train",
+    "train_on_eos",
+    "sampling_temperature",
+    "max_repeats",
+)
 OF_GRPO = (
     "rewards",
     "on_reward_error",

@@ -472,6 +472,7 @@ def invalid_value(key: str, value: Any, problems: Sequence[Any], where: str, inf
         if canonical(inside) in FIELDS.keys() - {"data_path", "eval_data_path"}:
             fix = f"write {canonical(inside)} beside {key}, for all of its sources"
         fix = INSTEAD.get(normal(inside), fix)
+        fix = "write weight: how often a row is used in an epoch" if inside in ("epochs", "repeats") else fix
         return UserError(f"{key}: a source has no {inside!r}", where=where, fix=fix)
     expected = problem["msg"].removeprefix("Value error, ")
     inner = "".join(

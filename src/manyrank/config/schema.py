@@ -52,12 +52,15 @@ class DataSource(BaseModel):
 
 
 def _source(value: Any) -> Any:
-    """Read a path alone; of a mapping, Axolotl's `type` as the format, and the formats by their other names."""
+    """Read a path alone; of a mapping, Axolotl's `type` as the format, other names of max_rows and those of formats."""
     if not isinstance(value, dict):
         return {"path": value} if isinstance(value, str) else value
     source = dict(value)
     if "format_type" not in source and "type" in source:
         source["format_type"] = source.pop("type")
+    for theirs in ("max_samples", "num_samples"):
+        if theirs in source and "max_rows" not in source:
+            source["max_rows"] = source.pop(theirs)
     if isinstance(source.get("format_type"), str):
         source["format_type"] = as_ours("format_type", source["format_type"])
     return source
@@ -122,6 +125,17 @@ class DataKeys(Keys):
         "auto", description="how rows are read; 'auto' goes by the first row that fits; or module:function"
     )
     columns: Columns | None = Field(None, description="the format's fields, and the names that they have in the rows")
+    max_rows: Int | None = Field(
+        None, gt=0, description="at most so many rows of each source, chosen by the seed; a source may have its own"
+    )
+    sampling_temperature: Float = Field(
+        1.0,
+        ge=1,
+        description="of several sources: an epoch has as many rows as there are, in shares of (rows of the source) ** (1 / this); 1: each row once",
+    )
+    max_repeats: Float | None = Field(
+        None, ge=1, description="how often a row is seen in an epoch at most, with sampling_temperature"
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="an invalid row: stop, or skip it and list it in logs/quarantine.jsonl"
     )

@@ -125,6 +125,7 @@ OTHER_TOOLS = {
     "adapter_path": "adapter",
     "lora_model_dir": "adapter",
     "peft_model_id": "adapter",
+    "max_samples": "max_rows",
     "mask_history": "train_on_last_turn",
     "assistant_only_loss": "train_on_prompt",
     "completion_only_loss": "train_on_prompt",
@@ -173,7 +174,8 @@ _INSTEAD = {
     "fsdp fsdp_config": "choose --strategy fsdp; accelerate_configs/ has its file",
     "stage": "write task: sft or grpo",
     "template": "leave it out for the model's own chat template, or write chat_template: chatml, llama3, ... or a file",
-    "max_samples": "write data_path: {path: FILE, max_rows: N}",
+    "mix_strategy interleave_probs probabilities": "write data_path: [{path: A, weight: 2}, B], where weight says how often "
+    "rows are seen in an epoch, or sampling_temperature: 2, which evens out the shares of sources; without them each row is seen once",
     "attn_implementation flash_attn flash_attention use_flash_attention_2": "leave it out: documents of a pack attend by "
     "flash attention wherever the GPU has it",
     "liger_kernel use_liger_kernel": "leave it out: this project's own kernels are on; disable_fused switches them off",

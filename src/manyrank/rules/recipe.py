@@ -47,6 +47,8 @@ DEPENDENT = (
     ),
     (("per_device_eval_batch_size", "eval_on_start"), lambda c: c.has_validation, "no validation"),
     (("early_stopping_threshold",), lambda c: c.early_stopping_patience, "no early_stopping_patience"),
+    (("sampling_temperature",), lambda c: len(c.data_path) > 1, "one source"),
+    (("max_repeats",), lambda c: c.sampling_temperature != 1, "sampling_temperature 1"),
     (("wandb_project", "wandb_tags"), lambda c: "wandb" in c.report_to, "report_to without wandb"),
     (("hub_model_id", "hub_private_repo"), lambda c: c.push_to_hub, "no push_to_hub"),
     (("resume_changes",), lambda c: c.resume_from_checkpoint, "no resume_from_checkpoint"),
@@ -264,13 +266,26 @@ SOURCE_RULES = (
     ),
     error(
         "packs-of-parts",
-        ("packing", "data_path"),
+        ("packing", "data_path", "sampling_temperature"),
         unless(
-            lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
-            "packing: dataset, and a weight that is not a whole number",
+            lambda s: (
+                s.config.packing == "dataset"
+                and (s.config.sampling_temperature != 1 or any(source.weight % 1 for source in s.config.data_path))
+            ),
+            "packing: dataset, and rows that are not seen a whole number of times in an epoch",
         ),
         reason="Packs over the data set need the same examples in every epoch.",
-        fix="use packing: step, or whole weights",
+        fix="use packing: step, or whole weights and no sampling_temperature",
+    ),
+    error(
+        "weights-and-temperature",
+        ("data_path", "sampling_temperature"),
+        unless(
+            lambda s: s.config.sampling_temperature != 1 and any(source.weight != 1 for source in s.config.data_path),
+            "a source with a weight, and sampling_temperature {c.sampling_temperature:g}",
+        ),
+        reason="Both say how often the rows of a source are seen.",
+        fix="keep one of them",
     ),
 )
 
