@@ -617,7 +617,7 @@ def test_messages_of_other_roles_are_learned_whole_or_refused(name, kind, roles)
     try:
         rendered = render(tokenizer, messages, options=RenderOptions(roles=roles))
     except BadRow as refused:
-        assert refused.reason == "no end-of-turn token" and not NAMED.search(name)
+        assert refused.reason == "role without end of turn" and not NAMED.search(name)
         return
     texts = [tokenizer.decode(rendered.input_ids[a:b]) for a, b in runs(rendered.labels)]
     assert texts == rendered.supervised_texts and len(texts) == len(wanted)

@@ -571,6 +571,18 @@ def test_a_message_that_is_not_to_be_learned(examples_of, file, tokenizer, whole
     assert learned == (text.replace("one<|im_end|>", "") if whole else "two<|im_end|>") and "one" in text
 
 
+def test_roles_that_cannot_be_learned_are_answered(examples_of, file):
+    turns = [qa_turn("user", "a", train=True), qa_turn("assistant", "one")]
+    path = file({"messages": turns})
+    with pytest.raises(UserError, match=r"1 of 1 rows cannot be used \(1 role not named\)") as caught:
+        examples_of(data_path=path)
+    assert caught.value.fix.startswith("name the role in roles_to_train")
+    assert len(examples_of(data_path=path, roles_to_train="user")) == 1
+    with pytest.raises(UserError, match="1 role without end of turn") as caught:
+        examples_of(data_path=path, roles_to_train="user", chat_template="mistral")
+    assert caught.value.fix.startswith("leave the role out of roles_to_train")
+
+
 def test_packs_of_the_data_set_lose_and_repeat_nothing(examples_of):
     examples = examples_of()
     loader = StepLoader(

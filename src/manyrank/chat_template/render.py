@@ -29,7 +29,16 @@ from ..errors import UserError
 from .end_of_turn import adjacent
 from .placeholders import CHANGED, DROPPED, NO_STOP, REFUSED, THINK_END, THINK_TAGS, Layout, any_of
 from .template import Template
-from .types import IGNORE, BadRow, Message, bare, is_learned
+from .types import (
+    END_AT_THE_START,
+    IGNORE,
+    ROLE_NOT_NAMED,
+    ROLE_WITHOUT_END,
+    BadRow,
+    Message,
+    bare,
+    is_learned,
+)
 
 TEMPLATE_REASONS = frozenset({REFUSED, DROPPED, CHANGED, NO_STOP, "no template"})
 
@@ -284,7 +293,7 @@ def _learned_messages(messages: list[Message], options: RenderOptions) -> list[i
     for number, message in enumerate(messages, 1):
         if message.get("weight") and message["role"] not in options.roles:
             what = f"message {number} is to be learned, and roles_to_train does not name its role, {message['role']}"
-            raise BadRow(what, reason="another role")
+            raise BadRow(what, reason=ROLE_NOT_NAMED)
     turns = [index for index, message in enumerate(messages) if message["role"] in options.roles]
     turns = turns[-1:] if options.last_turn_only else turns
     turns = [index for index in turns if is_learned(messages[index])]
@@ -305,7 +314,7 @@ def _turn(layout: Layout, messages: list[Message], index: int, *, opened: bool =
         return opening if opened else start, stop, end, opening
     if index not in layout.others:
         what = f"the chat template does not write message {index + 1} ({messages[index]['role']}) as it is"
-        raise BadRow(f"{what}, with an end-of-turn token after it", reason=NO_STOP)
+        raise BadRow(f"{what}, with an end-of-turn token after it", reason=ROLE_WITHOUT_END)
     return (*layout.others[index], 0)
 
 
@@ -326,7 +335,7 @@ def _ends(template: Template, layout: Layout) -> list[tuple[int, int]]:
     ends = [stop.span() for a, b in zip(edges[::2], edges[1::2]) for stop in stops.finditer(layout.text, a, b)]
     first = "".join(adjacent(layout.text, template.tokens))
     if stop := stops.search(first):
-        raise BadRow(f"the conversation begins with {stop[0]}, which also ends turns", reason=NO_STOP)
+        raise BadRow(f"the conversation begins with {stop[0]}, which also ends turns", reason=END_AT_THE_START)
     others = [end for end in ends if not any(start <= end[0] < last for start, _, last in turns)]
     return sorted([*others, *((stop, end) for _, stop, end in turns)])
 

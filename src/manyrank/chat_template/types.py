@@ -8,6 +8,10 @@ from typing import Any
 Message = dict[str, Any]
 IGNORE = -100  # the label of a token that is not learned
 
+# Reasons why a message or an end of turn that an option names cannot be learned.
+ROLE_NOT_NAMED, ROLE_WITHOUT_END = "role not named", "role without end of turn"
+END_AT_THE_START = "end of turn at the start"
+
 
 def bare(message: Message) -> Message:
     """The message as a template sees it, without what says whether it is learned."""

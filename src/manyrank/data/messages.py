@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from ..chat_template.types import BadRow, Message
+from ..chat_template.types import END_AT_THE_START, ROLE_NOT_NAMED, ROLE_WITHOUT_END, BadRow, Message
 from ..errors import UserError
 
 ROLES = {
@@ -71,6 +71,10 @@ def bad_rows_error(
 
 WEIGHT_OF_A_ROW = "weight of a row"
 FIXES = {
+    ROLE_NOT_NAMED: "name the role in roles_to_train, or leave weight and train out of its messages",
+    ROLE_WITHOUT_END: "leave the role out of roles_to_train and its messages without weights, or choose a template that "
+    "ends every message (--chat_template chatml)",
+    END_AT_THE_START: "leave train_on_eos out, or choose another template (--chat_template chatml)",
     WEIGHT_OF_A_ROW: "leave such rows out, or rename the column; weight and train are read of messages, and weight of a source",
     "too long": "raise max_length, or set overlong: truncate, drop or split",
     "nothing to learn": "raise max_length if the answers lie behind it, or fix these rows",
