@@ -107,7 +107,7 @@ def test_sources_are_told_apart(tokenizer, tmp_path):
     assert found.parts[0].tokens == first.tokens + second.tokens
 
 
-def test_rows_of_an_epoch_are_told_by_source(tokenizer, tmp_path):
+def test_rows_of_an_epoch_are_shown_by_source(tokenizer, tmp_path):
     few = write(tmp_path / "few.jsonl", *[chat(f"Why {i}?", "Because.") for i in range(10)])
     found = survey(tokenizer, data_path=[few, SAMPLE], sampling_temperature=1e9, eval_split=0.2)
     train = found.parts[0].examples
