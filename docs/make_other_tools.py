@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from manyrank.config.resolve import METHOD_PREFERENCE
-from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, VALUES, WHEN
+from manyrank.config.spellings import (
+    ALIASES,
+    INSTEAD,
+    METHOD_FLAGS,
+    METHOD_VALUES,
+    OPPOSITES,
+    OTHER_TOOLS,
+    VALUES,
+    WHEN,
+)
 from manyrank.tools.importer.main import DIALECTS
 from manyrank.tools.importer.translation import Translation, flow
 
@@ -81,7 +90,8 @@ def page() -> str:
     """The page."""
     names: dict[str, list[str]] = {}
     for name, key in (ALIASES | OTHER_TOOLS).items():
-        names.setdefault(key, []).append(name)
+        opposite = name in OPPOSITES
+        names.setdefault(f"{key}: false" if opposite else key, []).append(f"{name}: true" if opposite else name)
     methods = {"method: qlora": "qlora", "method: int8": "int8", "method: full": "full"}
     rows = [f"| {', '.join(f'`{name}`' for name in also)} | `{key}` |" for key, also in names.items()]
     for written, method in methods.items():

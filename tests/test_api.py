@@ -238,6 +238,8 @@ def test_a_dataset_without_a_template(tokenizer):
     assert tokenizer.chat_template == before
     with pytest.raises(UserError, match="not used"):
         SFTDataset(DATA, tokenizer, use_chat_template=False, chat_template="chatml")
+    with pytest.raises(UserError, match="has each row once"):
+        SFTDataset(DATA, tokenizer, sampling_temperature=2)
 
 
 def test_the_package_imports_without_torch():

@@ -171,6 +171,9 @@ class SFTDataset(Dataset):
             format_type=format_type,
             **options,
         )
+        if self.config.sampling_temperature != 1:
+            what = "a data set has each row once, and no epochs"
+            raise UserError(what, where="sampling_temperature", fix="leave it out, and sample in your training")
         self.tokenizer = load_tokenizer(self.config, tokenizer)
         self.examples = prepare(self.config.data_path, self.tokenizer, self.config)
 

@@ -1,5 +1,7 @@
 """The mask: exactly what the assistant says and the token that ends its turn are learned, or the row is refused."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ def said(text, **more):
     return {"role": "assistant", "content": text, **more}
 
 
+NAMED = re.compile("chatml|qwen|llama3|zephyr")  # templates in which every message ends with an end of turn
 CONVERSATIONS = {
     "single": [user("What is two plus two?"), said("It is four.")],
     "multi": [user("one?"), said("first"), user("two?"), said("second"), user("three?"), said("third")],
@@ -552,10 +555,115 @@ def test_which_turns_are_learned():
     assert render(tokenizer, turns).supervised_texts == ["d<|im_end|>", "f<|im_end|>"]
     last = render(tokenizer, turns, options=RenderOptions(last_turn_only=True))
     assert last.supervised_texts == ["f<|im_end|>"]
-    everything = render(tokenizer, turns, options=RenderOptions(train_on_prompt=True))
+    whole = RenderOptions(train_on_prompt=True)
+    everything = render(tokenizer, [*turns[:1], said("b", prompt=True), *turns[2:]], options=whole)
     assert everything.labels == everything.input_ids and everything.supervised_texts == [everything.text]
+    but_one = render(tokenizer, turns, options=whole)
+    assert but_one.supervised_texts == [*but_one.text.split("b<|im_end|>")]
     with pytest.raises(BadRow, match="no assistant turn is to be learned"):
         render(tokenizer, turns[:2])
+
+
+def learned_at(rendered) -> set[int]:
+    return {at for at, label in enumerate(rendered.labels) if label != IGNORE}
+
+
+def maskable(name: str, kind: str):
+    """The tokenizer, the messages, and how they are rendered by default."""
+    tokenizer, messages = tokenizer_for(TEMPLATES[name]), CONVERSATIONS[kind]
+    try:
+        return tokenizer, messages, render(tokenizer, messages)
+    except BadRow:
+        pytest.skip("refused by default")
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_other_ends_of_turns_are_learned(name, kind):
+    tokenizer, messages, plain = maskable(name, kind)
+    spans = runs(plain.labels)
+    stops = {plain.input_ids[end - 1] for _, end in spans}  # in a text they are no such tokens
+    every = render(tokenizer, messages, options=RenderOptions(train_on_eos="all"))
+    last = render(tokenizer, messages, options=RenderOptions(train_on_eos="last"))
+    assert every.input_ids == last.input_ids == plain.input_ids
+    stops |= {tokenizer.convert_tokens_to_ids("<|end|>")} if name == "gptoss" else set()  # of all turns but the last
+    ends = {at for at, token in enumerate(plain.input_ids) if token in stops}
+    assert learned_at(every) == learned_at(plain) | ends
+    assert len(last.supervised_texts) == len(spans) and last.supervised_texts[-1] == plain.supervised_texts[-1]
+    for text, whole in zip(last.supervised_texts[:-1], plain.supervised_texts[:-1]):
+        assert whole.startswith(text) and whole[len(text) :] in (*STOPS, "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
+
+
+def test_the_end_of_a_conversation_that_the_assistant_does_not_end():
+    tokenizer, turns = tokenizer_for(OWN["chatml"]), [user("a"), said("b"), user("c")]
+    last = render(tokenizer, turns, options=RenderOptions(train_on_eos="last"))
+    assert last.supervised_texts == ["b", "<|im_end|>"] and last.labels[-2:] != [IGNORE] * 2
+
+
+def test_an_end_that_also_begins_the_conversation_is_not_learned_everywhere():
+    template = "<|im_end|>{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer, turns = tokenizer_for(template), [user("a"), said("b")]
+    assert render(tokenizer, turns).supervised_texts == [" b<|im_end|>"]
+    with pytest.raises(BadRow, match=r"begins with <\|im_end\|>"):
+        render(tokenizer, turns, options=RenderOptions(train_on_eos="all"))
+
+
+@pytest.mark.parametrize("roles", [("user",), ("system", "user", "assistant")])
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_messages_of_other_roles_are_learned_whole_or_refused(name, kind, roles):
+    tokenizer, messages, plain = maskable(name, kind)
+    wanted = [message for message in messages if message["role"] in roles]
+    try:
+        rendered = render(tokenizer, messages, options=RenderOptions(roles=roles))
+    except BadRow as refused:
+        assert refused.reason == "role without end of turn" and not NAMED.search(name)
+        return
+    texts = [tokenizer.decode(rendered.input_ids[a:b]) for a, b in runs(rendered.labels)]
+    assert texts == rendered.supervised_texts and len(texts) == len(wanted)
+    for text, message in zip(texts, wanted):
+        core = message["content"].strip()
+        before, _, stop = text.partition(core)
+        assert not before.strip() and stop.strip() in (*STOPS, "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"), text
+    assert tokenizer.decode(rendered.input_ids) == plain.text
+
+
+def test_roles_and_weights():
+    turns = [
+        {"role": "system", "content": "s"},
+        user("a", weight=0),
+        said("b"),
+        user("c", weight=1),
+        said("d", weight=0),
+    ]
+    tokenizer = tokenizer_for(OWN["chatml"])
+    rendered = render(tokenizer, turns, options=RenderOptions(roles=("user", "assistant")))
+    assert rendered.supervised_texts == ["b<|im_end|>", "c<|im_end|>"]
+    whole = render(tokenizer, turns, options=RenderOptions(train_on_prompt=True))
+    assert whole.text.replace("a<|im_end|>", "").replace("d<|im_end|>", "") == "".join(whole.supervised_texts)
+    with pytest.raises(BadRow, match="message 4 is to be learned, and roles_to_train does not name its role, user"):
+        render(tokenizer, turns)
+    with pytest.raises(BadRow, match="no system turn is to be learned"):
+        render(tokenizer, [user("a"), said("b")], options=RenderOptions(roles=("system",)))
+
+
+@pytest.mark.parametrize(
+    "wrapped", ["{{ m.content }} Thanks.<|im_end|>", "{{ m.content }}{{ m.content }}<|im_end|>", "{{ m.content }}\n"]
+)
+def test_a_message_that_is_written_otherwise_is_not_learned(wrapped):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}"
+        + wrapped
+        + "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer, turns = tokenizer_for(template), [user("a"), said("b")]
+    try:
+        assert render(tokenizer, turns).supervised_texts == ["b<|im_end|>"]
+    except BadRow:
+        assert "m.content }}{{" in wrapped
+    with pytest.raises(BadRow):
+        render(tokenizer, turns, options=RenderOptions(roles=("user",)))
 
 
 def test_templates_by_text_and_variables():

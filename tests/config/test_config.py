@@ -23,7 +23,16 @@ from manyrank.config.resolve import (
     presets,
     resolve,
 )
-from manyrank.config.spellings import ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, VALUES, WHEN
+from manyrank.config.spellings import (
+    ALIASES,
+    INSTEAD,
+    METHOD_FLAGS,
+    METHOD_VALUES,
+    OPPOSITES,
+    OTHER_TOOLS,
+    VALUES,
+    WHEN,
+)
 from manyrank.errors import UserError
 from manyrank.project_files import asset
 
@@ -119,7 +128,7 @@ def test_a_base_that_is_not_there(recipe):
     [
         entry
         for entry in (ALIASES | OTHER_TOOLS).items()
-        if entry[0] not in {*METHOD_VALUES, *WHEN} and entry[1] != "adapter"
+        if entry[0] not in {*METHOD_VALUES, *WHEN, *OPPOSITES} and entry[1] != "adapter"
     ],
 )
 def test_aliases_and_dashes(alias, key):
@@ -130,6 +139,9 @@ def test_aliases_and_dashes(alias, key):
         "num_train_epochs": 1.5,
         "duplicates": "drop",
         "train_on_prompt": True,
+        "train_on_last_turn": True,
+        "max_rows": 2,
+        "train_on_eos": "all",
         "num_generations": 2,
         "max_completion_length": 9,
         "disable_fused": ["lora"],
@@ -169,6 +181,15 @@ def test_aliases_and_dashes(alias, key):
     assert resolved.provenance[key] == "here"
     expected = {"lora_target_modules": ["0.5"], "learning_rate": 0.5, "eval_split": 0.5}.get(key, value)
     assert resolved.config.plain()[key] == expected
+
+
+@pytest.mark.parametrize("name", sorted(OPPOSITES))
+@pytest.mark.parametrize("value, opposite", [(True, False), (False, True), ("no", True), (1, False), ("0", True)])
+def test_names_that_say_the_opposite(name, value, opposite):
+    given = [*entries(**REQUIRED), Setting(name, value, "here")]
+    assert resolve(None, given).config.train_on_prompt is opposite
+    with pytest.raises(UserError, match="is not true or false"):
+        resolve(None, [*entries(**REQUIRED), Setting(name, "sometimes", "here")])
 
 
 def test_no_name_means_two_things():

@@ -53,6 +53,10 @@ def qa(question, answer="yes"):
     return {"question": question, "answer": answer}
 
 
+def qa_turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
 def rows_of(examples):
     return [int(examples[i]["row"]) for i in range(len(examples))]
 
@@ -333,6 +337,72 @@ def test_weights_say_how_often_a_row_is_seen(examples_of, file):
     assert list(epochs[0]) != list(epochs[2]) and list(epochs[0]) == list(epoch_order(examples, 7, 0))
 
 
+def sources(file, **rows):
+    return [file(*[qa(f"{name} {i}") for i in range(count)], name=f"{name}.jsonl") for name, count in rows.items()]
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, (900, 90, 10)),
+        ({"sampling_temperature": 2}, (703, 222, 74)),  # 1000 / (30 + 9.487 + 3.162) times each root
+        ({"sampling_temperature": 1e9}, (333, 333, 333)),
+        ({"sampling_temperature": 1e9, "max_repeats": 4}, (333, 333, 40)),
+    ],
+)
+def test_temperature_evens_out_sources(examples_of, file, options, expected):
+    paths = sources(file, a=900, b=90, c=10)
+    made = config(data_path=paths, **options)
+    examples = examples_of(data_path=paths).tempered(made)
+    assert examples.in_epoch == pytest.approx(expected, abs=1)
+    epochs = [epoch_order(examples, 5, epoch) for epoch in range(3)]
+    for order in epochs:
+        assert tuple(np.bincount(examples.source[order], minlength=3)) == examples.in_epoch
+        assert np.bincount(order).max() <= max(1, np.ceil(max(examples.weights)))
+    seen = np.bincount(np.concatenate(epochs), minlength=1000)
+    assert all(np.ptp(seen[examples.source == source]) <= 1 for source in range(3))  # in turn, whatever the epochs
+    plain = examples_of(data_path=paths)
+    assert (examples.fingerprint == plain.fingerprint) == (not options)
+    shown = f"an epoch has {examples.in_epoch[0]} of {paths[0]}" if options else "1,000 examples"
+    assert shown in examples.describe()
+
+
+def test_steps_of_a_temperature_are_the_same_on_any_ranks(examples_of, file):
+    paths = sources(file, a=40, b=4)
+    examples = examples_of(data_path=paths).tempered(config(data_path=paths, sampling_temperature=3))
+    loaders = [
+        [
+            StepLoader(
+                examples=examples,
+                batch_size=8,
+                micro_batch_size=8 // ranks,
+                max_length=512,
+                packing="step",
+                pad_token=0,
+                rank=rank,
+                ranks=ranks,
+                seed=3,
+            )
+            for rank in range(ranks)
+        ]
+        for ranks in (1, 2)
+    ]
+    for number in range(2 * loaders[0][0].steps_per_epoch):
+        seen = [
+            sorted(row for loader in of for micro in loader.step(number).micro_batches for row in micro.rows)
+            for of in loaders
+        ]
+        assert seen[0] == seen[1]
+
+
+def test_a_cap_on_all_sources_counts_where_a_source_has_none(examples_of, file):
+    a, b = sources(file, a=30, b=30)
+    examples = examples_of(data_path=[a, {"path": b, "max_rows": 3}], max_rows=20)
+    assert list(np.bincount(examples.source)) == [20, 3]
+    alone = examples_of(data_path=[a], max_samples=20)
+    assert rows_of(alone) == rows_of(examples)[:20]
+
+
 def test_weights_that_leave_nothing(examples_of, file):
     examples = weighted(examples_of, file, a=0.01)
     loader = StepLoader(
@@ -469,7 +539,14 @@ def test_a_function_of_one_s_own_and_its_changes(examples_of, file, tmp_path, mo
     [
         ({}, ["one<|im_end|>", "two<|im_end|>"]),
         ({"train_on_last_turn": True}, ["two<|im_end|>"]),
+        ({"roles_to_train": "human,gpt"}, ["a<|im_end|>", "one<|im_end|>", "b<|im_end|>", "two<|im_end|>"]),
+        ({"roles_to_train": ["user"]}, ["a<|im_end|>", "b<|im_end|>"]),
+        ({"train_on_eos": "all"}, ["<|im_end|>", "one<|im_end|>", "<|im_end|>", "two<|im_end|>"]),
+        ({"train_on_eos": "last"}, ["one", "two<|im_end|>"]),
+        ({"mask_history": True}, ["two<|im_end|>"]),
         ({"train_on_prompt": True}, None),
+        ({"assistant_only_loss": "0"}, None),
+        ({"completion_only_loss": True}, ["one<|im_end|>", "two<|im_end|>"]),
     ],
 )
 def test_options_say_what_is_learned(examples_of, file, tokenizer, option, learned):
@@ -478,6 +555,32 @@ def test_options_say_what_is_learned(examples_of, file, tokenizer, option, learn
     row = examples_of(data_path=path, **option)[0]
     text = tokenizer.decode(row["labels"][row["labels"] != IGNORE])
     assert text == ("".join(learned) if learned else tokenizer.decode(row["input_ids"][1:]))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_message_that_is_not_to_be_learned(examples_of, file, tokenizer, whole):
+    turns = [
+        qa_turn("user", "a"),
+        qa_turn("assistant", "one", train=False),
+        qa_turn("user", "b"),
+        qa_turn("assistant", "two"),
+    ]
+    row = examples_of(data_path=file({"messages": turns}), train_on_prompt=whole)[0]
+    learned = tokenizer.decode(row["labels"][row["labels"] != IGNORE])
+    text = tokenizer.decode(row["input_ids"][1:])
+    assert learned == (text.replace("one<|im_end|>", "") if whole else "two<|im_end|>") and "one" in text
+
+
+def test_roles_that_cannot_be_learned_are_answered(examples_of, file):
+    turns = [qa_turn("user", "a", train=True), qa_turn("assistant", "one")]
+    path = file({"messages": turns})
+    with pytest.raises(UserError, match=r"1 of 1 rows cannot be used \(1 role not named\)") as caught:
+        examples_of(data_path=path)
+    assert caught.value.fix.startswith("name the role in roles_to_train")
+    assert len(examples_of(data_path=path, roles_to_train="user")) == 1
+    with pytest.raises(UserError, match="1 role without end of turn") as caught:
+        examples_of(data_path=path, roles_to_train="user", chat_template="mistral")
+    assert caught.value.fix.startswith("leave the role out of roles_to_train")
 
 
 def test_packs_of_the_data_set_lose_and_repeat_nothing(examples_of):

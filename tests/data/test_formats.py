@@ -182,7 +182,7 @@ def test_a_prompt_of_messages_is_not_learned():
     }
     made = to_sample(row, "prompt_completion").messages
     assert [message["content"] for message in made] == ["1", "2", "3", "4"]
-    assert [message.get("weight") for message in made] == [None, 0, None, None]
+    assert [message.get("prompt") for message in made] == [None, True, None, None]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -200,10 +200,21 @@ def test_weights_and_names():
         ]
     }
     assert to_sample(row, "messages").messages == [
-        {"role": "user", "content": "u", "name": "ann"},
+        {"role": "user", "content": "u", "name": "ann", "weight": 0},
         {"role": "assistant", "content": "a", "weight": 0},
         {"role": "assistant", "content": "b", "weight": 1},
     ]
+
+
+@pytest.mark.parametrize("key", ["train", "training"])
+def test_weights_under_the_names_of_other_tools(key):
+    row = {"conversations": [{"from": "gpt", "value": value, key: value == "b"} for value in "ab"]}
+    assert [message["weight"] for message in to_sample(row, "sharegpt").messages] == [0, 1]
+
+
+def test_a_weight_that_changes_nothing_or_is_another_column():
+    assert to_sample({"text": "a", "weight": 1.0, "train": "validation"}, "text").text == "a"
+    assert to_sample({"weight": "a"}, "text", {"text": "weight"}).text == "a"
 
 
 def test_documents():
@@ -383,8 +394,21 @@ BAD = [
     ("messages", {"messages": [ASSISTANT | {"weight": 0.5}]}, "wrong type", "the weight of turn 1"),
     ("messages", {"messages": [ASSISTANT | {"weight": True}]}, "wrong type", "the weight of turn 1"),
     ("messages", {"messages": [ASSISTANT | {"weight": "0"}]}, "wrong type", "the weight of turn 1"),
-    ("messages", {"messages": [ASSISTANT | {"weight": 0}]}, "nothing to learn", "weight 0"),
-    ("messages", {"messages": [{"role": "user", "content": "u", "weight": 1}, ASSISTANT]}, "lost field", "weight 1"),
+    ("messages", {"messages": [ASSISTANT | {"train": 0.5}]}, "wrong type", "the train of turn 1"),
+    (
+        "messages",
+        {"messages": [ASSISTANT | {"train": False, "weight": 1}]},
+        "contradiction",
+        "weight 1 and train False",
+    ),
+    (
+        "prompt_completion",
+        {"prompt": [ASSISTANT | {"weight": 1}], "completion": [ASSISTANT]},
+        "lost field",
+        "turn 1 of 'prompt'",
+    ),
+    ("text", {"text": "a", "weight": 0.5}, "weight of a row", "the row has weight 0.5"),
+    ("question_answer", {"question": "q", "answer": "a", "train": False}, "weight of a row", "the row has train False"),
     ("messages", {"messages": [CALLS, {"role": "tool", "tool_call_id": "2"}]}, "answer without a call", "message 2"),
     ("messages", {"messages": [CALLS, *turns(("tool", "r"), ("tool", "r"))]}, "answer without a call", "message 3"),
     ("messages", {"messages": [CALLS, *turns(("user", "u"), ("tool", "r"))]}, "answer without a call", "message 3"),
@@ -424,12 +448,6 @@ BAD = [
         "'completion' is list",
     ),
     ("prompt_completion", {"prompt": turns(("user", "u")), "completion": "c"}, "wrong type", "'prompt' is list"),
-    (
-        "prompt_completion",
-        {"prompt": turns(("assistant", "a")), "completion": turns(("user", "u"))},
-        "nothing to learn",
-        "weight 0",
-    ),
     ("text", {"text": " "}, "empty field", "'text' is empty"),
     ("text", {"text": HALF}, "half a surrogate pair", "'text'"),
     ("tokens", {"input_ids": []}, "empty field", "'input_ids' is empty"),
@@ -545,6 +563,38 @@ def test_a_column_beside_the_question_counts_in_each_row_that_has_it():
 def test_names_that_could_mean_two_columns_are_refused(row):
     with pytest.raises(UserError, match="no format has the keys"):
         detect(row, where="")
+
+
+@pytest.mark.parametrize(
+    "row, what, fix",
+    [
+        ({"text": "t", "label": 1}, "text, label", '{"prompt": the text, "completion": its class in words}'),
+        ({"text": "t", "label": None}, "text, label", "--format_type text"),
+        ({"text": "t", "label": "good"}, "text, label", "--columns '{prompt: text, completion: label}'"),
+        (
+            {"Review": "t", "Sentiment": "good", "id": 7},
+            "Review, Sentiment",
+            "--columns '{prompt: Review, completion: Sentiment}'",
+        ),
+        ({"premise": "a", "hypothesis": "b", "label": 0, "idx": 3}, "hypothesis, premise, label", "its class in words"),
+        (
+            {"question": "a", "coarse_label": 0, "fine_label": 3},
+            "question, coarse_label, fine_label",
+            "run_classification.py",
+        ),
+    ],
+)
+def test_rows_for_a_classifier_are_refused(row, what, fix):
+    with pytest.raises(UserError, match=f"rows of {what} look like data for a classifier") as caught:
+        detect(row, where="rows.jsonl")
+    assert fix in caught.value.fix and caught.value.where == "rows.jsonl"
+
+
+def test_rows_with_more_than_a_text_and_a_class_are_read():
+    assert detect({"text": "t", "label": 1, "url": "u"}, where="")[0] == "text"
+    columns = {"prompt": "text", "completion": "label"}
+    assert detect({"text": "t", "label": "good"}, where="", columns=columns) == ("prompt_completion", columns)
+    assert to_sample({"text": "t", "label": 1}, "text").text == "t"
 
 
 def test_columns_are_read_under_other_names():

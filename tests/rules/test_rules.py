@@ -52,6 +52,8 @@ def situation(*, strategy="ddp", nproc=2, world_size=None, hardware=CPU, output_
     )
 
 
+TWO = {"data_path": [DATA, OTHER]}
+PART = {"data_path": [DATA, {"path": OTHER, "weight": 0.5}]}
 BATCH = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 IN_TWO_HOURS = "in two hours"  # of when the test runs
 HSDP = {"strategy": "hsdp", "nproc": 4}
@@ -127,6 +129,15 @@ CASES = [
     ("grpo-in-float8", {**GRPO, "method": "fp8"}, {"method": "qlora"}),
     ("generation-from-host-memory", {**GRPO, "strategy": "zero3_offload"}, {"strategy": "zero3"}),
     ("sft-model-of-sft", {"sft_model": "ADAPTER"}, {"sft_model": None}),
+    ("parts-of-everything", {"train_on_prompt": True, "roles_to_train": "user"}, {"train_on_prompt": False}),
+    ("parts-of-everything", {"train_on_prompt": True, "mask_history": True}, {"train_on_prompt": False}),
+    ("parts-of-everything", {"train_on_inputs": True, "train_on_eos": "all"}, {"train_on_eos": "turn"}),
+    ("packs-of-parts", {**TWO, "packing": "dataset", "sampling_temperature": 2}, {"packing": "step"}),
+    ("weights-and-temperature", {**PART, "sampling_temperature": 2}, {"sampling_temperature": 1}),
+    ("unused-options", {"sampling_temperature": 2}, TWO),
+    ("unused-options", {**TWO, "max_repeats": 2}, {"sampling_temperature": 2}),
+    ("last-turn-of-roles", {"train_on_last_turn": True, "roles_to_train": "user"}, {"roles_to_train": "assistant"}),
+    ("unused-options", {**GRPO, "train_on_eos": "last"}, {"train_on_eos": "turn"}),
     ("two-starts", {**GRPO, "sft_model": "ADAPTER", "adapter": "ADAPTER"}, {"sft_model": None}),
     ("adapter-of-full", {"adapter": "ADAPTER", "method": "full"}, {"method": "qlora"}),
     ("new-adapter-on-none", {"new_adapter": True}, {"adapter": "ADAPTER"}),

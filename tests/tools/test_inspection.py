@@ -107,6 +107,15 @@ def test_sources_are_told_apart(tokenizer, tmp_path):
     assert found.parts[0].tokens == first.tokens + second.tokens
 
 
+def test_rows_of_an_epoch_are_shown_by_source(tokenizer, tmp_path):
+    few = write(tmp_path / "few.jsonl", *[chat(f"Why {i}?", "Because.") for i in range(10)])
+    found = survey(tokenizer, data_path=[few, SAMPLE], sampling_temperature=1e9, eval_split=0.2)
+    train = found.parts[0].examples
+    assert all(abs(source.in_epoch - train / 2) <= 1 for source in found.readings[0].sources)
+    assert found.readings[0].sources[0].weight > 4 and found.readings[0].sources[0].examples == 10
+    assert "an epoch" in text_of(found)
+
+
 def test_bad_rows_are_named_and_do_not_stop_it(tokenizer, tmp_path):
     path = write(tmp_path / "bad.jsonl", GOOD, NO_ANSWER, "not json", HOSTILE, *[EMPTY] * 11)
     found = survey(tokenizer, data_path=path, on_bad_row="error")
@@ -222,6 +231,12 @@ def test_samples_are_spread_over_the_lengths():
     assert lengths[spread(lengths, 1)].tolist() == [7]
     assert sorted(spread(lengths, 99).tolist()) == [0, 1, 2, 3, 4, 5]
     assert spread(lengths, 0).tolist() == []
+
+
+def test_what_is_learned_is_among_the_settings(tokenizer):
+    assert "train_on_eos" not in survey(tokenizer).settings
+    found = survey(tokenizer, roles_to_train="user", train_on_eos="last").settings
+    assert (found["roles_to_train"], found["train_on_eos"]) == ("['user']", "last")
 
 
 def learned(sample) -> list[str]:
@@ -356,6 +371,17 @@ def test_bad_rows_are_shown_once(embedded_model, tmp_path, capsys):
     assert out.index("In tokens of embedded") > out.index(f"{path}, line 2 ")
 
 
+def test_a_message_that_is_not_learned_is_shown_so(embedded_model, tmp_path, capsys):
+    (asked, said), unlearned = (
+        chat("Why?", "Because.")["messages"],
+        {"role": "assistant", "content": "No.", "train": False},
+    )
+    path = write(tmp_path / "rows.jsonl", {"messages": [asked, unlearned, asked, said]})
+    assert inspect_data.main([path, "--samples=0"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"assistant \(not learned\)\s+No\.", out) and re.search(r"assistant\s+Because\.", out)
+
+
 def test_a_folder_is_inspected(embedded_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows").mkdir()
     write(tmp_path / "rows" / "train.jsonl", GOOD, HOSTILE)
@@ -485,7 +511,7 @@ def test_figures_on_the_page_are_those_of_the_survey(shown, tmp_path):
             repr(value)
             for source in reading.sources
             for value in (
-                *(source.weight, source.rows, source.examples, source.tokens),
+                *(source.weight, source.rows, source.examples, source.in_epoch, source.tokens),
                 source.supervised / source.tokens,
             )
         ]

@@ -54,6 +54,7 @@ class Skeleton:
         parts: (slots + 1,), the template's text before, between and after the strings.
         order: (slots,), which string stands between parts[i] and parts[i + 1].
         turns: by assistant message, the learned range.
+        others: the same by message of another role, where it is one string with an end-of-turn token after it.
         openings: by assistant message, where the generation prompt ends; None where that cannot be told.
         closing: what was added to the last turn, which the template leaves open.
     """
@@ -61,6 +62,7 @@ class Skeleton:
     parts: list[str]
     order: list[int]
     turns: dict[int, Turn]
+    others: dict[int, Turn]
     openings: dict[int, Position | None]
     closing: str
 
@@ -71,6 +73,7 @@ class Layout:
 
     Attributes:
         turns: by assistant message, where its content begins, where it ends, and where the end-of-turn token does.
+        others: the same by message of another role; only those that are one string with an end-of-turn token after it.
         openings: by assistant message, where the generation prompt ends; None where that cannot be told.
         strings: every string of the conversation.
         dropped_thinking: assistant messages whose thinking the template leaves out, as it does with history.
@@ -78,6 +81,7 @@ class Layout:
 
     text: str
     turns: dict[int, tuple[int, int, int]]
+    others: dict[int, tuple[int, int, int]]
     openings: dict[int, int | None]
     strings: list[tuple[int, int]]
     dropped_thinking: list[int]
@@ -254,6 +258,7 @@ def fill(text: str, skeleton: Skeleton, marked: Marked) -> Layout:
     return Layout(
         text=text,
         turns={index: tuple(map(place, turn)) for index, turn in skeleton.turns.items()},
+        others={index: tuple(map(place, turn)) for index, turn in skeleton.others.items()},
         openings={index: None if end is None else place(end) for index, end in skeleton.openings.items()},
         strings=[(starts[k], starts[k] + len(filled[k])) for k in range(1, len(filled), 2)],
         dropped_thinking=sorted(dropped),

@@ -1,5 +1,7 @@
 """Conversations to token ids and labels: the loss is on what the assistant says and on the token that ends its turn.
 
+By option other roles' messages are learned too, or other end-of-turn tokens.
+
     text    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
     labels  ------------------------------------------------------- Hello<|im_end|> --
 
@@ -16,7 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -24,9 +26,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.resolve import TrainConfig
 from ..errors import UserError
-from .placeholders import CHANGED, DROPPED, NO_STOP, REFUSED, THINK_END, THINK_TAGS, Layout
+from .end_of_turn import adjacent
+from .placeholders import CHANGED, DROPPED, NO_STOP, REFUSED, THINK_END, THINK_TAGS, Layout, any_of
 from .template import Template
-from .types import IGNORE, BadRow, Message
+from .types import (
+    END_AT_THE_START,
+    IGNORE,
+    ROLE_NOT_NAMED,
+    ROLE_WITHOUT_END,
+    BadRow,
+    Message,
+    bare,
+    is_learned,
+)
 
 TEMPLATE_REASONS = frozenset({REFUSED, DROPPED, CHANGED, NO_STOP, "no template"})
 
@@ -36,8 +48,10 @@ class RenderOptions:
     """Render conversations, with a mask of what is learned.
 
     Attributes:
-        last_turn_only: only the last assistant turn is learned.
-        train_on_prompt: every token is learned.
+        roles: whose messages are learned.
+        train_on_eos: which end-of-turn tokens are learned: those of the learned turns, all, or the last one.
+        last_turn_only: only the last turn of these roles is learned.
+        train_on_prompt: every token is learned, but for messages of weight 0.
         train_on_opening: also what the template itself writes between the generation prompt and the content, such as
             an empty thinking block.
         thinking: "strip" removes the assistant's thinking before the template sees it.
@@ -47,6 +61,8 @@ class RenderOptions:
             marker of the next role; the first one ends an open last turn.
     """
 
+    roles: tuple[str, ...] = ("assistant",)
+    train_on_eos: Literal["turn", "all", "last"] = "turn"
     last_turn_only: bool = False
     train_on_prompt: bool = False
     train_on_opening: bool = False
@@ -59,6 +75,8 @@ class RenderOptions:
 def render_options(config: TrainConfig) -> RenderOptions:
     """Take the rendering options of a recipe; its template is the tokenizer's already."""
     return RenderOptions(
+        roles=tuple(config.roles_to_train),
+        train_on_eos=config.train_on_eos,
         last_turn_only=config.train_on_last_turn,
         train_on_prompt=config.train_on_prompt,
         train_on_opening=config.train_on_opening,
@@ -121,17 +139,22 @@ def render(
     """
     template = _template(tokenizer, options, tools)
     messages = _prepared(messages, options)
-    layout = template.layout([_bare(message) for message in messages], tools=tools, documents=documents)
+    layout = template.layout(list(map(bare, messages)), tools=tools, documents=documents)
     plain = _control_strings(template, layout, messages, tools, documents)
     tokens, spans = _tokens(tokenizer, layout.text, _learned(template, messages, layout, options), plain)
     _refuse_false_specials(template, tokens, layout)
-    labels, runs = [IGNORE] * len(tokens.ids), []
-    for start, end in spans:
-        first, last = tokens.range(start, end)
+    ranges = [tokens.range(start, end) for start, end in spans]
+    runs = [
+        _read_back(tokenizer, tokens.ids[first:last], layout.text[start:end])
+        for (first, last), (start, end) in zip(ranges, spans)
+    ]
+    if options.train_on_prompt:  # all but these
+        edges = [0, *chain.from_iterable(ranges), len(tokens.ids)]
+        ranges = [(first, last) for first, last in zip(edges[::2], edges[1::2]) if first < last]
+        runs = [tokenizer.decode(tokens.ids[first:last]) for first, last in ranges]
+    labels = [IGNORE] * len(tokens.ids)
+    for first, last in ranges:
         labels[first:last] = tokens.ids[first:last]
-        runs.append(_read_back(tokenizer, tokens.ids[first:last], layout.text[start:end]))
-    if options.train_on_prompt:
-        labels, runs = list(tokens.ids), [tokenizer.decode(tokens.ids)]
     literal_texts = sorted({layout.text[start:end] for start, end in plain})
     notes = [Note(Notice.SPECIAL_TEXT, f"{word} in the text is not read as a special token") for word in literal_texts]
     notes += [
@@ -157,7 +180,7 @@ def prompt_ids(
         BadRow: the template refuses the messages, or there is none.
     """
     template = _template(tokenizer, options, tools)
-    messages = [_bare(message) for message in _prepared(messages, options)]
+    messages = list(map(bare, _prepared(messages, options)))
     text = template.prompt_text(messages, tools=tools, documents=documents)
     words = template.controls - THINK_TAGS
     plain = []
@@ -242,30 +265,79 @@ def _without_thought(content: str) -> str:
     return content.partition(end)[2].lstrip() if thought else content
 
 
-def _bare(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != "weight"}
-
-
 def _learned(
     template: Template, messages: list[Message], layout: Layout, options: RenderOptions
 ) -> list[tuple[int, int, int]]:
-    """The ranges of characters to learn, each with the end of the generation prompt in front of it."""
-    turns = [index for index in layout.turns if messages[index].get("weight", 1)]
-    if options.last_turn_only:
-        turns = [index for index in turns if index == max(layout.turns)]
-    if not turns and not options.train_on_prompt:
-        raise BadRow("no assistant turn is to be learned", reason="no assistant turn")
-    spans = []
-    for index in turns:
-        (start, _, end), opening = layout.turns[index], layout.openings[index]
+    """The ranges of characters to learn, each with where blanks in front of it that are part of it may begin.
+
+    With train_on_prompt, those of messages of weight 0, which are not.
+    """
+    if options.train_on_prompt:
+        excluded = [index for index, message in enumerate(messages) if not message.get("weight", 1)]
+        turns = [_turn(layout, messages, index) for index in excluded]
+    else:
+        indices = _learned_messages(messages, options)
         if options.train_on_opening:
-            if opening is None or not template.prompts:
-                raise BadRow(
-                    f"where the opening of message {index + 1} begins cannot be told", reason="changed by template"
-                )
-            start = min(start, opening)
-        spans.append((start, end, start if opening is None else min(start, opening)))
-    return spans
+            _check_openings(template, layout, indices)
+        turns = [_turn(layout, messages, index, opened=options.train_on_opening) for index in indices]
+    if options.train_on_prompt or options.train_on_eos == "turn":
+        return [(start, end, opening) for start, _, end, opening in turns]
+    ends = _ends(template, layout)[-1 if options.train_on_eos == "last" else 0 :]
+    contents = [(start, end if (stop, end) in ends else stop, opening) for start, stop, end, opening in turns]
+    inside = {(stop, end) for _, stop, end, _ in turns}
+    return sorted([*contents, *((start, end, 0) for start, end in ends if (start, end) not in inside)])
+
+
+def _learned_messages(messages: list[Message], options: RenderOptions) -> list[int]:
+    """The messages to learn, by their roles and weights."""
+    for number, message in enumerate(messages, 1):
+        if message.get("weight") and message["role"] not in options.roles:
+            what = f"message {number} is to be learned, and roles_to_train does not name its role, {message['role']}"
+            raise BadRow(what, reason=ROLE_NOT_NAMED)
+    turns = [index for index, message in enumerate(messages) if message["role"] in options.roles]
+    turns = turns[-1:] if options.last_turn_only else turns
+    turns = [index for index in turns if is_learned(messages[index])]
+    if not turns:
+        raise BadRow(f"no {' or '.join(options.roles)} turn is to be learned", reason="nothing to learn")
+    return turns
+
+
+def _turn(layout: Layout, messages: list[Message], index: int, *, opened: bool = False) -> tuple[int, int, int, int]:
+    """Where a message begins, where its end-of-turn token does, where it ends, and where blanks in front of it may begin.
+
+    Those of an assistant's message begin where the generation prompt ends, and so does the message where it is `opened`.
+    """
+    if index in layout.turns:
+        start, stop, end = layout.turns[index]
+        opening = layout.openings[index]
+        opening = start if opening is None else min(start, opening)
+        return opening if opened else start, stop, end, opening
+    if index not in layout.others:
+        what = f"the chat template does not write message {index + 1} ({messages[index]['role']}) as it is"
+        raise BadRow(f"{what}, with an end-of-turn token after it", reason=ROLE_WITHOUT_END)
+    return (*layout.others[index], 0)
+
+
+def _check_openings(template: Template, layout: Layout, indices: list[int]) -> None:
+    for index in indices:
+        if index in layout.turns and (layout.openings[index] is None or not template.prompts):
+            raise BadRow(f"where the opening of message {index + 1} begins cannot be told", reason=CHANGED)
+
+
+def _ends(template: Template, layout: Layout) -> list[tuple[int, int]]:
+    """The end-of-turn tokens of a conversation: those of the assistant's turns, and all others of the template's text.
+
+    Raises:
+        BadRow: the template begins with such a token, so it does not always end a turn.
+    """
+    stops, turns = any_of(template.stops), list(layout.turns.values())
+    edges = [0, *chain.from_iterable(layout.strings), len(layout.text)]
+    ends = [stop.span() for a, b in zip(edges[::2], edges[1::2]) for stop in stops.finditer(layout.text, a, b)]
+    first = "".join(adjacent(layout.text, template.tokens))
+    if stop := stops.search(first):
+        raise BadRow(f"the conversation begins with {stop[0]}, which also ends turns", reason=END_AT_THE_START)
+    others = [end for end in ends if not any(start <= end[0] < last for start, _, last in turns)]
+    return sorted([*others, *((stop, end) for _, stop, end in turns)])
 
 
 def _control_strings(

@@ -36,6 +36,7 @@ from .placeholders import (
     Marked,
     Mismatch,
     Skeleton,
+    Turn,
     any_of,
     check_contents,
     check_marks,
@@ -220,13 +221,27 @@ class Template:
         whole = MarkedText(self, marked, form, tools, documents, text, marks, parts)
         assistants = [i for i, message in enumerate(marked.messages) if message["role"] == "assistant"]
         turns = {i: whole.turn(i) for i in assistants}
-        for _, _, (k, end) in turns.values():
-            if k < len(parts) - 1 or parts[k][end:].strip() != self.eos:  # the sequence may end so, as Phi-3's does
-                self._refuse_unlearned(parts[k], parts[k][:end])
+        for turn in turns.values():
+            self._check_end(parts, turn)
+        others = {i: turn for i in range(len(marked.messages)) if i not in turns and (turn := self._other(whole, i))}
         if list(turns.values()) != sorted(turns.values()):
             raise BadRow("the chat template changes the order of the turns", reason=CHANGED)
         order = [int(mark[1]) for mark in marks]
-        return Skeleton(parts, order, turns, {i: whole.opening(i) for i in assistants}, closing)
+        return Skeleton(parts, order, turns, others, {i: whole.opening(i) for i in assistants}, closing)
+
+    def _other(self, whole: MarkedText, index: int) -> Turn | None:
+        """The range of a message of another role, where it is certain."""
+        try:
+            turn = whole.other(index)
+            self._check_end(whole.parts, turn)
+        except BadRow:
+            return None
+        return turn
+
+    def _check_end(self, parts: list[str], turn: Turn) -> None:
+        _, _, (k, end) = turn
+        if k < len(parts) - 1 or parts[k][end:].strip() != self.eos:  # the sequence may end so, as Phi-3's does
+            self._refuse_unlearned(parts[k], parts[k][:end])
 
     def _refuse_unlearned(self, text: str, learned: str) -> None:
         """Nothing that ends a turn stands between the end that is learned and the next header.

@@ -59,10 +59,7 @@ class MarkedText:
         own = [k for k, mark in enumerate(self.marks) if self._slot(mark).message == index]
         kinds = [self._slot(self.marks[k]).kind for k in own]
         if kinds == ["content"] and not message.get("tool_calls") and index not in self.marked.pieced:
-            (k,) = own
-            blanks = self._blanks_kept(index, k)
-            begin, end = self._stop(self.parts[k + 1], index)
-            return (k, len(self.parts[k]) - blanks), (k + 1, begin), (k + 1, end)
+            return self._string(index, own[0])
         start, end = self._changed(index, thinks="thinking" in kinds)
         self._check_arguments(index, self.text[start:end])
         if not self._holds(index, start, end):
@@ -73,6 +70,18 @@ class MarkedText:
             if any(one in inner for one in self.template.stops):
                 raise BadRow(f"message {index + 1} (assistant) ends more than once", reason=CHANGED)
         return self._position(start), self._position(stop), self._position(stopped)
+
+    def other(self, index: int) -> Turn:
+        """The range of a message of another role; a BadRow unless it is one string with an end-of-turn token after it."""
+        own = [k for k, mark in enumerate(self.marks) if self._slot(mark).message == index]
+        if len(own) != 1 or index in self.marked.pieced:
+            raise BadRow(f"message {index + 1} is not written as one string", reason=CHANGED)
+        return self._string(index, own[0])
+
+    def _string(self, index: int, k: int) -> Turn:
+        blanks = self._blanks_kept(index, k)
+        begin, end = self._stop(self.parts[k + 1], index)
+        return (k, len(self.parts[k]) - blanks), (k + 1, begin), (k + 1, end)
 
     def opening(self, index: int) -> Position | None:
         """Find where a turn's generation prompt ends, if the turn begins with the template's prompt."""

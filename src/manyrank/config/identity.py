@@ -58,6 +58,10 @@ LATER = (
     "lr_scheduler_kwargs",
     "label_smoothing_factor",
     "data_seed",
+    "roles_to_train",
+    "train_on_eos",
+    "sampling_temperature",
+    "max_repeats",
 )
 OF_GRPO = (
     "rewards",

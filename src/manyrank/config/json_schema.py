@@ -12,7 +12,7 @@ from ..topology.strategies import STRATEGIES
 from .recipe_file import SECTIONS
 from .resolve import SWITCHES
 from .schema import TrainConfig
-from .spellings import ALIASES, DATA_ALIASES, METHOD_VALUES, OTHER_TOOLS, VALUES, WHEN
+from .spellings import ALIASES, DATA_ALIASES, METHOD_VALUES, OPPOSITES, OTHER_TOOLS, VALUES, WHEN
 
 TEXT = {"type": "string"}
 
@@ -28,7 +28,8 @@ def recipe_schema() -> dict[str, Any]:
         properties[key] = properties[key] | {"anyOf": [*properties[key]["anyOf"], *more]}
     properties["save_steps"]["anyOf"].append({"enum": [None, 0, False]})
     for alias, key in (ALIASES | OTHER_TOOLS).items():
-        properties[alias] = properties[key] | {"description": f"the same as {key}"}
+        relation = "the opposite of" if alias in OPPOSITES else "the same as"
+        properties[alias] = properties[key] | {"description": f"{relation} {key}"}
     for alias, values in WHEN.items():
         properties[alias] = {"enum": [*values, "steps", False], "description": f"says {OTHER_TOOLS[alias]} in words"}
     for alias, values in METHOD_VALUES.items():

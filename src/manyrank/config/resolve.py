@@ -26,7 +26,17 @@ from ..runs.artifact import ModelSource
 from .peft_config import adapter_keys
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
 from .schema import DataSource, TrainConfig
-from .spellings import ALIASES, DATA_ALIASES, INSTEAD, METHOD_FLAGS, METHOD_VALUES, OTHER_TOOLS, WHEN, as_ours
+from .spellings import (
+    ALIASES,
+    DATA_ALIASES,
+    INSTEAD,
+    METHOD_FLAGS,
+    METHOD_VALUES,
+    OPPOSITES,
+    OTHER_TOOLS,
+    WHEN,
+    as_ours,
+)
 from .value_types import Method
 
 FIELDS = TrainConfig.model_fields
@@ -274,7 +284,8 @@ def _canonical(entries: Sequence[Setting], method: Setting | None) -> dict[str, 
         if key not in FIELDS:
             unknown.append(unknown_key(entry))
             continue
-        entry = replace(entry, value=as_ours(key, entry.value))
+        value = not _yes(entry) if normal(entry.key) in OPPOSITES else as_ours(key, entry.value)
+        entry = replace(entry, value=value)
         if key in settings and settings[key].value != entry.value:
             raise _contradiction([settings[key], entry])
         settings[key] = entry
@@ -420,6 +431,10 @@ def invalid_value(key: str, value: Any, problems: Sequence[Any], where: str, inf
         inside = str(problem["loc"][-1])
         close = difflib.get_close_matches(inside, DataSource.model_fields, 1, cutoff=0.5)
         fix = f"did you mean {close[0]}?" if close else f"a source has {', '.join(DataSource.model_fields)}"
+        if canonical(inside) in FIELDS.keys() - {"data_path", "eval_data_path"}:
+            fix = f"write {canonical(inside)} beside {key}, for all of its sources"
+        fix = INSTEAD.get(normal(inside), fix)
+        fix = "write weight: how often a row is used in an epoch" if inside in ("epochs", "repeats") else fix
         return UserError(f"{key}: a source has no {inside!r}", where=where, fix=fix)
     expected = problem["msg"].removeprefix("Value error, ")
     inner = "".join(

@@ -28,6 +28,7 @@ from .value_types import (
     Part,
     Parts,
     Ranks,
+    Roles,
     SaveSteps,
     Schedule,
     StrategyOrAuto,
@@ -56,12 +57,15 @@ class DataSource(BaseModel):
 
 
 def _source(value: Any) -> Any:
-    """Read a path alone; of a mapping, Axolotl's `type` as the format, and the formats by their other names."""
+    """Read a path alone; of a mapping, Axolotl's `type` as the format, other names of max_rows and those of formats."""
     if not isinstance(value, dict):
         return {"path": value} if isinstance(value, str) else value
     source = dict(value)
     if "format_type" not in source and "type" in source:
         source["format_type"] = source.pop("type")
+    for theirs in ("max_samples", "num_samples"):
+        if theirs in source and "max_rows" not in source:
+            source["max_rows"] = source.pop(theirs)
     if isinstance(source.get("format_type"), str):
         source["format_type"] = as_ours("format_type", source["format_type"])
     return source
@@ -163,6 +167,17 @@ class DataKeys(Keys):
         "auto", description="how rows are read; 'auto' goes by the first row that fits; or module:function"
     )
     columns: Columns | None = Field(None, description="the format's fields, and the names that they have in the rows")
+    max_rows: Int | None = Field(
+        None, gt=0, description="at most so many rows of each source, chosen by the seed; a source may have its own"
+    )
+    sampling_temperature: Float = Field(
+        1.0,
+        ge=1,
+        description="of several sources: an epoch has as many rows as there are, in shares of (rows of the source) ** (1 / this); 1: each row once",
+    )
+    max_repeats: Float | None = Field(
+        None, ge=1, description="how often a row is seen in an epoch at most, with sampling_temperature"
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="an invalid row: stop, or skip it and list it in logs/quarantine.jsonl"
     )
@@ -195,6 +210,13 @@ class LearnedKeys(Keys):
     stop_tokens: Strings = Field([], description="tokens that end a turn, for templates (GLM's) that do not write one")
     thinking: Literal["keep", "strip"] = Field(
         "keep", description="the assistant's thinking: as the template writes it, or removed"
+    )
+    roles_to_train: Roles = Field(
+        ["assistant"], description="whose messages are learned: assistant, user, system, tool"
+    )
+    train_on_eos: Literal["turn", "all", "last"] = Field(
+        "turn",
+        description="end-of-turn tokens that are learned: those of the learned messages, all of the conversation, or its last one",
     )
     train_on_last_turn: bool = Field(False, description="learn only the last assistant turn of each conversation")
     train_on_prompt: bool = Field(False, description="learn every token, also those of the prompt")

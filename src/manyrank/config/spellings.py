@@ -3,6 +3,7 @@
 ALIASES, METHOD_FLAGS    short forms; in help texts
 DATA_ALIASES             of data_path; in a recipe, where they hold keys, these are names of sections
 OTHER_TOOLS              the same meaning in TRL, Axolotl, LLaMA-Factory or Unsloth, or as people guess it: read, and not in help texts
+OPPOSITES                those of them that say the opposite, yes for no
 WHEN                     keys of transformers that say when something is done
 VALUES                   values that these have for a key, and ours
 INSTEAD                  another meaning, or nothing to set: an error that says what to write
@@ -134,7 +135,14 @@ OTHER_TOOLS = {
     "peft_init_lora_weights": "init_lora_weights",
     "peft_trainable_token_indices": "trainable_token_indices",
     "lora_target_parameters": "target_parameters",
+    "max_samples": "max_rows",
+    "mask_history": "train_on_last_turn",
+    "assistant_only_loss": "train_on_prompt",
+    "completion_only_loss": "train_on_prompt",
+    "train_on_responses_only": "train_on_prompt",
+    "train_on_eot": "train_on_eos",
 }
+OPPOSITES = frozenset({"assistant_only_loss", "completion_only_loss", "train_on_responses_only"})
 ADAPTERS = frozenset({"lora", "qlora", "int8", "fp8"})
 # Yes/no keys that each allow some methods; "no" allows the others. Together they must leave at least one.
 METHOD_FLAGS = {
@@ -176,7 +184,8 @@ _INSTEAD = {
     "fsdp fsdp_config": "choose --strategy fsdp; accelerate_configs/ has its file",
     "stage": "write task: sft or grpo",
     "template": "leave it out for the model's own chat template, or write chat_template: chatml, llama3, ... or a file",
-    "max_samples": "write data_path: {path: FILE, max_rows: N}",
+    "mix_strategy interleave_probs probabilities": "write data_path: [{path: A, weight: 2}, B], where weight says how often "
+    "rows are seen in an epoch, or sampling_temperature: 2, which evens out the shares of sources; without them each row is seen once",
     "attn_implementation flash_attn flash_attention use_flash_attention_2": "leave it out: documents of a pack attend by "
     "flash attention wherever the GPU has it",
     "liger_kernel use_liger_kernel": "leave it out: this project's own kernels are on; disable_fused switches them off",
@@ -225,8 +234,9 @@ _INSTEAD = {
     "cache_dir": "set the environment variable HF_HOME",
     "continue": "write resume_from_checkpoint: auto",
     "neftune_noise_alpha": "leave it out: no noise is added to embeddings here",
-    "assistant_only_loss completion_only_loss": "leave it out: only what the assistant says is learned, unless "
-    "train_on_prompt is true",
+    "message_field_training": "leave it out: `train`, `training` or `weight` of a message is read",
+    "streaming": "leave it out: rows are read one at a time, and tokens are kept on disk, not in memory. For less of them write data_path: "
+    "{path: FILE, max_rows: N}; the environment variable HF_DATASETS_CACHE names a larger disk, and a run with max_steps reads what it needs",
     "shuffle": "leave it out: rows are shuffled anew in every epoch, by the seed",
     "max_tokens": "write max_length, tokens of a row; or for grpo max_completion_length",
     "max_train_samples": "write data_path: {path: FILE, max_rows: N}",

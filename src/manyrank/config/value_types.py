@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..topology.strategies import STRATEGIES
 
+Role = Literal["system", "user", "assistant", "tool"]
 Task = Literal["sft", "grpo"]
 Method = Literal["full", "lora", "qlora", "int8", "fp8"]
 FORMATS = (
@@ -45,6 +46,11 @@ def _number(value: Any) -> Any:
     if str(value).strip().lower().lstrip("+-") in ("inf", "infinity", "nan", ".inf", ".nan"):
         raise ValueError("not a finite number")
     return value
+
+
+def _role(value: Any) -> Any:
+    """Read a role as ShareGPT calls it."""
+    return {"human": "user", "gpt": "assistant", "observation": "tool"}.get(str(value), value)
 
 
 def listed(value: Any) -> Any:
@@ -208,6 +214,7 @@ EachEpoch = Literal["epoch"] | Steps
 EvalSteps = Annotated[Literal["epoch", "off"] | Steps | None, BeforeValidator(_off)]
 SaveSteps = Annotated[Literal["auto", "off", "epoch"] | Steps, BeforeValidator(_saves)]
 MicroBatch = Literal["auto"] | Annotated[Int, Field(gt=0)]
+Roles = Annotated[list[Annotated[Role, BeforeValidator(_role)]], Field(min_length=1), BeforeValidator(listed)]
 Cache = Annotated[str, BeforeValidator(_cache)]
 Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
 Parts = Annotated[list[Literal["lm_head", "lora", "attention", "norm", "mlp", "rope"]], BeforeValidator(_parts)]

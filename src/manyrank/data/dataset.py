@@ -105,6 +105,25 @@ class Examples:
         rows = self.dataset.select_columns("row").with_format("numpy")[:]["row"][self.index]
         return [(self.paths[at], int(row)) for at, row in zip(self.source, rows)]
 
+    @property
+    def in_epoch(self) -> tuple[int, ...]:
+        """By source, how many examples of it an epoch has."""
+        sizes = np.bincount(self.source, minlength=len(self.weights))
+        return tuple(round(weight * int(size)) for weight, size in zip(self.weights, sizes))
+
+    def tempered(self, config: TrainConfig) -> Examples:
+        """The same with the weights that sampling_temperature gives, as multilingual T5 does (arXiv:2010.11934).
+
+        A source that max_repeats caps gives nothing to the others: the epoch is shorter.
+        """
+        if config.sampling_temperature == 1:
+            return self
+        sizes = np.bincount(self.source, minlength=len(self.weights))
+        shares = sizes ** (1 / config.sampling_temperature)
+        weights = shares / shares.sum() * sizes.sum() / np.maximum(1, sizes)
+        weights = np.minimum(weights, config.max_repeats or np.inf).round(6)
+        return replace(self, weights=tuple(weights.tolist()))
+
     def describe(self) -> str:
         formats = ", ".join(sorted(set(self.report.formats)))
         share = self.supervised.sum() / self.lengths.sum()
@@ -113,9 +132,9 @@ class Examples:
         why = "max_rows" if self.report.needed == 1 else "as many as max_steps needs"
         some = "" if len(self) == read else f" out of {read:,}"
         part = f"{some} of {there:,} rows ({why})" if read < there else ""
-        return (
-            f"{len(self):,} examples{part} ({formats}), {self.lengths.sum():,} tokens, {share:.0%} supervised{others}"
-        )
+        mixed = [f"{n:,} of {path} (x {w:.3g})" for path, n, w in zip(self.paths, self.in_epoch, self.weights)]
+        mix = f"; an epoch has {', '.join(mixed)}" if any(weight != 1 for weight in self.weights) else ""
+        return f"{len(self):,} examples{part} ({formats}), {self.lengths.sum():,} tokens, {share:.0%} supervised{others}{mix}"
 
     def take(self, chosen: np.ndarray) -> Examples:
         """The examples of a mask or of positions."""

@@ -17,6 +17,7 @@ also read system, tools and documents. Further columns of a row are ignored. Whe
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from typing import Any
 
 from ..chat_template.types import IGNORE, BadRow, Message
 from ..errors import UserError
-from .messages import json_object, listed, name_answers, optional, read_tools, read_turns, text
+from .messages import json_object, listed, name_answers, optional, read_tools, read_turns, refuse_weight, text
 
 Values = dict[str, Any]  # a row
 Columns = Mapping[str, str]  # a format's field -> the row's column
@@ -36,12 +37,13 @@ Columns = Mapping[str, str]  # a format's field -> the row's column
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages to be rendered by a chat template; at least one assistant message is learned.
+    """Messages to be rendered by a chat template; at least one is the assistant's.
 
     Attributes:
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": str}, and where there is one
             "tool_calls": [{"type": "function", "id"?: str, "function": {"name": str, "arguments": dict}}],
-            "reasoning_content": str, "weight": 0 | 1 (0: not learned), "name": str, "tool_call_id": str.
+            "reasoning_content": str, "weight": 0 | 1 (0: not learned), "prompt": True (of an assistant message in a prompt,
+            which is not learned either), "name": str, "tool_call_id": str.
         tools: [{"type": "function", "function": {"name": str, ...}}], the functions that may be called.
         documents: objects for a template that shows documents.
     """
@@ -77,11 +79,8 @@ def _conversation(row: Values, messages: list[Message]) -> Conversation:
     system = optional(row.get("system"), "'system'")
     messages = [{"role": "system", "content": system}, *messages] if system else messages
     name_answers(messages)
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
+    if all(message["role"] != "assistant" for message in messages):
         raise BadRow("no assistant turn, so there is nothing to learn", "no assistant turn")
-    if not any(message.get("weight", 1) for message in answers):
-        raise BadRow("every assistant turn has weight 0, so there is nothing to learn", "nothing to learn")
     raw = row.get("documents") or []
     documents = [json_object(document, "a document") for document in (listed(raw, "'documents'") if raw else [])]
     return Conversation(messages, read_tools(row.get("tools")), documents or None)
@@ -128,8 +127,12 @@ def _prompt_completion(row: Values) -> Conversation:
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         return _conversation(row, _exchange(text(prompt, "'prompt'"), text(completion, "'completion'")))
     messages = read_turns(prompt, "prompt")
-    for message in messages:  # what stands in a prompt is never learned
-        message |= {"weight": 0} if message["role"] == "assistant" else {}
+    for number, message in enumerate(messages, 1):
+        if message.get("weight"):
+            raise BadRow(
+                f"turn {number} of 'prompt' is to be learned, and what stands in a prompt never is", "lost field"
+            )
+        message |= {"prompt": True} if message["role"] == "assistant" else {}
     return _conversation(row, messages + read_turns(completion, "completion"))
 
 
@@ -211,6 +214,12 @@ FORMATS = {
 QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input", "inputs")
 ANSWERS = ("answer", "response", "output", "completion", "solution", "target", "targets")
 BESIDE = {"system": "system_prompt?", "input": "context?"}
+# Columns of data for classifiers.
+TEXTS = re.compile(
+    "text|sentence[12]?|premise|hypothesis|question[12]?|review|content|title|body|comment|headline|document|tweet",
+    re.I,
+)
+LABELS = re.compile("labels?|label_text|class|category|sentiment|intent|emotion|(coarse|fine)_label", re.I)
 
 
 def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[str, Columns | None]:
@@ -225,8 +234,10 @@ def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[
         The format, and its columns: those that were given, or what they are called in the row.
 
     Raises:
-        UserError: no format fits.
+        UserError: no format fits, or the row is a text with its class.
     """
+    if not columns:
+        _refuse_classes(row, where)
     renamed = frozenset(columns or {})
     for name, form in FORMATS.items():
         if renamed <= form.fields and form.fits(renamed | row.keys()):
@@ -235,6 +246,21 @@ def detect(row: Values, *, where: str, columns: Columns | None = None) -> tuple[
         return other
     mapped = f" with the columns {dict(columns)}" if columns else ""
     raise UserError(f"no format has the keys {sorted(map(str, row))}{mapped}", where=where, fix=_known())
+
+
+def _refuse_classes(row: Values, where: str) -> None:
+    """Refuse a row with nothing but texts and their class: as text it would teach the texts, and no class."""
+    keys = sorted(str(key) for key in row if str(key).lower() not in ("id", "idx"))
+    texts, labels = (list(filter(names.fullmatch, keys)) for names in (TEXTS, LABELS))
+    if not texts or not labels or len(texts) + len(labels) < len(keys):
+        return
+    fix = 'write rows of {"prompt": the text, "completion": its class in words}'
+    if len(texts) == 1 and isinstance(row[labels[0]], str):
+        fix = f"to learn to write the class, --columns '{{prompt: {texts[0]}, completion: {labels[0]}}}'"
+    if texts == ["text"]:
+        fix += "; to learn the text alone, --format_type text"
+    fix += "; a classifier is trained by run_classification.py of transformers, and not here"
+    raise UserError(f"rows of {', '.join([*texts, *labels])} look like data for a classifier", where=where, fix=fix)
 
 
 def _by_other_names(row: Values) -> tuple[str, Columns] | None:
@@ -278,6 +304,7 @@ def to_sample(row: Values, format_type: str, columns: Columns | None = None) -> 
     try:
         if ":" in format_type:
             return _by_function(row, format_type, columns)
+        refuse_weight(row, (columns or {}).values())
         return _form(format_type, columns).read(_renamed(row, columns))
     except RecursionError:
         raise BadRow("nested too deeply", "nested too deeply") from None

@@ -205,9 +205,8 @@ def epoch_order(examples: Examples, seed: int, epoch: int) -> np.ndarray:
     if all(weight == 1 for weight in examples.weights):
         return _permutation(seed, epoch, len(examples))
     chosen = []
-    for number, weight in enumerate(examples.weights):
-        own = np.flatnonzero(examples.source == number)
-        whole, total = int(weight), round(weight * len(own))
+    for number, (weight, total) in enumerate(zip(examples.weights, examples.in_epoch)):
+        own, whole = np.flatnonzero(examples.source == number), int(weight)
         if len(own) and not total:
             raise UserError(
                 f"the weight {weight:g} leaves no example of {len(own)} to an epoch",

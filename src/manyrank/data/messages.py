@@ -5,6 +5,7 @@
     calls      "tool_calls", or "function_call" as OpenAI once had it, or a turn from "function_call" (ShareGPT), whose
                value is the JSON of one {"name", "arguments"} or of a list of them
     reasoning  "reasoning_content", "reasoning" or "thinking"
+    learned    "weight", 0 or 1, or "train" or "training", false or true
 
 Templates refuse two assistant messages in a row, so a turn from "function_call" joins an assistant message right before
 it, whether that is text or another call. Other turns stay as they are. A key that no message has a place for makes the
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from ..chat_template.types import BadRow, Message
+from ..chat_template.types import END_AT_THE_START, ROLE_NOT_NAMED, ROLE_WITHOUT_END, BadRow, Message
 from ..errors import UserError
 
 ROLES = {
@@ -35,12 +36,13 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+WEIGHTS = ("weight", "train", "training")  # of a message: 0 or false, and it is not learned
 REASONING = ("reasoning_content", "reasoning", "thinking")
 KEYS = {  # of a message, besides its role and content; another one would be lost
-    "system": {"name", "weight"},
-    "user": {"name", "weight"},
-    "assistant": {"name", "weight", "tool_calls", "function_call", *REASONING},
-    "tool": {"name", "weight", "tool_call_id"},
+    "system": {"name", *WEIGHTS},
+    "user": {"name", *WEIGHTS},
+    "assistant": {"name", *WEIGHTS, "tool_calls", "function_call", *REASONING},
+    "tool": {"name", *WEIGHTS, "tool_call_id"},
 }
 
 
@@ -67,7 +69,13 @@ def bad_rows_error(
     )
 
 
+WEIGHT_OF_A_ROW = "weight of a row"
 FIXES = {
+    ROLE_NOT_NAMED: "name the role in roles_to_train, or leave weight and train out of its messages",
+    ROLE_WITHOUT_END: "leave the role out of roles_to_train and its messages without weights, or choose a template that "
+    "ends every message (--chat_template chatml)",
+    END_AT_THE_START: "leave train_on_eos out, or choose another template (--chat_template chatml)",
+    WEIGHT_OF_A_ROW: "leave such rows out, or rename the column; weight and train are read of messages, and weight of a source",
     "too long": "raise max_length, or set overlong: truncate, drop or split",
     "nothing to learn": "raise max_length if the answers lie behind it, or fix these rows",
     "two columns for one field": "leave one of them out, or name in `columns` which is read",
@@ -269,8 +277,8 @@ def _message(turn: Any, name: str) -> tuple[Message, bool]:
     if role is None:
         raise BadRow(f"{name} has the role {role_name!r}, which is none of {', '.join(ROLES)}", "unknown role")
     is_call = role_name == "function_call"
-    filled = [key for key, value in turn.items() if key == "weight" or value not in ("", [], {})]
-    _only(filled, {role_key, content_key, *(("weight",) if is_call else KEYS[role])}, name)
+    filled = [key for key, value in turn.items() if key in WEIGHTS or value not in ("", [], {})]
+    _only(filled, {role_key, content_key, *(WEIGHTS if is_call else KEYS[role])}, name)
     message: Message = {"role": role, "content": "" if is_call else _content(turn.get(content_key), name)}
     calls = turn.get(content_key) if is_call else _given_calls(turn, name)
     if calls or is_call:
@@ -306,11 +314,27 @@ def _extras(turn: dict[str, Any], role: str, name: str) -> Message:
         raise BadRow(f"{name} has two different reasonings, of which one would be lost", "lost field")
     if thoughts:
         extras["reasoning_content"] = thoughts.pop()
-    weight = turn.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise BadRow(f"the weight of {name} is {weight!r}, not 0 or 1", "wrong type")
-    if "weight" in turn and role == "assistant":
-        extras["weight"] = int(weight)
-    elif "weight" in turn and weight:
-        raise BadRow(f"{name} has weight 1, but only an assistant's turn can be learned", "lost field")
-    return extras
+    weight = _weight(turn, name)
+    return extras if weight is None else extras | {"weight": weight}
+
+
+def _weight(turn: dict[str, Any], name: str) -> int | None:
+    """The weight of a turn, 0 or 1; None where it has none. A part of 1 would need losses by token."""
+    values = {key: turn[key] for key in WEIGHTS if key in turn}
+    for key, value in values.items():
+        if value not in (0, 1) or (key == "weight" and isinstance(value, bool)):
+            raise BadRow(
+                f"the {key} of {name} is {value!r}, not {'0 or 1' if key == 'weight' else 'true or false'}",
+                "wrong type",
+            )
+    if len(set(values.values())) > 1:
+        raise BadRow(f"{name} has {' and '.join(f'{key} {value}' for key, value in values.items())}", "contradiction")
+    return int(next(iter(values.values()))) if values else None
+
+
+def refuse_weight(row: dict[str, Any], used: Iterable[str]) -> None:
+    """Refuse a row with a weight of its own, which no format reads; `used` are columns that are read as something else."""
+    for key in WEIGHTS:
+        value = row.get(key)
+        if isinstance(value, bool | int | float) and value != 1 and key not in used:
+            raise BadRow(f"the row has {key} {value}, and only messages have one", WEIGHT_OF_A_ROW)

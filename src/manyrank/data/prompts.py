@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..chat_template.types import BadRow, Message
+from ..chat_template.types import BadRow, Message, bare
 from ..errors import UserError
 from .files import Row
 from .formats import Columns, Conversation, detect, to_sample
-from .messages import ROLES
+from .messages import ROLES, WEIGHTS
 from .sources import Source, read_rows
 
 # The field of a row's question, that of its answer, and the fields of a turn that are its role.
@@ -81,12 +81,13 @@ def _detected(row: Row, source: Source) -> tuple[str, Columns | None]:
 
 
 def _prompt(row: Row, value: dict[str, Any], form: str, source: Source, system: str) -> Prompt:
-    sample = to_sample(value, form, source.columns)
+    row_alone = {key: part for key, part in value.items() if key not in WEIGHTS}  # nothing is learned of a prompt
+    sample = to_sample(row_alone, form, source.columns)
     if not isinstance(sample, Conversation):
         fix = "give questions, prompts or messages"
         raise UserError(f"rows of {form} have no prompt", where=row.place, fix=fix)
     last = max(index for index, message in enumerate(sample.messages) if message["role"] == "assistant")
-    messages = [{key: part for key, part in message.items() if key != "weight"} for message in sample.messages[:last]]
+    messages = [bare(message) for message in sample.messages[:last]]
     if not any(message["role"] != "system" for message in messages):
         raise BadRow("nothing is said before the answer", "no prompt")
     if system and messages[0]["role"] != "system":

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.render import RenderOptions, prompt_ids
-from ..chat_template.types import BadRow, Message
+from ..chat_template.types import BadRow, Message, is_learned
 from ..config.resolve import TrainConfig
 from ..config.schema import DataSource
 from ..errors import UserError
@@ -82,10 +82,8 @@ def _question(key: Key, row: Row, source: Source) -> Question | None:
     if not isinstance(sample, Conversation):
         return None
     messages = sample.messages
-    learned = [
-        index for index, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)
-    ]
-    last = messages[learned[-1]]
-    if not learned[-1] or last.get("tool_calls") or not (last.get("content") or "").strip():
+    learned = [at for at, message in enumerate(messages) if message["role"] == "assistant" and is_learned(message)]
+    last = messages[learned[-1]] if learned else {}
+    if not learned or not learned[-1] or last.get("tool_calls") or not (last.get("content") or "").strip():
         return None
     return Question(key, row.place, row.value, messages[: learned[-1]], last["content"], sample.tools, sample.documents)

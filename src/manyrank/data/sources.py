@@ -70,7 +70,7 @@ def source_of(source: DataSource, config: TrainConfig) -> Source:
         format_type=source.format_type or config.format_type,
         columns=config.columns if source.columns is None else source.columns,
         weight=source.weight,
-        max_rows=source.max_rows,
+        max_rows=source.max_rows or config.max_rows,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.types import IGNORE
-from ..config.resolve import TrainConfig
+from ..config.resolve import FIELDS, TrainConfig
 from ..config.schema import DataSource
 from ..errors import UserError
 from .dataset import Examples, bad_reasons, prepare
@@ -32,13 +32,14 @@ STEPS = 20  # that the balance of ranks is measured over
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """One source. Examples, tokens and supervised tokens are those that are used."""
+    """One source. Examples, tokens and supervised tokens are those that are used; `in_epoch` are the examples of an epoch."""
 
     path: str
     format_type: str
     weight: float
     rows: int
     examples: int
+    in_epoch: int
     tokens: int
     supervised: int
 
@@ -161,12 +162,12 @@ def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: s
         UserError: a source cannot be read, or no row of it can be used.
     """
     whole = _prepared(config.data_path, tokenizer, config)
-    readings, train, evaluation = [_reading("data_path", config.data_path, whole)], whole, None
-    if config.eval_split:
-        train, evaluation = whole.split(config.eval_split)
-    elif config.eval_data_path:
+    train, evaluation = whole.split(config.eval_split) if config.eval_split else (whole, None)
+    train = train.tempered(config)
+    readings = [_reading("data_path", whole, train)]
+    if config.eval_data_path:
         evaluation = _prepared(config.eval_data_path, tokenizer, config)
-        readings.append(_reading("eval_data_path", config.eval_data_path, evaluation))
+        readings.append(_reading("eval_data_path", evaluation, evaluation))
     parts = [_part("training", train, tokenizer, config, seed=config.order_seed, samples=samples)]
     if evaluation:
         parts.append(_part("validation", evaluation, tokenizer, config, seed=None, samples=samples))
@@ -176,9 +177,9 @@ def gather(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, recipe: s
 
 def of_run(config: TrainConfig, train: Examples, evaluation: Examples | None) -> dict:
     """Describe a run's data as JSON values: readings and parts as in a DataReport, without what only an inspection shows."""
-    readings = [_reading("data_path", config.data_path, train)]
+    readings = [_reading("data_path", train, train)]
     if evaluation and not config.eval_split:
-        readings.append(_reading("eval_data_path", config.eval_data_path or (), evaluation))
+        readings.append(_reading("eval_data_path", evaluation, evaluation))
     parts = {"training": train} | ({"validation": evaluation} if evaluation else {})
     return {
         "readings": [asdict(reading) for reading in readings],
@@ -200,8 +201,10 @@ def of_run(config: TrainConfig, train: Examples, evaluation: Examples | None) ->
 def _settings(config: TrainConfig) -> dict[str, str]:
     keys = ("max_length", "overlong", "packing", "duplicates", "on_bad_row", "thinking")
     named = {"model": config.model_name_or_path, "chat_template": config.chat_template or "the tokenizer's"}
+    choices = ("roles_to_train", "train_on_eos", "train_on_last_turn", "train_on_prompt", "train_on_opening")
+    learned = {key: str(value) for key in choices if (value := getattr(config, key)) != FIELDS[key].default}
     split = {"eval_split": f"{config.eval_split:g}"} if config.eval_split else {}
-    return named | {key: str(getattr(config, key)) for key in keys} | split
+    return named | {key: str(getattr(config, key)) for key in keys} | learned | split
 
 
 def _prepared(sources: Sequence[DataSource], tokenizer, config: TrainConfig) -> Examples:
@@ -216,10 +219,11 @@ def _prepared(sources: Sequence[DataSource], tokenizer, config: TrainConfig) -> 
 # What was read
 
 
-def _reading(name: str, sources: Sequence[DataSource], examples: Examples) -> SourceReport:
+def _reading(name: str, examples: Examples, used: Examples) -> SourceReport:
+    """What was read as `examples`, of which `used` are those of an epoch."""
     return SourceReport(
         name=name,
-        sources=tuple(_source(number, source, examples) for number, source in enumerate(sources)),
+        sources=tuple(_source(number, examples, used) for number in range(len(examples.paths))),
         rows=sum(examples.report.rows),
         counts=dict(examples.report.counts),
         reasons=dict(bad_reasons(examples.report).most_common()),
@@ -227,14 +231,15 @@ def _reading(name: str, sources: Sequence[DataSource], examples: Examples) -> So
     )
 
 
-def _source(number: int, source: DataSource, examples: Examples) -> SourceFacts:
+def _source(number: int, examples: Examples, used: Examples) -> SourceFacts:
     own = examples.source == number
     return SourceFacts(
-        path=source.path,
+        path=examples.paths[number],
         format_type=examples.report.formats[number],
-        weight=source.weight,
+        weight=used.weights[number],
         rows=examples.report.rows[number],
         examples=int(own.sum()),
+        in_epoch=used.in_epoch[number],
         tokens=int(examples.lengths[own].sum()),
         supervised=int(examples.supervised[own].sum()),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ..chat_template.types import BadRow
+from ..chat_template.types import BadRow, Message, is_learned
 from ..config.schema import DataSource, TrainConfig
 from ..errors import UserError
 from .formats import Conversation, PlainText, Sample, TokenIds, to_sample
@@ -131,8 +131,12 @@ def texts(sample: Sample) -> list[tuple[str, str]]:
     if isinstance(sample, PlainText):
         return [("text", sample.text)]
     if isinstance(sample, Conversation):
-        return [(message["role"], _said(message)) for message in sample.messages]
+        return [(_role(message), _said(message)) for message in sample.messages]
     return [("tokens", " ".join(map(str, sample.input_ids)))]
+
+
+def _role(message: Message) -> str:
+    return message["role"] if is_learned(message) else f"{message['role']} (not learned)"
 
 
 def _said(message: dict) -> str:

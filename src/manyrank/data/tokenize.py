@@ -24,7 +24,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.render import Note, Notice, RenderOptions, render
-from ..chat_template.types import IGNORE, BadRow
+from ..chat_template.types import IGNORE, BadRow, bare
 from ..errors import UserError
 from ..signals import mortal_children
 from .dedup import digest
@@ -32,7 +32,7 @@ from .files import Row
 from .formats import Conversation, PlainText, Sample, TokenIds, load_function, to_sample
 from .sources import Source, fingerprint, read_rows
 
-CACHE_VERSION = 10  # raise it when the same input gives other tokens
+CACHE_VERSION = 11  # raise it when the same input gives other tokens
 PARALLEL_BYTES = 32 * 2**20  # a smaller source is tokenised sooner by one process
 
 
@@ -283,5 +283,4 @@ def said(sample: Sample) -> object:
     """Collect all text of a sample that somebody wrote."""
     if not isinstance(sample, Conversation):
         return asdict(sample)
-    messages = [{key: value for key, value in message.items() if key != "weight"} for message in sample.messages]
-    return [messages, sample.tools, sample.documents]
+    return [list(map(bare, sample.messages)), sample.tools, sample.documents]

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..chat_template.types import BadRow
-from ..config.resolve import ResolvedConfig, TrainConfig
+from ..config.resolve import FIELDS, ResolvedConfig, TrainConfig
 from ..config.schema import DataSource
 from ..data.formats import needs_template, to_sample
 from ..data.messages import bad_rows_error, usual_fix
@@ -33,7 +33,7 @@ from .adapters import ADAPTER_RULES
 from .context import RunContext
 from .grpo import GRPO_RULES
 from .model import MODEL_RULES
-from .recipe import LENGTH_RULES, RECIPE_RULES, SOURCE_RULES
+from .recipe import LENGTH_RULES, PARTS, RECIPE_RULES, SOURCE_RULES
 from .rule import Rule, Violation
 from .strategy import STRATEGY_RULES
 
@@ -174,13 +174,24 @@ def _entry(rule: Rule) -> str:
 
 
 def _file_problems(resolved: ResolvedConfig) -> list[UserError]:
-    problems, chats = [], bool(resolved.config.sample_questions)
+    problems, formats = [], set()
     for source in [*resolved.config.data_path, *(resolved.config.eval_data_path or [])]:
         try:
-            chats |= needs_template(check_data(source, resolved.config))
+            formats.add(check_data(source, resolved.config))
         except UserError as problem:
             problems.append(problem)
+    chats = any(map(needs_template, formats)) or bool(resolved.config.sample_questions)
+    problems += _unread_problems(resolved, formats)
     return [*problems, *_template_problems(resolved), *_model_problems(resolved, chats=chats)]
+
+
+def _unread_problems(resolved: ResolvedConfig, formats: set[str]) -> Iterator[UserError]:
+    """Options that choose among the turns of conversations, where no source has any."""
+    if formats and formats <= {"text", "tokens"}:
+        chosen = [key for key in PARTS if getattr(resolved.config, key) != FIELDS[key].default]
+        for key in chosen:
+            what = f"{key} with rows of {' and '.join(sorted(formats))}, which have no turns"
+            yield UserError(what, where=resolved.where(key), fix="leave it out, or give conversations")
 
 
 def check_data(source: DataSource, config: TrainConfig) -> str:

@@ -27,12 +27,15 @@ USUAL_RATES = {
 FAR = 10
 OF_SFT = (
     "label_smoothing_factor",
+    "roles_to_train",
+    "train_on_eos",
     "train_on_last_turn",
     "train_on_prompt",
     "train_on_opening",
     "lora_dropout",
     "per_device_eval_batch_size",
 )
+PARTS = ("train_on_last_turn", "roles_to_train", "train_on_eos")  # of a conversation, to be learned alone
 # Options, and what makes them count.
 DEPENDENT = (
     (
@@ -51,6 +54,8 @@ DEPENDENT = (
     ),
     (("per_device_eval_batch_size", "eval_on_start"), lambda c: c.has_validation, "no validation"),
     (("early_stopping_threshold",), lambda c: c.early_stopping_patience, "no early_stopping_patience"),
+    (("sampling_temperature",), lambda c: len(c.data_path) > 1, "one source"),
+    (("max_repeats",), lambda c: c.sampling_temperature != 1, "sampling_temperature 1"),
     (("wandb_project", "wandb_tags"), lambda c: "wandb" in c.report_to, "report_to without wandb"),
     (("hub_model_id", "hub_private_repo"), lambda c: c.push_to_hub, "no push_to_hub"),
     (("resume_changes",), lambda c: c.resume_from_checkpoint, "no resume_from_checkpoint"),
@@ -159,6 +164,12 @@ def _unused(s: RunContext) -> str | None:
     return f"{'; '.join(unused)}: nothing reads it" if unused else None
 
 
+def _parts_of_everything(s: RunContext) -> str | None:
+    plain = type(s.config).model_fields
+    parts = [k for k in PARTS if getattr(s.config, k) != plain[k].default] if s.config.train_on_prompt else []
+    return f"train_on_prompt and {' and '.join(parts)}" if parts else None
+
+
 def _validates_training_rows(s: RunContext) -> str | None:
     training = {(source.path, source.split, source.name) for source in s.config.data_path}
     both = [x.path for x in s.config.eval_data_path or [] if (x.path, x.split, x.name) in training]
@@ -225,6 +236,23 @@ def filesystem(path: Path) -> str:
 # These look at nothing but the recipe, so `data inspect` checks them too.
 SOURCE_RULES = (
     error(
+        "parts-of-everything",
+        ("train_on_prompt", *PARTS),
+        _parts_of_everything,
+        reason="With train_on_prompt every token is learned, and the others choose a part of them.",
+        fix="keep one of them",
+    ),
+    error(
+        "last-turn-of-roles",
+        ("train_on_last_turn", "roles_to_train"),
+        unless(
+            lambda s: s.config.train_on_last_turn and s.config.roles_to_train != ["assistant"],
+            "train_on_last_turn, and roles_to_train {c.roles_to_train}",
+        ),
+        reason="It learns the last turn of the assistant.",
+        fix="keep one of them",
+    ),
+    error(
         "one-validation-set",
         ("eval_data_path", "eval_split"),
         unless(
@@ -245,13 +273,26 @@ SOURCE_RULES = (
     ),
     error(
         "packs-of-parts",
-        ("packing", "data_path"),
+        ("packing", "data_path", "sampling_temperature"),
         unless(
-            lambda s: s.config.packing == "dataset" and any(source.weight % 1 for source in s.config.data_path),
-            "packing: dataset, and a weight that is not a whole number",
+            lambda s: (
+                s.config.packing == "dataset"
+                and (s.config.sampling_temperature != 1 or any(source.weight % 1 for source in s.config.data_path))
+            ),
+            "packing: dataset, and rows that are not seen a whole number of times in an epoch",
         ),
         reason="Packs over the data set need the same examples in every epoch.",
-        fix="use packing: step, or whole weights",
+        fix="use packing: step, or whole weights and no sampling_temperature",
+    ),
+    error(
+        "weights-and-temperature",
+        ("data_path", "sampling_temperature"),
+        unless(
+            lambda s: s.config.sampling_temperature != 1 and any(source.weight != 1 for source in s.config.data_path),
+            "a source with a weight, and sampling_temperature {c.sampling_temperature:g}",
+        ),
+        reason="Both say how often the rows of a source are seen.",
+        fix="keep one of them",
     ),
 )
 

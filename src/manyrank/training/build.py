@@ -277,7 +277,9 @@ def _restored_on_failure(own: PreTrainedModel | None) -> Iterator[None]:
 
 def _needed(config: TrainConfig, kind: type[Task], world: int) -> int | None:
     """The examples that a short run will see: it does not tokenise more. None: all."""
-    whole = config.eval_split or config.packing == "dataset" or config.max_steps <= 0
+    whole = (
+        config.eval_split or config.packing == "dataset" or config.max_steps <= 0 or config.sampling_temperature != 1
+    )
     return None if whole else kind.rows_needed(config, config.max_steps * config.batch(world))
 
 
@@ -290,7 +292,7 @@ def _data(
         train, evaluation = train.split(config.eval_split)
     elif config.eval_data_path:
         evaluation = prepare(config.eval_data_path, tokenizer, config)
-    return train, evaluation
+    return train.tempered(config), evaluation
 
 
 def _prepare_environment(config: TrainConfig, place: Topology, output_dir: Path) -> None:

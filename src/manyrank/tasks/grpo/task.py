@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ...chat_template.render import render_options
+from ...chat_template.types import bare
 from ...config.resolve import TrainConfig
 from ...data.dataset import Examples
 from ...data.questions import Question, prompt_of, read_questions
@@ -81,7 +82,7 @@ class GRPO(Task):
             if question.tools or question.documents:
                 what = "grpo cannot use rows with tools or documents"
                 raise UserError(what, where=question.place, fix="leave such rows out")
-            prompt = [{key: value for key, value in turn.items() if key != "weight"} for turn in question.prompt]
+            prompt = [bare(turn) for turn in question.prompt]
             self.questions.append(replace(question, prompt=prompt))
         return examples.take(np.array(numbers))
 

@@ -153,7 +153,7 @@ def resolve_data(
     entries = [Setting(f"--{key}", value, f"command line, --{key}") for key, value in overrides.items()]
     entries += [Setting("model_name_or_path", plan[0].artifact.tokenizer, "command line")]
     if data is not None:  # the format and columns of the run's own data say nothing of another file
-        defaults = {"data_path": data, "format_type": "auto", "columns": "none"}
+        defaults = {"data_path": data, "format_type": "auto", "columns": "none", "max_rows": "none"}
         entries += [Setting(key, value, "--data") for key, value in defaults.items() if key not in overrides]
     resolved = resolve(str(runs[0][0].run / "config.yaml") if runs else None, entries, finished=True)
     sources = resolved.config.data_path if data is not None else resolved.config.eval_data_path

@@ -20,7 +20,7 @@ EXAMPLES = {
     "out_of": "of rows",
 }
 LENGTHS = {"shortest": "min", "median": "median", "mean": "mean", "p95": "p95", "longest": "max"}
-SOURCES = ("source", "format", "weight", "rows", "examples", "tokens", "supervised")
+SOURCES = ("source", "format", "weight", "rows", "examples", "an epoch", "tokens", "supervised")
 
 
 def reading_tables(reading: dict, *, note: str = "") -> Iterator[Table]:
@@ -47,7 +47,10 @@ def bad_tables(reading: dict, *, note: str = "") -> Iterator[Table]:
 
 
 def _source(source: dict) -> tuple[Cell, ...]:
-    numbers = (count(source[key]) for key in ("rows", "examples", "tokens"))
+    in_epoch = source.get(
+        "in_epoch", round(source["weight"] * source["examples"])
+    )  # an earlier version did not write it
+    numbers = map(count, (source["rows"], source["examples"], in_epoch, source["tokens"]))
     named = (word(source["path"]), word(source["format_type"]), decimal(source["weight"]))
     return (*named, *numbers, share(source["supervised"] / max(1, source["tokens"])))
 
