@@ -81,12 +81,12 @@ LIGHT += [
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 1570,  # with the watchdog, which the launch starts too, the boards of machines, the hub, what a new run replaces, links to the adapter
-    "config": 2300,  # with keywords of Python, the names and values that other tools have and people guess, and keys and help texts in groups, and all that is not known at once
+    "config": 2380,  # with keywords of Python, the names and values that other tools have and people guess, keys and help texts in groups, all that is not known at once, and 4-bit types
     "topology": 880,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1460,
     "models": 4700,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces
     "data": 3650,  # with other names of questions and answers, and rows that are looked at before any tokenizer
-    "rules": 2000,  # with templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
+    "rules": 2100,  # with templates, callbacks and targets that are not there, what a new run replaces, the arguments of schedules, and 4-bit types
     "plan": 1950,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words
     "parallel": 1350,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16
     "checkpoint": 480,

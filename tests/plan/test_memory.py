@@ -81,18 +81,19 @@ def test_optimizer_states_are_those_after_a_step(optim):
     assert real or optim == "sgd"
 
 
-@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize(("method", "nested"), [*((method, True) for method in QUANTISED), ("qlora", False)])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma3_text", "qwen3_moe", "deepseek_v3"])
-def test_a_quantised_base_has_the_planned_bytes(kind, method, tmp_path):
-    config = recipe(f"--method={method}")
+def test_a_quantised_base_has_the_planned_bytes(kind, method, nested, tmp_path):
+    config = recipe(f"--method={method}").model_copy(update={"bnb_4bit_use_double_quant": nested})
     bare, shape = made(kind, recipe("--method=full"), torch.bfloat16)
     bare.save_pretrained(tmp_path)
-    plan = LoadPlan(str(tmp_path), torch.bfloat16, torch.bfloat16, QUANTISED[method], {"": "cpu"}, False, False)
+    plan = LoadPlan(str(tmp_path), torch.bfloat16, torch.bfloat16, QUANTISED[method], {"": "cpu"}, double_quant=nested)
     model = base_model(plan)
     constants = []
     for parameter in model.parameters():
         if state := getattr(parameter, "quant_state", None):
-            constants += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+            constants += [state.absmax, state.code]
+            constants += [state.offset, state.state2.absmax, state.state2.code] if nested else []
         elif getattr(parameter, "SCB", None) is not None:
             constants += [parameter.SCB]
     weights, planned = memory.base_weights(planned_run(config, shape, "single", bf16=True))

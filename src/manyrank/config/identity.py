@@ -35,7 +35,15 @@ IDENTITY = (
     "adam_beta2",
     "adam_epsilon",
 )
-LATER = ("use_rslora", "lr_scheduler_kwargs", "label_smoothing_factor", "data_seed")
+LATER = (
+    "use_rslora",
+    "lr_scheduler_kwargs",
+    "label_smoothing_factor",
+    "data_seed",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+)
+UNSAID = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # what None means
 OF_GRPO = (
     "rewards",
     "on_reward_error",
@@ -67,7 +75,9 @@ def identity(config: TrainConfig, precision: Precision, **facts: object) -> dict
     own = {key: getattr(config, key) for key in OF_GRPO} if config.is_grpo else {}
     # A checkpoint of an earlier version does not name fp16, nor these.
     computed = {"bf16": precision is Precision.BF16, "fp16": precision is Precision.FP16 or None}
-    computed |= {key: value if (value := getattr(config, key)) != FIELDS[key].default else None for key in LATER}
+    later = {key: getattr(config, key) for key in LATER}
+    usual = {key: UNSAID.get(key, FIELDS[key].default) for key in LATER}
+    computed |= {key: value if value != usual[key] else None for key, value in later.items()}
     return {"task": config.task} | computed | {key: getattr(config, key) for key in IDENTITY} | own | facts
 
 

@@ -95,7 +95,20 @@ class ModelKeys(Keys):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: Method = Field(
         "lora",
-        description="all weights (full), or adapters on a base of 16 (lora), 4 (qlora) or 8 bits (int8, fp8); qlora is NF4 with double quantisation, fp8 has products in float8, too",
+        description="all weights (full), or adapters on a base of 16 (lora), 4 (qlora) or 8 bits (int8, fp8); qlora is NF4 with double quantisation unless bnb_4bit_* say otherwise, fp8 has products in float8, too",
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = Field(
+        None, description="numbers of a 4-bit base (default: as it is stored, else nf4)"
+    )
+    bnb_4bit_use_double_quant: bool | None = Field(
+        None,
+        description="quantise its constants, too: 0.13 bits of a weight in place of 0.5 (default: as stored, else true)",
+    )
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="the type in which a 4-bit base is multiplied; it must be what bf16 and fp16 say"
+    )
+    bnb_4bit_quant_storage: Literal["bfloat16", "float16", "float32", "uint8"] | None = Field(
+        None, description="the type into which 4-bit weights are packed, so that they can be sharded; the same"
     )
     lora_r: Int = Field(16, gt=0, description="rank of the adapters")
     lora_alpha: Float = Field(32, gt=0, description="adapters are scaled by lora_alpha / lora_r")

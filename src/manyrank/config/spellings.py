@@ -108,6 +108,9 @@ OTHER_TOOLS = {
     "optimizer": "optim",
     "finetuning_type": "method",
     "quantization_bit": "method",
+    "use_nested_quant": "bnb_4bit_use_double_quant",
+    "double_quantization": "bnb_4bit_use_double_quant",
+    "quantization_type": "bnb_4bit_quant_type",
     "lora_target": "lora_target_modules",
     "neat_packing": "packing",
     "sample_packing": "packing",
@@ -153,10 +156,14 @@ WHEN: dict[str, tuple[str, ...]] = {
     "evaluation_strategy": ("no", "epoch"),
     "logging_strategy": ("epoch",),
 }
+TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+TYPES |= {f"torch.{name}": name for name in ("bfloat16", "float16", "float32", "uint8")}
 VALUES: dict[str, dict[str, str]] = {
     "format_type": FORMATS_ELSEWHERE,
     "lora_target_modules": {"all": "all-linear"},
     "optim": {"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"},
+    "bnb_4bit_compute_dtype": TYPES,
+    "bnb_4bit_quant_storage": TYPES,
     "packing": {"true": "dataset", "false": "step"},
     "gradient_checkpointing": {"unsloth": "full"},
     "resume_from_checkpoint": {"true": "auto", "false": "none"},
@@ -171,8 +178,6 @@ _INSTEAD = {
     "flash attention wherever the GPU has it",
     "liger_kernel use_liger_kernel": "leave it out: this project's own kernels are on; disable_fused switches them off",
     "quantization": "write use_4bit: true (QLoRA, NF4 with double quantisation) or use_8bit: true",
-    "use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_type bnb_4bit_compute_dtype": "leave it out: use_4bit is NF4 "
-    "with double quantisation, computed in bf16, with fp16: true in float16, or with bf16: false in float32",
     "dtype torch_dtype": "write bf16: true, fp16: true, or bf16: false for float32",
     "model_type tokenizer_type is_llama_derived_model use_fast_tokenizer tokenizer_use_fast": "leave it out: the model's own files say it",
     "special_tokens": "leave it out: the tokenizer has its own, and there is no padding; stop_tokens adds what ends a completion",

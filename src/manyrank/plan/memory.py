@@ -104,13 +104,15 @@ def linear_bytes(weights: int, method: str, *, element: int) -> int:
     return {"qlora": weights // 2, "int8": weights, "fp8": weights}.get(method, weights * element)
 
 
-def constant_bytes(weights: int, outputs: int, method: str) -> int:
+def constant_bytes(weights: int, outputs: int, method: str, *, nested: bool) -> int:
     """Bytes of the constants with which a quantised matrix is read, that no strategy shards."""
     if method in ("int8", "fp8"):
         return FLOAT * outputs
     if method != "qlora":
         return 0
     blocks = math.ceil(weights / NF4_BLOCK)
+    if not nested:
+        return FLOAT * (blocks + 16)  # and the table
     codes = FLOAT * (16 + 256 + 1)  # both tables, and the mean
     return blocks + FLOAT * math.ceil(blocks / NF4_NESTED) + codes
 
@@ -140,10 +142,11 @@ def outside_weights(run: PlannedRun) -> int:
 
 def base_weights(run: PlannedRun) -> tuple[int, int]:
     """Bytes of the whole base: what can be sharded, and constants that every process keeps."""
-    method, layers = run.config.method, run.shape.layers
+    method, layers, nested = run.config.method, run.shape.layers, run.config.bnb_4bit_use_double_quant is not False
     constants = sum(
-        layer.count * sum(constant_bytes(linear.weights, linear.outputs, method) for linear in layer.linears.values())
+        layer.count * constant_bytes(linear.weights, linear.outputs, method, nested=nested)
         for layer in layers
+        for linear in layer.linears.values()
     )
     return sum(layer.count * layer_weights(run, layer) for layer in layers) + outside_weights(run), constants
 

@@ -35,7 +35,17 @@ OF_SFT = (
 # Options, and what makes them count.
 DEPENDENT = (
     (("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), lambda c: c.uses_lora, "method full"),
-    (("quantized_cache",), lambda c: c.method == "qlora", "another method than qlora"),
+    (
+        (
+            "quantized_cache",
+            "bnb_4bit_quant_type",
+            "bnb_4bit_use_double_quant",
+            "bnb_4bit_compute_dtype",
+            "bnb_4bit_quant_storage",
+        ),
+        lambda c: c.method == "qlora",
+        "another method than qlora",
+    ),
     (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda c: c.optim != "sgd", "optim sgd"),
     (
         ("metric_for_best_model", "greater_is_better"),
@@ -117,6 +127,14 @@ def _schedule(s: RunContext) -> str | None:
     if needed and not set(needed) & set(given):
         return f"the schedule {kind} without {' or '.join(needed)} in lr_scheduler_kwargs"
     return None
+
+
+def _type_of_4_bits(s: RunContext) -> str | None:
+    keys = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
+    given = {key: getattr(s.config, key) for key in keys}
+    wrong = [f"{key} {value}" for key, value in given.items() if value not in (None, s.precision.dtype)]
+    used = s.config.method == "qlora"
+    return f"{' and '.join(wrong)}, and the run computes in {s.precision.label}" if wrong and used else None
 
 
 def _overwrites(s: RunContext) -> str | None:
@@ -399,6 +417,13 @@ OPTIMISATION_RULES = (
         unless(lambda s: bool(s.config.adapter) and s.config.method == "full", "method full, and adapter {c.adapter}"),
         reason="Full fine-tuning has no place for an adapter.",
         fix="merge it first (manyrank merge), and train the result; or use method lora",
+    ),
+    error(
+        "type-of-4-bits",
+        ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bf16", "fp16"),
+        _type_of_4_bits,
+        reason="A 4-bit base is multiplied in the precision of the run, and packed into that type: as bytes it could not be sharded.",
+        fix="leave it out, and say the precision: bf16: true, fp16: true, or bf16: false for float32",
     ),
     error(
         "schedule-arguments",
