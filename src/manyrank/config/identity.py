@@ -42,6 +42,7 @@ LATER = (
     "data_seed",
     "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant",
+    "optim_args",
 )
 UNSAID = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # what None means
 OF_GRPO = (
@@ -67,7 +68,7 @@ CALLED = {
     "num_train_epochs": ("total_steps",),
     "max_steps": ("total_steps",),
 }
-FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim")  # the shape of the saved state
+FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim", "optim_args")  # the shape of the saved state
 
 
 def identity(config: TrainConfig, precision: Precision, **facts: object) -> dict:

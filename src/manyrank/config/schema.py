@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ..topology.strategies import STRATEGIES
 from .spellings import as_ours
 from .value_types import (
+    Arguments,
     Cache,
     Columns,
     EachEpoch,
@@ -235,9 +236,12 @@ class OptimisationKeys(Keys):
     num_train_epochs: Float = Field(3.0, gt=0, description="epochs")
     max_steps: Int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
     optim: Optimizer = Field("adamw_torch", description="optimizer")
+    optim_args: Arguments = Field(
+        {}, description="its arguments that are no keys of their own, as {momentum: 0.9} of sgd"
+    )
     weight_decay: Float = Field(0.0, ge=0, description="weight decay of matrices (not of biases and norms)")
-    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
-    adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="first decay rate of AdamW and Lion")
+    adam_beta2: Float = Field(0.999, ge=0, lt=1, description="second decay rate of AdamW and Lion")
     adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW's epsilon")
     label_smoothing_factor: Float = Field(
         0.0, ge=0, lt=1, description="share of each target that is spread over the vocabulary, in training"

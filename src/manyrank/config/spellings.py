@@ -161,7 +161,16 @@ TYPES |= {f"torch.{name}": name for name in ("bfloat16", "float16", "float32", "
 VALUES: dict[str, dict[str, str]] = {
     "format_type": FORMATS_ELSEWHERE,
     "lora_target_modules": {"all": "all-linear"},
-    "optim": {"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"},
+    "optim": {
+        "adamw": "adamw_torch",
+        "adamw_torch_fused": "adamw_torch",
+        "adamw_hf": "adamw_torch",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw": "paged_adamw_32bit",
+        "lion": "lion_32bit",
+        "lion_pytorch": "lion_32bit",
+        "paged_lion": "paged_lion_32bit",
+    },
     "bnb_4bit_compute_dtype": TYPES,
     "bnb_4bit_quant_storage": TYPES,
     "packing": {"true": "dataset", "false": "step"},

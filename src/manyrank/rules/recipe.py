@@ -46,7 +46,8 @@ DEPENDENT = (
         lambda c: c.method == "qlora",
         "another method than qlora",
     ),
-    (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda c: c.optim != "sgd", "optim sgd"),
+    (("adam_beta1", "adam_beta2"), lambda c: c.optim not in ("sgd", "adafactor"), "optim sgd or adafactor"),
+    (("adam_epsilon",), lambda c: "adam" in c.optim or c.optim == "muon", "optim sgd, adafactor or lion"),
     (
         ("metric_for_best_model", "greater_is_better"),
         lambda c: c.load_best_model_at_end or c.early_stopping_patience,
@@ -77,6 +78,14 @@ SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "constant": ((), ()),
     "constant_with_warmup": ((), ()),
     "inverse_sqrt": (("timescale",), ()),
+}
+# What each optimizer takes in optim_args; others take nothing.
+_OF_8_BITS = ("min_8bit_size",)
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adafactor": ("clip_threshold", "decay_rate", "beta1", "scale_parameter"),
+    "muon": ("momentum", "nesterov", "ns_steps", "adjust_lr_fn"),
+    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit"), _OF_8_BITS),
 }
 LOCAL_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
 MOUNTS = Path("/proc/mounts")
@@ -113,7 +122,7 @@ def _best_metric(s: RunContext) -> str | None:
 def _far_rate(s: RunContext) -> str | None:
     low, high = USUAL_RATES[s.config.method]
     rate = s.config.learning_rate
-    if s.config.optim == "sgd" or low / FAR <= rate <= high * FAR:
+    if s.config.optim in ("sgd", "muon") or low / FAR <= rate <= high * FAR:
         return None
     return f"learning_rate {rate:g}, where method {s.config.method} usually takes {low:g} to {high:g}"
 
@@ -127,6 +136,13 @@ def _schedule(s: RunContext) -> str | None:
     if needed and not set(needed) & set(given):
         return f"the schedule {kind} without {' or '.join(needed)} in lr_scheduler_kwargs"
     return None
+
+
+def _optimizer(s: RunContext) -> str | None:
+    taken = OPTIMIZERS.get(s.config.optim, ())
+    unknown = [key for key in s.config.optim_args if key not in taken]
+    known = f"it takes {', '.join(taken)}" if taken else "it takes none"
+    return f"optim_args {', '.join(unknown)} of {s.config.optim}; {known}" if unknown else None
 
 
 def _type_of_4_bits(s: RunContext) -> str | None:
@@ -417,6 +433,14 @@ OPTIMISATION_RULES = (
         unless(lambda s: bool(s.config.adapter) and s.config.method == "full", "method full, and adapter {c.adapter}"),
         reason="Full fine-tuning has no place for an adapter.",
         fix="merge it first (manyrank merge), and train the result; or use method lora",
+    ),
+    error(
+        "optimizer-arguments",
+        ("optim_args", "optim"),
+        _optimizer,
+        reason="The optimizer could not be made.",
+        fix="give those it takes, as --optim_args momentum=0.9; learning_rate, weight_decay, adam_beta1, adam_beta2 and "
+        "adam_epsilon are keys of their own",
     ),
     error(
         "type-of-4-bits",

@@ -7,38 +7,76 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
+from transformers.optimization import Adafactor
 
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 from ..models.adapters import trainable
 from ..models.reach import shape_of
+from .own_optimizers import Groups, Lion, Muon
 
 
 def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable parameters; weight decay acts on matrices only."""
-    parameters = trainable(model).values()
+    """The recipe's optimizer over the trainable parameters; weight decay acts on matrices only.
+
+    Raises:
+        UserError: it does not take these optim_args.
+    """
+    try:
+        return _build(model, config)
+    except (TypeError, ValueError) as error:
+        what = f"optim {config.optim} takes no such arguments: {error}"
+        raise UserError(what, where="optim_args", fix="give other values") from None
+
+
+def _build(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters, rate = list(trainable(model).values()), {"lr": config.learning_rate}
+    betas = rate | {"betas": (config.adam_beta1, config.adam_beta2)}
+    adam = betas | {"eps": config.adam_epsilon}
+    groups, options = _groups(parameters, config), config.optim_args
+    match config.optim:
+        case "sgd":
+            return torch.optim.SGD(groups, **rate, **options)
+        case "adamw_torch":
+            return torch.optim.AdamW(groups, fused=True, **adam, **options)
+        case "lion_32bit":
+            return Lion(groups, **betas, **options)
+        case "adafactor":
+            usual = {"scale_parameter": False, "relative_step": False, "warmup_init": False}  # the rate is the recipe's
+            return Adafactor(groups, **rate, **usual | options)
+        case "muon":
+            return _muon(model, parameters, config, adam)
+    from bitsandbytes import optim as bnb
+
+    kinds = {
+        "adamw_8bit": bnb.AdamW8bit,
+        "paged_adamw_8bit": bnb.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.PagedAdamW32bit,
+        "lion_8bit": bnb.Lion8bit,
+        "paged_lion_8bit": bnb.PagedLion8bit,
+        "paged_lion_32bit": bnb.PagedLion32bit,
+    }
+    return kinds[config.optim](groups, **(betas if "lion" in config.optim else adam), **options)
+
+
+def _groups(parameters: list[torch.nn.Parameter], config: TrainConfig) -> Groups:
     groups = [
         {"params": [p for p in parameters if len(shape_of(p)) > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if len(shape_of(p)) <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    if config.optim == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
-    adam = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-    }
-    if config.optim == "adamw_torch":
-        return torch.optim.AdamW(groups, fused=True, **adam)
-    from bitsandbytes import optim as bnb
+    return [group for group in groups if group["params"]]
 
-    cls = {
-        "adamw_8bit": bnb.AdamW8bit,
-        "paged_adamw_8bit": bnb.PagedAdamW8bit,
-        "paged_adamw_32bit": bnb.PagedAdamW32bit,
-    }
-    return cls[config.optim](groups, **adam)
+
+def _muon(model: torch.nn.Module, parameters: list[torch.nn.Parameter], config: TrainConfig, adam: dict) -> Muon:
+    """Muon over the matrices of layers; embeddings, lm_head, stacked experts and vectors are AdamW's."""
+    ends = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    ends += [getattr(model, "get_output_embeddings", lambda: None)()]
+    outside = {id(getattr(module, "weight", None)) for module in ends}
+    matrices = [p for p in parameters if len(shape_of(p)) == 2 and id(p) not in outside]
+    rest = [p for p in parameters if id(p) not in set(map(id, matrices))]
+    # A matrix is updated by as much as AdamW would, so that its learning rates hold (Liu et al. 2025, arXiv 2502.16982).
+    muon = {"lr": config.learning_rate, "adjust_lr_fn": "match_rms_adamw", **config.optim_args}
+    return Muon(_groups(matrices, config), _groups(rest, config), muon=muon, adam={**adam, "fused": True})
 
 
 def build_schedule(config: TrainConfig, total_steps: int) -> LambdaLR:
