@@ -137,6 +137,7 @@ def test_aliases_and_dashes(alias, key):
         "gradient_accumulation_steps": 2,
         "lr_scheduler_type": "linear",
         "optim": "sgd",
+        "dft_loss": True,
         "bnb_4bit_quant_type": "fp4",
         "bnb_4bit_use_double_quant": True,
         "overwrite_output_dir": True,

@@ -327,6 +327,8 @@ CASES = [
     ("unused-options", {"optim": "lion_32bit", "adam_epsilon": 1e-6}, {"optim": "muon"}),
     ("unused-options", {"optim": "adafactor", "adam_beta1": 0.8}, {"optim": "lion_32bit"}),
     ("optimizer-arguments", {"optim": "sgd", "optim_args": "momentum=0.9,beta1=0.1"}, {"optim_args": "momentum=0.9"}),
+    ("two-losses", {"dft_loss": True, "label_smoothing_factor": 0.1}, {"dft_loss": False}),
+    ("two-losses", {"loss_type": "dft", "label_smoothing_factor": 0.1}, {"label_smoothing_factor": 0}),
     ("optimizer-arguments", {"optim_args": {"momentum": 0.9}}, {"optim": "sgd"}),
     ("type-of-4-bits", {"method": "qlora", "bnb_4bit_compute_dtype": "bf16"}, {"hardware": CPU_WITH_BF16}),
     ("type-of-4-bits", {"method": "qlora", "bnb_4bit_quant_storage": "uint8"}, {"bnb_4bit_quant_storage": "float32"}),

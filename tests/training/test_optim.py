@@ -8,7 +8,7 @@ from small_models import recipe
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, Adafactor
 
 from manyrank.errors import UserError
-from manyrank.rules.recipe import OPTIMIZERS, SCHEDULES
+from manyrank.rules.arguments import OPTIMIZERS, SCHEDULES
 from manyrank.training.optim import advance, build_optimizer, build_schedule
 
 

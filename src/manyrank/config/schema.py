@@ -246,6 +246,9 @@ class OptimisationKeys(Keys):
     label_smoothing_factor: Float = Field(
         0.0, ge=0, lt=1, description="share of each target that is spread over the vocabulary, in training"
     )
+    dft_loss: bool = Field(
+        False, description="scale each token's loss by its probability in training (Dynamic Fine-Tuning)"
+    )
     max_grad_norm: Float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
     seed: Int = Field(
         42, ge=0, lt=2**32, description="seed of the adapters' initial weights, the data's order and dropout"

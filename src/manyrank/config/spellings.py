@@ -110,6 +110,8 @@ OTHER_TOOLS = {
     "quantization_bit": "method",
     "use_nested_quant": "bnb_4bit_use_double_quant",
     "double_quantization": "bnb_4bit_use_double_quant",
+    "use_dft_loss": "dft_loss",
+    "use_dynamic_finetuning": "dft_loss",
     "quantization_type": "bnb_4bit_quant_type",
     "lora_target": "lora_target_modules",
     "neat_packing": "packing",

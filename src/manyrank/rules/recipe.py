@@ -10,6 +10,7 @@ from pathlib import Path
 from ..config.identity import OF_GRPO, early_changes
 from ..config.resolve import DEFAULTS_OF_GRPO
 from ..project_files import asset
+from .arguments import ARGUMENT_RULES
 from .context import RunContext
 from .reporting import REPORTING_RULES
 from .rule import error, unless, warning
@@ -26,6 +27,7 @@ USUAL_RATES = {
 FAR = 10
 OF_SFT = (
     "label_smoothing_factor",
+    "dft_loss",
     "train_on_last_turn",
     "train_on_prompt",
     "train_on_opening",
@@ -64,29 +66,6 @@ DEPENDENT = (
     (("vllm_server_base_url",), lambda c: c.use_vllm == "server", "use_vllm not server"),
     (("vllm_gpu_memory_utilization",), lambda c: c.use_vllm == "colocate", "use_vllm not colocate"),
 )
-# What each schedule of transformers takes in lr_scheduler_kwargs, and of which it needs one.
-_MIN_LR = ("num_cycles", "min_lr", "min_lr_rate")
-_STABLE = ("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles")
-SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": ((), ()),
-    "cosine": (("num_cycles",), ()),
-    "cosine_with_restarts": (("num_cycles",), ()),
-    "cosine_with_min_lr": (_MIN_LR, ("min_lr", "min_lr_rate")),
-    "cosine_warmup_with_min_lr": ((*_MIN_LR, "warmup_lr_rate"), ("min_lr", "min_lr_rate")),
-    "warmup_stable_decay": (_STABLE, ("num_decay_steps",)),
-    "polynomial": (("lr_end", "power"), ()),
-    "constant": ((), ()),
-    "constant_with_warmup": ((), ()),
-    "inverse_sqrt": (("timescale",), ()),
-}
-# What each optimizer takes in optim_args; others take nothing.
-_OF_8_BITS = ("min_8bit_size",)
-OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    "sgd": ("momentum", "dampening", "nesterov"),
-    "adafactor": ("clip_threshold", "decay_rate", "beta1", "scale_parameter"),
-    "muon": ("momentum", "nesterov", "ns_steps", "adjust_lr_fn"),
-    **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit"), _OF_8_BITS),
-}
 LOCAL_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
 MOUNTS = Path("/proc/mounts")
 
@@ -125,24 +104,6 @@ def _far_rate(s: RunContext) -> str | None:
     if s.config.optim in ("sgd", "muon") or low / FAR <= rate <= high * FAR:
         return None
     return f"learning_rate {rate:g}, where method {s.config.method} usually takes {low:g} to {high:g}"
-
-
-def _schedule(s: RunContext) -> str | None:
-    kind, given = s.config.lr_scheduler_type, s.config.lr_scheduler_kwargs
-    taken, needed = SCHEDULES[kind]
-    if unknown := [key for key in given if key not in taken]:
-        known = f"it takes {', '.join(taken)}" if taken else "it takes none"
-        return f"lr_scheduler_kwargs {', '.join(unknown)} of the schedule {kind}; {known}"
-    if needed and not set(needed) & set(given):
-        return f"the schedule {kind} without {' or '.join(needed)} in lr_scheduler_kwargs"
-    return None
-
-
-def _optimizer(s: RunContext) -> str | None:
-    taken = OPTIMIZERS.get(s.config.optim, ())
-    unknown = [key for key in s.config.optim_args if key not in taken]
-    known = f"it takes {', '.join(taken)}" if taken else "it takes none"
-    return f"optim_args {', '.join(unknown)} of {s.config.optim}; {known}" if unknown else None
 
 
 def _type_of_4_bits(s: RunContext) -> str | None:
@@ -435,26 +396,22 @@ OPTIMISATION_RULES = (
         fix="merge it first (manyrank merge), and train the result; or use method lora",
     ),
     error(
-        "optimizer-arguments",
-        ("optim_args", "optim"),
-        _optimizer,
-        reason="The optimizer could not be made.",
-        fix="give those it takes, as --optim_args momentum=0.9; learning_rate, weight_decay, adam_beta1, adam_beta2 and "
-        "adam_epsilon are keys of their own",
+        "two-losses",
+        ("dft_loss", "label_smoothing_factor"),
+        unless(
+            lambda s: s.config.dft_loss and bool(s.config.label_smoothing_factor),
+            "dft_loss and label_smoothing_factor together",
+        ),
+        reason="One weighs a token by what the model gives the target alone, and the other spreads the target.",
+        fix="keep one of them",
     ),
+    *ARGUMENT_RULES,
     error(
         "type-of-4-bits",
         ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bf16", "fp16"),
         _type_of_4_bits,
         reason="A 4-bit base is multiplied in the precision of the run, and packed into that type: as bytes it could not be sharded.",
         fix="leave it out, and say the precision: bf16: true, fp16: true, or bf16: false for float32",
-    ),
-    error(
-        "schedule-arguments",
-        ("lr_scheduler_kwargs", "lr_scheduler_type"),
-        _schedule,
-        reason="The schedule could not be made.",
-        fix="give those it takes, as --lr_scheduler_kwargs '{min_lr_rate: 0.1}'",
     ),
     warning(
         "warmup-beyond-end",

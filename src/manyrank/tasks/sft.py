@@ -30,11 +30,12 @@ class SFT(Task):
     def use_engine(self) -> None:
         engine = self.engine
         self.device = engine.accelerator.device
-        fused, smoothing = "lm_head" not in self.config.disable_fused, self.config.label_smoothing_factor
-        if smoothing and self.objects.loss:
-            what, fix = "label_smoothing_factor with a loss of your own", "smooth in it, and leave the key out"
-            raise UserError(what, where="label_smoothing_factor", fix=fix)
-        options = {"fused": fused, "function": self.objects.loss, "smoothing": smoothing}
+        own, config = self.objects.loss, self.config
+        for key in ("label_smoothing_factor", "dft_loss"):
+            if own and getattr(config, key):
+                raise UserError(f"{key} with a loss of your own", where=key, fix="do it there, and leave the key out")
+        options = {"fused": "lm_head" not in config.disable_fused, "function": own}
+        options |= {"smoothing": config.label_smoothing_factor, "dynamic": config.dft_loss}
         self.token_loss = TokenLoss(engine.wrapped, engine.model, **options)
 
     def loader(self, examples: Examples, *, training: bool) -> StepLoader:
