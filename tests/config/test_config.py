@@ -138,6 +138,7 @@ def test_aliases_and_dashes(alias, key):
         "lr_scheduler_type": "linear",
         "optim": "sgd",
         "dft_loss": True,
+        "neftune_noise_alpha": 5.0,
         "bnb_4bit_quant_type": "fp4",
         "bnb_4bit_use_double_quant": True,
         "overwrite_output_dir": True,

@@ -44,6 +44,7 @@ LATER = (
     "bnb_4bit_use_double_quant",
     "optim_args",
     "dft_loss",
+    "neftune_noise_alpha",
 )
 UNSAID = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # what None means
 OF_GRPO = (

@@ -249,6 +249,9 @@ class OptimisationKeys(Keys):
     dft_loss: bool = Field(
         False, description="scale each token's loss by its probability in training (Dynamic Fine-Tuning)"
     )
+    neftune_noise_alpha: Float | None = Field(
+        None, ge=0, description="noise on the embeddings in training, of up to this / sqrt(length x width) (NEFTune)"
+    )
     max_grad_norm: Float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
     seed: Int = Field(
         42, ge=0, lt=2**32, description="seed of the adapters' initial weights, the data's order and dropout"

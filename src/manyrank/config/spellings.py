@@ -110,6 +110,8 @@ OTHER_TOOLS = {
     "quantization_bit": "method",
     "use_nested_quant": "bnb_4bit_use_double_quant",
     "double_quantization": "bnb_4bit_use_double_quant",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
+    "neftune_alpha": "neftune_noise_alpha",
     "use_dft_loss": "dft_loss",
     "use_dynamic_finetuning": "dft_loss",
     "quantization_type": "bnb_4bit_quant_type",
@@ -231,7 +233,6 @@ _INSTEAD = {
     "cache_dir": "set the environment variable HF_HOME",
     "continue": "write resume_from_checkpoint: auto",
     "use_dora lora_bias modules_to_save": "leave it out: adapters are plain LoRA or rsLoRA, without biases",
-    "neftune_noise_alpha": "leave it out: no noise is added to embeddings here",
     "assistant_only_loss completion_only_loss": "leave it out: only what the assistant says is learned, unless "
     "train_on_prompt is true",
     "shuffle": "leave it out: rows are shuffled anew in every epoch, by the seed",

@@ -28,6 +28,7 @@ FAR = 10
 OF_SFT = (
     "label_smoothing_factor",
     "dft_loss",
+    "neftune_noise_alpha",
     "train_on_last_turn",
     "train_on_prompt",
     "train_on_opening",
