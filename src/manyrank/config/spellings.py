@@ -207,7 +207,12 @@ _INSTEAD = {
     "ddp_find_unused_parameters": "leave it out: what gets no gradient is frozen, or named",
     "do_train": "leave it out: `manyrank train` trains",
     "do_eval": "leave it out: with eval_data_path or eval_split it validates",
-    "dataloader_num_workers": "leave it out: a thread reads the next step",
+    "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers": "leave it out: a "
+    "thread reads the next step, into pinned memory",
+    "dataloader_drop_last": "leave it out: an epoch's last step takes the examples that are left",
+    "pure_bf16": "write bf16: true; what is trained is kept in float32",
+    "freeze_trainable_layers freeze_trainable_modules unfrozen_parameters": "leave it out: full trains all weights, and the other "
+    "methods those of the adapters on lora_target_modules",
     "remove_unused_columns": "leave it out: other columns of a row are not read",
     "pad_to_sequence_len": "leave it out: there is no padding",
     "logging_dir": "leave it out: logs are in the run's folder",
