@@ -329,6 +329,8 @@ CASES = [
     ("optimizer-arguments", {"optim": "sgd", "optim_args": "momentum=0.9,beta1=0.1"}, {"optim_args": "momentum=0.9"}),
     ("two-losses", {"dft_loss": True, "label_smoothing_factor": 0.1}, {"dft_loss": False}),
     ("two-losses", {"loss_type": "dft", "label_smoothing_factor": 0.1}, {"label_smoothing_factor": 0}),
+    ("optimizer-arguments", {"optim": "sgd", "optim_args": "momentum=much"}, {"optim_args": "momentum=9e-1"}),
+    ("optimizer-arguments", {"optim": "muon", "optim_args": "ns_steps=few"}, {"optim_args": "adjust_lr_fn=original"}),
     ("optimizer-arguments", {"optim_args": {"momentum": 0.9}}, {"optim": "sgd"}),
     ("type-of-4-bits", {"method": "qlora", "bnb_4bit_compute_dtype": "bf16"}, {"hardware": CPU_WITH_BF16}),
     ("type-of-4-bits", {"method": "qlora", "bnb_4bit_quant_storage": "uint8"}, {"bnb_4bit_quant_storage": "float32"}),

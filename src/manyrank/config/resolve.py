@@ -310,7 +310,7 @@ def _canonical(entries: Sequence[Setting], method: Setting | None) -> dict[str, 
             entry = Setting("report_to", ["wandb"] if _yes(entry) else [], entry.where)
             key = "report_to"
         if key == "loss_type" and str(entry.value).lower() in ("dft", "nll"):  # trl's, of SFT
-            entry, key = Setting("dft_loss", entry.value == "dft", entry.where), "dft_loss"
+            entry, key = Setting("dft_loss", str(entry.value).lower() == "dft", entry.where), "dft_loss"
         if key not in FIELDS:
             unknown.append(unknown_key(entry))
             continue

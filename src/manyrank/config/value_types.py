@@ -85,8 +85,17 @@ def _arguments(value: Any) -> Any:
     """Read transformers' text "a=b,c=d" as a mapping, too."""
     if isinstance(value, str) and "=" in value and not value.startswith("{"):
         pairs = [item.partition("=")[::2] for item in value.split(",")]
-        value = {name.strip(): yaml.safe_load(text) for name, text in pairs}
-    return _mapped(value)
+        value = {name.strip(): _mapped(text) for name, text in pairs}
+    value = _mapped(value)
+    return {key: _figure(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _figure(value: Any) -> Any:
+    """Read 1e-3, which is text in YAML, as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _parts(value: Any) -> Any:

@@ -45,6 +45,9 @@ def _optimizer(s: RunContext) -> str | None:
     taken = OPTIMIZERS.get(s.config.optim, ())
     unknown = [key for key in s.config.optim_args if key not in taken]
     known = f"it takes {', '.join(taken)}" if taken else "it takes none"
+    words = [f"{key} {value}" for key, value in s.config.optim_args.items() if not isinstance(value, int | float)]
+    if wrong := [word for word in words if not word.startswith("adjust_lr_fn") and not unknown]:
+        return f"optim_args {', '.join(wrong)} of {s.config.optim}, which is no number"
     return f"optim_args {', '.join(unknown)} of {s.config.optim}; {known}" if unknown else None
 
 
