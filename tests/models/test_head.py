@@ -85,6 +85,29 @@ def test_smoothed_targets(case, dtype, close, cross_entropy, monkeypatch):
     assert apart(plain[0], wanted_grads[0]) > 0.02
 
 
+def dynamic(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Dynamic Fine-Tuning as the paper writes it: the sum of -sg(p) log p."""
+    log = torch.log_softmax(logits, -1).gather(1, targets[:, None])
+    return -(log.detach().exp() * log).sum()
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-10), (torch.float32, 5e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("cross_entropy", [fused_head.in_blocks, fused_head.by_shares])
+def test_losses_scaled_by_probabilities(case, dtype, close, cross_entropy, monkeypatch):
+    monkeypatch.setitem(fused_head.CHUNK, "cpu", 300 * 8 * 7)
+    monkeypatch.setattr(fused_head, "BLOCK", 300 * 8 * 3 // torch.get_num_threads())
+    monkeypatch.setitem(fused_head.CROSS_ENTROPY, "cpu", cross_entropy)
+    *tensors, targets = case
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    exact = [tensor.double() for tensor in tensors]
+    wanted, wanted_grads = gradients(lambda h, w, b: dynamic(h @ w.T + b, targets), exact)
+    loss, grads = gradients(lambda h, w, b: HeadLoss.apply(h, w, b, targets, 0.0, True), tensors)
+    assert apart(loss, wanted) < close
+    assert max(apart(found, want) for found, want in zip(grads, wanted_grads)) < close
+    _, plain = gradients(lambda h, w, b: HeadLoss.apply(h, w, b, targets), tensors)
+    assert apart(plain[0], wanted_grads[0]) > 0.5
+
+
 @pytest.mark.parametrize("cross_entropy", [fused_head.in_blocks, fused_head.by_shares])
 def test_small_losses_in_16_bits_are_not_rounded_away(cross_entropy, monkeypatch):
     """Of tokens that are all but known, loss and gradient come out as well as of others."""
@@ -134,6 +157,19 @@ def test_targets_are_smoothed_in_training_alone(fused):
         model.train(training)
         found.append(token_loss(inputs, positions, targets).item())
     assert found == pytest.approx(wanted, rel=1e-5) and wanted[0] != pytest.approx(wanted[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_probabilities_scale_losses_in_training_alone(fused):
+    torch.manual_seed(0)
+    model, (inputs, positions, targets) = LlamaForCausalLM(LlamaConfig(**SMALL)), micro_batch()
+    logits = model(**inputs).logits.flatten(0, 1)[positions]
+    wanted, found = [dynamic(logits, targets).item(), F.cross_entropy(logits, targets, reduction="sum").item()], []
+    token_loss = TokenLoss(model, fused=fused, dynamic=True)
+    for training in (True, False):
+        model.train(training)
+        found.append(token_loss(inputs, positions, targets).item())
+    assert found == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

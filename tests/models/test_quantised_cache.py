@@ -14,10 +14,11 @@ from manyrank.models.shards import Share, take_parts
 CPU, TYPE = torch.device("cpu"), torch.bfloat16
 
 
-def loaded(name, where, lines: list[str]):
+def loaded(name, where, lines: list[str], *kind):
     """A base of which this process is the first of two ranks that share it."""
     share = Share(0, 2, flat=False, device=CPU, trained=False, storage=TYPE)
-    plan = LoadPlan(str(name), TYPE, TYPE, "nf4", {"": CPU}, share)
+    quantization, double_quant = kind or ("nf4", True)
+    plan = LoadPlan(str(name), TYPE, TYPE, quantization, {"": CPU}, share, double_quant=double_quant)
     return cached_base(plan, where=str(where), say=lines.append)
 
 
@@ -72,6 +73,16 @@ def test_the_cached_base_is_the_quantised_one(embedded_model, tmp_path):
         for name in constants[0]
         for key in constants[0][name]
     )
+
+
+def test_other_numbers_and_constants_are_cached_apart(embedded_model, tmp_path):
+    lines, kinds = [], [("nf4", True), ("fp4", True), ("nf4", False)]
+    for kind in (*kinds, *kinds):
+        model = loaded(embedded_model, tmp_path, lines, *kind)
+        states = [module.quant_state for module in model.modules() if hasattr(module, "quant_state")]
+        assert {(state.quant_type, state.nested) for state in states} == {kind}
+    assert len(list(tmp_path.iterdir())) == 3
+    assert ["comes from" in line for line in lines] == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize("place", ["off", "a file"])

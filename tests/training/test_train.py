@@ -487,3 +487,18 @@ def test_clipping_is_the_same_everywhere(embedded_model, tmp_path):
     for strategy in ("fsdp", "zero3"):
         other = losses(strategy, f"--strategy={strategy}", "--nproc=2", "--max_grad_norm=0.05")
         assert other == pytest.approx(clipped, abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp", "zero3", *nightly("ddp", "zero2")])
+def test_dft_weighs_tokens_by_their_probability(strategy, whole_run, tmp_path):
+    """The losses are those of the plain lm_head, on every strategy, and the validation's stay cross-entropies."""
+    args = ("--max_steps=3", "--eval_split=8", "--eval_on_start", "--eval_steps=3")
+    common = (*args, f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}")
+    run = launch(tmp_path / "run", *common, "--loss_type=dft")
+    assert run.code == 0, run.stderr
+    plain = launch(tmp_path / "plain", *args, "--strategy=single", "--dft_loss", "--disable_fused=lm_head")
+    assert run.metrics() == pytest.approx(plain.metrics(), abs=1e-5)
+    assert run.metrics()[0] < 0.5 * whole_run.metrics()[0]
+    other = launch(tmp_path / "other", *args, "--strategy=single")
+    assert run.metrics("eval_loss")[0] == pytest.approx(other.metrics("eval_loss")[0], abs=1e-5)
+    assert run.metrics("eval_loss")[1] != pytest.approx(other.metrics("eval_loss")[1], abs=1e-5)

@@ -62,7 +62,13 @@ LATER = (
     "train_on_eos",
     "sampling_temperature",
     "max_repeats",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "optim_args",
+    "dft_loss",
+    "neftune_noise_alpha",
 )
+UNSAID = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # what None means
 OF_GRPO = (
     "rewards",
     "on_reward_error",
@@ -86,7 +92,15 @@ CALLED = {
     "num_train_epochs": ("total_steps",),
     "max_steps": ("total_steps",),
 }
-FIXED = ("task", "method", "lora_r", "lora_target_modules", "optim", *OF_ADAPTERS)  # the shape of the saved state
+FIXED = (
+    "task",
+    "method",
+    "lora_r",
+    "lora_target_modules",
+    "optim",
+    "optim_args",
+    *OF_ADAPTERS,
+)  # the shape of the saved state
 
 
 def identity(config: TrainConfig, precision: Precision, **facts: object) -> dict:
@@ -94,7 +108,9 @@ def identity(config: TrainConfig, precision: Precision, **facts: object) -> dict
     own = {key: getattr(config, key) for key in OF_GRPO} if config.is_grpo else {}
     # A checkpoint of an earlier version does not name fp16, nor these.
     computed = {"bf16": precision is Precision.BF16, "fp16": precision is Precision.FP16 or None}
-    computed |= {key: value if (value := getattr(config, key)) != FIELDS[key].default else None for key in LATER}
+    later = {key: getattr(config, key) for key in LATER}
+    usual = {key: UNSAID.get(key, FIELDS[key].default) for key in LATER}
+    computed |= {key: value if value != usual[key] else None for key, value in later.items()}
     return {"task": config.task} | computed | {key: getattr(config, key) for key in IDENTITY} | own | facts
 
 

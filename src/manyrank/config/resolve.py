@@ -281,6 +281,8 @@ def _canonical(entries: Sequence[Setting], method: Setting | None) -> dict[str, 
         if key == "wandb":
             entry = Setting("report_to", ["wandb"] if _yes(entry) else [], entry.where)
             key = "report_to"
+        if key == "loss_type" and str(entry.value).lower() in ("dft", "nll"):  # trl's, of SFT
+            entry, key = Setting("dft_loss", str(entry.value).lower() == "dft", entry.where), "dft_loss"
         if key not in FIELDS:
             unknown.append(unknown_key(entry))
             continue

@@ -10,6 +10,7 @@ from ..topology.strategies import STRATEGIES
 from .spellings import as_ours
 from .value_types import (
     Alphas,
+    Arguments,
     Cache,
     Columns,
     EachEpoch,
@@ -99,7 +100,20 @@ class ModelKeys(Keys):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: Method = Field(
         "lora",
-        description="all weights (full), or adapters on a base of 16 (lora), 4 (qlora) or 8 bits (int8, fp8); qlora is NF4 with double quantisation, fp8 has products in float8, too",
+        description="all weights (full), or adapters on a base of 16 (lora), 4 (qlora) or 8 bits (int8, fp8); qlora is NF4 with double quantisation unless bnb_4bit_* say otherwise, fp8 has products in float8, too",
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = Field(
+        None, description="numbers of a 4-bit base (default: as it is stored, else nf4)"
+    )
+    bnb_4bit_use_double_quant: bool | None = Field(
+        None,
+        description="quantise its constants, too: 0.13 bits of a weight in place of 0.5 (default: as stored, else true)",
+    )
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="the type in which a 4-bit base is multiplied; it must be what bf16 and fp16 say"
+    )
+    bnb_4bit_quant_storage: Literal["bfloat16", "float16", "float32", "uint8"] | None = Field(
+        None, description="the type into which 4-bit weights are packed, so that they can be sharded; the same"
     )
 
 
@@ -286,12 +300,21 @@ class OptimisationKeys(Keys):
     num_train_epochs: Float = Field(3.0, gt=0, description="epochs")
     max_steps: Int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
     optim: Optimizer = Field("adamw_torch", description="optimizer")
+    optim_args: Arguments = Field(
+        {}, description="its arguments that are no keys of their own, as {momentum: 0.9} of sgd"
+    )
     weight_decay: Float = Field(0.0, ge=0, description="weight decay of matrices (not of biases and norms)")
-    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
-    adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="first decay rate of AdamW and Lion")
+    adam_beta2: Float = Field(0.999, ge=0, lt=1, description="second decay rate of AdamW and Lion")
     adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW's epsilon")
     label_smoothing_factor: Float = Field(
         0.0, ge=0, lt=1, description="share of each target that is spread over the vocabulary, in training"
+    )
+    dft_loss: bool = Field(
+        False, description="scale each token's loss by its probability in training (Dynamic Fine-Tuning)"
+    )
+    neftune_noise_alpha: Float | None = Field(
+        None, ge=0, description="noise on the embeddings in training, of up to this / sqrt(length x width) (NEFTune)"
     )
     max_grad_norm: Float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 does not clip")
     seed: Int = Field(

@@ -109,6 +109,13 @@ OTHER_TOOLS = {
     "optimizer": "optim",
     "finetuning_type": "method",
     "quantization_bit": "method",
+    "use_nested_quant": "bnb_4bit_use_double_quant",
+    "double_quantization": "bnb_4bit_use_double_quant",
+    "noisy_embedding_alpha": "neftune_noise_alpha",
+    "neftune_alpha": "neftune_noise_alpha",
+    "use_dft_loss": "dft_loss",
+    "use_dynamic_finetuning": "dft_loss",
+    "quantization_type": "bnb_4bit_quant_type",
     "lora_target": "lora_target_modules",
     "neat_packing": "packing",
     "sample_packing": "packing",
@@ -171,10 +178,23 @@ WHEN: dict[str, tuple[str, ...]] = {
     "evaluation_strategy": ("no", "epoch"),
     "logging_strategy": ("epoch",),
 }
+TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+TYPES |= {f"torch.{name}": name for name in ("bfloat16", "float16", "float32", "uint8")}
 VALUES: dict[str, dict[str, str]] = {
     "format_type": FORMATS_ELSEWHERE,
     "lora_target_modules": {"all": "all-linear"},
-    "optim": {"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"},
+    "optim": {
+        "adamw": "adamw_torch",
+        "adamw_torch_fused": "adamw_torch",
+        "adamw_hf": "adamw_torch",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw": "paged_adamw_32bit",
+        "lion": "lion_32bit",
+        "lion_pytorch": "lion_32bit",
+        "paged_lion": "paged_lion_32bit",
+    },
+    "bnb_4bit_compute_dtype": TYPES,
+    "bnb_4bit_quant_storage": TYPES,
     "packing": {"true": "dataset", "false": "step"},
     "gradient_checkpointing": {"unsloth": "full"},
     "resume_from_checkpoint": {"true": "auto", "false": "none"},
@@ -190,8 +210,6 @@ _INSTEAD = {
     "flash attention wherever the GPU has it",
     "liger_kernel use_liger_kernel": "leave it out: this project's own kernels are on; disable_fused switches them off",
     "quantization": "write use_4bit: true (QLoRA, NF4 with double quantisation) or use_8bit: true",
-    "use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_type bnb_4bit_compute_dtype": "leave it out: use_4bit is NF4 "
-    "with double quantisation, computed in bf16, with fp16: true in float16, or with bf16: false in float32",
     "dtype torch_dtype": "write bf16: true, fp16: true, or bf16: false for float32",
     "model_type tokenizer_type is_llama_derived_model use_fast_tokenizer tokenizer_use_fast": "leave it out: the model's own files say it",
     "special_tokens": "leave it out: the tokenizer has its own, and there is no padding; stop_tokens adds what ends a completion",
@@ -208,7 +226,12 @@ _INSTEAD = {
     "ddp_find_unused_parameters": "leave it out: what gets no gradient is frozen, or named",
     "do_train": "leave it out: `manyrank train` trains",
     "do_eval": "leave it out: with eval_data_path or eval_split it validates",
-    "dataloader_num_workers": "leave it out: a thread reads the next step",
+    "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers": "leave it out: a "
+    "thread reads the next step, into pinned memory",
+    "dataloader_drop_last": "leave it out: an epoch's last step takes the examples that are left",
+    "pure_bf16": "write bf16: true; what is trained is kept in float32",
+    "freeze_trainable_layers freeze_trainable_modules unfrozen_parameters": "leave it out: full trains all weights, and the other "
+    "methods those of the adapters on lora_target_modules",
     "remove_unused_columns": "leave it out: other columns of a row are not read",
     "pad_to_sequence_len": "leave it out: there is no padding",
     "logging_dir": "leave it out: logs are in the run's folder",
@@ -233,7 +256,6 @@ _INSTEAD = {
     "token hf_token hub_token": "set the environment variable HF_TOKEN, or run `hf auth login`",
     "cache_dir": "set the environment variable HF_HOME",
     "continue": "write resume_from_checkpoint: auto",
-    "neftune_noise_alpha": "leave it out: no noise is added to embeddings here",
     "message_field_training": "leave it out: `train`, `training` or `weight` of a message is read",
     "streaming": "leave it out: rows are read one at a time, and tokens are kept on disk, not in memory. For less of them write data_path: "
     "{path: FILE, max_rows: N}; the environment variable HF_DATASETS_CACHE names a larger disk, and a run with max_steps reads what it needs",

@@ -37,7 +37,19 @@ Schedule = Literal[
     "constant_with_warmup",
     "inverse_sqrt",
 ]
-Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    "adafactor",
+    "muon",
+    "sgd",
+]
 
 
 def _number(value: Any) -> Any:
@@ -73,6 +85,23 @@ def _mapped(value: Any) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError:
         raise ValueError("not a mapping like {a: b}") from None
+
+
+def _arguments(value: Any) -> Any:
+    """Read transformers' text "a=b,c=d" as a mapping, too."""
+    if isinstance(value, str) and "=" in value and not value.startswith("{"):
+        pairs = [item.partition("=")[::2] for item in value.split(",")]
+        value = {name.strip(): _mapped(text) for name, text in pairs}
+    value = _mapped(value)
+    return {key: _figure(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _figure(value: Any) -> Any:
+    """Read 1e-3, which is text in YAML, as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _parts(value: Any) -> Any:
@@ -219,6 +248,7 @@ Cache = Annotated[str, BeforeValidator(_cache)]
 Vllm = Annotated[Literal["off", "colocate", "server"], BeforeValidator(_vllm)]
 Parts = Annotated[list[Literal["lm_head", "lora", "attention", "norm", "mlp", "rope"]], BeforeValidator(_parts)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(lambda value: _dates_as_text(_mapped(value)))]
+Arguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 Columns = Annotated[dict[str, str], BeforeValidator(_mapped)]
 Format = Annotated[str, AfterValidator(_format)]
 Strategy = Annotated[str, AfterValidator(_strategy)]

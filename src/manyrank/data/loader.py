@@ -11,6 +11,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,6 +37,13 @@ class MicroBatch:
     positions: torch.Tensor
     targets: torch.Tensor
     rows: list[tuple[str, int]]
+
+    def documents(self) -> list[tuple[int, int]]:
+        """The first token (row * tokens + token) and the length of each example."""
+        if (mask := self.inputs.get("attention_mask")) is not None:
+            return [(row * mask.shape[1], length) for row, length in enumerate(mask.sum(1).tolist())]
+        bounds = self.inputs["cu_seq_lens_q"].tolist()
+        return [(start, end - start) for start, end in pairwise(bounds)]
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to a device. Copies to CUDA are from pinned memory, and nothing waits for them."""

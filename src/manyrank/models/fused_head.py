@@ -33,19 +33,20 @@ class HeadLoss(torch.autograd.Function):
     Args of `apply`:
         hidden: (n, h). weight: (vocabulary, h). bias: (vocabulary,) or None. targets: (n,), token ids.
         smoothing: share of a target that all tokens of the vocabulary have alike.
+        dynamic: scale each token's loss by its probability, which counts as a constant (see `training.loss`).
 
     Returns:
         A scalar, float32 (float64 for such a head).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, smoothing=0.0):
+    def forward(ctx, hidden, weight, bias, targets, smoothing=0.0, dynamic=False):
         dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             wanted = ctx.needs_input_grad[:3]
-            loss, *gradients = _loss_and_gradients(
-                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets, wanted, smoothing
-            )
+            tensors = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            options = {"differentiate": any(wanted), "smoothing": smoothing, "dynamic": dynamic}
+            loss, *gradients = _loss_and_gradients(*tensors, targets, wanted, options)
         ctx.gradients, ctx.dtypes = gradients, [getattr(t, "dtype", None) for t in (hidden, weight, bias)]
         return loss
 
@@ -56,11 +57,8 @@ class HeadLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the loss of a fused head goes backward once")
-        return (
-            *(g if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)),
-            None,
-            None,
-        )
+        scaled = (g if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes))
+        return (*scaled, None, None, None)
 
 
 def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -72,7 +70,7 @@ def _autocast(tensor: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
 
 
-def _loss_and_gradients(hidden, weight, bias, targets, wanted, smoothing):
+def _loss_and_gradients(hidden, weight, bias, targets, wanted, options):
     """The loss, and the gradients that are wanted of hidden, weight and bias (those of the head's own in float32)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -90,7 +88,7 @@ def _loss_and_gradients(hidden, weight, bias, targets, wanted, smoothing):
             torch.mm(part, weight.T, out=logits)
         else:
             torch.addmm(bias, part, weight.T, out=logits)
-        part_loss, gradient = cross_entropy(logits, targets[rows], differentiate=any(wanted), smoothing=smoothing)
+        part_loss, gradient = cross_entropy(logits, targets[rows], **options)
         loss += part_loss
         if wanted[0]:
             torch.mm(gradient, weight, out=of_hidden[rows])
@@ -108,14 +106,14 @@ def _rows(limit: int, vocabulary: int, dtype: torch.dtype) -> int:
 
 
 def in_blocks(
-    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool, smoothing: float = 0.0
+    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool, smoothing: float = 0.0, dynamic: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the sum of the cross-entropies of logits (n, vocabulary) and their gradient, in place of the logits.
 
     In float32 at least, a few tokens at a time, which stay in the caches of the cores.
 
     Args:
-        smoothing: see HeadLoss.
+        smoothing, dynamic: see HeadLoss; one of them.
     """
     each = smoothing / logits.shape[1]  # of a target, for each token of the vocabulary
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -129,15 +127,16 @@ def in_blocks(
             smooth -= each * log_shares.sum()
         if differentiate:
             shares = log_shares.exp_()
-            part.copy_(shares.sub_(each) if smoothing else shares)
-    loss = -of_targets.sum() * (1 - smoothing) + smooth
+            part.copy_(shares.sub_(each) if smoothing else shares.mul_(of_target.exp()) if dynamic else shares)
+    weights = of_targets.exp() if dynamic else 1
+    loss = -(of_targets * weights).sum() * (1 - smoothing) + smooth
     if differentiate:  # the shares, less one at the target
-        logits.scatter_(1, places, of_targets.expm1_().add_(smoothing - each).to(logits.dtype))
+        logits.scatter_(1, places, (of_targets.expm1_().add_(smoothing - each) * weights).to(logits.dtype))
     return loss, logits if differentiate else None
 
 
 def by_shares(
-    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool, smoothing: float = 0.0
+    logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool, smoothing: float = 0.0, dynamic: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what `in_blocks` does from a softmax in the type of the logits: a third of the bytes read and written."""
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -149,12 +148,16 @@ def by_shares(
     # In 16 bits a share near one is so coarse that a small loss, and its gradient, would drown: the sum of the other
     # shares tells it well.
     others = shares.view(-1).index_fill_(0, at_target, 0).view_as(shares).sum(-1)
-    loss = torch.where(sure, -torch.log1p(-others.to(wide)), plain).sum()
+    each = torch.where(sure, -torch.log1p(-others.to(wide)), plain)
+    weights = each.neg().exp() if dynamic else 1
+    loss = (each * weights).sum()
     if smoothing:
         loss = loss * (1 - smoothing) + smoothing * (norm - logits.mean(-1, dtype=wide)).sum()
     if not differentiate:
         return loss, None
     gradient = shares.view(-1).index_copy_(0, at_target, smoothing - others).view_as(shares)
+    if dynamic:
+        gradient *= weights.to(gradient.dtype)[:, None]
     return loss, gradient.sub_(smoothing / logits.shape[1]) if smoothing else gradient
 
 
@@ -166,7 +169,7 @@ class FusedHead:
 
     def __init__(self, head: torch.nn.Linear) -> None:
         self.head, self.plain = head, head.forward
-        self.wanted: tuple[torch.Tensor, torch.Tensor, list[int] | None, float] | None = None
+        self.wanted: tuple[torch.Tensor, torch.Tensor, list[int] | None, tuple] | None = None
         self.loss: torch.Tensor | None = None
         # On the instance: the hooks with which a strategy gathers the weight stay around it.
         head.forward = self._forward
@@ -178,25 +181,29 @@ class FusedHead:
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.wanted is None:
             return self.plain(hidden)
-        positions, targets, rows, smoothing = self.wanted
+        positions, targets, rows, options = self.wanted
         chosen = hidden.flatten(0, -2)[positions]
         tensors = (chosen, self.head.weight, self.head.bias)
         if not torch.is_grad_enabled():  # else what requires gradients would get them computed all the same
             tensors = [t if t is None else t.detach() for t in tensors]
         if rows is None:
-            loss = HeadLoss.apply(*tensors, targets, smoothing)
+            loss = HeadLoss.apply(*tensors, targets, *options)
         else:
             parts = zip(tensors[0].split(rows), targets.split(rows))
-            loss = torch.stack([HeadLoss.apply(part, *tensors[1:], wanted, smoothing) for part, wanted in parts])
+            loss = torch.stack([HeadLoss.apply(part, *tensors[1:], wanted, *options) for part, wanted in parts])
         self.loss = loss.detach()
         return loss
 
     @contextlib.contextmanager
     def losing(
-        self, positions: torch.Tensor, targets: torch.Tensor, rows: list[int] | None = None, *, smoothing: float = 0.0
+        self, positions: torch.Tensor, targets: torch.Tensor, rows: list[int] | None = None, *options: float
     ) -> Iterator[None]:
-        """Let the lm_head return the loss; one for each row, where `rows` has their numbers of targets."""
-        self.wanted = positions, targets, rows, smoothing
+        """Let the lm_head return the loss; one for each row, where `rows` has their numbers of targets.
+
+        Args:
+            options: smoothing and dynamic, as HeadLoss takes them.
+        """
+        self.wanted = positions, targets, rows, options
         try:
             yield
         finally:

@@ -54,7 +54,8 @@ class LoadPlan:
     Attributes:
         name: a folder or a hub name.
         dtype: of the weights that are not quantised; "auto": the one that they are stored in.
-        quantization: None, "nf4", "int8" or "float8".
+        quantization: None, "nf4", "fp4", "int8" or "float8"; a base that is stored in 4 bits keeps its own.
+        double_quant: whether the constants of 4-bit weights are quantised, too.
         device_map: where quantised weights go; None leaves placing to accelerate.
         share: this rank's share, where the strategy shards the base; None: all of it.
     """
@@ -66,12 +67,18 @@ class LoadPlan:
     device_map: dict | None = None
     share: Share | None = None
     trust_remote_code: bool = False
+    double_quant: bool = True
+
+    @property
+    def in_4_bits(self) -> bool:
+        return self.quantization in ("nf4", "fp4")
 
 
 def plan_load(config: TrainConfig, accelerator: Accelerator, *, precision: Precision) -> LoadPlan:
     """Decide from the recipe and from what came up."""
     compute = getattr(torch, precision.dtype)
-    quantization = {"qlora": "nf4", "int8": "int8", "fp8": "float8"}.get(config.method)
+    of_4_bits = config.bnb_4bit_quant_type or "nf4"
+    quantization = {"qlora": of_4_bits, "int8": "int8", "fp8": "float8"}.get(config.method)
     share = _share(config, accelerator, compute)
     return LoadPlan(
         name=resolve_name(config.model_name_or_path),
@@ -83,6 +90,7 @@ def plan_load(config: TrainConfig, accelerator: Accelerator, *, precision: Preci
         device_map={"": accelerator.device} if quantization and (share or not _is_zero3(accelerator)) else None,
         share=share,
         trust_remote_code=config.trust_remote_code,
+        double_quant=config.bnb_4bit_use_double_quant is not False,
     )
 
 
@@ -336,11 +344,11 @@ def base_model(plan: LoadPlan, config: PreTrainedConfig | None = None) -> torch.
     Args:
         config: the model's; it is read where nobody has read it.
     """
-    if plan.quantization == "nf4":
+    if plan.in_4_bits:
         config = config or load_config(plan.name, trust_remote_code=plan.trust_remote_code)
     options = {"config": config, "dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}
-    stored = plan.quantization == "nf4" and is_stored_in_4_bits(config)
-    if plan.quantization in ("nf4", "int8") and not stored:
+    stored = plan.in_4_bits and is_stored_in_4_bits(config)
+    if (plan.in_4_bits or plan.quantization == "int8") and not stored:
         options["quantization_config"] = _quantization(plan)
     if stored:  # the recipe says in which type to compute
         config.quantization_config["bnb_4bit_compute_dtype"] = str(plan.compute_dtype).removeprefix("torch.")
@@ -386,8 +394,8 @@ def _quantization(plan: LoadPlan) -> BitsAndBytesConfig:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=plan.quantization,
+        bnb_4bit_use_double_quant=plan.double_quant,
         bnb_4bit_compute_dtype=plan.compute_dtype,
         # Packed into the compute type, the 4-bit base can be sharded; as bytes FSDP2 would copy it to every rank.
         bnb_4bit_quant_storage=plan.compute_dtype,

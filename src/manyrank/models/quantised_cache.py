@@ -59,7 +59,7 @@ def cached_base(plan: LoadPlan, *, where: str, say: Say) -> torch.nn.Module:
     Raises:
         UserError: see `base_model`.
     """
-    if where == OFF or plan.quantization != "nf4":  # rules refuse the key for other methods
+    if where == OFF or not plan.in_4_bits:  # rules refuse the key for other methods
         return base_model(plan)
     config = load_config(plan.name, trust_remote_code=plan.trust_remote_code)
     if reason := _obstacle(plan, config):
@@ -97,6 +97,7 @@ def _name(plan: LoadPlan, commit: str | None) -> str:
     """Named after all that decides the bytes and the names of the tensors."""
     facts = [base_fingerprint(plan.name, commit), str(plan.compute_dtype), torch.device(plan.device_map[""]).type]
     facts += [version(name) for name in ("bitsandbytes", "transformers")]
+    facts += [] if (kind := (plan.quantization, plan.double_quant)) == ("nf4", True) else map(str, kind)
     if (base := Path(plan.name)).is_dir():  # the fingerprint looks at a piece of each file
         files = sorted(base.glob("*.safetensors"))
         facts += [str(base.resolve()), *(f"{file.name} {file.stat().st_mtime_ns}" for file in files)]

@@ -247,7 +247,7 @@ class DeepSpeedEngine(Engine):
             for key in keys:
                 value = states[name][key].to(device=self.accelerator.device, dtype=torch.float32)
                 safe_set_full_optimizer_state(parameter, value, key)
-        steps = next(iter(states.values()))["step"]
+        steps = next(iter(states.values())).get("step", torch.tensor(0.0))  # SGD of other engines counts none
         self.wrapped.global_steps = int(steps)
         for state in self.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):

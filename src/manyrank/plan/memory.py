@@ -35,6 +35,8 @@ LOGITS_CHUNK = 256 * MiB  # see fused_head.CHUNK
 NF4_BLOCK, NF4_NESTED = 64, 256  # elements that share a constant; constants that share another
 NF4_ON_CPU = 14  # bytes of an element while bitsandbytes 0.50 quantises it on a CPU, in float32
 BNB_SMALL, BNB_BLOCK = 4096, 256  # elements, of bitsandbytes' 8-bit optimizers
+# Bytes of an element's moments in host memory.
+PAGED = {"paged_adamw_32bit": ADAM, "paged_adamw_8bit": 2, "paged_lion_32bit": FLOAT, "paged_lion_8bit": 1}
 ZERO_DEFAULTS = {
     "reduce_bucket_size": 5 * 10**8,
     "stage3_max_live_parameters": 10**9,
@@ -104,13 +106,15 @@ def linear_bytes(weights: int, method: str, *, element: int) -> int:
     return {"qlora": weights // 2, "int8": weights, "fp8": weights}.get(method, weights * element)
 
 
-def constant_bytes(weights: int, outputs: int, method: str) -> int:
+def constant_bytes(weights: int, outputs: int, method: str, *, nested: bool) -> int:
     """Bytes of the constants with which a quantised matrix is read, that no strategy shards."""
     if method in ("int8", "fp8"):
         return FLOAT * outputs
     if method != "qlora":
         return 0
     blocks = math.ceil(weights / NF4_BLOCK)
+    if not nested:
+        return FLOAT * (blocks + 16)  # and the table
     codes = FLOAT * (16 + 256 + 1)  # both tables, and the mean
     return blocks + FLOAT * math.ceil(blocks / NF4_NESTED) + codes
 
@@ -140,10 +144,11 @@ def outside_weights(run: PlannedRun) -> int:
 
 def base_weights(run: PlannedRun) -> tuple[int, int]:
     """Bytes of the whole base: what can be sharded, and constants that every process keeps."""
-    method, layers = run.config.method, run.shape.layers
+    method, layers, nested = run.config.method, run.shape.layers, run.config.bnb_4bit_use_double_quant is not False
     constants = sum(
-        layer.count * sum(constant_bytes(linear.weights, linear.outputs, method) for linear in layer.linears.values())
+        layer.count * constant_bytes(linear.weights, linear.outputs, method, nested=nested)
         for layer in layers
+        for linear in layer.linears.values()
     )
     return sum(layer.count * layer_weights(run, layer) for layer in layers) + outside_weights(run), constants
 
@@ -187,19 +192,55 @@ def _optimizer(run: PlannedRun) -> int:
 def states(run: PlannedRun, optim: str) -> int:
     """Bytes of an optimizer's states for all that is trained; paged ones live in host memory.
 
-    bitsandbytes keeps two bytes an element and a constant for 256, and states of small tensors in float32.
+    bitsandbytes keeps a byte of an element's moment and a constant for 256, and moments of small tensors in float32.
     """
-    if optim in ("adamw_torch", "sgd"):
-        return (ADAM if optim == "adamw_torch" else 0) * run.trainable
-    if optim != "adamw_8bit":
+    options, moments = run.config.optim_args, 1 if "lion" in optim else 2
+    if optim.startswith("paged"):
         return 0
+    if optim == "adafactor":
+        return FLOAT * (_factors(run) + (run.trainable if options.get("beta1") is not None else 0))
+    if optim == "muon":  # one moment of matrices, two of the rest
+        return FLOAT * (run.trainable + (_beside_matrices(run) if run.full else 0))
+    if optim == "sgd":
+        return FLOAT * run.trainable if options.get("momentum") else 0
+    if "8bit" not in optim:
+        return moments * FLOAT * run.trainable
 
     def of_tensor(size: int) -> int:
-        return ADAM * size if size < BNB_SMALL else 2 * (size + FLOAT * math.ceil(size / BNB_BLOCK))
+        small = size < options.get("min_8bit_size", BNB_SMALL)
+        return moments * (FLOAT * size if small else size + FLOAT * math.ceil(size / BNB_BLOCK))
 
-    if run.full:
-        return of_tensor(run.trainable)
-    return int(sum(count * of_tensor(size) for count, size in run.tensors))
+    if not run.full:
+        return int(sum(count * of_tensor(size) for count, size in run.tensors))
+    outside = [run.shape.embedding] * (1 if run.shape.tied else 2) + [run.shape.final_norm]
+    inside = sum(layer.count * sum(map(of_tensor, _whole(layer))) for layer in run.shape.layers)
+    return sum(map(of_tensor, outside)) + inside
+
+
+def _whole(layer: Layer) -> list[int]:
+    """Elements of the tensors of a layer; of norms and of experts together."""
+    sizes = [size for x in layer.linears.values() for size in (x.weights, x.bias * x.outputs)]
+    return [*sizes, layer.rest, layer.experts.parameters if layer.experts else 0]
+
+
+def _factors(run: PlannedRun) -> int:
+    """Elements of Adafactor's second moments: a row and a column of each matrix, and vectors whole."""
+    shape, rank = run.shape, run.config.lora_r
+    if not run.full:
+        return int(sum(count * (size // rank + rank) for count, size in run.tensors))
+    total = (1 if shape.tied else 2) * (shape.vocabulary + shape.hidden) + shape.final_norm
+    for layer in shape.layers:
+        linears = sum(x.inputs + x.outputs + x.bias * x.outputs for x in layer.linears.values())
+        experts = layer.experts
+        stacked = experts.number * (3 * experts.intermediate + 2 * experts.hidden) if experts else 0
+        total += layer.count * (linears + stacked + layer.rest)
+    return total
+
+
+def _beside_matrices(run: PlannedRun) -> int:
+    """Elements that AdamW has beside Muon: embedding, lm_head, stacked experts, vectors."""
+    matrices = sum(layer.count * sum(x.weights for x in layer.linears.values()) for layer in run.shape.layers)
+    return run.shape.parameters - matrices
 
 
 def _gradients(run: PlannedRun) -> int:
@@ -332,7 +373,10 @@ def _largest_matrix(run: PlannedRun) -> int:
 
 
 def _step(run: PlannedRun) -> int:
-    """Bytes that an optimizer needs temporarily: DeepSpeed's float32 copy of its gradients."""
+    """Bytes that an optimizer needs temporarily: DeepSpeed's float32 copy of its gradients, an update of the largest matrix."""
+    if run.full and run.config.optim in ("adafactor", "muon"):
+        outside = run.shape.embedding if run.config.optim == "adafactor" else 0
+        return 3 * FLOAT * max(outside, _largest_matrix(run))
     if run.strategy.engine is not EngineKind.DEEPSPEED or not run.half or run.strategy.offload:
         return 0
     own = run.trainable // run.shards
@@ -429,9 +473,9 @@ def _offloaded(run: PlannedRun) -> int:
     if run.strategy.offload:
         weights, _ = base_weights(run)
         adapters = 0 if run.full else _adapters(run, 1)
-        states = run.trainable * (ADAM + FLOAT + (FLOAT if run.strategy.engine is EngineKind.DEEPSPEED else 0))
-        return (weights + adapters + states) // run.shards
-    return {"paged_adamw_32bit": ADAM, "paged_adamw_8bit": 2}.get(run.config.optim, 0) * run.trainable
+        kept = run.trainable * (FLOAT + (FLOAT if run.strategy.engine is EngineKind.DEEPSPEED else 0))
+        return (weights + adapters + states(run, run.config.optim) + kept) // run.shards
+    return PAGED.get(run.config.optim, 0) * run.trainable
 
 
 def _host_loading(run: PlannedRun) -> int:

@@ -170,7 +170,8 @@ class PlannedRun:
         ids = self.config.trainable_token_indices
         rows = sum(map(len, ids.values())) if isinstance(ids, dict) else len(ids)
         whole = sum(name.rpartition(".")[2] in OUTSIDE for name in self.config.modules_to_save)
-        return inner + [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
+        outside = [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
+        return inner + [(count, size) for count, size in outside if count * size]
 
     @cached_property
     def frozen_adapters(self) -> int:

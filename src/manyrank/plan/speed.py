@@ -197,7 +197,17 @@ def _optimizer(run: PlannedRun, kind: GpuKind) -> float:
         return own / HOST_ADAM + 2 * own * run.compute / HOST_LINK
     if run.config.optim.startswith("paged"):
         return own * 28 / HOST_LINK
-    return own * 28 / (kind.bandwidth * TRAFFIC)  # reads and writes of weights, moments and gradients in float32
+    seconds = own * 28 / (kind.bandwidth * TRAFFIC)  # reads and writes of weights, moments and gradients in float32
+    return seconds + (_newton_schulz(run) / (kind.flops * MATMUL) if run.full and run.config.optim == "muon" else 0)
+
+
+def _newton_schulz(run: PlannedRun) -> int:
+    """Operations in which each process makes Muon's updates orthogonal: products of whole matrices, in bf16."""
+    total, steps = 0, run.config.optim_args.get("ns_steps", 5)
+    for layer in run.shape.layers:
+        sides = [sorted((linear.inputs, linear.outputs)) for linear in layer.linears.values()]
+        total += layer.count * steps * sum(4 * short**2 * long + 2 * short**3 for short, long in sides)
+    return total
 
 
 # Communication

@@ -52,6 +52,20 @@ def _quantised(s: RunContext, model: ModelFacts) -> str | None:
     return f"method {method}, and the weights of {model.name} are quantised already ({kind})"
 
 
+def _stored_in_4_bits(s: RunContext, model: ModelFacts) -> str | None:
+    stored = model.quantisation
+    if s.config.method != "qlora" or not stored.get("load_in_4bit"):
+        return None
+    usual = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}  # bitsandbytes'
+    given = {key: getattr(s.config, key) for key in usual}
+    wrong = [
+        f"{key} {str(value).lower()}"
+        for key, value in given.items()
+        if value is not None and value != stored.get(key, usual[key])
+    ]
+    return f"{' and '.join(wrong)}, and {model.name} is stored otherwise" if wrong else None
+
+
 def _experts(*methods: str) -> Callable[[RunContext, ModelFacts], str | None]:
     """Object to methods that convert linear layers alone, where most weights are those of experts."""
 
@@ -185,6 +199,13 @@ BASE_RULES = (
         reason="The quantisation in the files wins over the method: full cannot train or save such weights, and the other "
         "methods would not do what they are called.",
         fix="use qlora for a base of bitsandbytes in 4 bits and int8 for 8 bits, or name the model in 16 bits",
+    ),
+    error(
+        "stored-quantisation",
+        ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "model:config.json"),
+        _of_model(_stored_in_4_bits),
+        reason="A base that is stored in 4 bits is used as it is, and not quantised again.",
+        fix="leave it out, or name the model in 16 bits",
     ),
     warning(
         "experts-not-quantised",

@@ -11,6 +11,7 @@ from ..config.identity import OF_GRPO, early_changes
 from ..config.resolve import DEFAULTS_OF_GRPO
 from ..config.schema import AdapterKeys
 from ..project_files import asset
+from .arguments import ARGUMENT_RULES
 from .context import RunContext
 from .reporting import REPORTING_RULES
 from .rule import error, unless, warning
@@ -29,6 +30,8 @@ OF_SFT = (
     "label_smoothing_factor",
     "roles_to_train",
     "train_on_eos",
+    "dft_loss",
+    "neftune_noise_alpha",
     "train_on_last_turn",
     "train_on_prompt",
     "train_on_opening",
@@ -45,8 +48,19 @@ DEPENDENT = (
     ),
     (("allow_base_change",), lambda c: c.adapter, "no adapter"),
     (("layers_pattern",), lambda c: c.layers_to_transform, "no layers_to_transform"),
-    (("quantized_cache",), lambda c: c.method == "qlora", "another method than qlora"),
-    (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda c: c.optim != "sgd", "optim sgd"),
+    (
+        (
+            "quantized_cache",
+            "bnb_4bit_quant_type",
+            "bnb_4bit_use_double_quant",
+            "bnb_4bit_compute_dtype",
+            "bnb_4bit_quant_storage",
+        ),
+        lambda c: c.method == "qlora",
+        "another method than qlora",
+    ),
+    (("adam_beta1", "adam_beta2"), lambda c: c.optim not in ("sgd", "adafactor"), "optim sgd or adafactor"),
+    (("adam_epsilon",), lambda c: "adam" in c.optim or c.optim == "muon", "optim sgd, adafactor or lion"),
     (
         ("metric_for_best_model", "greater_is_better"),
         lambda c: c.load_best_model_at_end or c.early_stopping_patience,
@@ -65,21 +79,6 @@ DEPENDENT = (
     (("vllm_server_base_url",), lambda c: c.use_vllm == "server", "use_vllm not server"),
     (("vllm_gpu_memory_utilization",), lambda c: c.use_vllm == "colocate", "use_vllm not colocate"),
 )
-# What each schedule of transformers takes in lr_scheduler_kwargs, and of which it needs one.
-_MIN_LR = ("num_cycles", "min_lr", "min_lr_rate")
-_STABLE = ("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles")
-SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": ((), ()),
-    "cosine": (("num_cycles",), ()),
-    "cosine_with_restarts": (("num_cycles",), ()),
-    "cosine_with_min_lr": (_MIN_LR, ("min_lr", "min_lr_rate")),
-    "cosine_warmup_with_min_lr": ((*_MIN_LR, "warmup_lr_rate"), ("min_lr", "min_lr_rate")),
-    "warmup_stable_decay": (_STABLE, ("num_decay_steps",)),
-    "polynomial": (("lr_end", "power"), ()),
-    "constant": ((), ()),
-    "constant_with_warmup": ((), ()),
-    "inverse_sqrt": (("timescale",), ()),
-}
 LOCAL_FILESYSTEMS = frozenset({"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
 MOUNTS = Path("/proc/mounts")
 
@@ -115,20 +114,17 @@ def _best_metric(s: RunContext) -> str | None:
 def _far_rate(s: RunContext) -> str | None:
     low, high = USUAL_RATES[s.config.method]
     rate = s.config.learning_rate
-    if s.config.optim == "sgd" or low / FAR <= rate <= high * FAR:
+    if s.config.optim in ("sgd", "muon") or low / FAR <= rate <= high * FAR:
         return None
     return f"learning_rate {rate:g}, where method {s.config.method} usually takes {low:g} to {high:g}"
 
 
-def _schedule(s: RunContext) -> str | None:
-    kind, given = s.config.lr_scheduler_type, s.config.lr_scheduler_kwargs
-    taken, needed = SCHEDULES[kind]
-    if unknown := [key for key in given if key not in taken]:
-        known = f"it takes {', '.join(taken)}" if taken else "it takes none"
-        return f"lr_scheduler_kwargs {', '.join(unknown)} of the schedule {kind}; {known}"
-    if needed and not set(needed) & set(given):
-        return f"the schedule {kind} without {' or '.join(needed)} in lr_scheduler_kwargs"
-    return None
+def _type_of_4_bits(s: RunContext) -> str | None:
+    keys = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
+    given = {key: getattr(s.config, key) for key in keys}
+    wrong = [f"{key} {value}" for key, value in given.items() if value not in (None, s.precision.dtype)]
+    used = s.config.method == "qlora"
+    return f"{' and '.join(wrong)}, and the run computes in {s.precision.label}" if wrong and used else None
 
 
 def _overwrites(s: RunContext) -> str | None:
@@ -435,11 +431,22 @@ STEP_RULES = (
 
 OPTIMISATION_RULES = (
     error(
-        "schedule-arguments",
-        ("lr_scheduler_kwargs", "lr_scheduler_type"),
-        _schedule,
-        reason="The schedule could not be made.",
-        fix="give those it takes, as --lr_scheduler_kwargs '{min_lr_rate: 0.1}'",
+        "two-losses",
+        ("dft_loss", "label_smoothing_factor"),
+        unless(
+            lambda s: s.config.dft_loss and bool(s.config.label_smoothing_factor),
+            "dft_loss and label_smoothing_factor together",
+        ),
+        reason="One weighs a token by what the model gives the target alone, and the other spreads the target.",
+        fix="keep one of them",
+    ),
+    *ARGUMENT_RULES,
+    error(
+        "type-of-4-bits",
+        ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bf16", "fp16"),
+        _type_of_4_bits,
+        reason="A 4-bit base is multiplied in the precision of the run, and packed into that type: as bytes it could not be sharded.",
+        fix="leave it out, and say the precision: bf16: true, fp16: true, or bf16: false for float32",
     ),
     warning(
         "warmup-beyond-end",

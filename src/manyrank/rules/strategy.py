@@ -104,6 +104,16 @@ def _fsdp(key: str, value: str):
     return lambda s: s.files.kind == EngineKind.FSDP and str(s.files.section("fsdp_config").get(key)).lower() == value
 
 
+def _spreads(s: RunContext) -> bool:
+    return s.files.kind in (EngineKind.FSDP, EngineKind.DEEPSPEED)
+
+
+def _of_matrices(s: RunContext) -> str | None:
+    under_fsdp = s.config.optim == "muon" and s.files.kind == EngineKind.FSDP and not s.files.offloads_parameters
+    refused = s.config.optim in ("adafactor", "muon") and _spreads(s) and not under_fsdp
+    return f"{s.config.optim} under {s.strategy}" if refused else None
+
+
 ONE_PROCESS = error(
     "processes-of-single",
     ("strategy",),
@@ -238,9 +248,7 @@ SHARDING_RULES = (
         "optimizer-in-shards",
         ("optim", "strategy"),
         unless(
-            lambda s: (
-                s.config.optim not in ("adamw_torch", "sgd") and s.files.kind in (EngineKind.FSDP, EngineKind.DEEPSPEED)
-            ),
+            lambda s: _spreads(s) and ("8bit" in s.config.optim or "paged" in s.config.optim),
             "{c.optim} under {s.strategy}",
         ),
         reason="bitsandbytes' optimizers keep 8-bit or paged state that FSDP and DeepSpeed cannot shard: under FSDP2 they "
@@ -249,11 +257,19 @@ SHARDING_RULES = (
         upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1633",
     ),
     error(
+        "matrices-in-shards",
+        ("optim", "strategy"),
+        _of_matrices,
+        reason="Adafactor and Muon look at whole matrices. DeepSpeed hands pieces of a flat row to its optimizer, and Adafactor "
+        "takes no sharded tensors.",
+        fix="use optim adamw_torch; or muon under fsdp, adafactor under ddp",
+    ),
+    error(
         "sgd-under-offload",
         ("optim", "strategy"),
         unless(
-            lambda s: s.config.optim == "sgd" and s.files.offloads_optimizer,
-            "sgd under {s.strategy}",
+            lambda s: s.config.optim in ("sgd", "lion_32bit") and s.files.offloads_optimizer,
+            "{c.optim} under {s.strategy}",
         ),
         reason="DeepSpeed steps on the CPU with an AdamW of its own, and knows no other optimizer there.",
         fix="use optim adamw_torch",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import zlib
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
 from ..errors import UserError
+from ..models.embedding_noise import Documents, EmbeddingNoise
 from ..models.positions import check_lengths
 from ..topology.precision import Precision
 from ..training.loss import TokenLoss
@@ -30,12 +33,15 @@ class SFT(Task):
     def use_engine(self) -> None:
         engine = self.engine
         self.device = engine.accelerator.device
-        fused, smoothing = "lm_head" not in self.config.disable_fused, self.config.label_smoothing_factor
-        if smoothing and self.objects.loss:
-            what, fix = "label_smoothing_factor with a loss of your own", "smooth in it, and leave the key out"
-            raise UserError(what, where="label_smoothing_factor", fix=fix)
-        options = {"fused": fused, "function": self.objects.loss, "smoothing": smoothing}
+        own, config = self.objects.loss, self.config
+        for key in ("label_smoothing_factor", "dft_loss"):
+            if own and getattr(config, key):
+                raise UserError(f"{key} with a loss of your own", where=key, fix="do it there, and leave the key out")
+        options = {"fused": "lm_head" not in config.disable_fused, "function": own}
+        options |= {"smoothing": config.label_smoothing_factor, "dynamic": config.dft_loss}
         self.token_loss = TokenLoss(engine.wrapped, engine.model, **options)
+        alpha = config.neftune_noise_alpha
+        self.noise = EmbeddingNoise(engine.model.get_input_embeddings(), alpha) if alpha else None
 
     def loader(self, examples: Examples, *, training: bool) -> StepLoader:
         config, accelerator = self.config, self.engine.accelerator
@@ -74,11 +80,18 @@ class SFT(Task):
         for index, micro in enumerate(step.micro_batches):
             last = index + 1 == len(step.micro_batches)
             self.in_phase(f"forward and backward of micro-batch {index + 1}")
-            with self.engine.forward_backward(last=last):
+            noise = self.noise.on(self._documents(micro, number)) if self.noise else contextlib.nullcontext()
+            with self.engine.forward_backward(last=last), noise:
                 loss = self._loss(micro)
                 self.engine.backward(loss * scale, last=last)
             losses.append(loss.detach())
         return StepLoss(losses, step.supervised)
+
+    def _documents(self, micro: MicroBatch, number: int) -> Documents:
+        """The documents of a micro-batch, each with a seed that is its own in this step."""
+        seeds = (f"{self.config.seed} {number} {source} {row}" for source, row in micro.rows)
+        places = zip(micro.documents(), seeds, strict=True)
+        return [(start, length, zlib.crc32(seed.encode())) for (start, length), seed in places]
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         micro = micro.to(self.device)
@@ -110,5 +123,7 @@ class SFT(Task):
         return f"packing: {loader.packing}; {loader.imbalance():.1%} between the longest rank and the mean"
 
     def close(self) -> None:
+        if self.noise:
+            self.noise.release()
         if self.token_loss.head:
             self.token_loss.head.release()

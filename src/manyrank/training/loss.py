@@ -35,6 +35,8 @@ class TokenLoss:
             head is not fused with it.
         smoothing: share of a target that is spread over the vocabulary while the model trains (Szegedy et al. 2016,
             arXiv 1512.00567); a validation gives the plain loss.
+        dynamic: scale the loss of each token by the probability that the model gives it, which counts as a constant, while
+            the model trains (Dynamic Fine-Tuning; Wu et al. 2025, arXiv 2508.05629).
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class TokenLoss:
         fused: bool = True,
         function: LossFunction | None = None,
         smoothing: float = 0.0,
+        dynamic: bool = False,
     ) -> None:
-        self.wrapped, self.function, self.smoothing = wrapped, function, smoothing
-        self.head = fuse(model or wrapped) if fused and function is None else None
+        self.wrapped, self.function, self.options = wrapped, function, (smoothing, dynamic)
+        self.model = model or wrapped  # DeepSpeed's wrapper says that it trains also in evaluation mode
+        self.head = fuse(self.model) if fused and function is None else None
 
     def prove(self, inputs: dict, positions: torch.Tensor, targets: torch.Tensor, *, agree: Agree = bool) -> None:
         """See that the model gives the head's result as it is; else compute whole logits from now on.
@@ -89,15 +93,20 @@ class TokenLoss:
             A float32 scalar, or with `rows` a vector (rows,), that is connected to the graph even with no target, so
             that no rank waits for another's gradients in vain.
         """
-        smoothing = self.smoothing if self.wrapped.training else 0.0
+        smoothing, dynamic = self.options if self.model.training else (0.0, False)
         if self.head is None:
-            function = self.function or partial(_cross_entropy, smoothing=smoothing)
+            function = self.function or partial(_cross_entropy, smoothing=smoothing, dynamic=dynamic)
             return _whole_logits(self.wrapped, inputs, positions, targets, function, rows)
-        with self.head.losing(positions, targets, rows, smoothing=smoothing):
+        with self.head.losing(positions, targets, rows, smoothing, dynamic):
             return self.wrapped(**inputs, use_cache=False).logits
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0, dynamic: bool = False
+) -> torch.Tensor:
+    if dynamic:
+        each = F.cross_entropy(logits, targets, reduction="none")
+        return (each * each.detach().neg().exp()).sum()
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
