@@ -1,7 +1,8 @@
-"""A server of this machine in place of the hub: it takes a login, repositories, commits and LFS files, and keeps their bytes."""
+"""A server of this machine in place of the hub: it takes a login, repositories, commits and LFS files, and gives their bytes."""
 
 import base64
 import contextlib
+import hashlib
 import http.server
 import json
 import re
@@ -76,7 +77,33 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
+    def _file(self, *, whole: bool) -> None:
+        """A file of a repository, or what a client asks of it first."""
+        repo, _, path = re.fullmatch(r"/(.*)/resolve/(main|0+)/(.*)", self.path).groups()
+        content = self.hub.files.get(repo, {}).get(path)
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if repo in self.hub.files else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if whole:
+            self.wfile.write(content)
+
+    def do_HEAD(self):
+        self._file(whole=False)
+
     def do_GET(self):
+        if "/resolve/" in self.path:
+            return self._file(whole=True)
+        if at := re.fullmatch(r"/api/models/(.*)/(revision/main|tree/0+)", self.path.partition("?")[0]):
+            files = self.hub.files[at[1]]
+            tree = [{"type": "file", "path": p, "size": len(c), "oid": COMMIT} for p, c in files.items()]
+            return self._answer(tree if at[2] != "revision/main" else {"id": at[1], "sha": COMMIT})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._answer({"error": "Invalid username or password."}, 401)
         if self.path == "/api/whoami-v2":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Hub
 from launches import launch, nightly
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -148,6 +149,34 @@ def test_another_adapter_on_top(strategy, below, first, foreign, embedded_model,
     assert both and all(torch.equal(after[name][4:], before[name]) for name in both)
     resumed = launch(tmp_path / "again", *args, f"--resume_from_checkpoint={run.folder / 'checkpoint-2'}")
     assert resumed.code == 0 and resumed.metrics() == run.metrics()[2:], resumed.stderr
+
+
+def test_an_adapter_of_the_hub(foreign, embedded_model, tokenizer, tmp_path):
+    hub = Hub()
+    hub.files["me/mine"] = {file.name: file.read_bytes() for file in foreign.iterdir()}
+    hub.files["me/mine"] |= {"checkpoint-1/optimizer.pt": b"x"}
+    with hub.serving():
+        place = {**hub.environment, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "cache")}
+        run = launch(tmp_path / "run", *START, "--adapter=me/mine", "--strategy=single", cold=True, **place)
+        assert run.code == 0, run.stderr
+        none = launch(tmp_path / "none", *START, "--adapter=me/other", "--strategy=single", cold=True, **place)
+    assert run.metrics("eval_loss")[0] == pytest.approx(loss_of(foreign, embedded_model, tokenizer), abs=1e-5)
+    assert not list((tmp_path / "cache").rglob("optimizer.pt"))
+    assert none.code == 2 and "there is no folder 'me/other'" in none.stderr
+
+
+def test_a_base_of_other_weights(first, embedded_model, tokenizer, tmp_path):
+    """The run has recorded the fingerprint of its base; another one of the same shape is refused unless it is wanted."""
+    other = tmp_path / "other"
+    shutil.copytree(embedded_model, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    args = (*START, f"--adapter={first}", f"--model={other}", "--strategy=single")
+    run = launch(tmp_path / "run", *args)
+    assert run.code == 2 and "other weights" in run.stderr and not run.folder.exists()
+    meant = launch(tmp_path / "meant", *args, "--allow_base_change")
+    assert meant.code == 0, meant.stderr
+    assert meant.metrics("eval_loss")[0] == pytest.approx(loss_of(first / "final_model", other, tokenizer), abs=1e-5)
 
 
 def test_no_adapter_from_python_is_the_default():

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import UserError, UserErrors
 from ..project_files import EMBEDDED, asset
-from ..runs import artifact
+from ..runs import artifact, hub
 from ..runs.artifact import ModelSource
 from .peft_config import adapter_keys
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
@@ -162,11 +162,10 @@ def recipe_of(source: ModelSource) -> TrainConfig | None:
 
 def _gone_on_from(entry: Setting, merged: dict[str, Setting]) -> dict[str, Setting]:
     """Add the base of the model that is trained on, its rendering options, and the shape of its adapter, which cannot change."""
-    if not Path(str(entry.value)).expanduser().is_dir():
-        fix = (
-            "give the folder of a run, a checkpoint or an adapter; one of the hub: hf download NAME --local-dir FOLDER"
-        )
-        raise UserError(f"there is no folder {entry.value!r}", where=entry.where, fix=fix)
+    if not Path(str(entry.value)).expanduser().is_dir() and not hub.fetch_adapter(str(entry.value)):
+        what = f"there is no folder {entry.value!r}, and no such adapter can be had from the hub"
+        fix = "give the folder of a run, a checkpoint or an adapter, or a name on the hub that can be reached"
+        raise UserError(what, where=entry.where, fix=fix)
     source = artifact.find(str(entry.value))
     if canonical(entry.key) == "adapter" and not source.adapter:
         fix = f"start from it with model_name_or_path: {entry.value}"

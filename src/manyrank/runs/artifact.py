@@ -2,7 +2,7 @@
 
 output/run/               final_model/ of a run, or its newest complete checkpoint
 output/run/checkpoint-50  an adapter or a whole model
-adapter/                  adapter_config.json, which names the base
+adapter/, org/adapter     adapter_config.json, which names the base; of the hub, once it is in the local cache
 model/, org/name          config.json and weights, on disk or on the hub
 embedded                  the small model of the examples
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from . import run_folder
+from . import hub, run_folder
 from .mapping_files import read_yaml
 
 
@@ -56,7 +56,7 @@ def find(name: str, *, base: str | None = None) -> ModelSource:
     Raises:
         UserError: a folder that is none of these, a run that has saved nothing, or a base for what is no adapter.
     """
-    folder = Path(name).expanduser()
+    folder = hub.cached_adapter(name) or Path(name).expanduser()
     source = _in_folder(name, folder, base) if folder.is_dir() else ModelSource(name, name)
     if base and not source.adapter:
         raise UserError(f"a base for {name}, which is no adapter", where="--base", fix="leave it out")

@@ -12,6 +12,8 @@ from ..errors import UserError
 from ..project_files import EMBEDDED
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Of the files of an adapter: it, its tokenizer and template, and no checkpoints.
+OF_ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "*token*.json", "vocab.json", "merges.txt", "*.jinja"]
 SECONDS = 10.0  # that the hub may take
 
 
@@ -37,6 +39,30 @@ def check_model(name: str) -> None:
         where=f"model_name_or_path {name}",
         fix="give a folder with config.json, weights and tokenizer; or `embedded`, a small model that is made here",
     )
+
+
+def cached_adapter(name: str) -> Path | None:
+    """The folder of an adapter of the hub in the local cache; None where it is not there, or is no adapter."""
+    if Path(name).exists() or not NAME.fullmatch(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "adapter_config.json")
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def fetch_adapter(name: str) -> Path | None:
+    """Download an adapter with its tokenizer into the local cache; None where the hub does not give one of this name."""
+    if Path(name).exists() or not NAME.fullmatch(name):
+        return None
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+
+    try:  # asked first, since a download is tried again for a minute
+        get_hf_file_metadata(hf_hub_url(name, "adapter_config.json"), timeout=SECONDS)
+        snapshot_download(name, allow_patterns=OF_ADAPTER, etag_timeout=SECONDS)
+    except Exception:  # of the hub's client, its transport and the network; what is in the cache counts
+        return cached_adapter(name)
+    return cached_adapter(name)
 
 
 def fetch_config(name: str) -> None:
