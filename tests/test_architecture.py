@@ -81,7 +81,7 @@ LIGHT += [
 ]
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
-    "runs": 1570,  # with the watchdog, which the launch starts too, the boards of machines, the hub, what a new run replaces, links to the adapter
+    "runs": 1600,  # with the watchdog, which the launch starts too, the boards of machines, the hub, what a new run replaces, links to the adapter, adapters of the hub
     "config": 2640,  # with keywords of Python, names that say the opposite, the names and values that other tools have and people guess, and keys and help texts in groups, and all that is not known at once
     "topology": 880,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1600,  # with messages, roles and ends of turns that are learned or not
