@@ -121,6 +121,16 @@ CASES = [
         {**GRPO, "model": llama(), "lora_target_modules": "q_proj,lm_head"},
         {"lora_target_modules": "q_proj"},
     ),
+    (
+        "adapters-on-head-of-grpo",
+        {**GRPO, "trainable_token_indices": "{embed_tokens: [1], lm_head: [1]}"},
+        {"trainable_token_indices": "1"},
+    ),
+    (
+        "adapters-on-head-of-grpo",
+        {**GRPO, "model": llama(tie_word_embeddings=True), "trainable_token_indices": "1"},
+        {"model": llama()},
+    ),
     ("generation-by-vllm", {**GRPO, "use_vllm": "colocate"}, {"use_vllm": "off"}),
     ("generation-by-vllm", {**GRPO, "use_vllm": "server", "hardware": GPUS}, {"task": "sft"}),
     ("vllm-and-quantised", {**GRPO, "use_vllm": "colocate", "method": "qlora"}, {"use_vllm": "off"}),
