@@ -74,9 +74,9 @@ def results(model, compiler: CompileCounter) -> tuple[list[float], dict, list[in
     return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, compiled
 
 
-@pytest.mark.parametrize("recomputed", ["off", "full"])
-def test_what_is_compiled_grows_neither_with_layers_nor_with_packs(recomputed, compiler):
-    argv, found = ("--torch_compile", f"--gradient_checkpointing={recomputed}"), {}
+@pytest.mark.parametrize("more", [("--gradient_checkpointing=off",), ("--gradient_checkpointing=full", "--lora_bias")])
+def test_what_is_compiled_grows_neither_with_layers_nor_with_packs(more, compiler):
+    argv, found = ("--torch_compile", *more), {}
     for layers in (2, 12):
         torch._dynamo.reset()
         compiler.clear()

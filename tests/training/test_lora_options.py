@@ -62,6 +62,9 @@ def test_peft_gives_the_loss_of_the_training(option, alone, embedded_model, toke
     assert loss_in_peft(run, embedded_model, tokenizer) == pytest.approx(run.metrics("eval_loss")[-1], abs=1e-5)
     if option != "plain":  # the option is seen
         assert run.metrics() != alone("plain").metrics()
+        key = OPTIONS[option][0].removeprefix("--").partition("=")[0]
+        assert f"- {key}: " in (run.folder / "final_model" / "README.md").read_text()
+        assert f", {key}" in next(line for line in run.stdout.splitlines() if line.startswith("method "))
 
 
 @pytest.mark.parametrize("option, strategy", [*OFTEN, *nightly(*(pair for pair in PAIRS if pair not in OFTEN))])
