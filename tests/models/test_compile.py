@@ -88,7 +88,7 @@ def test_what_is_compiled_grows_neither_with_layers_nor_with_packs(more, compile
     wanted, wanted_gradients, compiled = results(adapted(12, *argv[1:]), CompileCounter())
     assert compiled[-1] == 0 and losses == pytest.approx(wanted, rel=1e-6)
     for name, want in wanted_gradients.items():
-        assert (gradients[name] - want).norm() <= 1e-5 * want.norm(), name
+        assert (gradients[name] - want).norm() <= 3e-5 * want.norm(), name
 
 
 def test_layers_one_document_at_a_time_are_compiled_around_them(compiler, monkeypatch):
