@@ -74,9 +74,9 @@ def results(model, compiler: CompileCounter) -> tuple[list[float], dict, list[in
     return losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, compiled
 
 
-@pytest.mark.parametrize("recomputed", ["off", "full"])
-def test_what_is_compiled_grows_neither_with_layers_nor_with_packs(recomputed, compiler):
-    argv, found = ("--torch_compile", f"--gradient_checkpointing={recomputed}"), {}
+@pytest.mark.parametrize("more", [("--gradient_checkpointing=off",), ("--gradient_checkpointing=full", "--lora_bias")])
+def test_what_is_compiled_grows_neither_with_layers_nor_with_packs(more, compiler):
+    argv, found = ("--torch_compile", *more), {}
     for layers in (2, 12):
         torch._dynamo.reset()
         compiler.clear()
@@ -88,7 +88,7 @@ def test_what_is_compiled_grows_neither_with_layers_nor_with_packs(recomputed, c
     wanted, wanted_gradients, compiled = results(adapted(12, *argv[1:]), CompileCounter())
     assert compiled[-1] == 0 and losses == pytest.approx(wanted, rel=1e-6)
     for name, want in wanted_gradients.items():
-        assert (gradients[name] - want).norm() <= 1e-5 * want.norm(), name
+        assert (gradients[name] - want).norm() <= 3e-5 * want.norm(), name
 
 
 def test_layers_one_document_at_a_time_are_compiled_around_them(compiler, monkeypatch):

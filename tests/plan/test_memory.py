@@ -54,6 +54,36 @@ def test_weights_adapters_and_states_are_the_real_ones(kind, options):
     assert parts["optimizer"] == 2 * 4 * run.trainable
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--rank_pattern={'.*\\.(q|k)_proj': 3, layers.0.self_attn.v_proj: 24}",),
+        (r"--exclude_modules=[self_attn.q_proj, 'model\.layers\.0\.self_attn\..*']",),
+        ("--layers_to_transform=1,2", "--rank_pattern={layers.1.self_attn.v_proj: 9}"),
+        ("--lora_target_modules=q_proj,layers.0.self_attn.k_proj,lm_head", "--use_dora"),
+        ("--lora_target_modules=q_proj,v_proj,embed_tokens",),
+        ("--modules_to_save=lm_head,layers.1.self_attn.o_proj",),
+        ("--trainable_token_indices={embed_tokens: [1, 2], lm_head: [3]}",),
+    ],
+)
+def test_trained_parameters_of_each_option_are_the_real_ones(kind, options):
+    config = recipe("--method=lora", *options)
+    model, shape = made(kind, config, torch.float32)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert planned_run(config, shape, "single", bf16=False, gpu=False).trainable == real
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_trained_parameters_of_experts_named_as_parameters_are_the_real_ones(kind):
+    config = recipe(
+        "--target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj", "--lora_target_modules=q_proj"
+    )
+    model, shape = made(kind, config, torch.float32)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert planned_run(config, shape, "single", bf16=False, gpu=False).trainable == real
+
+
 @pytest.mark.parametrize(("strategy", "each"), [("single", 6), ("ddp", 6), ("fsdp", 4)])
 def test_adapters_have_a_copy_in_16_bits_where_a_process_holds_them_whole(strategy, each):
     for plain, size in (([], each), (["lora"], 4)):

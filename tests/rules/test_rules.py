@@ -123,6 +123,16 @@ CASES = [
         {**GRPO, "model": llama(), "lora_target_modules": "q_proj,lm_head"},
         {"lora_target_modules": "q_proj"},
     ),
+    (
+        "adapters-on-head-of-grpo",
+        {**GRPO, "trainable_token_indices": "{embed_tokens: [1], lm_head: [1]}"},
+        {"trainable_token_indices": "1"},
+    ),
+    (
+        "adapters-on-head-of-grpo",
+        {**GRPO, "model": llama(tie_word_embeddings=True), "trainable_token_indices": "1"},
+        {"model": llama()},
+    ),
     ("generation-by-vllm", {**GRPO, "use_vllm": "colocate"}, {"use_vllm": "off"}),
     ("generation-by-vllm", {**GRPO, "use_vllm": "server", "hardware": GPUS}, {"task": "sft"}),
     ("vllm-and-quantised", {**GRPO, "use_vllm": "colocate", "method": "qlora"}, {"use_vllm": "off"}),
@@ -141,12 +151,14 @@ CASES = [
     ("two-starts", {**GRPO, "sft_model": "ADAPTER", "adapter": "ADAPTER"}, {"sft_model": None}),
     ("adapter-of-full", {"adapter": "ADAPTER", "method": "full"}, {"method": "qlora"}),
     ("new-adapter-on-none", {"new_adapter": True}, {"adapter": "ADAPTER"}),
+    ("new-adapter-on-more", {"adapter": "ADAPTER", "new_adapter": True, "more": True}, {"new_adapter": False}),
     ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"allow_base_change": True}),
     ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"model_name_or_path": "embedded"}),
     ("adapter-does-not-fit", {"adapter": "ADAPTER", "allow_base_change": True, "model": llama()}, {"adapter": None}),
     ("start-of-saved-adapter", {"adapter": "ADAPTER", "init_lora_weights": "olora"}, {"new_adapter": True}),
     ("start-of-saved-adapter", {"adapter": "ADAPTER", "init_lora_weights": "olora"}, {"init_lora_weights": "true"}),
     ("adapter-options-together", {"use_dora": True, "init_lora_weights": "pissa"}, {"init_lora_weights": "gaussian"}),
+    ("adapter-options-together", {"use_dora": True, "lora_target_modules": "embed_tokens"}, {"use_dora": False}),
     ("adapter-options-together", {"use_dora": True, "lora_bias": True}, {"lora_bias": False}),
     ("adapter-options-together", {"use_dora": True, "method": "int8"}, {"method": "lora"}),
     ("adapter-options-together", {"target_parameters": ["experts"], "lora_dropout": 0.1}, {"lora_dropout": 0}),
@@ -573,7 +585,7 @@ def torch_folder(folder: Path, build: dict) -> Path:
     return folder / "__init__.py"
 
 
-def adapter_folder(folder: Path) -> str:
+def adapter_folder(folder: Path, *, more: bool = False) -> str:
     folder.mkdir(parents=True)
     shape = {"base_model_name_or_path": "embedded", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(shape))
@@ -581,6 +593,7 @@ def adapter_folder(folder: Path) -> str:
     tensors = {
         f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": shape for part, shape in shapes.items()
     }
+    tensors |= {"base_model.model.lm_head.weight": [1536, 192]} if more else {}
     header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()}
     text = json.dumps(header).encode()
     (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
@@ -635,7 +648,7 @@ def made(tmp_path, monkeypatch):
             own = importlib.util.spec_from_file_location("torch", torch_folder(folder / "torch", build))
             monkeypatch.setattr(importlib.util, "find_spec", lambda name: own if name == "torch" else there(name))
         if "ADAPTER" in (case.get("sft_model"), case.get("adapter")):
-            path = adapter_folder(folder / "adapter")
+            path = adapter_folder(folder / "adapter", more=case.pop("more", False))
             case |= {key: path for key in ("sft_model", "adapter") if case.get(key) == "ADAPTER"}
         if "run" in case:
             run_folder(places["output_dir"], case.pop("run"))

@@ -337,16 +337,28 @@ def test_a_whole_model_of_sft(embedded_model, tokenizer, tmp_path):
     assert again.model_name_or_path == str(whole.folder / "final_model") and again.is_grpo
 
 
+@pytest.mark.parametrize("option", ["--trainable_token_indices=1,16,200", "--use_dora", "--modules_to_save=lm_head"])
+def test_the_reference_is_the_adapter_with_all_its_options(option, embedded_model, tmp_path):
+    more = ("--model=embedded", f"--data_path={SUMS}", "--max_steps=4", "--lr=0.05", "--max_length=64", "--bf16=no")
+    sft = launch(tmp_path / "sft", *more, option, recipe="--config=fast_test")
+    assert sft.code == 0, sft.stderr
+    run = launch(
+        tmp_path / "run",
+        *last_wins(
+            *(a for a in SMALL if not a.startswith("--model")), *BATCH, "--max_steps=2", f"--sft_model={sft.folder}"
+        ),
+        recipe="--config=fast_test",
+    )
+    assert run.code == 0, run.stderr
+    kl = run.metrics("kl")
+    assert kl[0] == pytest.approx(0, abs=1e-7) and kl[1] > 1e-6
+
+
 def test_adapters_that_no_recipe_makes_are_refused(sft, tmp_path):
     shutil.copytree(sft.folder / "final_model", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     known = json.loads(file.read_text())
-    for change in (
-        {"use_dora": True},
-        {"peft_type": "LOHA"},
-        {"target_modules": None},
-        {"rank_pattern": {"q_proj": 2}},
-    ):
+    for change in ({"peft_type": "LOHA"}, {"target_modules": None}, {"bias": "all"}):
         file.write_text(json.dumps(known | change))
         with pytest.raises(UserError, match="not one that manyrank makes"):
             resolve(

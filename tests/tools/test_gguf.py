@@ -5,6 +5,7 @@ The stand-in writes down how it was called and a header. `LLAMA_CPP=FOLDER pytes
 
 import json
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -100,6 +101,11 @@ def test_the_adapter_alone_goes_with_its_base(whole_run, embedded_model, llama_c
     assert tensors(out) == len(load_file(final / "adapter_model.safetensors")) and "--lora" in capsys.readouterr().out
     with pytest.raises(UserError, match="no adapter"):
         export(embedded_model, "--adapter")
+    shutil.copytree(final, tmp_path / "special")
+    config = json.loads((final / "adapter_config.json").read_text()) | {"use_rslora": True, "rank_pattern": {"q": 3}}
+    (tmp_path / "special" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"llama.cpp does not read use_rslora of this adapter"):
+        export(tmp_path / "special", "--adapter")
 
 
 @pytest.mark.parametrize(

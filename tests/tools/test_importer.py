@@ -361,6 +361,19 @@ def test_the_schema_decides_what_is_known(monkeypatch):
     assert imported(AXOLOTL_RECIPE, peft_use_qalora=True).use_rslora
 
 
+def test_options_of_adapters():
+    theirs = {"peft_use_dora": True, "lora_modules_to_save": ["lm_head"], "peft_layers_to_transform": [1, 2]}
+    config = imported(AXOLOTL_RECIPE, **theirs, peft_init_lora_weights="gaussian", loraplus_lr_ratio=8)
+    assert (config.use_dora, config.modules_to_save, config.layers_to_transform) == (True, ["lm_head"], [1, 2])
+    assert (config.init_lora_weights, config.loraplus_lr_ratio) == ("gaussian", 8)
+    theirs = {"additional_target": "embed_tokens,lm_head", "use_rslora": True, "pissa_convert": True}
+    for steps, start in ((-1, "pissa"), (None, "pissa_niter_16"), (4, "pissa_niter_4")):
+        config = imported(LLAMA_FACTORY_RECIPE, **theirs, pissa_init=True, pissa_iter=steps, loraplus_lr_ratio=16.0)
+        assert (config.init_lora_weights, config.loraplus_lr_ratio) == (start, 16)
+    assert config.modules_to_save == ["embed_tokens", "lm_head"] and config.use_rslora
+    assert imported(LLAMA_FACTORY_RECIPE, pissa_init=False, pissa_iter=4).init_lora_weights == "true"
+
+
 def test_keys_that_nothing_reads_are_left_out():
     changes = {"adapter": None, "evals_per_epoch": 2, "gradient_checkpointing": "offload"}
     translation, resolved, _ = translate(ImportOptions(file=write(AXOLOTL_RECIPE, **changes)))

@@ -11,9 +11,11 @@ import warm
 from launches import ROOT, launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from small_models import LAUNCHED, save_for_launch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from manyrank.errors import UserError
+from manyrank.models import inference
 from manyrank.tools.merge import main as merge
 from manyrank.tools.merge import merging
 from manyrank.tools.merge.logits import in_float32, logits
@@ -153,11 +155,19 @@ def test_every_kind_of_adapter_is_merged(kind, embedded_model, tmp_path):
     assert (plain(embedded_model) - tuned).abs().max() > 0.5
 
 
-def test_an_adapter_that_weights_cannot_hold_is_refused(embedded_model, tmp_path):
+def test_biases_go_only_into_a_base_with_biases(embedded_model, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("starcoder2", **LAUNCHED, use_bias=True))
+    save_for_launch(model, tmp_path / "base", embedded_model)
+    layers = ["q_proj", "c_proj"]
+    tuned = adapted(tmp_path / "biased", tmp_path / "base", target_modules=layers, lora_bias=True)
+    assert run(tmp_path / "biased", "--output", tmp_path / "m") == 0
+    assert torch.allclose(plain(tmp_path / "m"), tuned, atol=2e-3)
     adapted(tmp_path / "adapter", embedded_model, target_modules=LINEAR, lora_bias=True)  # of layers without a bias
-    with pytest.raises(UserError, match="cannot be merged"):
-        run(tmp_path / "adapter", "--output", tmp_path / "m")
-    assert not (tmp_path / "m").exists()
+    monkeypatch.setattr(inference, "load_stored", None)  # nothing is loaded
+    with pytest.raises(UserError, match="cannot be merged: it has biases"):
+        run(tmp_path / "adapter", "--output", tmp_path / "n")
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "saved", "none"])

@@ -425,6 +425,20 @@ def test_vllm_gets_the_adapter_the_template_and_the_stop_tokens(whole_run, embed
     assert "--enable-lora" not in merged and merged[merged.index("--served-model-name") + 1] == "base"
 
 
+def test_an_adapter_whose_options_vllm_passes_over_is_not_served_by_it(whole_run, tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    run = shutil.copytree(whole_run.folder, tmp_path / "run")
+    file = run / "final_model" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for options, taken in (({"use_rslora": True}, True), ({"alpha_pattern": {"q_proj": 5}}, False)):
+        file.write_text(json.dumps(config | options))
+        assert _takes_vllm(ServeOptions(name="run"), find(str(run))) == taken
+    with pytest.raises(UserError, match="vLLM does not read alpha_pattern of this adapter"):
+        _takes_vllm(ServeOptions(name="run", backend="vllm"), find(str(run)))
+
+
 def test_a_run_without_thinking_is_not_served_by_vllm(whole_run, tmp_path, monkeypatch, capsys):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").touch()

@@ -198,5 +198,15 @@ def test_an_adapter_of_another_base_is_refused(foreign, tmp_path):
     assert whole.code == 2 and "is a whole model, and no adapter" in whole.stderr
 
 
+@pytest.mark.parametrize("more", [(), ("--new_adapter",)])
+def test_weights_in_pickle_are_refused_before_the_launch(more, foreign, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(foreign, adapter)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    run = launch(tmp_path / "run", f"--adapter={adapter}", *more, "--max_steps=1")
+    assert run.code == 2 and "a pickle (adapter_model.bin) is not read" in run.stderr and not run.folder.exists()
+
+
 def first_base(adapter: Path) -> str:
     return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]

@@ -5,8 +5,11 @@ import torch
 from launches import Run, launch, nightly
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_models import LAUNCHED, plain_loss, save_for_launch
+from small_models import LAUNCHED, made, plain_loss, save_for_launch
+from small_models import recipe as tiny_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from manyrank.errors import UserError
 
 RECIPE = ("--eval_data_path=data/validation.jsonl", "--max_steps=4", "--save_steps=2", "--lr=3e-3")
 OPTIONS = {
@@ -59,6 +62,9 @@ def test_peft_gives_the_loss_of_the_training(option, alone, embedded_model, toke
     assert loss_in_peft(run, embedded_model, tokenizer) == pytest.approx(run.metrics("eval_loss")[-1], abs=1e-5)
     if option != "plain":  # the option is seen
         assert run.metrics() != alone("plain").metrics()
+        key = OPTIONS[option][0].removeprefix("--").partition("=")[0]
+        assert f"- {key}: " in (run.folder / "final_model" / "README.md").read_text()
+        assert f", {key}" in next(line for line in run.stdout.splitlines() if line.startswith("method "))
 
 
 @pytest.mark.parametrize("option, strategy", [*OFTEN, *nightly(*(pair for pair in PAIRS if pair not in OFTEN))])
@@ -111,3 +117,9 @@ def test_experts_as_parameters(strategy, embedded_model, tokenizer, tmp_path):
     base = small("qwen3_moe", tmp_path / "base", embedded_model, **moe)
     args = ("--target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj", "--lora_target_modules=q_proj")
     trained(base, tokenizer, tmp_path, *args, f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}")
+
+
+def test_experts_that_peft_would_not_exclude_are_refused():
+    with pytest.raises(UserError, match="has adapters all the same") as caught:
+        made("qwen3_moe", tiny_recipe("--method=lora", r"--exclude_modules=['mlp\..*']"), torch.float32)
+    assert "lora_target_modules" in caught.value.fix

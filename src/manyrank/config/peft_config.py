@@ -42,6 +42,17 @@ NOT_MADE_HERE: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
+# Of adapter_config.json, what other programs may pass over.
+BEYOND_PLAIN = (
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+)
 FIX = "merge it (manyrank merge), and start from the result"
 
 
@@ -78,6 +89,18 @@ def adapter_keys(adapter: Path, entry: Setting) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
     return {key: _as_ours(key, value) for key, value in values.items()}
+
+
+def beyond_plain(adapter: Path | None, *, known: str) -> list[str]:
+    """Name the options of a saved adapter that a program does not read.
+
+    Args:
+        adapter: its folder; None has no options.
+        known: the options of BEYOND_PLAIN that the program reads.
+    """
+    file = adapter and adapter / "adapter_config.json"
+    theirs = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    return [key for key in BEYOND_PLAIN if theirs.get(key) and key not in known.split()]
 
 
 def _as_ours(key: str, value: Any) -> Any:

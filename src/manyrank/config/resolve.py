@@ -170,6 +170,10 @@ def _gone_on_from(entry: Setting, merged: dict[str, Setting]) -> dict[str, Setti
     if canonical(entry.key) == "adapter" and not source.adapter:
         fix = f"start from it with model_name_or_path: {entry.value}"
         raise UserError(f"{entry.value} is a whole model, and no adapter", where=entry.where, fix=fix)
+    if source.adapter and not (source.adapter / "adapter_model.safetensors").is_file():
+        what = f"{entry.value} has no adapter_model.safetensors; a pickle (adapter_model.bin) is not read"
+        fix = "write it anew: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER); or give a whole adapter"
+        raise UserError(what, where=entry.where, fix=fix)
     base = merged.get("model_name_or_path", Setting("model_name_or_path", source.base, entry.where))
     if not source.adapter and str(base.value) != source.base:
         what = f"{entry.value} is a whole model, and model_name_or_path is {base.value}"

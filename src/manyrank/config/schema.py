@@ -42,6 +42,8 @@ from .value_types import (
     as_sources,
 )
 
+OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
 
 class DataSource(BaseModel):
     """One source of rows. Keys that are left out are the recipe's."""
@@ -440,6 +442,12 @@ class TrainConfig(
     def start_model(self) -> str | None:
         """What the run starts from on its base: an adapter, or for grpo also a merged model."""
         return self.adapter or self.sft_model
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """The adapters' keys that are not at their defaults, beside rank, alpha, dropout and targets."""
+        usual = {key: field.default for key, field in AdapterKeys.model_fields.items() if key not in OF_LORA}
+        return {key: getattr(self, key) for key in usual if self.uses_lora and getattr(self, key) != usual[key]}
 
     @property
     def order_seed(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -94,6 +94,10 @@ def _check_names(model: torch.nn.Module, config: TrainConfig) -> None:
     adapted = set(adapted_layers(model))
     layers = {int(number) for name in adapted for number in re.findall(r"\.(\d+)\.", name)}
     tokens = config.trainable_token_indices
+    kept = [name for name in adapted if _of_any(config.exclude_modules, name, below=True)]
+    if kept:
+        what = f"exclude_modules: {kept[0]} has adapters all the same: peft puts them on experts by their parameters"
+        raise UserError(what, where="exclude_modules", fix="list lora_target_modules without the experts")
     wanted = {
         "exclude_modules": (config.exclude_modules, names),
         "rank_pattern": (config.rank_pattern, adapted),
@@ -104,11 +108,17 @@ def _check_names(model: torch.nn.Module, config: TrainConfig) -> None:
     }
     for key, (patterns, known) in wanted.items():
         for pattern in patterns:
-            if not any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in known):
+            if not any(_of_any([pattern], name) for name in known):
                 what = f"{key}: nothing of the model with adapters is called {pattern!r}"
                 raise UserError(
                     what, where=key, fix="give the end of a name, as mlp.down_proj, or a pattern of the whole name"
                 )
+
+
+def _of_any(patterns: Iterable[str], name: str, *, below: bool = False) -> bool:
+    """Return whether a pattern fits the end of a module's name, or with `below` that of a module around it."""
+    more = r"(?:\..*)?" if below else ""
+    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern}){more}", name) for pattern in patterns)
 
 
 def saved_names(model: torch.nn.Module) -> dict[str, str]:

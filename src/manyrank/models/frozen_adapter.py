@@ -10,7 +10,6 @@ apart. Where a layer has both, the frozen one has the scaling of the trained one
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from ..config.peft_config import FIX
 from ..errors import UserError
 from .adapters import WRAPPERS, adapted_layers
 from .lora import FROZEN
@@ -43,16 +41,9 @@ def opposite(model: torch.nn.Module) -> Below:
 
 
 def saved(model: torch.nn.Module, folder: Path) -> Below:
-    """Read a plain LoRA adapter, of this project or another tool.
-
-    Raises:
-        UserError: it is no plain LoRA, or does not fit the model.
-    """
+    """Read a plain LoRA adapter, of this project or another tool."""
     config, tensors = LoraConfig.from_pretrained(folder), _tensors(folder)
     layers, below = adapted_layers(model), {}
-    if special := sorted(name for name in tensors if not re.search(r"\.lora_[AB]\.weight$", name)):
-        what = f"a new adapter on one that is more than A and B: it has {special[0]}"
-        raise UserError(what, where=f"new_adapter, {folder}", fix=FIX)
     for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         down, up = (tensors[f"{name}.lora_{part}.weight"] for part in "AB")
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)

@@ -170,10 +170,11 @@ def _forward(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
             thin = x @ layer.lora_A[FROZEN].weight.to(dtype).T
             wide = layer.lora_B[FROZEN].weight.to(dtype).T
             y_base = torch.addmm(y_base, thin, wide, alpha=layer.scaling[FROZEN])
-        adapter = (*_adapter(layer), _casts(layer, dtype))
+        adapter, own = (*_adapter(layer), _casts(layer, dtype)), layer.lora_B[name].bias
+        # Before the call: torch 2.13 does not compile what uses the scaling again after it.
+        own = None if own is None else (layer.scaling[name] * own).to(dtype)
         y = _Adapted.apply(x, dropped, weight, bias, y_base, *adapter, layer.scaling[name])
-        if (own := layer.lora_B[name].bias) is not None:
-            y = y + (layer.scaling[name] * own).to(dtype)
+        y = y if own is None else y + own
     return y.unflatten(0, shape[:-1])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -20,6 +20,7 @@ ADAPTED_EXPERTS = {
     **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
 }
 OUTSIDE = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")  # modules of the vocabulary's size
+ATTENTION = ("q_", "k_", "v_", "o_", "qkv_", "kv_")  # the beginnings of names of its matrices
 SAVED = 4  # bytes of an element of a saved adapter
 
 
@@ -106,23 +107,28 @@ class PlannedRun:
 
     # What is trained
 
-    def adapted(self, layer: Layer) -> dict[str, Linear]:
-        """The matrices of a layer that have adapters."""
-        targets = self.config.lora_target_modules
-        if self.full:
+    def adapted(self, layer: Layer, number: int | None = None) -> dict[str, Linear]:
+        """The matrices of a layer that have adapters.
+
+        Args:
+            number: of the layer; None: patterns that name layers by number do not count.
+        """
+        config, targets = self.config, self.config.lora_target_modules
+        chosen = number is None or not config.layers_to_transform or number in config.layers_to_transform
+        if self.full or not chosen:
             return {}
         taken = ADAPTED_EXPERTS.get(self.shape.model_type, ()) if self._sparse else ()
         return {
             name: linear
             for name, linear in layer.linears.items()
             if name not in taken
-            and (targets == "all-linear" or _named(name, targets))
-            and not _matched(name, self.config.exclude_modules)
+            and (targets == "all-linear" or _matched(name, targets, number))
+            and not _matched(name, [*config.exclude_modules, *config.modules_to_save], number, below=True)
         }
 
-    def rank(self, name: str) -> int:
-        """The rank of the adapters of a matrix; a pattern for some layers counts for all."""
-        pattern = _matched(name, self.config.rank_pattern)
+    def rank(self, name: str, number: int | None = None) -> int:
+        """The rank of the adapters of a matrix."""
+        pattern = _matched(name, self.config.rank_pattern, number)
         return self.config.rank_pattern[pattern] if pattern else self.config.lora_r
 
     def adapted_experts(self, layer: Layer) -> bool:
@@ -130,7 +136,9 @@ class PlannedRun:
         if self.full or not layer.experts or not names:
             return False
         targets = self.config.lora_target_modules
-        return targets == "all-linear" or any(name in targets for name in names)
+        if targets == "all-linear":  # which is a list of linear layers where layers are chosen
+            return not self.config.layers_to_transform
+        return any(name in targets for name in names)
 
     @cached_property
     def _sparse(self) -> bool:
@@ -139,39 +147,63 @@ class PlannedRun:
     def expert_adapters(self, layer: Layer) -> list[int]:
         """Elements of each adapter tensor of a layer's experts and of its router."""
         rank, hidden, experts = self.config.lora_r, self.shape.hidden, layer.experts
-        if experts is None or not self.adapted_experts(layer):
+        if experts is None or self.full:
             return []
         all_of_them = experts.number * rank
-        # Gate and up are one tensor, with adapters of twice the rank.
-        sizes = [2 * all_of_them * hidden, 4 * all_of_them * experts.intermediate]
-        sizes += [all_of_them * experts.intermediate, all_of_them * hidden]
+        named = {name.rpartition(".")[2] for name in self.config.target_parameters}
+        both = self.adapted_experts(layer)
+        gate_up = [all_of_them * hidden, 2 * all_of_them * experts.intermediate]
+        # Gate and up are one tensor; by the names of both, its adapters have twice the rank.
+        sizes = [2 * size for size in gate_up] if both else gate_up if "gate_up_proj" in named else []
+        sizes += [all_of_them * experts.intermediate, all_of_them * hidden] if both or "down_proj" in named else []
         return sizes + (
-            [rank * hidden, rank * experts.number] if self.config.lora_target_modules == "all-linear" else []
+            [rank * hidden, rank * experts.number] if both and self.config.lora_target_modules == "all-linear" else []
         )
 
-    def matrices(self, layer: Layer) -> list[int]:
-        """Elements of each matrix A and B of one layer."""
-        adapted = self.adapted(layer).items()
-        plain = [(self.rank(name) * linear.inputs, self.rank(name) * linear.outputs) for name, linear in adapted]
+    def matrices(self, layer: Layer, number: int | None = None) -> list[int]:
+        """Elements of each matrix A and B of one layer; see `adapted`."""
+        ranks = {name: self.rank(name, number) for name in layer.linears}
+        adapted = self.adapted(layer, number).items()
+        plain = [(ranks[name] * linear.inputs, ranks[name] * linear.outputs) for name, linear in adapted]
         return [*chain.from_iterable(plain), *self.expert_adapters(layer)]
 
-    def adapters(self, layer: Layer) -> list[int]:
-        """Elements of each trained tensor of one layer."""
-        beside = self.config.use_dora + self.config.lora_bias  # magnitudes, and biases
-        vectors = [linear.outputs for linear in self.adapted(layer).values()] * beside
-        whole = [linear.weights for name, linear in layer.linears.items() if name in self.config.modules_to_save]
-        return [*self.matrices(layer), *vectors, *whole]
+    def adapters(self, layer: Layer, number: int | None = None) -> list[int]:
+        """Elements of each trained tensor of one layer, norms left out; see `adapted`."""
+        vectors = [linear.outputs for linear in self.adapted(layer, number).values()] * self._beside
+        saved = self.config.modules_to_save
+        whole = [linear.parameters for name, linear in layer.linears.items() if _matched(name, saved, number)]
+        return [*self.matrices(layer, number), *vectors, *whole]
+
+    @property
+    def _beside(self) -> int:
+        """Trained vectors of a matrix with adapters: magnitudes, and biases."""
+        return self.config.use_dora + self.config.lora_bias
+
+    def _numbered(self) -> Iterator[tuple[int, Layer, int | None]]:
+        """Kinds of layers with their counts; where the recipe may tell layers apart, each of them with its number."""
+        config, targets = self.config, self.config.lora_target_modules
+        patterns = [*config.rank_pattern, *config.exclude_modules, *config.modules_to_save]
+        if patterns or config.layers_to_transform or targets != "all-linear":
+            yield from ((1, layer, number) for number, layer in enumerate(self.shape.each()))
+        else:
+            yield from ((layer.count, layer, None) for layer in self.shape.layers)
 
     @cached_property
     def tensors(self) -> list[tuple[float, int]]:
         """Numbers of trained tensors beside a frozen base, and the elements of each."""
-        chosen = len(self.config.layers_to_transform) / self.shape.depth if self.config.layers_to_transform else 1
-        inner = [(chosen * layer.count, size) for layer in self.shape.layers for size in self.adapters(layer)]
+        inner = [(count, size) for count, layer, number in self._numbered() for size in self.adapters(layer, number)]
         ids = self.config.trainable_token_indices
         rows = sum(map(len, ids.values())) if isinstance(ids, dict) else len(ids)
         whole = sum(name.rpartition(".")[2] in OUTSIDE for name in self.config.modules_to_save)
-        outside = [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
+        outside = [*self._adapters_outside(), (whole, self.shape.embedding), (1, rows * self.shape.hidden)]
         return inner + [(count, size) for count, size in outside if count * size]
+
+    def _adapters_outside(self) -> list[tuple[int, int]]:
+        """Numbers and elements of the trained tensors on embeddings and lm_head."""
+        targets = self.config.lora_target_modules
+        names = [] if targets == "all-linear" else [name for name in targets if name.rpartition(".")[2] in OUTSIDE]
+        sizes = [self.rank(name) * width for name in names for width in (self.shape.hidden, self.shape.vocabulary)]
+        return [(1, size) for size in sizes] + [(self._beside * len(names), self.shape.vocabulary)]
 
     @cached_property
     def frozen_adapters(self) -> int:
@@ -180,7 +212,8 @@ class PlannedRun:
             return self.context.adapter_bytes // SAVED
         if self.full or not self.config.init_lora_weights.startswith(("pissa", "olora")):
             return 0
-        return sum(layer.count * sum(self.matrices(layer)) for layer in self.shape.layers)
+        inner = sum(count * sum(self.matrices(layer, number)) for count, layer, number in self._numbered())
+        return inner + sum(count * size for count, size in self._adapters_outside())
 
     @cached_property
     def active_adapters(self) -> int:
@@ -200,10 +233,13 @@ class PlannedRun:
         return int(sum(count * size for count, size in self.tensors))
 
 
-def _matched(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern whose last part fits the name of a matrix."""
-    return next((pattern for pattern in patterns if re.fullmatch(pattern.rpartition(".")[2], name)), None)
+def _matched(name: str, patterns: Iterable[str], number: int | None, *, below: bool = False) -> str | None:
+    """The first pattern that fits the end of a matrix's whole name.
 
-
-def _named(name: str, targets: list[str]) -> bool:
-    return any(name == target.rsplit(".", 1)[-1] for target in targets)
+    Args:
+        below: whether what is below a module of that name counts, too.
+    """
+    block = "self_attn" if name.startswith(ATTENTION) else "mlp"
+    whole = f"{block}.{name}" if number is None else f"model.layers.{number}.{block}.{name}"
+    more = r"(?:\..*)?" if below else ""
+    return next((pattern for pattern in patterns if re.fullmatch(rf"(?:.*\.)?(?:{pattern}){more}", whole)), None)

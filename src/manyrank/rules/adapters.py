@@ -12,7 +12,9 @@ from ..runs import artifact
 from .context import RunContext
 from .rule import error, unless
 
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
+EMBEDDINGS = (*EMBEDDINGS_IN, "lm_head", "embed_out")
+PLAIN = re.compile(r"\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
 SUBTRACTED = ("pissa", "olora")  # starts of which a copy lies frozen below the adapter
 # Names of repositories that hold the same weights in 4 bits, or mirror them.
 COPIES = re.compile(r"[-_](unsloth|bnb|4bit)\b", re.IGNORECASE)
@@ -38,8 +40,11 @@ def _together(s: RunContext) -> str | None:
     """Name two options of which one leaves no room for the other."""
     config, below = s.config, _keeps_below(s)
     own_start = config.init_lora_weights not in ("true", "gaussian")
-    parameters = bool(config.target_parameters)
+    parameters, embedding = bool(config.target_parameters), _embedding_target(s)
     pairs = {
+        (f"lora_target_modules {embedding}", "use_dora"): embedding and config.use_dora,
+        (f"lora_target_modules {embedding}", "lora_bias"): embedding and config.lora_bias,
+        (f"lora_target_modules {embedding}", f"init_lora_weights {config.init_lora_weights}"): embedding and own_start,
         ("use_dora", below or f"init_lora_weights {config.init_lora_weights}"): config.use_dora
         and bool(below or config.init_lora_weights == "loftq"),
         ("use_dora", "lora_bias"): config.use_dora and config.lora_bias,
@@ -51,6 +56,11 @@ def _together(s: RunContext) -> str | None:
         and (own_start or bool(below)),
     }
     return next((" with ".join(pair) for pair, meet in pairs.items() if meet), None)
+
+
+def _embedding_target(s: RunContext) -> str | None:
+    names = s.config.lora_target_modules
+    return next((name for name in names if name.rpartition(".")[2] in EMBEDDINGS_IN), None)
 
 
 def _odd_rank(s: RunContext) -> str | None:
@@ -85,6 +95,18 @@ def _tokens_beyond(s: RunContext) -> str | None:
     numbers = [number for own in ids.values() for number in own] if isinstance(ids, dict) else ids
     beyond = [number for number in numbers if isinstance(size, int) and number >= size]
     return f"trainable_token_indices {beyond[0]}, and the model has {size} tokens" if beyond else None
+
+
+def _more_below(s: RunContext) -> str | None:
+    """What a frozen adapter has beside A and B."""
+    file = s.adapter / "adapter_model.safetensors" if s.config.new_adapter and s.config.adapter and s.adapter else None
+    names = sorted(read_header(file)) if file and file.is_file() else []
+    more = next((name for name in names if name != "__metadata__" and not PLAIN.search(name)), None)
+    return (
+        f"new_adapter on {s.config.adapter}, which is more than A and B of linear layers: it has {more}"
+        if more
+        else None
+    )
 
 
 # The base of an adapter
@@ -172,6 +194,13 @@ ADAPTER_RULES = (
         fix="give it as adapter: FOLDER, or leave new_adapter out",
     ),
     error(
+        "new-adapter-on-more",
+        ("new_adapter", "adapter"),
+        _more_below,
+        reason="The frozen adapter and the new one are saved as one, which holds for matrices A and B alone.",
+        fix="leave new_adapter out, to train the adapter itself; or merge it first (manyrank merge), where it merges",
+    ),
+    error(
         "another-base",
         ("adapter", "model_name_or_path"),
         _other_base,
@@ -194,9 +223,18 @@ ADAPTER_RULES = (
     ),
     error(
         "adapter-options-together",
-        ("use_dora", "lora_bias", "target_parameters", "init_lora_weights", "new_adapter", "lora_dropout", "method"),
+        (
+            "lora_target_modules",
+            "use_dora",
+            "lora_bias",
+            "target_parameters",
+            "init_lora_weights",
+            "new_adapter",
+            "lora_dropout",
+            "method",
+        ),
         _together,
-        reason="peft does not have these together, or the saved adapter would not be one that peft loads.",
+        reason="peft does not have these together, they are not started here, or the saved adapter would not load in peft.",
         fix="keep one of the two",
         of_many=True,
     ),

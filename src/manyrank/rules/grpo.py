@@ -7,7 +7,7 @@ import importlib.util
 from ..data.rewards import read_rewards
 from ..errors import UserError
 from .context import RunContext
-from .model import head_target
+from .model import HEADS, head_target
 from .rule import error, unless
 
 
@@ -33,6 +33,13 @@ def _groups(s: RunContext) -> str | None:
             f"{batch} completions a step do not divide into {s.world_size} processes x {c.per_device_train_batch_size}"
         )
     return None
+
+
+def _tokens_of_head(s: RunContext) -> str | None:
+    ids = s.config.trainable_token_indices
+    names = [name for name in ids if name.rpartition(".")[2] in HEADS] if isinstance(ids, dict) else []
+    tied = ids and s.model is not None and s.model.ties_embeddings
+    return "trainable_token_indices of lm_head" + ", which is tied" * bool(tied) if names or tied else None
 
 
 def _vllm(s: RunContext) -> str | None:
@@ -81,10 +88,10 @@ GRPO_RULES = (
     ),
     error(
         "adapters-on-head-of-grpo",
-        ("lora_target_modules",),
-        lambda s: head_target(s) if s.config.is_grpo else None,
+        ("lora_target_modules", "trainable_token_indices"),
+        lambda s: (head_target(s) or _tokens_of_head(s)) if s.config.is_grpo else None,
         reason="trl computes log-probabilities with lm_head's own weight.",
-        fix="leave lm_head out of lora_target_modules",
+        fix="leave lm_head and tied embeddings out",
     ),
     error(
         "adapter-of-full-grpo",

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config.args import Options, arg, read_options, word
+from ..config.peft_config import beyond_plain
 from ..errors import EXIT_FAILED, UserError
 from ..runs.artifact import ModelSource, find
 from ..runs.run_folder import check_writable
@@ -87,6 +88,9 @@ def _output(options: GgufOptions, source: ModelSource) -> Path:
     """The file to write; refuse what can be refused before anything is loaded."""
     if options.adapter and not source.adapter:
         raise UserError("there is no adapter", where=options.name, fix="leave --adapter out")
+    if options.adapter and (unread := beyond_plain(source.adapter, known="rank_pattern")):
+        what = f"llama.cpp does not read {' and '.join(unread)} of this adapter"
+        raise UserError(what, where="--adapter", fix="leave --adapter out: the adapter is merged into its base")
     folder = source.run or source.adapter or Path(source.base).expanduser()
     if not folder.is_dir():
         fix = f"hf download {options.name} --local-dir FOLDER, and name the folder"

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from .. import __version__
 from ..config.resolve import TrainConfig
+from ..config.schema import OF_LORA
 from ..project_files import EMBEDDED
 
 RESULTS = {
@@ -32,8 +33,6 @@ SETTINGS = (
     "packing",
     "seed",
 )
-OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-
 THIS_MODEL = "FOLDER OR HUB NAME OF THIS MODEL"  # `manyrank push` writes its name
 USE_ADAPTER = f"""from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
@@ -65,8 +64,11 @@ def model_card(
     )
     last = {key: value for line in log_history for key, value in line.items() if key in RESULTS}
     results = {RESULTS[key]: f"{last[key]:.4g}" for key in RESULTS if key in last}
-    settings = {key: getattr(config, key) for key in (*(OF_LORA if config.uses_lora else ()), *SETTINGS)}
-    settings = {"steps": steps, "examples of a step": batch, **settings}
+    options = config.adapter_options
+    options |= {"adapter": Path(options["adapter"]).name} if "adapter" in options else {}
+    settings = {"steps": steps, "examples of a step": batch}
+    settings |= {key: getattr(config, key) for key in OF_LORA if config.uses_lora} | options
+    settings |= {key: getattr(config, key) for key in SETTINGS}
     adapter = f"An adapter (`{config.method}`) for {name}" if config.uses_lora else f"{name}, trained as a whole"
     title = config.run_name or (f"{name.rpartition('/')[2]}-{config.method}")
     parts = [

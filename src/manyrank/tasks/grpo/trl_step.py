@@ -93,6 +93,7 @@ class TrlStep(GRPOTrainer):
                 train_dataset=Dataset.from_dict({"prompt": ["-"]}),
                 processing_class=tokenizer,
             )
+        _copy_to_reference(model)
         for parameter, value in masters.items():  # trl 1.16 rounds the adapters of a quantised base to bf16
             parameter.data = value
 
@@ -183,6 +184,15 @@ class TrlStep(GRPOTrainer):
             )
             for row in rows
         ]
+
+
+@torch.no_grad()
+def _copy_to_reference(model: torch.nn.Module) -> None:
+    """Give the reference its tokens and embeddings: trl 1.16 copies only what stands in a module of its own."""
+    values = dict(model.named_parameters())
+    for name, value in values.items():
+        if name.endswith(".default") and (reference := values.get(f"{name.removesuffix('default')}ref")) is not None:
+            reference.copy_(value)
 
 
 def _options(config: TrainConfig, rewards: Sequence[Reward], accumulation: int, *, precision: Precision) -> dict:

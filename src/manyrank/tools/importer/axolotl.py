@@ -63,13 +63,8 @@ _DROPPED = {
 }
 DROPPED = {name: why for names, why in _DROPPED.items() for name in names.split()}
 RENAMED = {
-    "peft_use_rslora": "use_rslora",
-    "peft_use_dora": "use_dora",
-    "peft_init_lora_weights": "init_lora_weights",
-    "lora_modules_to_save": "modules_to_save",
     "lora_rank_pattern": "rank_pattern",
     "lora_alpha_pattern": "alpha_pattern",
-    "peft_layers_to_transform": "layers_to_transform",
     "tokens": "add_tokens",
     "adam_eps": "adam_epsilon",
 }

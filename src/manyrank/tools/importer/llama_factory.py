@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...config.resolve import FIELDS
 from ...errors import UserError
 from ...runs.mapping_files import read_json_object
 from . import strategies
@@ -63,7 +62,8 @@ _DROPPED = {
     "use_swanlab swanlab_project swanlab_run_name": "report_to names the trackers",
     "compute_accuracy": "manyrank evaluate",
     "enable_thinking preserve_thinking": "templates that are read here have no thinking",
-    "pissa_iter pissa_convert": "it counts with pissa_init alone",
+    "pissa_iter": "it counts with pissa_init alone",
+    "pissa_convert": "what is saved always fits the original base",
     "quantization_device_map": "the strategy decides where weights are",
 }
 DROPPED = {name: why for names, why in _DROPPED.items() for name in names.split()}
@@ -190,11 +190,9 @@ def _no_checkpointing(t: Translation, value: Any) -> None:
 
 
 def _pissa(t: Translation, value: Any) -> None:
-    if value and "init_lora_weights" in FIELDS:
+    if value:
         steps = t.theirs.get("pissa_iter", 16)
         t.give("init_lora_weights", "pissa" if steps == -1 else f"pissa_niter_{steps}", "pissa_init")
-    elif value:
-        t.decide("pissa_init", value)
 
 
 def _stop_early(t: Translation, value: Any) -> None:
@@ -240,7 +238,6 @@ DIALECT = Dialect(
         "pissa_init": _pissa,
         "early_stopping_steps": _stop_early,
     },
-    renamed={"additional_target": "modules_to_save"},
     dropped=DROPPED,
     finish=_finish,
     differs=(

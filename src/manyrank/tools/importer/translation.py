@@ -27,11 +27,10 @@ from ...rules.recipe import DEPENDENT
 WITHOUT_EFFECT = frozenset(key for group in (OutputKeys, SpeedKeys, PlaceKeys) for key in group.model_fields)
 # Of the names in INSTEAD, those that change the loss where they are on.
 _CHANGES_LOSS = (
-    "additional_target assistant_only_loss auto_find_batch_size bnb_4bit_quant_type bnb_4bit_use_double_quant "
-    "completion_only_loss dataset_text_field lora_bias lora_modules_to_save max_samples max_tokens max_train_samples "
-    "modules_to_save neftune_noise_alpha prompt_template quantization rope_scaling s2_attention shuffle special_tokens "
-    "stage system_prompt template text_column tokenizer tokenizer_name tokenizer_name_or_path train_batch_size use_dora "
-    "use_nested_quant"
+    "assistant_only_loss auto_find_batch_size bnb_4bit_quant_type bnb_4bit_use_double_quant completion_only_loss "
+    "dataset_text_field max_samples max_tokens max_train_samples neftune_noise_alpha prompt_template quantization "
+    "rope_scaling s2_attention shuffle special_tokens stage system_prompt template text_column tokenizer "
+    "tokenizer_name tokenizer_name_or_path train_batch_size use_nested_quant"
 )
 CHANGES_LOSS = frozenset(_CHANGES_LOSS.split())
 _DROPPED = {

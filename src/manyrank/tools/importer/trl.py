@@ -36,7 +36,6 @@ _DROPPED = {
     "env": "set variables in front of the command",
 }
 DROPPED = {name: why for names, why in _DROPPED.items() for name in names.split()}
-RENAMED = {"lora_modules_to_save": "modules_to_save"}
 LOOKED_AT = 20  # rows
 
 
@@ -205,7 +204,6 @@ DIALECT = Dialect(
         "truncation_mode": usual("truncation_mode", "keep_start", why="rows that are too long lose their end"),
         "bnb_4bit_quant_type": usual("bnb_4bit_quant_type", "nf4", why="bases in 4 bits are NF4"),
     },
-    renamed=RENAMED,
     dropped=DROPPED,
     finish=_finish,
     differs=("rows are shuffled by the seed in another order, and packed into other packs",),
@@ -215,7 +213,6 @@ TRANSFORMERS = Dialect(
     title="transformers",
     marks=frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "output_dir", "learning_rate"}),
     handlers=_HANDLERS,
-    renamed=RENAMED,
     dropped=DROPPED,
     finish=_finish_transformers,
     differs=("rows are shuffled by the seed in another order, and read by their format",),

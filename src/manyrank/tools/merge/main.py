@@ -26,6 +26,7 @@ from pydantic import AfterValidator
 from ...config.args import Options, arg, read_options, word
 from ...config.value_types import Float
 from ...errors import EXIT_FAILED, UserError
+from ...models.model_facts import find_facts, read_header
 from ...runs.artifact import ModelSource, find
 from ...runs.run_folder import atomic_directory, check_output
 
@@ -165,6 +166,7 @@ def merge(
     from ...runs import logs
     from . import logits, merging
 
+    _check_biases(model_source)
     quiet()
     model, tokenizer = load_stored(model_source, trust_remote_code=trust_remote_code)
     own = merging.stored_in(model.get_base_model() if model_source.adapter else model)
@@ -197,6 +199,25 @@ def merge(
         if not report.relative_difference <= report.tolerance:
             raise MergeFailed(f"the result is not the model with its adapter: {_difference(report)}")
     return report
+
+
+def _check_biases(source: ModelSource) -> None:
+    """Refuse trained biases where the base has none, before anything is loaded.
+
+    Raises:
+        UserError: there is one.
+    """
+    file = source.adapter and source.adapter / "adapter_model.safetensors"
+    biases = read_header(file) if file and file.is_file() else {}
+    facts = find_facts(source.base)
+    weights = facts.weights if facts else frozenset()
+    for name in sorted(biases):
+        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_B\.(?:default\.)?bias", name)
+        if match and f"{match[1]}.weight" in weights and f"{match[1]}.bias" not in weights:
+            what = f"the adapter cannot be merged: it has biases (lora_bias), and the base's {match[1]} has none"
+            raise UserError(
+                what, where=str(source.adapter), fix="use it beside its base, as peft and manyrank serve do"
+            )
 
 
 def _effect(model: PeftModel, before: torch.Tensor, ids: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...config.args import read_options
+from ...config.peft_config import beyond_plain
 from ...config.resolve import recipe_of
 from ...errors import UserError
 from ...runs import hub
@@ -44,6 +45,9 @@ def _takes_vllm(options: ServeOptions, model_source: ModelSource) -> bool:
         problem, fix = "vLLM quantises no model to 8 bits", "leave --quantization out, give 4bit, or "
     elif not here:
         problem, fix = "vLLM is not installed", "install vllm, or "
+    elif unread := beyond_plain(model_source.adapter, known="use_rslora"):
+        problem = f"vLLM does not read {' and '.join(unread)} of this adapter"
+        fix = "merge it first (manyrank merge), or "
     elif recipe and recipe.thinking == "strip":  # its template sees what a client sends
         problem = "vLLM keeps the thinking of earlier turns, which the run was trained without (thinking: strip)"
     if options.backend == "vllm" and problem:
