@@ -175,6 +175,7 @@ def test_aliases_and_dashes(alias, key):
         "layers_to_transform": [1],
         "trainable_token_indices": [1],
         "modules_to_save": ["a"],
+        "add_special_tokens": ["a"],
         "layers_pattern": ["a"],
         "target_parameters": ["a"],
         "torch_compile": True,

@@ -150,6 +150,13 @@ CASES = [
     ("unused-options", {**GRPO, "train_on_eos": "last"}, {"train_on_eos": "turn"}),
     ("two-starts", {**GRPO, "sft_model": "ADAPTER", "adapter": "ADAPTER"}, {"sft_model": None}),
     ("adapter-of-full", {"adapter": "ADAPTER", "method": "full"}, {"method": "qlora"}),
+    ("tokens-that-are-there", {"add_tokens": ["<|im_end|>"]}, {"add_tokens": ["<tool>"]}),
+    ("new-tokens-in-grpo", {**GRPO, "add_tokens": ["<tool>"]}, {"add_tokens": []}),
+    (
+        "template-tokens-in-pieces",
+        {"chat_template": "llama3"},
+        {"add_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"]},
+    ),
     ("new-adapter-on-none", {"new_adapter": True}, {"adapter": "ADAPTER"}),
     ("new-adapter-on-more", {"adapter": "ADAPTER", "new_adapter": True, "more": True}, {"new_adapter": False}),
     ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"allow_base_change": True}),

@@ -48,6 +48,8 @@ OF_ADAPTERS = (
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
+    "add_tokens",
+    "add_special_tokens",
 )
 # What checkpoints of earlier versions do not have.
 LATER = (

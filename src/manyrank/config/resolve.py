@@ -215,9 +215,8 @@ def _speech(source: ModelSource) -> dict[str, Any]:
     recipe = recipe_of(source)
     if not recipe:
         return {}
-    options = {
-        key: getattr(recipe, key) for key in ("chat_template_kwargs", "stop_tokens", "thinking", "chat_template")
-    }
+    keys = ("chat_template_kwargs", "stop_tokens", "thinking", "chat_template", "add_tokens", "add_special_tokens")
+    options = {key: getattr(recipe, key) for key in keys}
     if source.own_tokenizer:
         del options["chat_template"]
     return {key: value for key, value in options.items() if value != FIELDS[key].default}

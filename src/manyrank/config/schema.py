@@ -163,6 +163,12 @@ class AdapterKeys(Keys):
     trainable_token_indices: Tokens = Field(
         [], description="ids of tokens whose embeddings are trained; {MODULE: ids} for other modules than the embedding"
     )
+    add_tokens: Strings = Field(
+        [], description="tokens that the tokenizer gets; their embeddings start as the mean of all, and are trained"
+    )
+    add_special_tokens: Strings = Field(
+        [], description="the same of tokens that are no text, as <tool_call>: completions are shown without them"
+    )
     loraplus_lr_ratio: Float | None = Field(
         None, ge=1, description="learning rate of the matrices B over that of the matrices A (LoRA+)"
     )

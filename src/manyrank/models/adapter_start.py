@@ -34,18 +34,26 @@ from . import frozen_adapter
 from .adapters import adapted_layers
 from .load import load_adapter
 from .model_facts import find_facts
+from .new_tokens import NONE, NewTokens
 
 Weights = Callable[[str], torch.Tensor]  # of the base, by name
 SUBTRACTED = ("pissa", "olora")  # starts that are subtracted from the base
 
 
 def start_adapters(
-    model: torch.nn.Module, config: TrainConfig, weights: Weights, *, adapter: Path | None, resumed: Path | None
+    model: torch.nn.Module,
+    config: TrainConfig,
+    weights: Weights,
+    *,
+    adapter: Path | None,
+    resumed: Path | None,
+    new: NewTokens = NONE,
 ) -> None:
     """Give a model's new adapters their first values. All ranks together, before the strategy wraps it.
 
     Args:
         weights: reads a weight of the base, whole, on the CPU.
+        new: tokens that the base has no rows for.
         adapter: the folder of the adapter that the training continues from.
         resumed: the checkpoint that follows, which has the values of what is trained.
 
@@ -57,7 +65,7 @@ def start_adapters(
         if subtracted or config.new_adapter:
             frozen_adapter.put_below(model, frozen_adapter.saved_below(model, resumed))
         return
-    _copy_modules(model, weights)
+    _copy_modules(model, weights, new)
     # peft has taken the magnitudes from a quantised base, which is whole here; what is in shards may be no more than shapes.
     magnitudes = config.use_dora and config.method == "lora"
     if config.init_lora_weights not in ("true", "gaussian") or magnitudes:
@@ -103,16 +111,19 @@ def _files(name: str) -> Iterator[tuple[str, Path]]:
 
 
 @torch.no_grad()
-def _copy_modules(model: torch.nn.Module, weights: Weights) -> None:
+def _copy_modules(model: torch.nn.Module, weights: Weights, new: NewTokens) -> None:
     """Give the copies of modules, and of rows, that are trained beside adapters their values, in float32."""
     for path, module in model.named_modules():
         own = path.removeprefix("base_model.model.")
         if isinstance(module, ModulesToSaveWrapper):
             for name, parameter in module.modules_to_save["default"].named_parameters():
-                parameter.data = weights(f"{own}.{name}").to(parameter.device, torch.float32)
+                is_vocabulary = module.original_module in (model.get_input_embeddings(), model.get_output_embeddings())
+                value = weights(f"{own}.{name}")
+                value = new.grown(value, name) if is_vocabulary else value
+                parameter.data = value.to(parameter.device, torch.float32)
         if isinstance(module, TrainableTokensWrapper) and not module.token_adapter.tied_adapter:
             rows, ids = module.token_adapter.trainable_tokens_delta["default"], module.token_adapter.token_indices
-            rows.data = weights(f"{own}.weight")[ids["default"]].to(rows.device, torch.float32)
+            rows.data = new.grown(weights(f"{own}.weight"), "weight")[ids["default"]].to(rows.device, torch.float32)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ..config.resolve import TrainConfig
 from ..errors import UserError
 from . import coverage
 from .lora import speed_up
+from .new_tokens import NONE, NewTokens
 from .reach import Reach, shape_of, unreached_modules, within
 from .token_rows import speed_up_tokens
 
@@ -49,12 +50,15 @@ def _weights(parameters) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
-def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None, say: Say) -> torch.nn.Module:
+def with_lora(
+    model: torch.nn.Module, config: TrainConfig, reached: Reach | None, say: Say, new: NewTokens = NONE
+) -> torch.nn.Module:
     """A base with the recipe's adapters, and nothing else trained; the same start on every rank for a seed.
 
     Args:
         reached: what a text uses; None: all of it.
         say: takes a line on what has no adapters.
+        new: tokens whose rows are trained beside the adapters.
 
     Raises:
         UserError: these adapters cannot be put on it.
@@ -68,6 +72,7 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
     fix = _fix_of_targets(model, config, excluded)
     beyond = _beyond_text(model, reached)
     arguments = peft_arguments(config) | {"exclude_modules": excluded}
+    arguments["trainable_token_indices"] = _trained_tokens(model, config, new)
     if config.lora_target_modules == "all-linear" and config.layers_to_transform:
         arguments["target_modules"] = _linear_names(model, excluded)  # peft counts layers of named modules alone
     try:
@@ -82,6 +87,22 @@ def with_lora(model: torch.nn.Module, config: TrainConfig, reached: Reach | None
         if note:
             say(note)
     return adapted
+
+
+def _trained_tokens(model: torch.nn.Module, config: TrainConfig, new: NewTokens) -> dict[str, list[int]] | list | None:
+    """Ids of the tokens whose rows are trained, by module: the recipe's, and new ones where no whole module is trained."""
+    given = config.trainable_token_indices
+    if not new.ids:
+        return given or None
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = ends[1] is None or ends[0].weight is ends[1].weight
+    names = {id(module): name for name, module in model.named_modules()}
+    paths = [names[id(module)] for module in ends[: 1 if tied else 2]]
+    short = [path.rpartition(".")[2] for path in paths]
+    rows = {name: set(new.ids) for name in short if name not in config.modules_to_save}
+    for name, ids in (given if isinstance(given, dict) else {short[0]: given}).items():
+        rows.setdefault(name, set()).update(ids)
+    return {name: sorted(ids) for name, ids in rows.items() if ids} or None
 
 
 def _check_names(model: torch.nn.Module, config: TrainConfig) -> None:

@@ -16,7 +16,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
@@ -34,20 +36,22 @@ class HeadLoss(torch.autograd.Function):
         hidden: (n, h). weight: (vocabulary, h). bias: (vocabulary,) or None. targets: (n,), token ids.
         smoothing: share of a target that all tokens of the vocabulary have alike.
         dynamic: scale each token's loss by its probability, which counts as a constant (see `training.loss`).
+        rows: (k, h), trained rows of a frozen weight, or None. ids: (k,), where they stand in it.
 
     Returns:
         A scalar, float32 (float64 for such a head).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, smoothing=0.0, dynamic=False):
+    def forward(ctx, hidden, weight, bias, targets, smoothing=0.0, dynamic=False, rows=None, ids=None):
         dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
         with torch.autocast(hidden.device.type, enabled=False):
-            wanted = ctx.needs_input_grad[:3]
-            tensors = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            wanted = (*ctx.needs_input_grad[:3], rows is not None and ctx.needs_input_grad[6])
+            whole = weight.to(dtype) if rows is None else weight.to(dtype).index_copy(0, ids, rows.to(dtype))
+            tensors = hidden.to(dtype), whole, None if bias is None else bias.to(dtype)
             options = {"differentiate": any(wanted), "smoothing": smoothing, "dynamic": dynamic}
-            loss, *gradients = _loss_and_gradients(*tensors, targets, wanted, options)
-        ctx.gradients, ctx.dtypes = gradients, [getattr(t, "dtype", None) for t in (hidden, weight, bias)]
+            loss, *gradients = _loss_and_gradients(*tensors, targets, ids, wanted, options)
+        ctx.gradients, ctx.dtypes = gradients, [getattr(t, "dtype", None) for t in (hidden, weight, bias, rows)]
         return loss
 
     @staticmethod
@@ -57,8 +61,8 @@ class HeadLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the loss of a fused head goes backward once")
-        scaled = (g if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes))
-        return (*scaled, None, None, None)
+        scaled = [g if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
+        return (*scaled[:3], None, None, None, scaled[3], None)
 
 
 def _scaled(gradient: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -70,13 +74,14 @@ def _autocast(tensor: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
 
 
-def _loss_and_gradients(hidden, weight, bias, targets, wanted, options):
-    """The loss, and the gradients that are wanted of hidden, weight and bias (those of the head's own in float32)."""
+def _loss_and_gradients(hidden, weight, bias, targets, ids, wanted, options):
+    """The loss, and the gradients that are wanted of hidden, weight, bias and rows (those of the head's own in float32)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     of_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
+    of_rows = weight.new_zeros(len(ids), weight.shape[1], dtype=wide) if wanted[3] else None
     size = _rows(CHUNK.get(hidden.device.type, CHUNK["cuda"]), len(weight), hidden.dtype)
     cross_entropy = CROSS_ENTROPY.get(hidden.device.type, by_shares)
     buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
@@ -96,8 +101,10 @@ def _loss_and_gradients(hidden, weight, bias, targets, wanted, options):
             of_weight += gradient.T @ part
         if wanted[2]:
             of_bias += gradient.sum(0, dtype=wide)
+        if wanted[3]:
+            of_rows += gradient[:, ids].T @ part
         del gradient  # before that of the next chunk is made
-    return loss, of_hidden, of_weight, of_bias
+    return loss, of_hidden, of_weight, of_bias, of_rows
 
 
 def _rows(limit: int, vocabulary: int, dtype: torch.dtype) -> int:
@@ -167,32 +174,44 @@ CROSS_ENTROPY = {"cpu": in_blocks}  # of other devices by_shares
 class FusedHead:
     """A model's head that gives the loss in place of logits while `losing` lasts."""
 
-    def __init__(self, head: torch.nn.Linear) -> None:
-        self.head, self.plain = head, head.forward
+    def __init__(self, head: torch.nn.Linear, tokens: TrainableTokensLayer | None = None) -> None:
+        self.head, self.tokens = head, tokens  # peft's layer around a head with trained rows
+        self.caller = tokens or head
+        self.plain = self.caller.forward
         self.wanted: tuple[torch.Tensor, torch.Tensor, list[int] | None, tuple] | None = None
         self.loss: torch.Tensor | None = None
         # On the instance: the hooks with which a strategy gathers the weight stay around it.
-        head.forward = self._forward
+        self.caller.forward = self._forward
 
     def release(self) -> None:
         """Give the head its own forward again."""
-        self.head.forward = self.plain
+        self.caller.forward = self.plain
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.wanted is None:
             return self.plain(hidden)
         positions, targets, rows, options = self.wanted
         chosen = hidden.flatten(0, -2)[positions]
-        tensors = (chosen, self.head.weight, self.head.bias)
+        tensors, rows_of = (chosen, self.head.weight, self.head.bias), self._rows(chosen.device)
         if not torch.is_grad_enabled():  # else what requires gradients would get them computed all the same
             tensors = [t if t is None else t.detach() for t in tensors]
+            rows_of = [t.detach() for t in rows_of]
         if rows is None:
-            loss = HeadLoss.apply(*tensors, targets, *options)
+            loss = HeadLoss.apply(*tensors, targets, *options, *rows_of)
         else:
             parts = zip(tensors[0].split(rows), targets.split(rows))
-            loss = torch.stack([HeadLoss.apply(part, *tensors[1:], wanted, *options) for part, wanted in parts])
+            loss = torch.stack(
+                [HeadLoss.apply(part, *tensors[1:], wanted, *options, *rows_of) for part, wanted in parts]
+            )
         self.loss = loss.detach()
         return loss
+
+    def _rows(self, device: torch.device) -> list[torch.Tensor]:
+        """The trained rows of the head, and their ids; nothing where it has none."""
+        if self.tokens is None:
+            return []
+        ids = torch.tensor(self.tokens.token_indices["default"], device=device)
+        return [self.tokens.trainable_tokens_delta["default"], ids]
 
     @contextlib.contextmanager
     def losing(
@@ -215,6 +234,8 @@ def fuse(model: torch.nn.Module) -> FusedHead | None:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if isinstance(head, ModulesToSaveWrapper):  # trained whole beside adapters
         head = head.modules_to_save["default"]
+    tokens = head.token_adapter if isinstance(head, TrainableTokensWrapper) else None
+    head = tokens.base_layer if tokens else head
     changes = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     changed = [f"{key} {getattr(config, key)}" for key in changes if getattr(config, key, None) not in (None, 1.0)]
     if head is None:
@@ -224,4 +245,4 @@ def fuse(model: torch.nn.Module) -> FusedHead | None:
     if changed:
         logger.warning("the loss is computed from whole logits (slower, more memory): %s", ", ".join(changed))
         return None
-    return FusedHead(head)
+    return FusedHead(head, tokens)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -23,6 +23,7 @@ from ..topology.torch_gpus import check_torch
 from . import coverage
 from .generation import context_length
 from .load import LoadPlan, base_model, load_config, load_tokenizer, resolve_name
+from .new_tokens import grow_for
 
 QUANTIZATION = {"4bit": "nf4", "8bit": "int8"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -125,6 +126,9 @@ def with_adapter(model: PreTrainedModel, source: ModelSource) -> PeftModel:
         fix = "give a whole adapter, as it was saved"
         raise UserError("the adapter has no weights: no adapter_model.safetensors", where=str(source.adapter), fix=fix)
     try:
+        config = PeftConfig.from_pretrained(str(source.adapter))
+        tokens = getattr(config, "trainable_token_indices", None) or []
+        grow_for(model, [number for ids in tokens.values() for number in ids] if isinstance(tokens, dict) else tokens)
         return PeftModel.from_pretrained(model, str(source.adapter))
     except (SafetensorError, OSError, TypeError) as error:
         what = f"the adapter cannot be read: {str(error).splitlines()[0]}"
@@ -153,13 +157,12 @@ def tokenizer_of(
     Checkpoints have none: theirs is that of their run, else the base's with the chat template of the run's recipe.
     """
     name = source.tokenizer
-    recipe = None if source.own_tokenizer else recipe_of(source)
+    recipe, tokens = None if source.own_tokenizer else recipe_of(source), {}
     if recipe:
         name = source.base if source.adapter else recipe.model_name_or_path
         chat_template = chat_template or recipe.chat_template
-    config = TrainConfig(
-        model_name_or_path=name, data_path="none", chat_template=chat_template, trust_remote_code=trust_remote_code
-    )
-    tokenizer = load_tokenizer(config)
+        tokens = {"add_tokens": recipe.add_tokens, "add_special_tokens": recipe.add_special_tokens}
+    given = {"model_name_or_path": name, "data_path": "none", "chat_template": chat_template, **tokens}
+    tokenizer = load_tokenizer(TrainConfig(**given, trust_remote_code=trust_remote_code))
     tokenizer.padding_side = "left"
     return tokenizer

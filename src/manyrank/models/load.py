@@ -42,6 +42,7 @@ from .float8 import to_float8
 from .fused_mlp import fuse_mlps
 from .fused_norm import fuse_norms
 from .fused_rope import fuse_ropes
+from .new_tokens import NONE, NewTokens, add_new_tokens, growing
 from .reach import reach
 from .shards import Share, is_read, loading_in_shards
 from .tiny import ensure
@@ -58,6 +59,7 @@ class LoadPlan:
         double_quant: whether the constants of 4-bit weights are quantised, too.
         device_map: where quantised weights go; None leaves placing to accelerate.
         share: this rank's share, where the strategy shards the base; None: all of it.
+        new: tokens that its tokenizer has gained.
     """
 
     name: str
@@ -68,13 +70,16 @@ class LoadPlan:
     share: Share | None = None
     trust_remote_code: bool = False
     double_quant: bool = True
+    new: NewTokens = NONE
 
     @property
     def in_4_bits(self) -> bool:
         return self.quantization in ("nf4", "fp4")
 
 
-def plan_load(config: TrainConfig, accelerator: Accelerator, *, precision: Precision) -> LoadPlan:
+def plan_load(
+    config: TrainConfig, accelerator: Accelerator, *, precision: Precision, new: NewTokens = NONE
+) -> LoadPlan:
     """Decide from the recipe and from what came up."""
     compute = getattr(torch, precision.dtype)
     of_4_bits = config.bnb_4bit_quant_type or "nf4"
@@ -91,6 +96,7 @@ def plan_load(config: TrainConfig, accelerator: Accelerator, *, precision: Preci
         share=share,
         trust_remote_code=config.trust_remote_code,
         double_quant=config.bnb_4bit_use_double_quant is not False,
+        new=new,
     )
 
 
@@ -144,6 +150,7 @@ def load_tokenizer(config: TrainConfig, own: PreTrainedTokenizerBase | None = No
             tokenizer = _stored_tokenizer(name, config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = _template(config.chat_template, tokenizer)
+    add_new_tokens(tokenizer, config)
     _check_template(tokenizer, where=config.chat_template or name)
     _check_variables(config.chat_template_kwargs, tokenizer)
     if not tokenizer.is_fast:
@@ -237,7 +244,7 @@ def load_model(
     base = (read or base_model)(plan)
     if plan.quantization:
         _check_quantised(base, config, say)
-    return with_adapters(base, config, say=say)
+    return with_adapters(base, config, say=say, new=plan.new)
 
 
 def _check_quantised(model: torch.nn.Module, config: TrainConfig, say: Say) -> None:
@@ -254,6 +261,9 @@ def fitted(model: torch.nn.Module, config: TrainConfig, *, precision: Precision,
     Raises:
         UserError: it has adapters, or it is quantised and the method is not, or the other way round, or in name only.
     """
+    if config.add_tokens or config.add_special_tokens:
+        fix = "add them to its tokenizer, resize its embeddings, and pass both"
+        raise UserError("add_tokens with a model in memory", where="model", fix=fix)
     if hasattr(model, "peft_config"):
         raise UserError("the model has adapters", where="model", fix="give its base: the method puts adapters on it")
     if config.method == "fp8":
@@ -269,7 +279,9 @@ def fitted(model: torch.nn.Module, config: TrainConfig, *, precision: Precision,
     return model.to(torch.float32 if config.method == "full" else getattr(torch, precision.dtype))
 
 
-def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = silent) -> torch.nn.Module:
+def with_adapters(
+    model: torch.nn.Module, config: TrainConfig, *, say: Say = silent, new: NewTokens = NONE
+) -> torch.nn.Module:
     """A base with everything on it that the recipe asks for: packed attention, checkpointing, adapters.
 
     What a text does not reach has no adapters and is not trained; `say` takes a line on it.
@@ -287,7 +299,7 @@ def with_adapters(model: torch.nn.Module, config: TrainConfig, *, say: Say = sil
             if part not in config.disable_fused:
                 fuse(model)
     if config.uses_lora:
-        model = with_lora(model, config, reached, say)
+        model = with_lora(model, config, reached, say, new)
         for own in model.peft_config.values():  # of a base that a script has loaded by a relative path
             own.base_model_name_or_path = own.base_model_name_or_path and resolve_name(own.base_model_name_or_path)
     else:
@@ -339,11 +351,22 @@ def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def base_model(plan: LoadPlan, config: PreTrainedConfig | None = None) -> torch.nn.Module:
-    """The base model as a plan has it.
+    """The base model as a plan has it, with rows for new tokens.
 
     Args:
         config: the model's; it is read where nobody has read it.
     """
+    if not plan.new.ids:
+        return _read_base(plan, config)
+    config = config or load_config(plan.name, trust_remote_code=plan.trust_remote_code)
+    with growing(config.get_text_config().vocab_size, plan.new):
+        model = _read_base(plan, config)
+    text = model.config.get_text_config()
+    text.vocab_size = max(text.vocab_size, *(number + 1 for number in plan.new.ids))
+    return model
+
+
+def _read_base(plan: LoadPlan, config: PreTrainedConfig | None) -> torch.nn.Module:
     if plan.in_4_bits:
         config = config or load_config(plan.name, trust_remote_code=plan.trust_remote_code)
     options = {"config": config, "dtype": plan.dtype, "trust_remote_code": plan.trust_remote_code}

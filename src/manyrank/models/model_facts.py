@@ -149,6 +149,15 @@ class ModelFacts:
             vocabulary = {token[0]: number for number, token in enumerate(vocabulary)}
         return {**vocabulary, **self.added_tokens}
 
+    def has_token(self, text: str) -> bool:
+        """Return whether the tokenizer has a token of this very text."""
+        return text in self._tokens
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the tokens are known here."""
+        return bool(self._tokens)
+
     @cached_property
     def added_tokens(self) -> dict[str, int]:
         return {token["content"]: token["id"] for token in self._tokenizer_file.get("added_tokens") or []}

@@ -88,6 +88,8 @@ def _obstacle(plan: LoadPlan, config: PreTrainedConfig) -> str | None:
     """Say why a base is not cached."""
     if plan.share is None:
         return "the strategy does not shard the base"
+    if plan.new.ids:
+        return "its embeddings get rows for new tokens"
     if plan.trust_remote_code:
         return "the model has code of its own, which would have to come along"
     return "the base is stored in 4 bits" if is_stored_in_4_bits(config) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..models.model_facts import find_facts, read_header
 from ..runs import artifact
 from .context import RunContext
-from .rule import error, unless
+from .rule import error, unless, warning
 
 EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
 EMBEDDINGS = (*EMBEDDINGS_IN, "lm_head", "embed_out")
@@ -93,7 +93,8 @@ def _tied_tokens(s: RunContext) -> str | None:
 def _tokens_beyond(s: RunContext) -> str | None:
     ids, size = s.config.trainable_token_indices, s.model.config.get("vocab_size") if s.model else None
     numbers = [number for own in ids.values() for number in own] if isinstance(ids, dict) else ids
-    beyond = [number for number in numbers if isinstance(size, int) and number >= size]
+    new = s.config.add_tokens or s.config.add_special_tokens
+    beyond = [number for number in numbers if isinstance(size, int) and number >= size and not new]
     return f"trainable_token_indices {beyond[0]}, and the model has {size} tokens" if beyond else None
 
 
@@ -107,6 +108,23 @@ def _more_below(s: RunContext) -> str | None:
         if more
         else None
     )
+
+
+def _known_tokens(s: RunContext) -> str | None:
+    wanted = [*s.config.add_tokens, *s.config.add_special_tokens]
+    if s.config.adapter or not s.model:  # whose tokenizer has them
+        return None
+    known = [token for token in wanted if s.model.has_token(token)]
+    return f"the tokenizer of {s.model.name} has {', '.join(known)}" if known else None
+
+
+def _tokens_in_pieces(s: RunContext) -> str | None:
+    """Name what a chat template writes as a token, and the tokenizer takes apart."""
+    if not s.chats or not s.template or not s.model or not s.model.has_tokens:
+        return None
+    written = dict.fromkeys(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", s.template))
+    pieces = [t for t in written if not s.model.has_token(t) and t not in s.config.add_special_tokens]
+    return f"the tokenizer of {s.model.name} has no token {', '.join(pieces)}" if pieces else None
 
 
 # The base of an adapter
@@ -293,6 +311,30 @@ ADAPTER_RULES = (
         _tokens_beyond,
         reason="The embedding has no such rows.",
         fix="give ids of the tokenizer's tokens",
+    ),
+    error(
+        "tokens-that-are-there",
+        ("add_tokens", "add_special_tokens", "model:tokenizer.json"),
+        _known_tokens,
+        reason="Their embeddings are the base's, and new ones would replace them.",
+        fix="leave them out; trainable_token_indices trains the embeddings of tokens that are there",
+    ),
+    error(
+        "new-tokens-in-grpo",
+        ("add_tokens", "add_special_tokens", "task"),
+        unless(
+            lambda s: s.config.is_grpo and bool(s.config.add_tokens or s.config.add_special_tokens),
+            "add_tokens or add_special_tokens with task grpo",
+        ),
+        reason="Completions would be sampled from embeddings that nothing has trained.",
+        fix="add and train them by SFT, merge the result (manyrank merge), and start from that",
+    ),
+    warning(
+        "template-tokens-in-pieces",
+        ("chat_template", "model:tokenizer.json"),
+        _tokens_in_pieces,
+        reason="The model reads each as several tokens, and generation stops at none of them.",
+        fix="add them, as add_special_tokens: ['<|im_start|>', '<|im_end|>'], or choose a template of tokens that are there",
     ),
     error(
         "unmergeable-for-vllm",

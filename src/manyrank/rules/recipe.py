@@ -38,11 +38,12 @@ OF_SFT = (
     "lora_dropout",
     "per_device_eval_batch_size",
 )
+OF_ANY_METHOD = ("adapter", "new_adapter", "add_tokens", "add_special_tokens")  # of the adapters' keys
 PARTS = ("train_on_last_turn", "roles_to_train", "train_on_eos")  # of a conversation, to be learned alone
 # Options, and what makes them count.
 DEPENDENT = (
     (
-        tuple(key for key in AdapterKeys.model_fields if key not in ("adapter", "new_adapter")),
+        tuple(key for key in AdapterKeys.model_fields if key not in OF_ANY_METHOD),
         lambda c: c.uses_lora,
         "method full",
     ),

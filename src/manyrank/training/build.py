@@ -31,6 +31,7 @@ from ..models.load import (
     resolve_name,
     with_adapters,
 )
+from ..models.new_tokens import NewTokens, new_tokens
 from ..models.quantised_cache import cached_base
 from ..parallel import compile_locks
 from ..parallel.accelerator import start_accelerator
@@ -101,8 +102,7 @@ def _build(
     train, evaluation = _examples(task, tokenizer, needed, accelerator)
     base, give_back = _fingerprint(objects.model), _lent(objects.model)
     heartbeat.beat(0, "loading the model")
-    model = _model(config, accelerator, objects.model, precision=precision)
-    adapter = _start(model, config, objects.model, start)
+    model, adapter = _model(config, accelerator, objects.model, tokenizer, start, precision=precision)
     task.prepare_model(model, accelerator, tokenizer, precision=precision)
     _check_alike(model, accelerator)
     with heartbeat.waiting("distributing the model and the optimizer", compile_locks.explain):
@@ -192,10 +192,13 @@ def _model(
     config: TrainConfig,
     accelerator: Accelerator,
     own: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    start: Start,
     *,
     precision: Precision,
-) -> torch.nn.Module:
-    """The base with its adapters."""
+) -> tuple[torch.nn.Module, str | None]:
+    """The base with its adapters, and rows for new tokens; and the fingerprint of what the training continues from."""
+    new = new_tokens(tokenizer, config)
 
     def say(line: str) -> None:
         if accelerator.is_main_process:
@@ -204,19 +207,21 @@ def _model(
     if own:
         model = with_adapters(fitted(own, config, precision=precision, say=say), config, say=say)
     else:
-        plan = plan_load(config, accelerator, precision=precision)
+        plan = plan_load(config, accelerator, precision=precision, new=new)
         read = partial(cached_base, where=config.quantized_cache, say=say)
         with without_zero_init(accelerator) if plan.share else contextlib.nullcontext():
             model = load_model(plan, config, say=say, read=read)
-    return model
+    return model, _start(model, config, own, start, new)
 
 
-def _start(model: torch.nn.Module, config: TrainConfig, own: PreTrainedModel | None, start: Start) -> str | None:
+def _start(
+    model: torch.nn.Module, config: TrainConfig, own: PreTrainedModel | None, start: Start, new: NewTokens
+) -> str | None:
     """Give the adapters their first values, and return the fingerprint of those that the training continues from."""
     adapter = artifact.find(config.adapter).adapter if config.adapter else None
     if config.uses_lora:
         weights = weights_of(resolve_name(config.model_name_or_path), own)
-        start_adapters(model, config, weights, adapter=adapter, resumed=start.folder)
+        start_adapters(model, config, weights, adapter=adapter, resumed=start.folder, new=new)
     return artifact.adapter_fingerprint(adapter) if adapter else None
 
 
