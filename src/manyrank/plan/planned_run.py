@@ -195,8 +195,8 @@ class PlannedRun:
         ids = self.config.trainable_token_indices
         rows = sum(map(len, ids.values())) if isinstance(ids, dict) else len(ids)
         whole = sum(name.rpartition(".")[2] in OUTSIDE for name in self.config.modules_to_save)
-        outside = [*self._adapters_outside(), (whole, self.shape.embedding), (1, rows * self.shape.hidden)]
-        return inner + [(count, size) for count, size in outside if count * size]
+        outside: list[tuple[float, int]] = [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
+        return inner + [(count, size) for count, size in (*outside, *self._adapters_outside()) if count * size]
 
     def _adapters_outside(self) -> list[tuple[int, int]]:
         """Numbers and elements of the trained tensors on embeddings and lm_head."""
