@@ -10,6 +10,8 @@ from small_models import recipe as tiny_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyrank.errors import UserError
+from manyrank.models.adapter_start import weights_of
+from manyrank.models.load import LoadPlan, base_model, with_adapters
 
 RECIPE = ("--eval_data_path=data/validation.jsonl", "--max_steps=4", "--save_steps=2", "--lr=3e-3")
 OPTIONS = {
@@ -117,6 +119,24 @@ def test_experts_as_parameters(strategy, embedded_model, tokenizer, tmp_path):
     base = small("qwen3_moe", tmp_path / "base", embedded_model, **moe)
     args = ("--target_parameters=mlp.experts.gate_up_proj,mlp.experts.down_proj", "--lora_target_modules=q_proj")
     trained(base, tokenizer, tmp_path, *args, f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}")
+
+
+def test_weights_of_a_base_in_memory_are_read_below_its_adapters(embedded_model):
+    plain = AutoModelForCausalLM.from_pretrained(embedded_model)
+    wanted = {name: value.clone() for name, value in plain.named_parameters()}
+    options = ("--trainable_token_indices=1,16", "--modules_to_save=lm_head", "--use_dora")
+    model = with_adapters(plain, tiny_recipe("--method=lora", *options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    read = weights_of("x", plain)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"):
+        assert read(name).equal(wanted[name])
+    quantised = base_model(LoadPlan(str(embedded_model), torch.float32, torch.float32, "nf4", {"": "cpu"}))
+    read = weights_of("x", with_adapters(quantised, tiny_recipe("--method=qlora")).get_base_model())
+    with pytest.raises(UserError, match="the model in memory is quantised"):
+        read("model.layers.0.self_attn.q_proj.weight")
 
 
 def test_experts_that_peft_would_not_exclude_are_refused():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ from accelerate.utils import broadcast
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from transformers import set_seed
 
@@ -85,7 +87,7 @@ def start_adapters(
 def weights_of(name: str, model: torch.nn.Module | None) -> Weights:
     """Return what reads the weights of a base, from its files or from a model that a script has brought."""
     if model is not None:
-        return lambda key: model.get_parameter(key).detach().cpu()
+        return partial(_weight_in_memory, model)
     files: dict[str, Path] = {}
 
     def read(key: str) -> torch.Tensor:
@@ -97,6 +99,23 @@ def weights_of(name: str, model: torch.nn.Module | None) -> Weights:
             return file.get_tensor(key)
 
     return read
+
+
+def _weight_in_memory(model: torch.nn.Module, key: str) -> torch.Tensor:
+    """Read a weight of a base that has its adapters.
+
+    Raises:
+        UserError: it is quantised.
+    """
+    path, _, name = key.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    weight = getattr(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, name)
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        what = f"init_lora_weights needs {key} as it was before it was quantised, and the model in memory is quantised"
+        raise UserError(what, where="model", fix="name the model in model_name_or_path alone; or leave the option out")
+    return weight.detach().cpu()
 
 
 def _files(name: str) -> Iterator[tuple[str, Path]]:
