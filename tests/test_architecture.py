@@ -88,7 +88,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "models": 5200,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces, what adapters start from, frozen ones below, rows of tokens
     "data": 3650,  # with other names of questions and answers, and rows that are looked at before any tokenizer
     "rules": 2320,  # with templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules, and the options of adapters
-    "plan": 2010,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words, what is trained beside A and B
+    "plan": 2030,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words, what is trained beside A and B, layer by layer
     "parallel": 1400,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16, tied embeddings with trained tokens
     "checkpoint": 480,
     "training": 2640,  # with lines of progress, the model card, and a start in words

@@ -189,7 +189,7 @@ class PlannedRun:
             yield from ((layer.count, layer, None) for layer in self.shape.layers)
 
     @cached_property
-    def tensors(self) -> list[tuple[float, int]]:
+    def tensors(self) -> list[tuple[int, int]]:
         """Numbers of trained tensors beside a frozen base, and the elements of each."""
         inner = [(count, size) for count, layer, number in self._numbered() for size in self.adapters(layer, number)]
         ids = self.config.trainable_token_indices
