@@ -121,6 +121,18 @@ def test_experts_as_parameters(strategy, embedded_model, tokenizer, tmp_path):
     trained(base, tokenizer, tmp_path, *args, f"--strategy={strategy}", f"--nproc={1 if strategy == 'single' else 2}")
 
 
+def test_adapters_on_experts_are_continued(embedded_model, tmp_path):
+    moe = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    base = small("qwen3_moe", tmp_path / "base", embedded_model, **moe)
+    args = (*RECIPE[:1], f"--model={base}", "--max_length=128", "--max_steps=1", "--eval_on_start", "--strategy=single")
+    first = launch(tmp_path / "first", *args)
+    second = launch(tmp_path / "second", *args, f"--adapter={first.folder}")
+    assert second.code == 0, second.stderr
+    assert second.metrics("eval_loss")[0] == pytest.approx(first.metrics("eval_loss")[-1], abs=1e-5)
+    above = launch(tmp_path / "above", *args, f"--adapter={first.folder}", "--new_adapter")
+    assert above.code == 2 and "which is more than A and B of linear layers" in above.stderr
+
+
 def test_weights_of_a_base_in_memory_are_read_below_its_adapters(embedded_model):
     plain = AutoModelForCausalLM.from_pretrained(embedded_model)
     wanted = {name: value.clone() for name, value in plain.named_parameters()}

@@ -79,7 +79,8 @@ def with_lora(
         adapted = get_peft_model(model, LoraConfig(**arguments, task_type="CAUSAL_LM"))
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
-    _check_names(adapted, config)
+    if not config.start_model or config.new_adapter:  # else they are those of a saved adapter, with peft's for experts
+        _check_names(adapted, config)
     if "lora" not in config.disable_fused:
         speed_up(adapted)
     speed_up_tokens(adapted)

@@ -14,7 +14,7 @@ from .rule import error, unless, warning
 
 EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
 EMBEDDINGS = (*EMBEDDINGS_IN, "lm_head", "embed_out")
-PLAIN = re.compile(r"\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
+PLAIN = re.compile(r"(?<!\.experts)(?<!\.base_layer)\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
 SUBTRACTED = ("pissa", "olora")  # starts of which a copy lies frozen below the adapter
 # Names of repositories that hold the same weights in 4 bits, or mirror them.
 COPIES = re.compile(r"[-_](unsloth|bnb|4bit)\b", re.IGNORECASE)
