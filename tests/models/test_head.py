@@ -284,7 +284,23 @@ def test_without_gradients_none_are_computed(monkeypatch):
     with torch.no_grad():
         token_loss(*micro_batch())
     token_loss(*micro_batch())
-    assert [list(wanted) for wanted in seen] == [[False] * 3, [True, True, False]]
+    assert [list(wanted) for wanted in seen] == [[False] * 4, [True, True, False, False]]
+
+
+def test_rows_of_a_frozen_head_that_are_trained():
+    torch.manual_seed(0)
+    hidden, weight, rows = (
+        torch.randn(9, 8, requires_grad=True),
+        torch.randn(20, 8),
+        torch.randn(2, 8, requires_grad=True),
+    )
+    ids, targets = torch.tensor([19, 3]), torch.tensor([3, 19, 0, 5, 3, 7, 19, 1, 2])
+    inputs = (hidden, rows)
+    fused = HeadLoss.apply(hidden, weight, None, targets, 0.0, False, rows, ids)
+    plain = F.cross_entropy(hidden @ weight.index_copy(0, ids, rows).T, targets, reduction="sum")
+    assert fused.item() == pytest.approx(plain.item(), abs=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(3 * fused, inputs), torch.autograd.grad(3 * plain, inputs)):
+        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_quantised_head_is_left_alone(caplog):
