@@ -155,3 +155,14 @@ def test_experts_that_peft_would_not_exclude_are_refused():
     with pytest.raises(UserError, match="has adapters all the same") as caught:
         made("qwen3_moe", tiny_recipe("--method=lora", r"--exclude_modules=['mlp\..*']"), torch.float32)
     assert "lora_target_modules" in caught.value.fix
+
+
+@pytest.mark.parametrize("option", ["head", "tokens"])
+def test_what_is_trained_beside_adapters_is_float32_in_bf16_too(option, tmp_path):
+    args = (*RECIPE, *OPTIONS[option], "--strategy=single", "--bf16=true")
+    run = launch(tmp_path / "run", *args)
+    assert run.code == 0, run.stderr
+    resumed = launch(tmp_path / "again", *args, f"--resume_from_checkpoint={run.folder / 'checkpoint-2'}")
+    assert resumed.code == 0 and resumed.metrics() == run.metrics()[2:], resumed.stderr
+    saved = load_file(resumed.folder / "final_model" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}

@@ -445,6 +445,11 @@ class TrainConfig(
         return self.task == "grpo"
 
     @property
+    def subtracts_start(self) -> bool:
+        """Whether the adapters' start is subtracted from the base: a copy of it lies frozen below them."""
+        return self.init_lora_weights.startswith(("pissa", "olora"))
+
+    @property
     def start_model(self) -> str | None:
         """What the run starts from on its base: an adapter, or for grpo also a merged model."""
         return self.adapter or self.sft_model

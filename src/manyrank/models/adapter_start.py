@@ -39,7 +39,6 @@ from .model_facts import find_facts
 from .new_tokens import NONE, NewTokens
 
 Weights = Callable[[str], torch.Tensor]  # of the base, by name
-SUBTRACTED = ("pissa", "olora")  # starts that are subtracted from the base
 
 
 def start_adapters(
@@ -62,12 +61,11 @@ def start_adapters(
     Raises:
         UserError: the adapter does not fit, or a weight cannot be read.
     """
-    subtracted = config.init_lora_weights.startswith(SUBTRACTED)
+    _copy_modules(model, weights, new)  # for a resumed run, too: they are float32 only from here on
     if resumed:
-        if subtracted or config.new_adapter:
+        if config.subtracts_start or config.new_adapter:
             frozen_adapter.put_below(model, frozen_adapter.saved_below(model, resumed))
         return
-    _copy_modules(model, weights, new)
     # peft has taken the magnitudes from a quantised base, which is whole here; what is in shards may be no more than shapes.
     magnitudes = config.use_dora and config.method == "lora"
     if config.init_lora_weights not in ("true", "gaussian") or magnitudes:
@@ -76,7 +74,7 @@ def start_adapters(
         set_seed(config.seed)
         for layer in adapted_layers(model).values():
             layer.reset_lora_parameters("default", "gaussian")
-    if subtracted:
+    if config.subtracts_start:
         frozen_adapter.put_below(model, frozen_adapter.opposite(model))
     if adapter and config.new_adapter:
         frozen_adapter.put_below(model, frozen_adapter.saved(model, adapter))
