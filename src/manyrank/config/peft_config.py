@@ -103,6 +103,11 @@ def beyond_plain(adapter: Path | None, *, known: str) -> list[str]:
     return [key for key in BEYOND_PLAIN if theirs.get(key) and key not in known.split()]
 
 
+def token_ids(indices: dict[str, list[int]] | list[int] | None) -> list[int]:
+    """The ids in trainable_token_indices, of each module after the other."""
+    return [number for ids in indices.values() for number in ids] if isinstance(indices, dict) else list(indices or [])
+
+
 def _as_ours(key: str, value: Any) -> Any:
     """A value of adapter_config.json as a recipe has it: a list for one name, and nothing empty but a list or mapping."""
     if key == "lora_target_modules":

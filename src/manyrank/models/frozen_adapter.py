@@ -46,8 +46,7 @@ def saved(model: torch.nn.Module, folder: Path) -> Below:
     layers, below = adapted_layers(model), {}
     for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         down, up = (tensors[f"{name}.lora_{part}.weight"] for part in "AB")
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        scaling = alpha / (len(down) ** 0.5 if config.use_rslora else len(down))
+        scaling = _alpha(config, name) / (len(down) ** 0.5 if config.use_rslora else len(down))
         own = layers[name].scaling["default"] if name in layers else scaling
         below[name] = down, up * (scaling / own), own
     return below
@@ -60,11 +59,15 @@ def saved_below(model: torch.nn.Module, checkpoint: Path) -> Below:
     for name in sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_A." in name}):
         down, up = (tensors[f"{name}.lora_{part}.weight"] for part in "AB")
         rank = layers[name].r["default"] if name in layers else 0
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        scaling = layers[name].scaling["default"] if name in layers else alpha / len(down)
+        scaling = layers[name].scaling["default"] if name in layers else _alpha(config, name) / len(down)
         if len(down) > rank:
             below[name] = down[rank:], up[:, rank:], scaling
     return below
+
+
+def _alpha(config: LoraConfig, name: str) -> float:
+    """The alpha of the adapters of a layer."""
+    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ from peft.utils.other import TrainableTokensWrapper
 from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
+from .token_rows import trained_ids
+
 logger = logging.get_logger(__name__)
 
 # Bytes of logits in one chunk; on CPUs they should stay in the last cache, also when other ranks share it.
@@ -210,8 +212,7 @@ class FusedHead:
         """The trained rows of the head, and their ids; nothing where it has none."""
         if self.tokens is None:
             return []
-        ids = torch.tensor(self.tokens.token_indices["default"], device=device)
-        return [self.tokens.trainable_tokens_delta["default"], ids]
+        return [self.tokens.trainable_tokens_delta["default"], trained_ids(self.tokens, device)]
 
     @contextlib.contextmanager
     def losing(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..chat_template.render import RenderOptions, render_options
+from ..config.peft_config import token_ids
 from ..config.resolve import TrainConfig, recipe_of
 from ..errors import UserError
 from ..runs.artifact import ModelSource, find
@@ -127,8 +128,7 @@ def with_adapter(model: PreTrainedModel, source: ModelSource) -> PeftModel:
         raise UserError("the adapter has no weights: no adapter_model.safetensors", where=str(source.adapter), fix=fix)
     try:
         config = PeftConfig.from_pretrained(str(source.adapter))
-        tokens = getattr(config, "trainable_token_indices", None) or []
-        grow_for(model, [number for ids in tokens.values() for number in ids] if isinstance(tokens, dict) else tokens)
+        grow_for(model, token_ids(getattr(config, "trainable_token_indices", None)))
         return PeftModel.from_pretrained(model, str(source.adapter))
     except (SafetensorError, OSError, TypeError) as error:
         what = f"the adapter cannot be read: {str(error).splitlines()[0]}"

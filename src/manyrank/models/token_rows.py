@@ -11,6 +11,14 @@ import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 
+def trained_ids(layer: TrainableTokensLayer, device: torch.device) -> torch.Tensor:
+    """The ids of a layer's trained rows on a device, copied there once: a copy in each forward would wait for a GPU."""
+    ids = vars(layer).get("own_ids")
+    if ids is None or ids.device != device:
+        ids = layer.own_ids = torch.tensor(layer.token_indices["default"], device=device)
+    return ids
+
+
 class TokenRows(TrainableTokensLayer):
     """A frozen embedding with some rows that are trained."""
 
@@ -18,7 +26,7 @@ class TokenRows(TrainableTokensLayer):
         if self.disable_adapters or self.merged or list(active_adapters) != ["default"]:
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
         hidden = self.base_layer(x)
-        ids, order = torch.tensor(self.token_indices["default"], device=x.device).sort()
+        ids, order = trained_ids(self, x.device).sort()
         rows = self.trainable_tokens_delta["default"][order].to(hidden.dtype)
         place = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
         # Gemma's embeddings are scaled in their forward.

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
+from ..config.peft_config import token_ids
 from ..config.schema import TrainConfig
 from ..models.spec import Layer, Linear, ModelSpec
+from ..rules.adapters import EMBEDDINGS
 from ..rules.context import RunContext
 from ..topology.strategies import Strategy
 
@@ -19,7 +21,6 @@ ADAPTED_EXPERTS = {
     "mixtral": ("w1", "w2", "w3"),
     **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
 }
-OUTSIDE = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")  # modules of the vocabulary's size
 ATTENTION = ("q_", "k_", "v_", "o_", "qkv_", "kv_")  # the beginnings of names of its matrices
 SAVED = 4  # bytes of an element of a saved adapter
 
@@ -192,16 +193,15 @@ class PlannedRun:
     def tensors(self) -> list[tuple[float, int]]:
         """Numbers of trained tensors beside a frozen base, and the elements of each."""
         inner = [(count, size) for count, layer, number in self._numbered() for size in self.adapters(layer, number)]
-        ids = self.config.trainable_token_indices
-        rows = sum(map(len, ids.values())) if isinstance(ids, dict) else len(ids)
-        whole = sum(name.rpartition(".")[2] in OUTSIDE for name in self.config.modules_to_save)
+        rows = len(token_ids(self.config.trainable_token_indices))
+        whole = sum(name.rpartition(".")[2] in EMBEDDINGS for name in self.config.modules_to_save)
         outside: list[tuple[float, int]] = [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
         return inner + [(count, size) for count, size in (*outside, *self._adapters_outside()) if count * size]
 
     def _adapters_outside(self) -> list[tuple[int, int]]:
         """Numbers and elements of the trained tensors on embeddings and lm_head."""
         targets = self.config.lora_target_modules
-        names = [] if targets == "all-linear" else [name for name in targets if name.rpartition(".")[2] in OUTSIDE]
+        names = [] if targets == "all-linear" else [name for name in targets if name.rpartition(".")[2] in EMBEDDINGS]
         sizes = [self.rank(name) * width for name in names for width in (self.shape.hidden, self.shape.vocabulary)]
         return [(1, size) for size in sizes] + [(self._beside * len(names), self.shape.vocabulary)]
 
@@ -210,7 +210,7 @@ class PlannedRun:
         """Elements of a frozen adapter below the trained one, see `models.frozen_adapter`."""
         if self.config.new_adapter and self.config.adapter:
             return self.context.adapter_bytes // SAVED
-        if self.full or not self.config.init_lora_weights.startswith(("pissa", "olora")):
+        if self.full or not self.config.subtracts_start:
             return 0
         inner = sum(count * sum(self.matrices(layer, number)) for count, layer, number in self._numbered())
         return inner + sum(count * size for count, size in self._adapters_outside())

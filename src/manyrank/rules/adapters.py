@@ -7,15 +7,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..config.peft_config import token_ids
 from ..models.model_facts import find_facts, read_header
 from ..runs import artifact
 from .context import RunContext
+from .model import HEADS
 from .rule import error, unless, warning
 
 EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
-EMBEDDINGS = (*EMBEDDINGS_IN, "lm_head", "embed_out")
+EMBEDDINGS = (*EMBEDDINGS_IN, *HEADS)  # modules of the vocabulary's size
 PLAIN = re.compile(r"(?<!\.experts)(?<!\.base_layer)\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
-SUBTRACTED = ("pissa", "olora")  # starts of which a copy lies frozen below the adapter
 # Names of repositories that hold the same weights in 4 bits, or mirror them.
 COPIES = re.compile(r"[-_](unsloth|bnb|4bit)\b", re.IGNORECASE)
 
@@ -24,9 +25,7 @@ def _keeps_below(s: RunContext) -> str | None:
     """The option that freezes an adapter below the trained one."""
     if s.config.new_adapter:
         return "new_adapter"
-    return (
-        f"init_lora_weights {s.config.init_lora_weights}" if s.config.init_lora_weights.startswith(SUBTRACTED) else None
-    )
+    return f"init_lora_weights {s.config.init_lora_weights}" if s.config.subtracts_start else None
 
 
 def _start_of_saved(s: RunContext) -> str | None:
@@ -92,9 +91,8 @@ def _tied_tokens(s: RunContext) -> str | None:
 
 def _tokens_beyond(s: RunContext) -> str | None:
     ids, size = s.config.trainable_token_indices, s.model.config.get("vocab_size") if s.model else None
-    numbers = [number for own in ids.values() for number in own] if isinstance(ids, dict) else ids
     new = s.config.add_tokens or s.config.add_special_tokens
-    beyond = [number for number in numbers if isinstance(size, int) and number >= size and not new]
+    beyond = [number for number in token_ids(ids) if isinstance(size, int) and number >= size and not new]
     return f"trainable_token_indices {beyond[0]}, and the model has {size} tokens" if beyond else None
 
 
