@@ -102,7 +102,7 @@ def preparing(path: Path, numbers: tuple[int, ...] = (25_000, 50_000, 100_000)) 
 def prepare_rows() -> None:
     from manyrank.config.resolve import Setting, resolve
     from manyrank.data.dataset import prepare
-    from manyrank.models.load import load_tokenizer
+    from manyrank.models.tokenizer import load_tokenizer
 
     given = {"model_name_or_path": "embedded", "data_path": os.environ["MANYRANK_BENCH_ROWS"]}
     config = resolve(None, [Setting(key, value, "bench") for key, value in given.items()]).config

@@ -26,7 +26,7 @@ from . import train
 from .config.keywords import SFTConfig
 from .data.dataset import prepare
 from .errors import UserError
-from .models.load import load_tokenizer
+from .models.tokenizer import load_tokenizer
 from .runs import run_folder
 from .signals import STOP, end_with_parent
 from .topology import ranks

@@ -135,6 +135,7 @@ def test_aliases_and_dashes(alias, key):
     value = {
         "per_device_train_batch_size": 2,
         "max_length": 77,
+        "frozen_parameters": ["norm"],
         "lora_r": 3,
         "num_train_epochs": 1.5,
         "duplicates": "drop",

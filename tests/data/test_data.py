@@ -16,7 +16,7 @@ from manyrank.data.loader import StepLoader, epoch_order
 from manyrank.data.sources import Source
 from manyrank.data.tokenize import count_rows
 from manyrank.errors import UserError
-from manyrank.models.load import load_tokenizer
+from manyrank.models.tokenizer import load_tokenizer
 
 SAMPLE = "data/sample.jsonl"
 
@@ -611,7 +611,7 @@ MEMORY = """
 import resource, sys
 from manyrank.config.resolve import Setting, resolve
 from manyrank.data.dataset import prepare
-from manyrank.models.load import load_tokenizer
+from manyrank.models.tokenizer import load_tokenizer
 
 def peak(path):
     config = resolve(None, [Setting("model", "embedded", ""), Setting("data_path", path, ""), Setting("dataset_num_proc", 1, "")]).config

@@ -13,6 +13,7 @@ from manyrank.training.loss import TokenLoss
 SOME = ("--gradient_checkpointing=2",)
 CASES = [
     *((model, dtype, method) for model in MODELS for dtype in ("bfloat16", "float32") for method in (LORA, FULL)),
+    ("llama", "bfloat16", (*FULL, "--pure_bf16")),
     *((model, "autocast", FULL) for model in ("llama", "qwen3", "gemma3_text", "qwen3_moe")),
     *(
         (model, "bfloat16", (*method, *again))
@@ -57,9 +58,17 @@ def test_activations_are_what_autograd_saves(kind, precision, options):
         pytest.skip("values are narrower than keys, and sdpa of CPUs then computes in float32")
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
         real = really_saved(model)
-    strategy = "single" if autocast or config.method != "full" else "fsdp"
+    strategy = "single" if autocast or config.method != "full" or config.pure_bf16 else "fsdp"
     planned = activations.saved(planned_run(config, shape, strategy, bf16=precision != "float32", gpu=False))
     assert planned == pytest.approx(real, rel=0.05), planned / real
+
+
+def test_layers_below_the_first_trained_one_save_nothing():
+    config = recipe(*FULL, "--unfrozen_parameters=[layers.2, layers.3, model.norm]")
+    model, shape = made("llama", config, torch.bfloat16)
+    run = planned_run(config, shape, "fsdp", bf16=True, gpu=False)
+    assert run.first_learned == 2
+    assert activations.saved(run) == pytest.approx(really_saved(model), rel=0.05)
 
 
 def test_norms_of_torch_s_kernel_keep_their_input_in_its_type():

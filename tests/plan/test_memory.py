@@ -9,6 +9,7 @@ from planned import planned_run
 from small_models import CHECKPOINTED, FULL, LORA, TOKENS, made, packs, recipe
 
 from manyrank.models.float8 import Float8Linear
+from manyrank.models.freezing import cast_frozen
 from manyrank.models.load import LoadPlan, base_model
 from manyrank.plan import memory
 from manyrank.training.loss import TokenLoss
@@ -72,6 +73,37 @@ def test_trained_parameters_of_each_option_are_the_real_ones(kind, options):
     model, shape = made(kind, config, torch.float32)
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert planned_run(config, shape, "single", bf16=False, gpu=False).trainable == real
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        "--unfrozen_parameters=['layers.[23]', lm_head]",
+        "--frozen_parameters=[embed_tokens, layers.0, 'layers.[12].self_attn']",
+        "--unfrozen_parameters=[mlp, 'model.norm']",
+    ],
+)
+def test_a_trained_part_is_the_real_one(kind, part):
+    config = recipe("--method=full", part)
+    model, shape = made(kind, config, torch.float32)
+    cast_frozen(model, torch.bfloat16)
+    run = planned_run(config, shape, "single", bf16=True, gpu=False)
+    parts = memory.estimate(run).parts
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert run.trainable == pytest.approx(real, rel=0.02)  # norms of heads and routers count as norms of the layer
+    assert parts["weights"] == pytest.approx(nbytes(model.parameters()), rel=0.02)
+    assert parts["optimizer"] == 2 * 4 * run.trainable
+
+
+def test_what_is_trained_in_bf16_takes_half():
+    narrow, wide = (
+        memory.estimate(
+            planned_run(recipe("--method=full", *more), made("llama", recipe(), torch.float32)[1], "single", gpu=False)
+        ).parts
+        for more in (("--pure_bf16",), ())
+    )
+    assert all(narrow[key] == wide[key] // 2 for key in ("weights", "optimizer"))
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])

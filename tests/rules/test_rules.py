@@ -74,6 +74,7 @@ WEIGHTS = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "uint8"}
 ENDS = {"eos_token": "<end>", "chat_template": "{{ messages }}<end>"}
 TOKENS = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "<end>", "id": 7}, {"content": "<turn>", "id": 8}]}
+PURE = {"method": "full", "pure_bf16": True, "hardware": CPU_WITH_BF16}
 RUN = {"learning_rate": 2e-4, "batch_per_process": 4, "bf16": False}
 
 
@@ -203,6 +204,12 @@ CASES = [
     ("bf16-not-native", {"bf16": True}, {"bf16": "auto"}),
     ("bf16-not-native", {"bf16": True}, {"hardware": CPU_WITH_BF16}),
     ("bf16-not-native", {"bf16": True, "hardware": OLD_GPUS}, {"hardware": GPUS}),
+    ("pure-bf16-elsewhere", {"method": "full", "pure_bf16": True}, {"hardware": GPUS}),
+    ("pure-bf16-elsewhere", {"method": "full", "pure_bf16": True, "hardware": OLD_GPUS}, {"pure_bf16": False}),
+    ("pure-bf16-rounds", {**PURE, "learning_rate": 1e-5}, {"learning_rate": 1e-4}),
+    ("pure-bf16-rounds", {**PURE, "learning_rate": 1e-5}, {"optim": "sgd"}),
+    ("unused-options", {**PURE, "method": "lora"}, {"method": "full", "learning_rate": 1e-4}),
+    ("unused-options", {"unfrozen_parameters": ["layers.1"]}, {"method": "full", "learning_rate": 1e-4}),
     ("float8-not-native", {"hardware": AMPERE, "method": "fp8"}, {"method": "int8"}),
     ("float8-not-native", {"hardware": AMPERE, "method": "fp8"}, {"hardware": GPUS}),
     ("float8-on-rocm", {"torch": {"cuda": None, "hip": "6.4"}, "method": "fp8"}, {"method": "lora"}),

@@ -8,6 +8,7 @@ from ..errors import UserError
 from ..runs import run_folder
 from ..topology.precision import Precision
 from .resolve import FIELDS, TrainConfig
+from .schema import OF_FULL
 
 # What shapes the result; a resumed run must not differ in it.
 IDENTITY = (
@@ -54,6 +55,7 @@ OF_ADAPTERS = (
 # What checkpoints of earlier versions do not have.
 LATER = (
     *OF_ADAPTERS,
+    *OF_FULL,
     "use_rslora",
     "alpha_pattern",
     "loraplus_lr_ratio",
@@ -102,6 +104,8 @@ FIXED = (
     "optim",
     "optim_args",
     *OF_ADAPTERS,
+    "frozen_parameters",
+    "unfrozen_parameters",
 )  # the shape of the saved state
 
 

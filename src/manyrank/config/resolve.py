@@ -23,9 +23,10 @@ from ..errors import UserError, UserErrors
 from ..project_files import EMBEDDED, asset
 from ..runs import artifact, hub
 from ..runs.artifact import ModelSource
+from .data_source import DataSource
 from .peft_config import adapter_keys
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
-from .schema import DataSource, TrainConfig
+from .schema import TrainConfig
 from .spellings import (
     ALIASES,
     DATA_ALIASES,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..topology.strategies import STRATEGIES
-from .spellings import as_ours
+from .data_source import Sources
 from .value_types import (
     Alphas,
     Arguments,
@@ -28,6 +28,7 @@ from .value_types import (
     Optimizer,
     Part,
     Parts,
+    Patterns,
     Ranks,
     Roles,
     SaveSteps,
@@ -39,43 +40,10 @@ from .value_types import (
     Tokens,
     Vllm,
     Warmup,
-    as_sources,
 )
 
 OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-
-
-class DataSource(BaseModel):
-    """One source of rows. Keys that are left out are the recipe's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str = Field(min_length=1, description="a file, a folder that datasets saved or reads, or a hub name")
-    split: str | None = Field(None, description="a split of a folder or hub name")
-    name: str | None = Field(None, description="the configuration of a hub name that has several")
-    format_type: Format | None = Field(None, description="as the recipe's format_type")
-    columns: Columns | None = Field(None, description="as the recipe's columns")
-    weight: Float = Field(1.0, gt=0, description="how often a row is used in an epoch; 0.5: another half each epoch")
-    max_rows: Int | None = Field(None, gt=0, description="at most so many rows, chosen by the seed")
-
-
-def _source(value: Any) -> Any:
-    """Read a path alone; of a mapping, Axolotl's `type` as the format, other names of max_rows and those of formats."""
-    if not isinstance(value, dict):
-        return {"path": value} if isinstance(value, str) else value
-    source = dict(value)
-    if "format_type" not in source and "type" in source:
-        source["format_type"] = source.pop("type")
-    for theirs in ("max_samples", "num_samples"):
-        if theirs in source and "max_rows" not in source:
-            source["max_rows"] = source.pop(theirs)
-    if isinstance(source.get("format_type"), str):
-        source["format_type"] = as_ours("format_type", source["format_type"])
-    return source
-
-
-Source = Annotated[DataSource, BeforeValidator(_source)]
-Sources = Annotated[list[Source], Field(min_length=1), BeforeValidator(as_sources)]
+OF_FULL = ("frozen_parameters", "unfrozen_parameters", "pure_bf16")
 
 
 class Keys(BaseModel):
@@ -103,6 +71,13 @@ class ModelKeys(Keys):
     method: Method = Field(
         "lora",
         description="all weights (full), or adapters on a base of 16 (lora), 4 (qlora) or 8 bits (int8, fp8); qlora is NF4 with double quantisation unless bnb_4bit_* say otherwise, fp8 has products in float8, too",
+    )
+    frozen_parameters: Patterns = Field(
+        [],
+        description="parameters or modules that full does not train: names or patterns, as embed_tokens, layers.[0-9]",
+    )
+    unfrozen_parameters: Patterns = Field(
+        [], description="those that full trains alone, as layers.3[01], norm, lm_head"
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = Field(
         None, description="numbers of a 4-bit base (default: as it is stored, else nf4)"
@@ -140,7 +115,7 @@ class AdapterKeys(Keys):
     lora_target_modules: Literal["all-linear"] | Strings = Field(
         "all-linear", description="'all-linear' (every linear layer but the lm_head) or a list of module names"
     )
-    exclude_modules: Strings = Field([], description="modules without adapters: names, or patterns of whole names")
+    exclude_modules: Patterns = Field([], description="modules without adapters: names, or patterns of whole names")
     layers_to_transform: Numbers = Field([], description="numbers of the layers that have adapters (default: all)")
     layers_pattern: Strings = Field(
         [], description="names of the lists of layers that layers_to_transform counts (default: any)"
@@ -342,6 +317,10 @@ class SpeedKeys(Keys):
     fp16: bool = Field(
         False, description="compute in float16 with a loss scale, for GPUs before Ampere (T4, V100); in place of bf16"
     )
+    pure_bf16: bool = Field(
+        False,
+        description="full: keep weights, gradients and moments in bf16, too, half of the memory; small updates are rounded away",
+    )
     quantized_cache: Cache = Field(
         "auto",
         description="where qlora keeps the quantised base of a model that it loads in shards, for the next start: a folder, off, or "
@@ -455,10 +434,10 @@ class TrainConfig(
         return self.adapter or self.sft_model
 
     @property
-    def adapter_options(self) -> dict[str, Any]:
-        """The adapters' keys that are not at their defaults, beside rank, alpha, dropout and targets."""
-        usual = {key: field.default for key, field in AdapterKeys.model_fields.items() if key not in OF_LORA}
-        return {key: getattr(self, key) for key in usual if self.uses_lora and getattr(self, key) != usual[key]}
+    def method_options(self) -> dict[str, Any]:
+        """The keys that shape what is trained and are not at their defaults, beside rank, alpha, dropout and targets."""
+        keys = [key for key in AdapterKeys.model_fields if key not in OF_LORA] if self.uses_lora else OF_FULL
+        return {key: getattr(self, key) for key in keys if getattr(self, key) != type(self).model_fields[key].default}
 
     @property
     def order_seed(self) -> int:

@@ -132,6 +132,8 @@ OTHER_TOOLS = {
     "adapter_path": "adapter",
     "lora_model_dir": "adapter",
     "peft_model_id": "adapter",
+    "layer_freezing": "frozen_parameters",
+    "freeze_layers": "frozen_parameters",
     "new_special_tokens": "add_special_tokens",
     "additional_special_tokens": "add_special_tokens",
     "create_new_adapter": "new_adapter",
@@ -231,9 +233,8 @@ _INSTEAD = {
     "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers": "leave it out: a "
     "thread reads the next step, into pinned memory",
     "dataloader_drop_last": "leave it out: an epoch's last step takes the examples that are left",
-    "pure_bf16": "write bf16: true; what is trained is kept in float32",
-    "freeze_trainable_layers freeze_trainable_modules unfrozen_parameters": "leave it out: full trains all weights, and the other "
-    "methods those of the adapters on lora_target_modules",
+    "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules": "write method: full with unfrozen_parameters: "
+    "[layers.30, layers.31], which are trained alone",
     "remove_unused_columns": "leave it out: other columns of a row are not read",
     "pad_to_sequence_len": "leave it out: there is no padding",
     "logging_dir": "leave it out: logs are in the run's folder",

@@ -230,6 +230,7 @@ Strings = Annotated[list[str], BeforeValidator(listed)]
 Tags = Annotated[list[Annotated[str, AfterValidator(_tag)]], BeforeValidator(listed)]
 Layers = Annotated[Literal["auto", "off", "full"] | Annotated[int, Field(ge=0)], BeforeValidator(_layers)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+Patterns = Annotated[list[Pattern], BeforeValidator(listed)]
 Numbers = Annotated[list[Annotated[Int, Field(ge=0)]], BeforeValidator(_one_as_list)]
 Tokens = Annotated[
     Numbers | dict[str, Numbers], BeforeValidator(lambda value: _mapped(value) if "{" in str(value) else value)

@@ -19,8 +19,8 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.render import TEMPLATE_REASONS, render_options
+from ..config.data_source import DataSource
 from ..config.resolve import TrainConfig
-from ..config.schema import DataSource
 from ..errors import UserError
 from .formats import needs_template
 from .messages import bad_rows_error, usual_fix

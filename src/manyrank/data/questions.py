@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.render import RenderOptions, prompt_ids
 from ..chat_template.types import BadRow, Message, is_learned
+from ..config.data_source import DataSource
 from ..config.resolve import TrainConfig
-from ..config.schema import DataSource
 from ..errors import UserError
 from .files import Row
 from .formats import Conversation, to_sample

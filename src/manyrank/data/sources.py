@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..chat_template.types import BadRow
-from ..config.schema import DataSource, TrainConfig
+from ..config.data_source import DataSource
+from ..config.schema import TrainConfig
 from ..errors import UserError
 from ..runs import hub
 from .files import SUFFIXES, Row, file_rows, kind_of, numbered

@@ -16,8 +16,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..chat_template.types import IGNORE
+from ..config.data_source import DataSource
 from ..config.resolve import FIELDS, TrainConfig
-from ..config.schema import DataSource
 from ..errors import UserError
 from .dataset import Examples, bad_reasons, prepare
 from .histogram import Bar, bars

@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 
 from ..chat_template.types import BadRow, Message, is_learned
-from ..config.schema import DataSource, TrainConfig
+from ..config.data_source import DataSource
+from ..config.schema import TrainConfig
 from ..errors import UserError
 from .formats import Conversation, PlainText, Sample, TokenIds, to_sample
 from .messages import SHOWN, bad_rows_error, usual_fix

@@ -1,4 +1,4 @@
-"""Put adapters on a base where a text reaches it and peft can adapt it, and freeze what no gradient comes to."""
+"""Put adapters on a base where a text reaches it and peft can adapt it."""
 
 from __future__ import annotations
 
@@ -29,25 +29,6 @@ WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters that are learned, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def freeze_unreached(model: torch.nn.Module, reached: Reach | None, say: Say) -> None:
-    """Do not train what no gradient comes to: ddp would wait for it, and an optimizer keep states for it.
-
-    Args:
-        reached: what a text uses; None freezes nothing.
-        say: takes a line on what is frozen.
-    """
-    left = {name: p for name, p in model.named_parameters() if reached and name not in reached.parameters}
-    for parameter in left.values():
-        parameter.requires_grad_(False)
-    if left:
-        share = _weights(left.values()) / _weights(model.parameters())
-        say(f"{share:.1%} of the weights are not trained, a text does not reach them: {within(left, model)}")
-
-
-def _weights(parameters) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 def with_lora(

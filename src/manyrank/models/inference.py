@@ -23,8 +23,9 @@ from ..topology import gpus
 from ..topology.torch_gpus import check_torch
 from . import coverage
 from .generation import context_length
-from .load import LoadPlan, base_model, load_config, load_tokenizer, resolve_name
+from .load import LoadPlan, base_model, load_config, resolve_name
 from .new_tokens import grow_for
+from .tokenizer import load_tokenizer
 
 QUANTIZATION = {"4bit": "nf4", "8bit": "int8"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

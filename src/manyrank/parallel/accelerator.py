@@ -209,6 +209,9 @@ def _deepspeed_plugin(config: TrainConfig, precision: Precision) -> DeepSpeedPlu
     plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
     if precision is Precision.FP16:
         plugin.deepspeed_config["fp16"] = {"enabled": True, "loss_scale": 1.0}  # a fixed one, which the engine sets
+    if config.pure_bf16:
+        kept = dict.fromkeys(("bf16_master_weights_and_grads", "bf16_optimizer_states"), True)
+        plugin.deepspeed_config["bf16"] = {"enabled": True, **kept}
     return plugin
 
 

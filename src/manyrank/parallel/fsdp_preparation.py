@@ -8,6 +8,8 @@ tests/parallel/test_fsdp_preparation.py fails on that day.
 
 `plain_embeddings`: peft 0.21's wrapper of trained tokens gives a weight that it computes, so accelerate does not see that the
 embeddings and lm_head are tied, and shards them twice. It can go when accelerate asks the config.
+
+`kept_in_bf16`: accelerate casts what is trained to float32 wherever it computes in 16 bits. It can go when that is a choice.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
+
+from ..models.adapters import trainable
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +46,18 @@ def plain_embeddings(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for wrapper in wrappers:
             AuxiliaryTrainingWrapper.enable_adapters(wrapper, True)
+
+
+@contextlib.contextmanager
+def kept_in_bf16(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+    """Leave the trained parameters in bf16 where they are; FSDP2's own policy says what to compute in."""
+    state, before = accelerator.state, accelerator.mixed_precision
+    if all(parameter.dtype is torch.bfloat16 for parameter in trainable(model).values()):
+        state._mixed_precision = "no"
+    try:
+        yield
+    finally:
+        state._mixed_precision = before
 
 
 def layers_apart(model: torch.nn.Module) -> list[str]:

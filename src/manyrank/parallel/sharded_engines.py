@@ -14,10 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import NonFiniteGradientError
+from ..models.adapters import trainable
 from ..models.shards import take_parts
 from ..topology.precision import Precision
 from .engine import Check, Engine, OptimizerState, StrategyInfo, accept
-from .fsdp_preparation import name_layers, plain_embeddings
+from .fsdp_preparation import kept_in_bf16, name_layers, plain_embeddings
 from .zero3_preparation import gather_by_layer, gathered_together, held_whole, partition
 
 
@@ -29,7 +30,7 @@ class FsdpEngine(Engine):
     def _prepare(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
         name_layers(self.accelerator.state.fsdp_plugin, model)
         parts = take_parts(model)
-        with plain_embeddings(model):
+        with plain_embeddings(model), kept_in_bf16(self.accelerator, model):
             wrapped, optimizer = super()._prepare(model, optimizer)
         self._put_in(model, parts)
         return wrapped, optimizer
@@ -38,6 +39,7 @@ class FsdpEngine(Engine):
     def _put_in(self, model: torch.nn.Module, parts: dict[str, torch.Tensor]) -> None:
         """Give the sharded parameters the parts that this rank has read."""
         frozen, shared = {}, {}
+        home = next(iter(trainable(model).values())).device  # the host where a strategy offloads
         for name, parameter in model.named_parameters(remove_duplicate=False):
             shared.setdefault(id(parameter), []).append(name)
             if name in parts and parameter.requires_grad:
@@ -46,7 +48,7 @@ class FsdpEngine(Engine):
                 layout = {"shape": parameter.shape, "stride": parameter.stride()}
                 mesh, placements = parameter.device_mesh, parameter.placements
                 sharded = DTensor.from_local(parts[name], mesh, placements, run_check=False, **layout)
-                frozen[name] = sharded.to(parts[name].device)  # which an offloading strategy keeps on the host
+                frozen[name] = sharded.to(home)
         model.load_state_dict(frozen, strict=False, assign=True)
         for first, *others in shared.values():  # that gives each module a parameter of its own
             for name in others:

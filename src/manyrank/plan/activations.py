@@ -26,6 +26,8 @@ def saved(run: PlannedRun) -> int:
     tokens, size, recomputed = run.tokens, 0, run.checkpointed
     sizes = {id(layer): of_layer(run, layer) for layer in run.shape.layers}
     for index, layer in enumerate(run.shape.each()):
+        if index < run.first_learned:
+            continue
         if index < recomputed:
             size += tokens * (stream(run) + _out_of_reach(run, layer))
         else:

@@ -120,10 +120,8 @@ def constant_bytes(weights: int, outputs: int, method: str, *, nested: bool) -> 
 
 
 def _element(run: PlannedRun) -> int:
-    """Bytes of a weight that is not quantised, as it lasts; full fine-tuning keeps float32 but under DeepSpeed."""
-    if run.full and run.strategy.engine is not EngineKind.DEEPSPEED:
-        return FLOAT
-    return run.compute
+    """Bytes of a weight that is not quantised, as it lasts; what full fine-tuning trains is float32 but under DeepSpeed."""
+    return run.kept if run.full and run.strategy.engine is not EngineKind.DEEPSPEED else run.compute
 
 
 def layer_weights(run: PlannedRun, layer: Layer) -> int:
@@ -150,7 +148,10 @@ def base_weights(run: PlannedRun) -> tuple[int, int]:
         for layer in layers
         for linear in layer.linears.values()
     )
-    return sum(layer.count * layer_weights(run, layer) for layer in layers) + outside_weights(run), constants
+    weights = sum(layer.count * layer_weights(run, layer) for layer in layers) + outside_weights(run)
+    if run.full:  # what is frozen is in the type of the computation
+        weights -= (run.shape.parameters - run.trainable) * (_element(run) - run.compute)
+    return weights, constants
 
 
 # What lasts
@@ -185,7 +186,7 @@ def _casts_adapters(run: PlannedRun) -> bool:
 def _optimizer(run: PlannedRun) -> int:
     """Bytes of optimizer states of one process (for DeepSpeed also of float32 masters)."""
     spread = run.shards if run.strategy.shards else 1
-    masters = FLOAT * run.trainable if run.strategy.engine is EngineKind.DEEPSPEED and run.half else 0
+    masters = run.kept * run.trainable if run.strategy.engine is EngineKind.DEEPSPEED and run.half else 0
     return (states(run, run.config.optim) + masters) // spread
 
 
@@ -200,27 +201,17 @@ def states(run: PlannedRun, optim: str) -> int:
     if optim == "adafactor":
         return FLOAT * (_factors(run) + (run.trainable if options.get("beta1") is not None else 0))
     if optim == "muon":  # one moment of matrices, two of the rest
-        return FLOAT * (run.trainable + (_beside_matrices(run) if run.full else 0))
+        return run.kept * (run.trainable + (_beside_matrices(run) if run.full else 0))
     if optim == "sgd":
-        return FLOAT * run.trainable if options.get("momentum") else 0
+        return run.kept * run.trainable if options.get("momentum") else 0
     if "8bit" not in optim:
-        return moments * FLOAT * run.trainable
+        return moments * run.kept * run.trainable
 
     def of_tensor(size: int) -> int:
         small = size < options.get("min_8bit_size", BNB_SMALL)
         return moments * (FLOAT * size if small else size + FLOAT * math.ceil(size / BNB_BLOCK))
 
-    if not run.full:
-        return int(sum(count * of_tensor(size) for count, size in run.tensors))
-    outside = [run.shape.embedding] * (1 if run.shape.tied else 2) + [run.shape.final_norm]
-    inside = sum(layer.count * sum(map(of_tensor, _whole(layer))) for layer in run.shape.layers)
-    return sum(map(of_tensor, outside)) + inside
-
-
-def _whole(layer: Layer) -> list[int]:
-    """Elements of the tensors of a layer; of norms and of experts together."""
-    sizes = [size for x in layer.linears.values() for size in (x.weights, x.bias * x.outputs)]
-    return [*sizes, layer.rest, layer.experts.parameters if layer.experts else 0]
+    return int(sum(count * of_tensor(size) for count, size in run.tensors))
 
 
 def _factors(run: PlannedRun) -> int:
@@ -234,20 +225,25 @@ def _factors(run: PlannedRun) -> int:
         experts = layer.experts
         stacked = experts.number * (3 * experts.intermediate + 2 * experts.hidden) if experts else 0
         total += layer.count * (linears + stacked + layer.rest)
-    return total
+    return _trained(run, total)
 
 
 def _beside_matrices(run: PlannedRun) -> int:
     """Elements that AdamW has beside Muon: embedding, lm_head, stacked experts, vectors."""
     matrices = sum(layer.count * sum(x.weights for x in layer.linears.values()) for layer in run.shape.layers)
-    return run.shape.parameters - matrices
+    return _trained(run, run.shape.parameters - matrices)
+
+
+def _trained(run: PlannedRun, size: int) -> int:
+    """The part of a size of the whole model that full fine-tuning trains."""
+    return size * run.trainable // run.shape.parameters
 
 
 def _gradients(run: PlannedRun) -> int:
     """Bytes of all gradients of one process between backward and step."""
     if run.strategy.offload:
         return 0
-    element = run.compute if run.strategy.engine is EngineKind.DEEPSPEED else FLOAT
+    element = run.compute if run.strategy.engine is EngineKind.DEEPSPEED else run.kept
     return run.trainable * element // (run.shards if "gradients" in run.strategy.shards else 1)
 
 
@@ -293,7 +289,7 @@ def _moments(run: PlannedRun) -> dict[str, dict[str, int]]:
         "end of backward": {
             "activations": recomputed,
             "gradients": max(before, gradients) + _buckets(run),
-            "head and loss": run.shape.embedding * FLOAT if run.full and not run.sharded else 0,
+            "head and loss": run.shape.embedding * run.kept if _learns_head(run) and not run.sharded else 0,
             "working": working,
             "gathered": gathered,
         },
@@ -330,7 +326,11 @@ def _head_gradient(run: PlannedRun) -> int:
         changed = 0 if run.shape.head_as_is else run.compute
         return run.tokens * run.shape.vocabulary * (2 * FLOAT + changed)
     hidden = run.tokens * run.shape.hidden * run.compute
-    return hidden + (run.shape.embedding * FLOAT if run.full else 0)
+    return hidden + (run.shape.embedding * FLOAT if _learns_head(run) else 0)
+
+
+def _learns_head(run: PlannedRun) -> bool:
+    return run.full and run.learns("model.embed_tokens" if run.shape.tied else "lm_head")
 
 
 def _head(run: PlannedRun) -> int:
@@ -342,7 +342,7 @@ def _head(run: PlannedRun) -> int:
     weight = run.shape.embedding * run.compute
     shares = min(LOGITS_CHUNK, logits * FLOAT)
     # Logits and their softmax; of a trained head also a chunk's share of its gradient, and its weights cast.
-    trained = max(0, weight - shares) if run.full else 0
+    trained = max(0, weight - shares) if _learns_head(run) else 0
     return chunk + shares + trained + (weight if run.autocast else 0) + _head_gradient(run)
 
 
@@ -380,7 +380,7 @@ def _step(run: PlannedRun) -> int:
     if run.strategy.engine is not EngineKind.DEEPSPEED or not run.half or run.strategy.offload:
         return 0
     own = run.trainable // run.shards
-    return FLOAT * min(own, 10**9 if run.sharded else own)  # ZeRO-3 steps in groups of 1e9
+    return run.kept * min(own, 10**9 if run.sharded else own)  # ZeRO-3 steps in groups of 1e9
 
 
 # What sharding gathers
@@ -401,7 +401,8 @@ def _gathered_outside(run: PlannedRun) -> int:
 
 def _reduced_outside(run: PlannedRun) -> int:
     """Gradients of a trained head while they are reduced in float32."""
-    return run.shape.embedding * (run.compute + FLOAT) if run.full and run.strategy.engine is EngineKind.FSDP else 0
+    reduces = _learns_head(run) and run.strategy.engine is EngineKind.FSDP
+    return run.shape.embedding * (run.compute + FLOAT) if reduces else 0
 
 
 def _gathered_layers(run: PlannedRun) -> int:
@@ -449,7 +450,7 @@ def _loading(run: PlannedRun) -> int:
     weights, constants = base_weights(run)
     deepspeed = run.strategy.engine is EngineKind.DEEPSPEED
     if run.full and run.sharded and deepspeed:  # in float32 until DeepSpeed has it in the type of the computation
-        weights = run.shape.parameters * FLOAT
+        weights = run.shape.parameters * run.kept
     held = 0 if run.strategy.offload else weights // (run.shards if run.sharded else 1)
     held += constants + (0 if run.full else FLOAT * run.trainable)
     embedding = run.shape.embedding * _element(run) if run.sharded else 0
@@ -473,7 +474,7 @@ def _offloaded(run: PlannedRun) -> int:
     if run.strategy.offload:
         weights, _ = base_weights(run)
         adapters = 0 if run.full else _adapters(run, 1)
-        kept = run.trainable * (FLOAT + (FLOAT if run.strategy.engine is EngineKind.DEEPSPEED else 0))
+        kept = run.trainable * run.kept * (2 if run.strategy.engine is EngineKind.DEEPSPEED else 1)
         return (weights + adapters + states(run, run.config.optim) + kept) // run.shards
     return PAGED.get(run.config.optim, 0) * run.trainable
 
@@ -481,7 +482,7 @@ def _offloaded(run: PlannedRun) -> int:
 def _host_loading(run: PlannedRun) -> int:
     """Bytes that reading the weights takes in host memory; 16-bit weights are mapped from their file."""
     if run.full and not (run.sharded and run.strategy.engine is EngineKind.DEEPSPEED and not run.strategy.offload):
-        return run.nproc * run.shape.parameters * FLOAT // (run.shards if run.sharded else 1)
+        return run.nproc * run.shape.parameters * run.kept // (run.shards if run.sharded else 1)
     if run.sharded and run.strategy.offload:
         return run.nproc * base_weights(run)[0] // run.shards
     return 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 
+from ..config.patterns import matching
 from ..config.peft_config import token_ids
 from ..config.schema import TrainConfig
 from ..models.spec import Layer, Linear, ModelSpec
@@ -85,7 +85,12 @@ class PlannedRun:
     @property
     def autocast(self) -> bool:
         """Whether float32 weights are cast for each use: full fine-tuning in 16 bits where no strategy casts them."""
-        return self.full and self.half and not self.strategy.shards
+        return self.full and self.half and not self.strategy.shards and not self.config.pure_bf16
+
+    @property
+    def kept(self) -> int:
+        """Bytes of an element of what is trained, of its gradient and of its moments."""
+        return self.compute if self.config.pure_bf16 else 4
 
     @property
     def tokens(self) -> int:
@@ -184,6 +189,7 @@ class PlannedRun:
         """Kinds of layers with their counts; where the recipe may tell layers apart, each of them with its number."""
         config, targets = self.config, self.config.lora_target_modules
         patterns = [*config.rank_pattern, *config.exclude_modules, *config.modules_to_save]
+        patterns += [*config.frozen_parameters, *config.unfrozen_parameters]
         if patterns or config.layers_to_transform or targets != "all-linear":
             yield from ((1, layer, number) for number, layer in enumerate(self.shape.each()))
         else:
@@ -191,12 +197,58 @@ class PlannedRun:
 
     @cached_property
     def tensors(self) -> list[tuple[float, int]]:
-        """Numbers of trained tensors beside a frozen base, and the elements of each."""
+        """Numbers of trained tensors, and the elements of each."""
+        if self.full:
+            return [(count, size) for count, size in self._whole() if count * size]
         inner = [(count, size) for count, layer, number in self._numbered() for size in self.adapters(layer, number)]
         rows = len(token_ids(self.config.trainable_token_indices))
         whole = sum(name.rpartition(".")[2] in EMBEDDINGS for name in self.config.modules_to_save)
         outside: list[tuple[float, int]] = [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
         return inner + [(count, size) for count, size in (*outside, *self._adapters_outside()) if count * size]
+
+    def _whole(self) -> Iterator[tuple[float, int]]:
+        """The tensors of the base that full fine-tuning trains; a layer's norms together, and its experts."""
+        shape = self.shape
+        for count, layer, number in self._numbered():
+            for name, linear in layer.linears.items():
+                if self.learns(_block(name), number):
+                    yield from ((count, linear.weights), (count, linear.bias * linear.outputs))
+            if layer.experts and self.learns("mlp.experts", number):
+                yield count, layer.experts.parameters
+            if self.learns("input_layernorm", number):
+                yield count, layer.rest
+        ends = {"model.embed_tokens": shape.embedding, "lm_head": shape.embedding, "model.norm": shape.final_norm}
+        if shape.tied:
+            del ends["lm_head"]
+        yield from ((1, size) for name, size in ends.items() if self.learns(name))
+
+    def learns(self, name: str, number: int | None = None) -> bool:
+        """Whether full fine-tuning trains what has this name in models like Llama.
+
+        Args:
+            number: of the layer that it is in.
+        """
+        frozen, unfrozen = self.config.frozen_parameters, self.config.unfrozen_parameters
+        names = [name] if number is None else [f"model.layers.{number}.{name}", f"transformer.h.{number}.{name}"]
+        names += ["lm_head"] if self.shape.tied and name == "model.embed_tokens" else []
+        names = [f"{each}.weight" for each in names]
+        if any(matching(each, frozen, below=True) for each in names):
+            return False
+        return not unfrozen or any(matching(each, unfrozen, below=True) for each in names)
+
+    @cached_property
+    def first_learned(self) -> int:
+        """The number of the first layer that a gradient comes to."""
+        if not self.full or self.learns("model.embed_tokens"):
+            return 0
+        inside = (name for name in range(self.shape.depth) if self._learns_in(name))
+        return next(inside, self.shape.depth)
+
+    def _learns_in(self, number: int) -> bool:
+        layer = next(islice(self.shape.each(), number, None))
+        return any(self.learns(_block(name), number) for name in layer.linears) or self.learns(
+            "input_layernorm", number
+        )
 
     def _adapters_outside(self) -> list[tuple[int, int]]:
         """Numbers and elements of the trained tensors on embeddings and lm_head."""
@@ -228,8 +280,6 @@ class PlannedRun:
     @cached_property
     def trainable(self) -> int:
         """Elements that are learned."""
-        if self.full:
-            return self.shape.parameters
         return int(sum(count * size for count, size in self.tensors))
 
 
@@ -239,7 +289,10 @@ def _matched(name: str, patterns: Iterable[str], number: int | None, *, below: b
     Args:
         below: whether what is below a module of that name counts, too.
     """
-    block = "self_attn" if name.startswith(ATTENTION) else "mlp"
-    whole = f"{block}.{name}" if number is None else f"model.layers.{number}.{block}.{name}"
-    more = r"(?:\..*)?" if below else ""
-    return next((pattern for pattern in patterns if re.fullmatch(rf"(?:.*\.)?(?:{pattern}){more}", whole)), None)
+    whole = _block(name) if number is None else f"model.layers.{number}.{_block(name)}"
+    return matching(whole, patterns, below=below)
+
+
+def _block(name: str) -> str:
+    """The name of a layer's matrix with the block that it is in."""
+    return f"{'self_attn' if name.startswith(ATTENTION) else 'mlp'}.{name}"

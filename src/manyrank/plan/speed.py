@@ -122,10 +122,11 @@ def needed(run: PlannedRun, *, supervised: float = SUPERVISED, length: float | N
         length: of the document that a token is in, on average over tokens; max_length where it is not known.
     """
     shape, full = run.shape, run.full
-    layers = (6 if full else 4) * shape.active
+    backward = 1 - run.first_learned / shape.depth  # the share of the layers that a gradient comes to
+    layers = shape.active * (2 + 2 * backward + (2 * run.trainable / shape.parameters if full else 0))
     adapters = 0 if full else 6 * run.active_adapters
     head = (6 if full else 4) * shape.embedding * supervised
-    return layers + adapters + head + _attention(run, length) * 3.5
+    return layers + adapters + head + _attention(run, length) * (1 + 2.5 * backward)
 
 
 def rate(run: PlannedRun, kind: GpuKind) -> float:
@@ -197,7 +198,7 @@ def _optimizer(run: PlannedRun, kind: GpuKind) -> float:
         return own / HOST_ADAM + 2 * own * run.compute / HOST_LINK
     if run.config.optim.startswith("paged"):
         return own * 28 / HOST_LINK
-    seconds = own * 28 / (kind.bandwidth * TRAFFIC)  # reads and writes of weights, moments and gradients in float32
+    seconds = own * 7 * run.kept / (kind.bandwidth * TRAFFIC)  # reads and writes of weights, moments and gradients
     return seconds + (_newton_schulz(run) / (kind.flops * MATMUL) if run.full and run.config.optim == "muon" else 0)
 
 

@@ -67,12 +67,14 @@ def summary(plan: Plan) -> str:
 def headline(plan: Plan) -> str:
     run, context = plan.chosen.run, plan.context
     config, shape = run.config, run.shape
-    lora = "" if run.full else f" r {config.lora_r}, {count(run.trainable)} trained"
+    lora = "" if run.full else f" r {config.lora_r}"
+    trained = "" if run.trainable == shape.parameters else f", {count(run.trainable)} trained"
+    pure = "pure " * config.pure_bf16
     gpu = "GPU of unknown memory" if context.memory is None else f"GPU of {context.memory / GiB:.0f} GiB"
     gpu = context.kind.name if context.kind else gpu
     nodes = f"{context.nnodes} machines x " if context.nnodes > 1 else ""
     return (
-        f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}; {context.precision.label}; "
+        f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}{trained}; {pure}{context.precision.label}; "
         f"{nodes}{context.nproc} x {gpu}\n"
         f"micro-batch {config.per_device_train_batch_size} x {config.max_length:,} tokens; {config.optim}"
     )

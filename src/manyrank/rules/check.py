@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 
 from ..chat_template.types import BadRow
+from ..config.data_source import DataSource
 from ..config.resolve import FIELDS, ResolvedConfig, TrainConfig
-from ..config.schema import DataSource
 from ..data.formats import needs_template, to_sample
 from ..data.messages import bad_rows_error, usual_fix
 from ..data.sources import known_format, read_rows, source_of

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config.identity import OF_GRPO, early_changes
 from ..config.resolve import DEFAULTS_OF_GRPO
-from ..config.schema import AdapterKeys
+from ..config.schema import OF_FULL, AdapterKeys
 from ..project_files import asset
 from .arguments import ARGUMENT_RULES
 from .context import RunContext
@@ -47,6 +47,7 @@ DEPENDENT = (
         lambda c: c.uses_lora,
         "method full",
     ),
+    (OF_FULL, lambda c: not c.uses_lora, "another method than full"),
     (("allow_base_change",), lambda c: c.adapter, "no adapter"),
     (("layers_pattern",), lambda c: c.layers_to_transform, "no layers_to_transform"),
     (

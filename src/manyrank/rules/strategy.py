@@ -34,6 +34,7 @@ NODE_FACTS = (
     "gpu_ids",
 )
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+ROUNDED = 5e-5  # updates that are lost on weights of more than 0.025, the size of most
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
@@ -166,6 +167,26 @@ MACHINE_RULES = (
         "stops. It is for GPUs before Ampere (T4, V100), where bf16 is emulated.",
         fix="leave fp16 out where the machine has bf16; elsewhere bf16: false computes in float32",
         upstream="https://github.com/QwenLM/Qwen3/issues/868",
+    ),
+    error(
+        "pure-bf16-elsewhere",
+        ("pure_bf16", "bf16", "fp16"),
+        unless(
+            lambda s: s.config.pure_bf16 and s.precision is not Precision.BF16,
+            "pure_bf16, and the run computes in {s.precision.label}",
+        ),
+        reason="Weights that are kept in bf16 are computed in bf16.",
+        fix="set bf16: true, or leave pure_bf16 out",
+    ),
+    warning(
+        "pure-bf16-rounds",
+        ("pure_bf16", "learning_rate"),
+        unless(
+            lambda s: s.config.pure_bf16 and s.config.optim != "sgd" and s.config.learning_rate < ROUNDED,
+            "pure_bf16 with learning_rate {c.learning_rate}",
+        ),
+        reason="bf16 has 8 bits: an update below 1/512 of a weight is rounded away, and AdamW's and Lion's are about as large as the learning rate.",
+        fix="raise learning_rate, or leave pure_bf16 out and take optim: adamw_8bit",
     ),
     FLOAT8_NATIVE,
     error(

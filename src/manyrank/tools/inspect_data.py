@@ -141,7 +141,7 @@ def _report(resolved: ResolvedConfig, *, recipe: str, samples: int) -> DataRepor
             flush=True,
         )
     from ..data.stats import gather
-    from ..models.load import load_tokenizer
+    from ..models.tokenizer import load_tokenizer
 
     return gather(resolved.config, load_tokenizer(resolved.config), recipe=recipe, samples=samples)
 

@@ -22,10 +22,10 @@ from ..data.dataset import Examples, prepare
 from ..models import flash
 from ..models.adapter_start import start_adapters, weights_of
 from ..models.adapters import remove_adapters
+from ..models.freezing import cast_frozen
 from ..models.load import (
     fitted,
     load_model,
-    load_tokenizer,
     plan_load,
     read_config,
     resolve_name,
@@ -33,6 +33,7 @@ from ..models.load import (
 )
 from ..models.new_tokens import NewTokens, new_tokens
 from ..models.quantised_cache import cached_base
+from ..models.tokenizer import load_tokenizer
 from ..parallel import compile_locks
 from ..parallel.accelerator import start_accelerator
 from ..parallel.sharded_engines import prepare_engine
@@ -211,6 +212,8 @@ def _model(
         read = partial(cached_base, where=config.quantized_cache, say=say)
         with without_zero_init(accelerator) if plan.share else contextlib.nullcontext():
             model = load_model(plan, config, say=say, read=read)
+    if config.method == "full" and precision.half:
+        cast_frozen(model, getattr(torch, precision.dtype))
     return model, _start(model, config, own, start, new)
 
 

@@ -64,12 +64,13 @@ def model_card(
     )
     last = {key: value for line in log_history for key, value in line.items() if key in RESULTS}
     results = {RESULTS[key]: f"{last[key]:.4g}" for key in RESULTS if key in last}
-    options = config.adapter_options
+    options = config.method_options
     options |= {"adapter": Path(options["adapter"]).name} if "adapter" in options else {}
     settings = {"steps": steps, "examples of a step": batch}
     settings |= {key: getattr(config, key) for key in OF_LORA if config.uses_lora} | options
     settings |= {key: getattr(config, key) for key in SETTINGS}
-    adapter = f"An adapter (`{config.method}`) for {name}" if config.uses_lora else f"{name}, trained as a whole"
+    part = "in part" if config.frozen_parameters or config.unfrozen_parameters else "as a whole"
+    adapter = f"An adapter (`{config.method}`) for {name}" if config.uses_lora else f"{name}, trained {part}"
     title = config.run_name or (f"{name.rpartition('/')[2]}-{config.method}")
     parts = [
         f"---\n{header.to_yaml()}\n---\n\n# {title}",

@@ -51,7 +51,7 @@ def _method(config: TrainConfig, facts: StrategyInfo) -> str:
     targets = config.lora_target_modules
     targets = targets if isinstance(targets, str) else ", ".join(targets)
     adapters = f", rank {config.lora_r}, alpha {config.lora_alpha:g}, on {targets}" if config.uses_lora else ""
-    options = {key: value for key, value in config.adapter_options.items() if key != "adapter"}
+    options = {key: value for key, value in config.method_options.items() if key != "adapter"}
     more = "".join(
         f", {key} {value}" if isinstance(value, str | float) else f", {key}" for key, value in options.items()
     )

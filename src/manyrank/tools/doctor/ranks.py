@@ -142,7 +142,7 @@ def _model(config: TrainConfig) -> Check:
     from safetensors import safe_open
     from transformers import AutoConfig
 
-    from ...models.load import load_tokenizer
+    from ...models.tokenizer import load_tokenizer
 
     name = config.model_name_or_path
     if name == EMBEDDED:

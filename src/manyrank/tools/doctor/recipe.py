@@ -9,7 +9,7 @@ import contextlib
 import threading
 from pathlib import Path
 
-from ...config.schema import DataSource
+from ...config.data_source import DataSource
 from ...errors import UserError, UserErrors
 from ...models.model_facts import find_facts
 from ...models.spec import ModelSpec

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from ...config.schema import DataSource
+from ...config.data_source import DataSource
 from ...config.value_types import as_sources
 from ...data.sources import Source, known_format, read_rows
 from ...errors import UserError
