@@ -142,6 +142,7 @@ def test_aliases_and_dashes(alias, key):
         "train_on_prompt": True,
         "train_on_last_turn": True,
         "max_rows": 2,
+        "streaming": True,
         "train_on_eos": "all",
         "num_generations": 2,
         "max_completion_length": 9,

@@ -426,6 +426,29 @@ def test_caps_take_a_part_that_the_seed_chooses(examples_of, file):
     assert len(one) == len(other) == 8 and one != other and one == sorted(one) and max(one) > 8
 
 
+def test_a_stream_is_not_read_to_its_end(examples_of, tmp_path):
+    """Its end is broken, and more than a read ahead away."""
+    path = tmp_path / "long.json"
+    path.write_text("[" + ",".join(json.dumps(qa(f"q {i} " + "word " * 400)) for i in range(2000)) + ", nonsense")
+    with pytest.raises(UserError, match="JSON"):
+        examples_of(data_path=str(path), max_rows=8)
+    streamed = examples_of(data_path=str(path), max_rows=8, streaming=True)
+    assert rows_of(streamed) == list(range(1, 9)) and streamed.report.rows == (8,)
+    assert "8 examples, streamed (" in streamed.describe()
+
+
+def test_a_stream_of_several_files_takes_them_in_the_seeds_order(examples_of, tmp_path):
+    for part in range(6):
+        rows = [json.dumps({"question": f"part {part} row {i}", "answer": "a"}) for i in range(4)]
+        (tmp_path / f"train-{part}.jsonl").write_text("\n".join(rows))
+
+    def parts(seed: int) -> list[bytes]:
+        examples = examples_of(data_path=str(tmp_path), max_rows=8, streaming=True, seed=seed)
+        return [examples.dataset[int(i)]["input_ids"].tobytes() for i in examples.index]
+
+    assert len(parts(1)) == 8 and parts(1) == parts(1) and set(parts(1)) != set(parts(2))
+
+
 def test_a_cap_on_one_of_several_sources_is_told(examples_of, file):
     path = file(*[qa(f"q {i}") for i in range(50)])
     examples = examples_of(data_path=f"[{{path: {path}, max_rows: 8}}, {SAMPLE}]")

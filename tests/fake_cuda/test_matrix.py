@@ -72,6 +72,23 @@ def test_run_and_resume(method, name, embedded_model, tmp_path):
     assert tensors(resumed.folder / "final_model", method) == saved
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_full_in_part_and_in_bf16(name, embedded_model, tmp_path):
+    for number, options in enumerate([["--unfrozen_parameters=[layers.3, model.norm]"], ["--pure_bf16"]]):
+        run = train(tmp_path / f"{number}", "full", STRATEGIES[name], *options)
+        if (name, options) == ("zero3_offload", ["--pure_bf16"]):
+            assert run.code == 2 and "pure_bf16 under zero3_offload" in run.stderr
+            continue
+        assert run.code == 0, run.stdout + run.stderr
+        assert "FAKECUDA refused" not in run.stderr and "FAKENCCL" not in run.stderr
+        assert len(run.metrics("loss")) == 4
+        facts = run.facts()
+        if options == ["--pure_bf16"]:
+            assert facts["base_bytes"] == 2 * facts["parameters"]
+        else:
+            assert facts["trained_parameters"] < facts["parameters"] / 4
+
+
 @pytest.mark.parametrize("name", ["single", "ddp", "fsdp", "zero2", "zero3"])
 def test_float32(name, embedded_model, tmp_path):
     run = train(tmp_path / "run", "lora", STRATEGIES[name], bf16=False)

@@ -66,6 +66,7 @@ LATER = (
     "train_on_eos",
     "sampling_temperature",
     "max_repeats",
+    "streaming",
     "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant",
     "optim_args",

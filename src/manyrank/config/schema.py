@@ -167,6 +167,10 @@ class DataKeys(Keys):
     max_rows: Int | None = Field(
         None, gt=0, description="at most so many rows of each source, chosen by the seed; a source may have its own"
     )
+    streaming: bool = Field(
+        False,
+        description="read only the first rows of a source: max_rows, or what max_steps needs; for sources too large for the disk",
+    )
     sampling_temperature: Float = Field(
         1.0,
         ge=1,

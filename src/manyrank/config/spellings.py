@@ -132,6 +132,7 @@ OTHER_TOOLS = {
     "adapter_path": "adapter",
     "lora_model_dir": "adapter",
     "peft_model_id": "adapter",
+    "dataset_streaming": "streaming",
     "layer_freezing": "frozen_parameters",
     "freeze_layers": "frozen_parameters",
     "new_special_tokens": "add_special_tokens",
@@ -260,8 +261,6 @@ _INSTEAD = {
     "cache_dir": "set the environment variable HF_HOME",
     "continue": "write resume_from_checkpoint: auto",
     "message_field_training": "leave it out: `train`, `training` or `weight` of a message is read",
-    "streaming": "leave it out: rows are read one at a time, and tokens are kept on disk, not in memory. For less of them write data_path: "
-    "{path: FILE, max_rows: N}; the environment variable HF_DATASETS_CACHE names a larger disk, and a run with max_steps reads what it needs",
     "shuffle": "leave it out: rows are shuffled anew in every epoch, by the seed",
     "max_tokens": "write max_length, tokens of a row; or for grpo max_completion_length",
     "max_train_samples": "write data_path: {path: FILE, max_rows: N}",

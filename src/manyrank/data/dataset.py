@@ -25,7 +25,7 @@ from ..errors import UserError
 from .formats import needs_template
 from .messages import bad_rows_error, usual_fix
 from .sources import Source, known_format, source_of
-from .tokenize import TABLE, USED, RowStatus, Subsample, TokenizeOptions, count_rows, tokenize
+from .tokenize import TABLE, USED, RowStatus, Stream, Subsample, TokenizeOptions, count_rows, tokenize
 
 DESCRIPTIONS = {
     RowStatus.CUT: "cut at max_length",
@@ -42,7 +42,8 @@ class Report:
     Attributes:
         formats, rows: by source, the format its rows were read in, and how many were.
         out_of: by source, the rows that it has; more than were read with max_rows or a small max_steps.
-        needed: the part of the rows that max_steps chose to read; 1 where it did not choose.
+        needed: the part of the rows that max_steps chose to read; 1 where it did not choose, or of a stream.
+        streamed: whether only the first rows of sources were read.
         counts: rows by what became of them, where it is not simply kept.
         problems: the table whose column "problem" tells of the quarantined rows, a line of JSON each.
     """
@@ -51,6 +52,7 @@ class Report:
     rows: tuple[int, ...]
     out_of: tuple[int, ...]
     needed: float
+    streamed: bool
     counts: dict[str, int]
     problems: Dataset
 
@@ -131,7 +133,7 @@ class Examples:
         read, there = sum(self.report.rows), sum(self.report.out_of)
         why = "max_rows" if self.report.needed == 1 else "as many as max_steps needs"
         some = "" if len(self) == read else f" out of {read:,}"
-        part = f"{some} of {there:,} rows ({why})" if read < there else ""
+        part = f"{some} of {there:,} rows ({why})" if read < there else f"{some}, streamed" * self.report.streamed
         mixed = [f"{n:,} of {path} (x {w:.3g})" for path, n, w in zip(self.paths, self.in_epoch, self.weights)]
         mix = f"; an epoch has {', '.join(mixed)}" if any(weight != 1 for weight in self.weights) else ""
         return f"{len(self):,} examples{part} ({formats}), {self.lengths.sum():,} tokens, {share:.0%} supervised{others}{mix}"
@@ -188,6 +190,14 @@ def prepare(
         raise UserError(
             "the tokenizer has no chat template", where=chats[0], fix="give one: --chat_template chatml, or a file"
         )
+    examples = (_first if config.streaming else _part)(known, tokenizer, config, needed)
+    if not len(examples):
+        raise _nothing_left(examples)
+    return examples
+
+
+def _part(known: list[Source], tokenizer, config: TrainConfig, needed: int | None) -> Examples:
+    """The examples of all rows, or of a part that the seed chooses."""
     rows = [count_rows(source) if needed or source.max_rows else None for source in known]
     most = [count and min(count, source.max_rows or count) for source, count in zip(known, rows)]
     share, subsamples, examples = 1.1, None, None  # some more than needed, for those that will be left out
@@ -197,10 +207,19 @@ def prepare(
         if subsamples == before:
             break
         examples, share = _examples(known, subsamples, tokenizer, config), 2 * share
-    if not len(examples):
-        raise _nothing_left(examples)
     read = sum(examples.report.rows)
     return replace(examples, report=replace(examples.report, needed=read / sum(most) if needed else 1.0))
+
+
+def _first(known: list[Source], tokenizer, config: TrainConfig, needed: int | None) -> Examples:
+    """The examples of each source's first rows; of a source without max_rows as many as are needed."""
+    share, read, examples = 1.1, (), None
+    while examples is None or (needed and len(examples) < needed and examples.report.rows != read):
+        read = examples.report.rows if examples else ()
+        most = [source.max_rows or (needed and int(share * needed) + 16) for source in known]
+        streams = [count and Stream(count, config.order_seed) for count in most]
+        examples, share = _examples(known, streams, tokenizer, config), 2 * share
+    return examples
 
 
 def _subsample(rows: int | None, most: int | None, wanted: float, seed: int) -> Subsample | None:
@@ -211,7 +230,9 @@ def _subsample(rows: int | None, most: int | None, wanted: float, seed: int) -> 
     return Subsample(rows, count, seed) if count < rows else None
 
 
-def _examples(sources: list[Source], subsamples: list[Subsample | None], tokenizer, config: TrainConfig) -> Examples:
+def _examples(
+    sources: list[Source], subsamples: Sequence[Subsample | Stream | None], tokenizer, config: TrainConfig
+) -> Examples:
     options = TokenizeOptions(config.max_length, config.overlong, render_options(config))
     tables = [
         tokenize(source, tokenizer, options, subsample=subsample, processes=config.dataset_num_proc)
@@ -231,8 +252,9 @@ def _examples(sources: list[Source], subsamples: list[Subsample | None], tokeniz
     report = Report(
         formats=tuple(source.shape for source in sources),
         rows=rows,
-        out_of=tuple(subsample.rows if subsample else read for subsample, read in zip(subsamples, rows)),
+        out_of=tuple(x.rows if isinstance(x, Subsample) else read for x, read in zip(subsamples, rows)),
         needed=1.0,
+        streamed=any(isinstance(subsample, Stream) for subsample in subsamples),
         counts=_counts(columns, double, config.duplicates),
         problems=whole.select(order[fate == RowStatus.BAD]).select_columns("problem"),
     )

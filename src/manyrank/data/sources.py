@@ -41,6 +41,8 @@ class Source:
         weight: how often a row is seen in an epoch. For who mixes the sources: `read_rows` reads each row once.
         max_rows: at most so many rows are used. For the same.
         name: the configuration of a name on the hub that has several, such as "main" of openai/gsm8k.
+        streamed: it is not read to its end, so that nothing may depend on all of it.
+        shard_seed: the order of the files of a folder or a name on the hub; None: as they are.
     """
 
     path: str
@@ -50,6 +52,8 @@ class Source:
     weight: float = 1.0
     max_rows: int | None = None
     name: str | None = None
+    streamed: bool = False
+    shard_seed: int | None = None
 
     @property
     def shape(self) -> str:
@@ -72,6 +76,7 @@ def source_of(source: DataSource, config: TrainConfig) -> Source:
         columns=config.columns if source.columns is None else source.columns,
         weight=source.weight,
         max_rows=source.max_rows or config.max_rows,
+        streamed=config.streaming,
     )
 
 
@@ -125,15 +130,19 @@ def known_format(source: Source) -> Source:
 def fingerprint(source: Source) -> str:
     """Compute what tells this source's content from another's, as 64 hex digits; for the key of a cache.
 
-    The bytes of a file or of all files in a folder with their names, the kind of file, and the split. For a name on the
-    hub: the name, the split and the newest commit, or without the commit where the hub cannot be reached.
+    The bytes of a file or of all files in a folder with their names, the kind of file, and the split. Of what is streamed
+    not the bytes, but the sizes and times of change. For a name on the hub: the name, the split and the newest commit, or
+    without the commit where the hub cannot be reached.
 
     Raises:
         UserError: the source is not there or cannot be read.
     """
     path = Path(source.path)
     try:
-        content = [kind_of(path), digest(path)] if path.exists() else [_hub_name(source.path), _commit(source.path)]
+        if path.exists():
+            content = [kind_of(path), _state(path) if source.streamed else digest(path)]
+        else:
+            content = [_hub_name(source.path), _commit(source.path)]
     except OSError as error:
         raise _unreadable(source, error) from None
     return hashlib.sha256(json.dumps([source.split, source.name, content]).encode()).hexdigest()
@@ -147,6 +156,12 @@ def digest(path: Path) -> str:
     inside = sorted(file for file in path.rglob("*") if file.is_file())
     names = "".join(f"{file.relative_to(path).as_posix()} {digest(file)}\n" for file in inside)
     return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _state(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change of a file, or of a folder's files."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [(file.name, state.st_size, state.st_mtime_ns) for file in files for state in [file.stat()]]
 
 
 @lru_cache
@@ -192,7 +207,7 @@ def _dataset_rows(source: Source, path: Path) -> Iterator[Row]:
     name = source.path if path.is_dir() else _hub_name(source.path)
     place = f"{name} ({source.split})" if source.split else name
     try:
-        yield from numbered(_saved(source) if _is_saved(path) else _loaded(source), place)
+        yield from numbered(_saved(source) if _is_saved(path) else _shards_mixed(_loaded(source), source), place)
     except UserError:
         raise
     except Exception as error:  # datasets passes on what its readers, the hub's client and the network raise
@@ -202,6 +217,10 @@ def _dataset_rows(source: Source, path: Path) -> Iterator[Row]:
         )
         fix = "check the files and the split" if path.is_dir() else away
         raise UserError(f"datasets cannot read it: {problem}", where=place, fix=fix) from None
+
+
+def _shards_mixed(rows: Iterable[dict[str, Any]], source: Source) -> Iterable[dict[str, Any]]:
+    return rows if source.shard_seed is None else rows.shuffle(seed=source.shard_seed, buffer_size=1)
 
 
 def _hub_name(path: str) -> str:

@@ -24,6 +24,7 @@ from .histogram import Bar, bars
 from .loader import StepLoader, epoch_order
 from .messages import SHOWN
 from .packing import dataset_layout
+from .sources import LOOKED_AT
 from .survey import BadFacts
 
 RANKS = (1, 2, 4, 8)
@@ -208,11 +209,12 @@ def _settings(config: TrainConfig) -> dict[str, str]:
 
 
 def _prepared(sources: Sequence[DataSource], tokenizer, config: TrainConfig) -> Examples:
+    first = LOOKED_AT if config.streaming else None
     try:
-        return prepare(sources, tokenizer, config.model_copy(update={"on_bad_row": "skip"}))
+        return prepare(sources, tokenizer, config.model_copy(update={"on_bad_row": "skip"}), needed=first)
     except UserError as nothing:
         # Where no row is left because all are bad, the error that names them says more.
-        prepare(sources, tokenizer, config.model_copy(update={"on_bad_row": "error"}))
+        prepare(sources, tokenizer, config.model_copy(update={"on_bad_row": "error"}), needed=first)
         raise nothing
 
 

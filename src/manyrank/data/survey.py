@@ -102,7 +102,7 @@ def _survey(name: str, sources: Sequence[DataSource], config: TrainConfig) -> Su
 
 def _source_rows(source: Source, reasons: Counter[str], bad: list[BadFacts]) -> SourceRows:
     """Read a source; its bad rows are added to `reasons`, and to `bad` as long as it has fewer than SHOWN."""
-    whole = Path(source.path).exists()
+    whole = Path(source.path).exists() and not source.streamed
     count, longest, first = 0, 0, None
     rejected = reasons.total()
     for row in islice(read_rows(source), None if whole else LOOKED_AT):

@@ -13,9 +13,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
-from itertools import chain, compress
+from itertools import chain, compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +87,20 @@ class Subsample:
         return np.random.default_rng([self.seed, self.rows]).permutation(self.rows) < self.count
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The rows to read of a source that is not read to its end: the first `count`, of files in the seed's order."""
+
+    count: int
+    seed: int
+
+
 def tokenize(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     *,
-    subsample: Subsample | None = None,
+    subsample: Subsample | Stream | None = None,
     processes: int | None = None,
 ) -> Dataset:
     """The table of a source (FEATURES), from the cache if it was made before.
@@ -154,7 +162,7 @@ def _processes(source: Source) -> int:
     return 1 if size < PARALLEL_BYTES else min(8, len(os.sched_getaffinity(0)))
 
 
-def _fingerprint(source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | None) -> str:
+def _fingerprint(source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | Stream | None) -> str:
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     what = [
         fingerprint(source),
@@ -181,7 +189,7 @@ def _code(format_type: str) -> str:
 
 
 def _records(
-    source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | None, shards: list
+    source: Source, tokenizer, options: TokenizeOptions, subsample: Subsample | Stream | None, shards: list
 ) -> Iterator[dict]:
     for part, parts in shards:
         for order, row in enumerate(_chosen(source, subsample)):
@@ -189,7 +197,9 @@ def _records(
                 yield from _row_records(row, source, tokenizer, options)
 
 
-def _chosen(source: Source, subsample: Subsample | None) -> Iterator[Row]:
+def _chosen(source: Source, subsample: Subsample | Stream | None) -> Iterator[Row]:
+    if isinstance(subsample, Stream):
+        return islice(read_rows(replace(source, shard_seed=subsample.seed)), subsample.count)
     return compress(read_rows(source), subsample.mask()) if subsample else read_rows(source)
 
 

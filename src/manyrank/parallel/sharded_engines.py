@@ -197,6 +197,11 @@ class DeepSpeedEngine(Engine):
     def optimizer(self) -> torch.optim.Optimizer:
         return self.wrapped.optimizer.optimizer
 
+    def full_parameters(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        if any(name not in self.trainable for name in names):
+            self.wrapped.empty_partition_cache()  # what is fetched ahead, after a forward alone, cannot be gathered again
+        yield from super().full_parameters(names)
+
     def _full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param

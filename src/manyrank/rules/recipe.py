@@ -162,6 +162,20 @@ def _unused(s: RunContext) -> str | None:
     return f"{'; '.join(unused)}: nothing reads it" if unused else None
 
 
+def _endless(s: RunContext) -> str | None:
+    c = s.config
+    if not c.streaming or c.max_rows or all(source.max_rows for source in c.data_path):
+        return None
+    needs_all = {
+        "no max_steps": c.max_steps <= 0,
+        "several sources": len(c.data_path) > 1,
+        "eval_split": c.eval_split,
+        "packing: dataset": c.packing == "dataset",
+    }
+    whole = next((what for what, so in needs_all.items() if so), None)
+    return f"streaming with {whole}, and no max_rows" if whole else None
+
+
 def _parts_of_everything(s: RunContext) -> str | None:
     plain = type(s.config).model_fields
     parts = [k for k in PARTS if getattr(s.config, k) != plain[k].default] if s.config.train_on_prompt else []
@@ -268,6 +282,13 @@ SOURCE_RULES = (
         ),
         reason="Validation takes every row once.",
         fix="leave the weight out",
+    ),
+    error(
+        "streaming-without-end",
+        ("streaming", "max_rows", "max_steps", "data_path"),
+        _endless,
+        reason="A stream is read as far as max_rows, or max_steps of a run with one source, say; what needs all rows has no end.",
+        fix="give max_rows, beside data_path or of each source, or leave streaming out",
     ),
     error(
         "packs-of-parts",

@@ -178,6 +178,16 @@ MACHINE_RULES = (
         reason="Weights that are kept in bf16 are computed in bf16.",
         fix="set bf16: true, or leave pure_bf16 out",
     ),
+    error(
+        "pure-bf16-offloaded",
+        ("pure_bf16", "strategy"),
+        unless(
+            lambda s: s.config.pure_bf16 and bool(s.strategy.offload) and s.strategy.engine is EngineKind.DEEPSPEED,
+            "pure_bf16 under {s.strategy}",
+        ),
+        reason="DeepSpeed's AdamW on the host keeps float32.",
+        fix="use fsdp_offload, or leave pure_bf16 out",
+    ),
     warning(
         "pure-bf16-rounds",
         ("pure_bf16", "learning_rate"),

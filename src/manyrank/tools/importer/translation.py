@@ -49,7 +49,7 @@ _DROPPED = {
     "bf16_full_eval fp16_full_eval": "validation computes as training does",
     "ignore_data_skip restore_callback_states_from_checkpoint": "a resumed run continues where it was",
     "torch_empty_cache_steps gc_steps skip_memory_metrics": "memory is the allocator's",
-    "dataset_streaming streaming buffer_size preprocessing_batch_size": "rows are read as they are needed",
+    "buffer_size preprocessing_batch_size": "rows are read as they are needed",
     "include_for_metrics label_names length_column_name": "there is no other metric",
 }
 DROPPED = {name: why for names, why in _DROPPED.items() for name in names.split()}
