@@ -228,7 +228,9 @@ CASES = [
     ("float32-on-gpus", {"hardware": OLD_GPUS}, {"hardware": GPUS}),
     ("float32-on-gpus", {"hardware": OLD_GPUS}, {"fp16": True}),
     ("fp16", {"fp16": True}, {"hardware": OLD_GPUS}),
-    ("fp16", {"fp16": True, "hardware": GPUS}, {"hardware": OLD_GPUS}),
+    ("fp16", {"fp16": True, "bf16": False, "hardware": GPUS}, {"hardware": OLD_GPUS}),
+    ("fp16-where-bf16-is", {"fp16": True, "hardware": GPUS}, {"hardware": OLD_GPUS}),
+    ("fp16-where-bf16-is", {"fp16": True, "hardware": GPUS}, {"bf16": False}),
     ("fp16", {"fp16": True, "hardware": OLD_GPUS, "model": llama(dtype="bfloat16")}, {"model": llama(dtype="float16")}),
     ("float32-on-gpus", {"hardware": GPUS, "bf16": False}, {"bf16": "auto"}),
     (

@@ -61,7 +61,7 @@ def _fp16(s: RunContext) -> str | None:
         return None
     if not s.gpus:
         return "fp16 on a CPU"
-    if s.hardware.has_bf16:
+    if s.hardware.has_bf16 and s.config.bf16 is False:
         return "fp16 on GPUs that have bf16"
     return f"fp16, and {s.model.name} is stored in bf16" if s.model and s.model.dtype == "bfloat16" else None
 
@@ -158,6 +158,16 @@ MACHINE_RULES = (
         reason="It takes twice the memory of 16 bits and much more time, and attention over packed rows has no fast kernel "
         "for it.",
         fix="set bf16: auto, or fp16: true on GPUs before Ampere",
+    ),
+    error(
+        "fp16-where-bf16-is",
+        ("fp16", "bf16"),
+        unless(
+            lambda s: s.config.fp16 and s.config.bf16 == "auto" and bool(s.gpus) and s.hardware.has_bf16,
+            "fp16 on GPUs that have bf16",
+        ),
+        reason="fp16 ends at 65504, needs a loss scale, and is not faster there.",
+        fix="set bf16: true in its place, or insist on fp16 with bf16: false beside it",
     ),
     warning(
         "fp16",
