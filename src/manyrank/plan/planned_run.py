@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 
 from ..config.patterns import matching
 from ..config.peft_config import token_ids
@@ -199,28 +199,28 @@ class PlannedRun:
     def tensors(self) -> list[tuple[float, int]]:
         """Numbers of trained tensors, and the elements of each."""
         if self.full:
-            return [(count, size) for count, size in self._whole() if count * size]
+            return [(count, size) for _, count, size in self._whole() if count * size]
         inner = [(count, size) for count, layer, number in self._numbered() for size in self.adapters(layer, number)]
         rows = len(token_ids(self.config.trainable_token_indices))
         whole = sum(name.rpartition(".")[2] in EMBEDDINGS for name in self.config.modules_to_save)
         outside: list[tuple[float, int]] = [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
         return inner + [(count, size) for count, size in (*outside, *self._adapters_outside()) if count * size]
 
-    def _whole(self) -> Iterator[tuple[float, int]]:
-        """The tensors of the base that full fine-tuning trains; a layer's norms together, and its experts."""
+    def _whole(self) -> Iterator[tuple[int | None, float, int]]:
+        """The tensors of the base that full fine-tuning trains, with the layer's number; norms together, and experts."""
         shape = self.shape
         for count, layer, number in self._numbered():
             for name, linear in layer.linears.items():
                 if self.learns(_block(name), number):
-                    yield from ((count, linear.weights), (count, linear.bias * linear.outputs))
+                    yield from ((number, count, linear.weights), (number, count, linear.bias * linear.outputs))
             if layer.experts and self.learns("mlp.experts", number):
-                yield count, layer.experts.parameters
+                yield number, count, layer.experts.parameters
             if self.learns("input_layernorm", number):
-                yield count, layer.rest
+                yield number, count, layer.rest
         ends = {"model.embed_tokens": shape.embedding, "lm_head": shape.embedding, "model.norm": shape.final_norm}
         if shape.tied:
             del ends["lm_head"]
-        yield from ((1, size) for name, size in ends.items() if self.learns(name))
+        yield from ((None, 1, size) for name, size in ends.items() if self.learns(name))
 
     def learns(self, name: str, number: int | None = None) -> bool:
         """Whether full fine-tuning trains what has this name in models like Llama.
@@ -241,14 +241,7 @@ class PlannedRun:
         """The number of the first layer that a gradient comes to."""
         if not self.full or self.learns("model.embed_tokens"):
             return 0
-        inside = (name for name in range(self.shape.depth) if self._learns_in(name))
-        return next(inside, self.shape.depth)
-
-    def _learns_in(self, number: int) -> bool:
-        layer = next(islice(self.shape.each(), number, None))
-        return any(self.learns(_block(name), number) for name in layer.linears) or self.learns(
-            "input_layernorm", number
-        )
+        return min((number for number, *_ in self._whole() if number is not None), default=self.shape.depth)
 
     def _adapters_outside(self) -> list[tuple[int, int]]:
         """Numbers and elements of the trained tensors on embeddings and lm_head."""
