@@ -263,12 +263,27 @@ def test_rows_that_are_not_here_decide_nothing(monkeypatch):
         (AXOLOTL_RECIPE, {"lora_target_linear": None}, "lora_target_modules"),
         (AXOLOTL_RECIPE, {"optimizer": "lion_8bit_of_nobody"}, "optimizer"),
         (AXOLOTL_RECIPE, {"special_tokens": {"eos_token": "<end>"}}, "special_tokens"),
+        (
+            AXOLOTL_RECIPE,
+            {"special_tokens": {"eos_token": "<end>", "additional_special_tokens": ["<a>"]}},
+            "special_tokens",
+        ),
         (AXOLOTL_RECIPE, {"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        (AXOLOTL_RECIPE, {"added_tokens_overrides": {7: "<call>"}}, "added_tokens_overrides"),
+        (AXOLOTL_RECIPE, {"unfrozen_parameters": ["^lm_head"]}, "unfrozen_parameters"),
+        (AXOLOTL_RECIPE, {"loraplus_lr_ratio": 4, "loraplus_lr_embedding": 1e-3}, "loraplus_lr_embedding"),
+        (AXOLOTL_RECIPE, {"peft": {"loftq_config": {"loftq_bits": 4}}}, "peft"),
+        (AXOLOTL_RECIPE, {"bnb_config_kwargs": {"llm_int8_threshold": 5}}, "bnb_config_kwargs.llm_int8_threshold"),
         (LLAMA_FACTORY_RECIPE, {"template": "vicuna"}, "template"),
         (LLAMA_FACTORY_RECIPE, {"neat_packing": None, "packing": True}, "packing"),
         (LLAMA_FACTORY_RECIPE, {"use_galore": True}, "use_galore"),
         (LLAMA_FACTORY_RECIPE, {"fp8": True}, "fp8"),
-        (TRL_RECIPE, {"loss_type": "dft"}, "loss_type"),
+        (LLAMA_FACTORY_RECIPE, {"add_tokens": "<a>,<b>"}, "additional_target"),
+        (LLAMA_FACTORY_RECIPE, {"resize_vocab": True}, "additional_target"),
+        (LLAMA_FACTORY_RECIPE, {"mix_strategy": "interleave_under"}, "mix_strategy"),
+        (LLAMA_FACTORY_RECIPE, {"adapter_name_or_path": "one,two"}, "adapter_name_or_path"),
+        (LLAMA_FACTORY_RECIPE, {"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method"),
+        (TRL_RECIPE, {"loss_type": "entropic"}, "loss_type"),
         (TRL_RECIPE, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
     ],
 )
@@ -372,6 +387,108 @@ def test_options_of_adapters():
         assert (config.init_lora_weights, config.loraplus_lr_ratio) == (start, 16)
     assert config.modules_to_save == ["embed_tokens", "lm_head"] and config.use_rslora
     assert imported(LLAMA_FACTORY_RECIPE, pissa_init=False, pissa_iter=4).init_lora_weights == "true"
+
+
+FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+QLORA_OF_AXOLOTL = {"adapter": "qlora", "load_in_4bit": True}
+QLORA_OF_TRL = {"use_peft": True, "load_in_4bit": True, "lora_target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "theirs", "ours"),
+    [
+        (AXOLOTL_RECIPE, QLORA_OF_AXOLOTL | {"bnb_config_kwargs": FOUR_BITS}, {"method": "qlora", **FOUR_BITS}),
+        (
+            AXOLOTL_RECIPE,
+            QLORA_OF_AXOLOTL | {"peft": {"loftq_config": {"loftq_bits": 4}}},
+            {"init_lora_weights": "loftq"},
+        ),
+        (
+            AXOLOTL_RECIPE,
+            {"peft_layers_pattern": ["layers"], "peft_layers_to_transform": 1},
+            {"layers_to_transform": [1]},
+        ),
+        (
+            AXOLOTL_RECIPE,
+            {"peft_use_rslora": True, "peft_trainable_token_indices": [5, 6]},
+            {"use_rslora": True, "trainable_token_indices": [5, 6]},
+        ),
+        (AXOLOTL_RECIPE, {"lora_rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2}}),
+        (
+            AXOLOTL_RECIPE,
+            {"tokens": ["<a>"], "special_tokens": {"additional_special_tokens": ["<b>"], "pad_token": "<pad>"}},
+            {"add_tokens": ["<a>"], "add_special_tokens": ["<b>"]},
+        ),
+        (AXOLOTL_RECIPE, {"noisy_embedding_alpha": 5}, {"neftune_noise_alpha": 5}),
+        (AXOLOTL_RECIPE, {"neftune_noise_alpha": 5, "use_dynamic_finetuning": True}, {"dft_loss": True}),
+        (AXOLOTL_RECIPE, {"optimizer": "adamw_bnb_8bit"}, {"optim": "adamw_8bit"}),
+        (
+            AXOLOTL_RECIPE,
+            {"optimizer": "sgd", "optim_args": "momentum=0.9"},
+            {"optim": "sgd", "optim_args": {"momentum": 0.9}},
+        ),
+        (AXOLOTL_RECIPE, {"lr_scheduler": "constant_with_warmup"}, {"lr_scheduler_type": "constant_with_warmup"}),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False},
+            {"method": "qlora", **FOUR_BITS},
+        ),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"add_special_tokens": "<a>,<b>", "additional_target": "lm_head"},
+            {"add_special_tokens": ["<a>", "<b>"], "modules_to_save": ["lm_head"]},
+        ),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"neftune_alpha": 5, "use_dft_loss": True},
+            {"neftune_noise_alpha": 5, "dft_loss": True},
+        ),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"create_new_adapter": True, "use_dora": True},
+            {"new_adapter": False, "use_dora": True},
+        ),
+        (LLAMA_FACTORY_RECIPE, {"mask_history": True}, {"train_on_last_turn": True}),
+        (LLAMA_FACTORY_RECIPE, {"optim": "paged_adamw_8bit"}, {"optim": "paged_adamw_8bit"}),
+        (TRL_RECIPE, QLORA_OF_TRL, {"bnb_4bit_quant_type": None, "bnb_4bit_use_double_quant": False}),
+        (TRL_RECIPE, QLORA_OF_TRL | {"use_bnb_nested_quant": True}, {"bnb_4bit_use_double_quant": True}),
+        (TRL_RECIPE, QLORA_OF_TRL | {"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_quant_type": "fp4"}),
+        (TRL_RECIPE, {"loss_type": "dft", "neftune_noise_alpha": 5}, {"dft_loss": True, "neftune_noise_alpha": 5}),
+        (TRL_RECIPE, {"loss_type": "chunked_nll", "model_revision": "main"}, {"dft_loss": False}),
+        (TRL_RECIPE, {"optim": "adamw_bnb_8bit", "label_smoothing_factor": 0.1}, {"label_smoothing_factor": 0.1}),
+        (
+            TRL_RECIPE,
+            {"use_peft": True, "lora_target_modules": "all-linear", "lora_modules_to_save": ["lm_head"]},
+            {"lora_target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+        ),
+        (
+            TRL_RECIPE,
+            {"use_peft": True, "lora_target_modules": ["q_proj"], "use_rslora": True, "use_dora": True},
+            {"use_rslora": True, "use_dora": True},
+        ),
+    ],
+)
+def test_keys_that_this_project_has_are_translated(values, theirs, ours):
+    config = imported(values, **theirs)
+    assert {key: getattr(config, key) for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("values", "key"), [(AXOLOTL_RECIPE, "lora_model_dir"), (LLAMA_FACTORY_RECIPE, "adapter_name_or_path")]
+)
+def test_a_saved_adapter_that_is_trained_further_keeps_its_shape(values, key):
+    Path("saved").mkdir()
+    shape = {"r": 2, "lora_alpha": 3, "target_modules": ["up_proj"], "base_model_name_or_path": "embedded"}
+    Path("saved/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **shape}))
+    Path("saved/adapter_model.safetensors").write_bytes(b"")
+    translation, resolved, _ = translate(ImportOptions(file=write(values, **{key: "saved"})))
+    config = resolved.config
+    assert (config.adapter, config.method) == ("saved", "lora")
+    assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (2, 3, ["up_proj"])
+    assert {"lora_r", "lora_rank"} & {left.key for left in translation.dropped}
+    if values is LLAMA_FACTORY_RECIPE:
+        new = imported(values, **{key: "saved"}, create_new_adapter=True)
+        assert (new.new_adapter, new.lora_r) == (True, 4)
 
 
 def test_keys_that_nothing_reads_are_left_out():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ...config.peft_config import PEFT_NAMES
 from ...config.resolve import canonical
 from ...data.messages import ROLES
 from .translation import Translation
@@ -14,7 +15,15 @@ TURN_KEYS = ({"role": "role", "content": "content"}, {"role": "from", "content":
 
 # Models whose own template has the system message that other tools write for them; the bases have another one.
 QWEN25 = r"qwen2\.5-(?!math).*instruct"
+ONE_RATE = "adapters of embeddings have the learning rate of the others"
 OWN_OR_JINJA = "leave it out for the model's own template, or write chat_template: and a Jinja file with its text"
+
+
+def keep_shape(t: Translation) -> None:
+    """Leave the shape of adapters to a saved one that is trained further, as its tool does."""
+    saved = any(canonical(entry.key) == "adapter" for entry in t.settings)
+    if saved and not t.has("new_adapter"):
+        t.remove((*PEFT_NAMES, "lora_dropout"), "the saved adapter says it")
 
 
 def is_own_template(t: Translation, pattern: str | None) -> bool:

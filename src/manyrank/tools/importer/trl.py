@@ -24,8 +24,7 @@ OF_OTHER_TRAINERS = (
 )
 _DROPPED = {
     "dtype torch_dtype": "weights that are trained are float32, the others bf16; bf16 and fp16 set what is computed in",
-    "use_bnb_nested_quant": "bases in 4 bits are NF4 with double quantisation",
-    "bnb_4bit_quant_storage": "the strategy decides it",
+    "bnb_4bit_quant_storage": "it is the type that is computed in, so that it can be sharded",
     "activation_offloading": "gradient_checkpointing recomputes as few layers as memory asks for",
     "padding_free pad_to_multiple_of pad_token": "there is no padding",
     "lora_task_type": "models are causal language models",
@@ -91,6 +90,13 @@ def _only(t: Translation, value: Any) -> None:
         t.give("train_on_prompt", not either, ", ".join(name for name in names if name in t.theirs))
 
 
+def _loss(t: Translation, value: Any) -> None:
+    if value in ("nll", "chunked_nll", "dft"):
+        t.give("dft_loss", value == "dft", "loss_type")
+    else:
+        t.decide("loss_type", value, "losses are cross-entropy, and dft")
+
+
 def _eos(t: Translation, value: Any) -> None:
     facts = find_facts(model_of(t))
     if not facts or facts.tokenizer.get("eos_token") != value:
@@ -110,6 +116,7 @@ def _finish(t: Translation) -> None:
     elif not t.has("lora_target_modules"):
         _usual_modules(t)
     t.default("lora_dropout", 0.05)
+    t.default("bnb_4bit_use_double_quant", False)
     _what_is_learned(t)
 
 
@@ -188,6 +195,7 @@ DIALECT = Dialect(
     name="trl",
     title="TRL",
     marks=frozenset(MARKS.split()),
+    renamed={"use_bnb_nested_quant": "bnb_4bit_use_double_quant"},
     handlers={
         **_HANDLERS,
         "dataset_name": _dataset_name,
@@ -199,10 +207,10 @@ DIALECT = Dialect(
         ),
         "assistant_only_loss": _only,
         "completion_only_loss": _only,
-        "loss_type": usual("loss_type", "nll", "chunked_nll", why="the loss is cross-entropy"),
+        "loss_type": _loss,
+        "model_revision": usual("model_revision", "main", why="the main branch is loaded; name a folder with another"),
         "eos_token": _eos,
         "truncation_mode": usual("truncation_mode", "keep_start", why="rows that are too long lose their end"),
-        "bnb_4bit_quant_type": usual("bnb_4bit_quant_type", "nf4", why="bases in 4 bits are NF4"),
     },
     dropped=DROPPED,
     finish=_finish,
