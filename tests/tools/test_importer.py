@@ -251,6 +251,143 @@ def test_rows_that_are_not_here_decide_nothing(monkeypatch):
     assert not imported(TRL_RECIPE, dataset_name="nobody/nothing", completion_only_loss=True).train_on_prompt
 
 
+# GRPO
+
+GRPO_RECIPE = {
+    "model_name_or_path": "embedded",
+    "dataset_name": "solutions.jsonl",
+    "reward_funcs": ["think_format_reward"],
+    "num_generations": 4,
+    "max_completion_length": 24,
+    "per_device_train_batch_size": 8,
+    "max_steps": 2,
+    "beta": 0.1,
+    "learning_rate": 1e-3,
+    "bf16": False,
+    "report_to": "none",
+}
+
+
+@pytest.fixture
+def solutions():
+    rows = [
+        {"prompt": [{"role": "user", "content": row["question"]}], "solution": row["answer"]} for row in QUESTIONS[:4]
+    ]
+    Path("solutions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_a_recipe_of_grpo_trains_as_it_says(folder, solutions):
+    rewards = {"brief": {"reward": "length", "max": 12}, "repetition": 0.5}
+    options = ImportOptions(file=write(GRPO_RECIPE), rewards=rewards)
+    translation, resolved, allowed = translate(options)
+    Path("my.yaml").write_text(translation.text(resolved, allowed))
+    run = trained(folder / "run", "my.yaml")
+    by_hand = {
+        **{"task": "grpo", "method": "full", "model_name_or_path": "embedded", "rewards": rewards, "beta": 0.1},
+        **{"data_path": {"path": "solutions.jsonl", "columns": {"completion": "solution"}}, "num_generations": 4},
+        **{"max_completion_length": 24, "per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3},
+        **{"lr_scheduler_type": "linear", "bf16": False},
+    }
+    Path("hand.yaml").write_text(yaml.safe_dump(by_hand))
+    other = trained(folder / "other", "hand.yaml")
+    assert run.metrics("reward") == other.metrics("reward")
+    assert run.metrics("grad_norm") == other.metrics("grad_norm")
+    assert all(run.metrics("reward_std"))
+
+
+def test_defaults_of_grpo_are_written_down(solutions):
+    config = imported({key: GRPO_RECIPE[key] for key in ("model_name_or_path", "dataset_name", "reward_funcs")})
+    assert (config.task, config.method, config.beta, config.learning_rate) == ("grpo", "full", 0.0, 1e-6)
+    assert (config.num_generations, config.max_completion_length, config.per_device_train_batch_size) == (8, 512, 8)
+    assert (config.lr_scheduler_type, config.loss_type, config.scale_rewards) == ("linear", "dapo", "group")
+    assert (config.data_path[0].path, config.columns) == ("solutions.jsonl", {"completion": "solution"})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"scale_rewards": False, "loss_type": "dr_grpo"}, {"scale_rewards": "none", "loss_type": "dr_grpo"}),
+        ({"scale_rewards": "batch", "mask_truncated_completions": True}, {"scale_rewards": "batch"}),
+        ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
+        ({"max_prompt_length": 99}, {"max_length": 99}),
+        ({"use_vllm": True}, {"use_vllm": "colocate"}),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_server_host": "gpu1"},
+            {"use_vllm": "server", "vllm_server_base_url": "http://gpu1:8000"},
+        ),
+        ({"num_iterations": 1, "epsilon": 0.2, "steps_per_generation": 1, "top_k": 0}, {"task": "grpo"}),
+        (
+            {"reward_funcs": None, "reward_model_name_or_path": "some/judge", "reward_weights": [2]},
+            {"rewards": {"some/judge": {"reward": "model", "model": "some/judge", "weight": 2}}},
+        ),
+        ({"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0}, {"method": "lora"}),
+    ],
+)
+def test_keys_of_grpo(solutions, theirs, ours):
+    config = imported(GRPO_RECIPE, **theirs)
+    assert {key: getattr(config, key) for key in ours} == ours
+
+
+def test_the_format_of_thinking_is_scored_as_trl_does(solutions):
+    from trl.rewards import think_format_reward
+
+    from manyrank.data.rewards import read_rewards, scorers
+
+    rewards = read_rewards(imported(GRPO_RECIPE, reward_weights=[0.5]).rewards)
+    score = scorers(rewards)["think_format_reward"]
+    texts = ["<think>a</think>b", "<think>\na\n</think>\n\nb\n", "a <think>b</think>", "<think>a<think>b</think>", "a"]
+    texts += ["a\n<think>b</think>", "<think>a</think><think>b</think>", "<think></think>", "<think>a"]
+    theirs = think_format_reward([[{"content": text}] for text in texts])
+    assert [score(text, "", {}) for text in texts] == theirs
+    assert set(theirs) == {0.0, 1.0} and rewards[0].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"num_iterations": 4}, "num_iterations"),
+        ({"epsilon": 0.3}, "epsilon"),
+        ({"top_k": 50}, "top_k"),
+        ({"loss_type": "cispo"}, "loss_type"),
+        ({"steps_per_generation": 4}, "steps_per_generation"),
+        ({"system_prompt": "Think."}, "system_prompt"),
+        ({"use_peft": True, "lora_target_modules": "all-linear"}, "lora_dropout"),
+        ({"dataset_name": "pairs.json"}, "columns"),
+        ({"dataset_name": "nobody/nothing"}, "columns"),
+        ({"dataset_name": "text_prompts.jsonl"}, "dataset_name"),
+    ],
+)
+def test_what_changes_the_loss_of_grpo_needs_to_be_allowed(solutions, monkeypatch, changes, key):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("text_prompts.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    if changes.keys() - FIELDS.keys() or key in ("loss_type", "columns", "dataset_name", "lora_dropout"):
+        assert f"{key} changes the loss, and is not translated" in refused(GRPO_RECIPE, **changes).what
+        assert imported(GRPO_RECIPE, key, **changes).task == "grpo"
+    else:  # a key that the schema has by now
+        assert getattr(imported(GRPO_RECIPE, **changes), key) == changes[key]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("accuracy_reward", "numeric or exact"), ("my.lib.score", "my.lib:score"), ("cosine", "my_module:cosine")],
+)
+def test_reward_functions_of_python_are_named_with_what_to_write(solutions, name, hint):
+    for allow in ((), ("all",)):
+        error = refused(GRPO_RECIPE, *allow, reward_funcs=[name])
+        assert (error.what, hint in error.why) == ("rewards is not in it", True)
+        assert error.fix.startswith("add --rewards '{NAME: WEIGHT}'")
+    options = ImportOptions(file=Path("theirs.yaml"), rewards={"numeric": 2})
+    assert translate(options)[1].config.rewards == {"numeric": 2}
+
+
+def test_a_script_of_grpo(solutions):
+    Path("train.sh").write_text(
+        "accelerate launch src/grpo.py --model_name_or_path embedded \\\n --dataset_name=solutions.jsonl"
+    )
+    config = translate(ImportOptions(file=Path("train.sh"), as_from="trl", rewards={"numeric": 1}))[1].config
+    assert (config.task, config.rewards, config.num_generations) == ("grpo", {"numeric": 1}, 8)
+
+
 # What is not here
 
 
@@ -304,7 +441,7 @@ def test_what_changes_the_loss_needs_to_be_allowed(values, changes, key):
         (AXOLOTL_RECIPE, "pretraining_dataset", [{"path": "c4"}]),
         (LLAMA_FACTORY_RECIPE, "stage", "dpo"),
         (LLAMA_FACTORY_RECIPE, "stage", "pt"),
-        (TRL_RECIPE, "reward_funcs", "accuracy_reward"),
+        (TRL_RECIPE, "desirable_weight", 2),
     ],
 )
 def test_other_tasks_are_refused_whatever_is_allowed(values, key, value):

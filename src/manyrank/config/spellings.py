@@ -198,6 +198,7 @@ VALUES: dict[str, dict[str, str]] = {
     "bnb_4bit_compute_dtype": TYPES,
     "bnb_4bit_quant_storage": TYPES,
     "packing": {"true": "dataset", "false": "step"},
+    "scale_rewards": {"true": "group", "false": "none"},
     "gradient_checkpointing": {"unsloth": "full"},
     "resume_from_checkpoint": {"true": "auto", "false": "none"},
 }

@@ -1,4 +1,4 @@
-"""The dialects of TRL (`trl sft`, by version 1.16) and of transformers' TrainingArguments.
+"""The dialects of `trl sft`, by version 1.16, and of transformers' TrainingArguments.
 
 Their defaults stand in trl/trainer/sft_config.py, trl/trainer/model_config.py and trl/scripts/utils.py, and in
 transformers/training_args.py; which modules peft adapts where none are named, in peft/utils/constants.py.
@@ -109,25 +109,31 @@ def _other_trainer(t: Translation, key: str, value: Any) -> None:
 
 def _finish(t: Translation) -> None:
     """Add the defaults that differ, see the module's docstring."""
-    _finish_arguments(t)
+    finish_arguments(t)
     t.default("learning_rate", 2e-5)
+    finish_adapters(t)
+    t.default("lora_dropout", 0.05)
+    _what_is_learned(t)
+
+
+def finish_adapters(t: Translation) -> None:
+    """Add the defaults of trl's ModelConfig."""
     if not t.theirs.get("use_peft"):
         t.default("method", "full")
     elif not t.has("lora_target_modules"):
         _usual_modules(t)
-    t.default("lora_dropout", 0.05)
     t.default("bnb_4bit_use_double_quant", False)
-    _what_is_learned(t)
 
 
-def _finish_arguments(t: Translation) -> None:
+def finish_arguments(t: Translation) -> None:
+    """Add the defaults of transformers' TrainingArguments."""
     t.default("per_device_train_batch_size", 8)
     t.default("lr_scheduler_type", "linear")
     t.default("num_train_epochs", 3.0)
 
 
 def _finish_transformers(t: Translation) -> None:
-    _finish_arguments(t)
+    finish_arguments(t)
     t.default("learning_rate", 5e-5)
     t.default("method", "full", "TrainingArguments know of no adapter")
 
