@@ -241,6 +241,29 @@ def test_sources_of_several_kinds_decide_nothing():
     assert (config.train_on_prompt, config.method) == (True, "full")
 
 
+def test_a_mixture_of_the_alignment_handbook():
+    entry = {"id": "messages.jsonl", "config": None, "split": "train", "columns": ["messages"], "weight": 1.0}
+    mixture = {"datasets": [entry, entry | {"id": "turns.jsonl"}], "test_split_size": 2}
+    config = imported(
+        TRL_RECIPE, "completion_only_loss", dataset_name=None, dataset_mixture=mixture, eval_strategy="epoch"
+    )
+    assert [source.path for source in config.data_path] == ["messages.jsonl", "turns.jsonl"]
+    assert (config.eval_split, config.eval_steps) == (2, "epoch")
+    mixture["datasets"][1]["weight"] = 0.5
+    assert "dataset_mixture.weight" in str(refused(TRL_RECIPE, dataset_name=None, dataset_mixture=mixture))
+
+
+@pytest.mark.parametrize("when", ["no", False, "epoch"])
+def test_steps_beside_a_strategy_that_does_not_count_them(when):
+    changes = {"save_strategy": when, "save_steps": 100, "eval_strategy": when, "eval_steps": 50, "val_size": 0.5}
+    config = imported(LLAMA_FACTORY_RECIPE, **changes)
+    ours = "epoch" if when == "epoch" else "off"
+    assert config.save_steps == ours
+    assert config.eval_steps == ("epoch" if when == "epoch" else None)
+    config = imported(LLAMA_FACTORY_RECIPE, **changes | {"save_strategy": "steps", "eval_strategy": "steps"})
+    assert (config.save_steps, config.eval_steps) == (100, 50)
+
+
 def test_rows_that_are_not_here_decide_nothing(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     error = refused(TRL_RECIPE, dataset_name="nobody/nothing")

@@ -53,7 +53,7 @@ _DROPPED = {
     "ds3_gather_for_generation cache_implementation use_transformers_paged use_transformers_continuous_batching": "a GPU "
     "holds the whole model while it generates",
     "use_liger_loss": "this project has kernels of its own",
-    "vllm_model_impl vllm_enable_sleep_mode vllm_server_timeout vllm_group_port vllm_max_model_length "
+    "vllm_device vllm_model_impl vllm_enable_sleep_mode vllm_server_timeout vllm_group_port vllm_max_model_length "
     "vllm_tensor_parallel_size": "vLLM has its defaults",
     "num_generations_eval": "validation has as many completions as training",
     "disable_dropout": "completions are computed without dropout",

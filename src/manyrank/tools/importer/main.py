@@ -39,8 +39,8 @@ DIALECTS = {
     dialect.name: dialect for dialect in (axolotl.DIALECT, llama_factory.DIALECT, trl.DIALECT, trl.TRANSFORMERS)
 }
 COMMAND = re.compile(r"(?:\btrl\s+(sft|grpo)|\S*(sft|grpo)\w*\.py)\s(.*)", re.DOTALL)  # of TRL, in a shell script
-# Rules about what is installed where a run is launched.
-OF_INSTALLED = frozenset({"grpo-without-trl", "generation-by-vllm"})
+# Rules about where a run is launched: what is installed, and the number of processes.
+OF_A_MACHINE = frozenset({"grpo-without-trl", "generation-by-vllm", "whole-groups"})
 ALL = "all"
 
 
@@ -254,4 +254,4 @@ def _broken_rules(resolved: ResolvedConfig) -> list[UserError]:
 
 def _is_of_a_machine(rule: Rule) -> bool:
     """Return whether a rule looks at where a run is launched, such as its logins."""
-    return rule.name in OF_INSTALLED or any(key.startswith("environment:") for key in rule.keys)
+    return rule.name in OF_A_MACHINE or any(key.startswith("environment:") for key in rule.keys)

@@ -19,7 +19,7 @@ import yaml
 
 from ...config.resolve import FIELDS, KNOWN, ResolvedConfig, Setting, canonical, normal, resolve
 from ...config.schema import OutputKeys, PlaceKeys, SpeedKeys
-from ...config.spellings import INSTEAD, METHOD_FLAGS
+from ...config.spellings import INSTEAD, METHOD_FLAGS, OTHER_TOOLS, WHEN
 from ...errors import UserError, UserErrors
 from ...rules.recipe import DEPENDENT
 
@@ -153,6 +153,10 @@ class Translation:
 
     def read(self) -> None:
         """Translate all keys, and add the tool's defaults."""
+        for strategy in WHEN.keys() & self.theirs.keys():
+            steps = OTHER_TOOLS[strategy]
+            if self.theirs[strategy] != "steps" and steps in self.theirs:
+                self.drop(steps, self.theirs.pop(steps), f"{strategy} counts")
         for key, value in self.theirs.items():
             self._translate(key, value)
         self.dialect.finish(self)

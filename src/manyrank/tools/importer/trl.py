@@ -33,6 +33,8 @@ _DROPPED = {
     "dataloader_in_order": "a thread reads the next step",
     "parallelism_config config_file accelerator_config": "the strategy decides it",
     "env": "set variables in front of the command",
+    "use_liger": "this project has kernels of its own",
+    "benchmarks hub_model_revision": "manyrank evaluate, and push",
 }
 DROPPED = {name: why for names, why in _DROPPED.items() for name in names.split()}
 LOOKED_AT = 20  # rows
@@ -63,6 +65,19 @@ def _datasets(t: Translation, value: Any) -> None:
         paths = [files] if isinstance(files, str) else files or [path]
         sources += [{"path": inner, **rows} for inner in paths]
     t.give("data_path", sources, "datasets")
+
+
+def _mixture(t: Translation, value: dict[str, Any]) -> None:
+    """Read the data of the alignment handbook's recipes; a weight there is a part that stays the same in each epoch."""
+    entries = [{"path": entry["id"], **entry} for entry in value["datasets"]]
+    for entry in entries:
+        entry["name"] = entry.pop("config", None)
+        if (part := entry.pop("weight", None)) not in (None, 1):
+            t.decide("dataset_mixture.weight", part, "the same rows each epoch: write max_rows, which the seed chooses")
+        del entry["id"]
+    _datasets(t, entries)
+    if value.get("test_split_size"):
+        t.give("eval_split", value["test_split_size"], "dataset_mixture.test_split_size")
 
 
 def _text_field(t: Translation, value: Any) -> None:
@@ -196,7 +211,9 @@ _HANDLERS = {
     ),
 }
 MARKS = "dataset_name use_peft dataset_text_field assistant_only_loss completion_only_loss dataset_num_proc packing_strategy "
-MARKS += "attn_implementation dataset_train_split dataset_config max_length eos_token model_name_or_path"
+MARKS += (
+    "attn_implementation dataset_train_split dataset_config dataset_mixture max_length eos_token model_name_or_path"
+)
 DIALECT = Dialect(
     name="trl",
     title="TRL",
@@ -206,6 +223,7 @@ DIALECT = Dialect(
         **_HANDLERS,
         "dataset_name": _dataset_name,
         "datasets": _datasets,
+        "dataset_mixture": _mixture,
         "dataset_text_field": _text_field,
         "packing": _packing,
         **dict.fromkeys(
