@@ -222,7 +222,6 @@ _INSTEAD = {
     "preprocessing_num_workers dataset_processes num_proc": "leave it out: rows are tokenised on the cores that are there",
     "lora_target_linear": "write lora_target_modules: all-linear",
     "pissa_init pissa_iter": "write init_lora_weights: pissa, or pissa_niter_16",
-    "tf32": "leave it out: products in float32 are exact here",
     "xformers_attention sdp_attention s2_attention": "leave it out: documents of a pack attend by flash attention wherever the GPU has it",
     "plot_loss": "leave it out: report.html has the curves",
     "include_tokens_per_second include_num_input_tokens_seen": "leave it out: metrics have both",
