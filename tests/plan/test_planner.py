@@ -182,6 +182,19 @@ def test_a_batch_of_fewer_examples_than_gpus_stops_scaling():
     assert "hsdp" in {row.option.strategy.name for row in rows}
 
 
+ALL_KEPT = ("--max_length=2048", "--micro_batch=1", "--gradient_checkpointing=off")
+
+
+def test_the_scores_of_eager_attention_are_kept(capsys):
+    peaks = {
+        chosen: planned("qwen2.5-7b", "H100", *ALL_KEPT, f"--attn_implementation={chosen}").chosen.memory.peak
+        for chosen in ("none", "sdpa", "eager")
+    }
+    assert peaks["none"] <= peaks["sdpa"] < peaks["eager"]
+    text = run(capsys, "--model=qwen2.5-7b", "--gpu=H100", "--attn_implementation=eager")
+    assert "; attention eager\n" in text
+
+
 def test_tf32_has_half_the_rate_of_16_bits():
     def planned_speed(*argv: str, bf16: bool):
         context = planned_context(config("--max_length=2048", *argv), gpu=find_kind("A100-80GB"), bf16=bf16)

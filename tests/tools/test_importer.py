@@ -249,6 +249,8 @@ def test_a_mixture_of_the_alignment_handbook():
     )
     assert [source.path for source in config.data_path] == ["messages.jsonl", "turns.jsonl"]
     assert (config.eval_split, config.eval_steps) == (2, "epoch")
+    options = ImportOptions(file=Path("theirs.yaml"), data="messages.jsonl")
+    assert [source.path for source in translate(options)[1].config.data_path] == ["messages.jsonl"]
     mixture["datasets"][1]["weight"] = 0.5
     assert "dataset_mixture.weight" in str(refused(TRL_RECIPE, dataset_name=None, dataset_mixture=mixture))
 
@@ -445,6 +447,7 @@ def test_a_script_of_grpo(solutions):
         (LLAMA_FACTORY_RECIPE, {"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method"),
         (TRL_RECIPE, {"loss_type": "entropic"}, "loss_type"),
         (TRL_RECIPE, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
+        (TRL_RECIPE, {"chat_template": "{{ messages }}"}, "chat_template"),
     ],
 )
 def test_what_changes_the_loss_needs_to_be_allowed(values, changes, key):
@@ -518,9 +521,9 @@ def test_values_that_their_tool_does_not_read_either(values, changes):
 
 
 def test_what_has_no_effect_on_the_loss_is_listed_with_its_reason(capsys):
-    assert cli.main(["import", str(write(AXOLOTL_RECIPE, tf32=False, dataset_processes=4))]) == 0
+    assert cli.main(["import", str(write(AXOLOTL_RECIPE, xformers_attention=False, dataset_processes=4))]) == 0
     shown = capsys.readouterr()
-    for key in ("flash_attention: true", "dataset_processes: 4", "special_tokens", "tf32: false"):
+    for key in ("flash_attention: true", "dataset_processes: 4", "special_tokens", "xformers_attention: false"):
         assert f"left out: {key}" in shown.err
         assert f"#   {key}" in shown.out
     assert "warmup_steps: 0.03" in shown.out
@@ -610,6 +613,14 @@ QLORA_OF_TRL = {"use_peft": True, "load_in_4bit": True, "lora_target_modules": [
         ),
         (LLAMA_FACTORY_RECIPE, {"mask_history": True}, {"train_on_last_turn": True}),
         (LLAMA_FACTORY_RECIPE, {"optim": "paged_adamw_8bit"}, {"optim": "paged_adamw_8bit"}),
+        (AXOLOTL_RECIPE, {"flash_attention": None, "sdp_attention": True}, {"attn_implementation": "sdpa"}),
+        (AXOLOTL_RECIPE, {"flash_attention": True, "bf16": "auto"}, {"attn_implementation": None}),
+        (AXOLOTL_RECIPE, {"tf32": True, "full_determinism": True}, {"tf32": True, "full_determinism": True}),
+        (LLAMA_FACTORY_RECIPE, {"flash_attn": "disabled"}, {"attn_implementation": "eager"}),
+        (LLAMA_FACTORY_RECIPE, {"flash_attn": "fa2"}, {"attn_implementation": None}),
+        (TRL_RECIPE, {"attn_implementation": "eager"}, {"attn_implementation": "eager"}),
+        (TRL_RECIPE, {"attn_implementation": "kernels-community/flash-attn2"}, {"attn_implementation": None}),
+        (TRL_RECIPE, {"callbacks": ["push_to_hub_revision"], "chat_template": "chatml"}, {"callbacks": []}),
         (TRL_RECIPE, QLORA_OF_TRL, {"bnb_4bit_quant_type": None, "bnb_4bit_use_double_quant": False}),
         (TRL_RECIPE, QLORA_OF_TRL | {"use_bnb_nested_quant": True}, {"bnb_4bit_use_double_quant": True}),
         (TRL_RECIPE, QLORA_OF_TRL | {"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_quant_type": "fp4"}),

@@ -11,6 +11,7 @@ from .spellings import as_ours
 from .value_types import (
     Alphas,
     Arguments,
+    Attention,
     Cache,
     Columns,
     EachEpoch,
@@ -211,9 +212,7 @@ class DataKeys(Keys):
         description="'step': the examples of each step without padding; 'dataset': examples packed to max_length over the whole data "
         "set, and a batch counts packs; 'none': padded rows",
     )
-    dataset_num_proc: Int | None = Field(
-        None, gt=0, description="processes that tokenise; none: decided by rows and cores"
-    )
+    dataset_num_proc: Int | None = Field(None, gt=0, description="processes that tokenise; none: by rows and cores")
 
 
 class LearnedKeys(Keys):
@@ -341,10 +340,8 @@ class SpeedKeys(Keys):
         False, description="compute in float16 with a loss scale, for GPUs before Ampere (T4, V100); in place of bf16"
     )
     tf32: bool = Field(False, description="products in float32 of GPUs from Ampere on in TF32, which rounds at 5e-4")
-    full_determinism: bool = Field(
-        False,
-        description="algorithms that give the same bits each time, slower; without one for an operation: an error",
-    )
+    full_determinism: bool = Field(False, description="deterministic algorithms: the same bits each time, slower")
+    attn_implementation: Attention | None = Field(None, description="kernel of the attention (default: the fastest)")
     quantized_cache: Cache = Field(
         "auto",
         description="where qlora keeps the quantised base of a model that it loads in shards, for the next start: a folder, off, or "

@@ -15,6 +15,7 @@ from ...models.model_facts import find_facts
 from ...project_files import template_names
 from . import strategies
 from .sources import (
+    ATTENTION,
     ONE_RATE,
     OWN_OR_JINJA,
     QWEN25,
@@ -46,7 +47,7 @@ _DROPPED = {
     "unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rope unsloth_rms_norm unsloth_cross_entropy_loss "
     "flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp fused_attn_kernel tiled_mlp "
     "use_scattermoe use_sonicmoe experts_implementation": NO_KERNELS,
-    "eager_attention flex_attention flex_attn_compile_kwargs gemma4_hybrid_attn_impl": "documents of a pack attend by "
+    "flex_attention flex_attn_compile_kwargs gemma4_hybrid_attn_impl": "documents of a pack attend by "
     "flash attention wherever the GPU has it",
     "sample_packing_group_size sample_packing_bin_size sample_packing_mp_start_method multipack_real_batches "
     "pretrain_multipack_attn batch_flattening": "packing is best fit over the whole data set",
@@ -350,6 +351,7 @@ DIALECT = Dialect(
     handlers={
         **{key: (lambda t, value, key=key: _other_task(t, key, value)) for key in OTHER_TASKS},
         **strategies.HANDLERS,
+        **ATTENTION,
         "processor_type": usual("processor_type", why="images and sound of the rows are not read"),
         "datasets": _datasets,
         "test_datasets": _test_datasets,

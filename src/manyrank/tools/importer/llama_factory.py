@@ -14,7 +14,17 @@ from ...config.spellings import INSTEAD
 from ...errors import UserError
 from ...runs.mapping_files import read_json_object
 from . import strategies
-from .sources import ONE_RATE, OWN_OR_JINJA, QWEN25, check_roles, check_turns, is_own_template, keep_shape, split_of
+from .sources import (
+    ATTENTION,
+    ONE_RATE,
+    OWN_OR_JINJA,
+    QWEN25,
+    check_roles,
+    check_turns,
+    is_own_template,
+    keep_shape,
+    split_of,
+)
 from .translation import Dialect, Translation, usual, with_another
 
 INFO = "dataset_info.json"
@@ -244,6 +254,7 @@ DIALECT = Dialect(
     marks=frozenset(MARKS.split()),
     handlers={
         **strategies.HANDLERS,
+        **ATTENTION,
         "stage": _stage,
         "dataset": _dataset,
         "eval_dataset": _eval_dataset,

@@ -194,7 +194,7 @@ def _check_output(file: Path, *, force: bool) -> None:
 # What is in it
 
 NEEDED = {"model_name_or_path": "model", "data_path": "data"}
-ROWS = ("data_path", "dataset_text_field")  # how rows are read that other data need not have
+ROWS = ("dataset_text_field", "dataset_mixture")  # how rows are read that other data need not have
 
 
 def _replace(translation: Translation, options: ImportOptions) -> None:
@@ -213,7 +213,9 @@ def _replace(translation: Translation, options: ImportOptions) -> None:
 
 def _forget(translation: Translation, key: str) -> None:
     """Take out the keys of the file that a key of the command line replaces."""
-    for name in [name for name in translation.theirs if canonical(name) == key or (key, name) == ROWS]:
+    for name in [
+        name for name in translation.theirs if canonical(name) == key or (key == "data_path" and name in ROWS)
+    ]:
         del translation.theirs[name]
 
 

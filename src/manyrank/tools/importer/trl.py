@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...models.model_facts import find_facts
 from ...plan.command import read_model
 from . import strategies
-from .sources import model_of, split_of
+from .sources import ATTENTION, model_of, split_of
 from .translation import Dialect, Translation, usual, with_another
 
 OF_OTHER_TRAINERS = (
@@ -118,6 +118,21 @@ def _eos(t: Translation, value: Any) -> None:
         t.decide("eos_token", value, "it ends rows of text; an answer ends as its template says")
 
 
+def _template(t: Translation, value: Any) -> None:
+    """Read the template of a recipe; its text, as the alignment handbook has it, must stand in a file here."""
+    if "{" in str(value):
+        t.decide("chat_template", "Jinja text", "write it into a file, and chat_template: FILE into the recipe")
+    else:
+        t.give("chat_template", value, "chat_template")
+
+
+def _callbacks(t: Translation, value: Any) -> None:
+    if all(":" in str(name) for name in value):
+        t.give("callbacks", value, "callbacks")
+    else:
+        t.drop("callbacks", value, "a script's own names: write module:Class")
+
+
 def _other_trainer(t: Translation, key: str, value: Any) -> None:
     t.refuse(key, value, "is a key of another trainer than SFT's")
 
@@ -205,6 +220,8 @@ def _kind(source: DataSource) -> str:
 
 _HANDLERS = {
     **strategies.HANDLERS,
+    **ATTENTION,
+    "callbacks": _callbacks,
     **{name: (lambda t, value, name=name: _other_trainer(t, name, value)) for name in OF_OTHER_TRAINERS.split()},
     "train_sampling_strategy": usual(
         "train_sampling_strategy", "random", "group_by_length", why="rows are shuffled anew in every epoch"
@@ -234,6 +251,7 @@ DIALECT = Dialect(
         "loss_type": _loss,
         "model_revision": usual("model_revision", "main", why="the main branch is loaded; name a folder with another"),
         "eos_token": _eos,
+        "chat_template": _template,
         "truncation_mode": usual("truncation_mode", "keep_start", why="rows that are too long lose their end"),
     },
     dropped=DROPPED,
