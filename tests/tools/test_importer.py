@@ -662,6 +662,13 @@ def test_a_saved_adapter_that_is_trained_further_keeps_its_shape(values, key):
         assert (new.new_adapter, new.lora_r) == (True, 4)
 
 
+def test_arguments_go_with_their_optimizer():
+    theirs = {"optimizer": "adamw_torch_8bit", "optim_args": {"bf16_stochastic_round": True}}
+    assert "optimizer changes the loss" in refused(AXOLOTL_RECIPE, **theirs).what
+    config = imported(AXOLOTL_RECIPE, "optimizer", **theirs)
+    assert (config.optim, config.optim_args) == ("adamw_torch", {})
+
+
 def test_keys_that_nothing_reads_are_left_out():
     changes = {"adapter": None, "evals_per_epoch": 2, "gradient_checkpointing": "offload"}
     translation, resolved, _ = translate(ImportOptions(file=write(AXOLOTL_RECIPE, **changes)))

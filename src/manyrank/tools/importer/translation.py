@@ -228,6 +228,8 @@ class Translation:
         self.settings.remove(wrong[0])
         leave = self.drop if canonical(wrong[0].key) in WITHOUT_EFFECT else self.decide
         leave(*self._named(wrong[0]), f"{problem.what}; {problem.fix}")
+        if canonical(wrong[0].key) == "optim":
+            self.remove(("optim_args",), "they are of that optimizer")
 
     def remove(self, keys: Iterable[str], why: str) -> None:
         """Take settings out of the recipe; those of the file are listed as dropped."""
