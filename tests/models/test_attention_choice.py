@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from manyrank.api import SFTConfig
 from manyrank.data.loader import side_by_side
 from manyrank.errors import UserError
-from manyrank.models.attention import CHOSEN, PACKED, set_attention
+from manyrank.models.attention import CHOICES, PACKED, set_attention
 from manyrank.training.packing_trial import prove_packing
 
 DOCUMENTS = [np.arange(10, 15), np.arange(20, 27), np.arange(30, 42)]
@@ -36,13 +36,13 @@ def computed(base, dtype=torch.float32, *, grads: bool = True, **options):
     return logits.detach(), model.get_input_embeddings().weight.grad, len(calls), model
 
 
-@pytest.mark.parametrize("chosen, calls", [("eager", False), ("sdpa", True)])
+@pytest.mark.parametrize("choice, calls", [("eager", False), ("sdpa", True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pack_is_computed_by_what_was_chosen(embedded_model, chosen, calls, dtype):
+def test_a_pack_is_computed_by_what_was_chosen(embedded_model, choice, calls, dtype):
     usual, usual_gradient, _, model = computed(embedded_model, dtype)
     assert model.config._attn_implementation == PACKED
-    logits, gradient, counted, model = computed(embedded_model, dtype, attn_implementation=chosen)
-    assert (model.config._attn_implementation, bool(counted)) == (CHOSEN[chosen], calls)
+    logits, gradient, counted, model = computed(embedded_model, dtype, attn_implementation=choice)
+    assert (model.config._attn_implementation, bool(counted)) == (CHOICES[choice], calls)
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(logits, usual, **close)
     torch.testing.assert_close(gradient, usual_gradient, **close)
@@ -58,11 +58,11 @@ def test_flash_attention_is_never_replaced(embedded_model):
         computed(embedded_model, torch.bfloat16, attn_implementation="flash_attention_3")
 
 
-@pytest.mark.parametrize("chosen", ["eager", "sdpa"])
-def test_padded_rows_attend_by_the_models_own(embedded_model, chosen):
+@pytest.mark.parametrize("choice", ["eager", "sdpa"])
+def test_padded_rows_attend_by_the_models_own(embedded_model, choice):
     model = AutoModelForCausalLM.from_pretrained(embedded_model)
-    set_attention(model, config(attn_implementation=chosen, packing="none"), lambda line: None)
-    assert model.config._attn_implementation == chosen
+    set_attention(model, config(attn_implementation=choice, packing="none"), lambda line: None)
+    assert model.config._attn_implementation == choice
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_padded_rows_attend_by_the_models_own(embedded_model, chosen):
 )
 def test_losses_are_those_of_the_default(tmp_path, placed):
     runs = {
-        chosen: launch(tmp_path / chosen, *STEPS, *placed, f"--attn_implementation={chosen}")
-        for chosen in ("none", "eager", "sdpa")
+        choice: launch(tmp_path / choice, *STEPS, *placed, f"--attn_implementation={choice}")
+        for choice in ("none", "eager", "sdpa")
     }
-    assert {chosen: run.code for chosen, run in runs.items()} == dict.fromkeys(runs, 0), runs["eager"].stderr
-    for chosen in ("eager", "sdpa"):
+    assert {choice: run.code for choice, run in runs.items()} == dict.fromkeys(runs, 0), runs["eager"].stderr
+    for choice in ("eager", "sdpa"):
         for name in ("loss", "grad_norm"):
-            assert runs[chosen].metrics(name) == pytest.approx(runs["none"].metrics(name), rel=1e-5)
-        assert re.search(rf"^attention: {chosen}$", runs[chosen].stdout, re.MULTILINE)
+            assert runs[choice].metrics(name) == pytest.approx(runs["none"].metrics(name), rel=1e-5)
+        assert re.search(rf"^attention: {choice}$", runs[choice].stdout, re.MULTILINE)
     assert "attention:" not in runs["none"].stdout

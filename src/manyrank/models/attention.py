@@ -34,13 +34,13 @@ logger = logging.get_logger(__name__)
 PACKED, PACKED_PLAIN = "manyrank_packed", "manyrank_packed_plain"
 # The names under which the values of attn_implementation are registered for packs; what has "flash" in its name is looked
 # up on the hub by transformers 5.23.
-CHOSEN = {
+CHOICES = {
     "eager": "manyrank_packed_eager",
     "sdpa": "manyrank_packed_sdpa",
     "flash_attention_2": "manyrank_packed_varlen",
     "flash_attention_3": "manyrank_packed_varlen",
 }
-NAMES = frozenset({PACKED, PACKED_PLAIN, *CHOSEN.values()})
+NAMES = frozenset({PACKED, PACKED_PLAIN, *CHOICES.values()})
 # Tokens of a document up to which plain products are taken on a CPU in bf16. sdpa of torch 2.13 needs twice as long
 # there; in float32 it is the faster one.
 SHORT = 1024
@@ -161,7 +161,7 @@ def unpackable(what: str, config) -> UserError:
 
 
 def _say_why_not(kernel: str | None, why: str | None, *, on_gpu: bool) -> None:
-    """Refuse what flash attention does not compute where it was chosen, and say so where it would be faster."""
+    """Refuse what flash attention does not compute where it is asked for, and say so where it would be faster."""
     if kernel == "flash":
         raise _not_computed("flash attention", str(why))
     if on_gpu and kernel is None:
@@ -232,12 +232,12 @@ def _allowed(tokens: int, window: int | None, device: torch.device) -> torch.Ten
     return allowed if window is None else allowed.triu_(1 - window)
 
 
-def use_packed_attention(model: PreTrainedModel, *, plain: bool = False, chosen: str | None = None) -> None:
+def use_packed_attention(model: PreTrainedModel, *, plain: bool = False, choice: str | None = None) -> None:
     """Make `model` attend inside documents only.
 
     Args:
         plain: by torch's own flash attention, and by sdpa alone where there is no kernel for packed documents.
-        chosen: a value of attn_implementation.
+        choice: a value of attn_implementation.
 
     Raises:
         UserError: the architecture mixes tokens in a way that document bounds do not stop. (What only a forward shows
@@ -251,12 +251,12 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False, chosen:
         raise unpackable(", ".join(reasons), config)
     if model.config._attn_implementation not in NAMES:
         model.attention_before_packing = model.config._attn_implementation
-    model.set_attn_implementation(CHOSEN[chosen] if chosen else PACKED_PLAIN if plain else PACKED)
+    model.set_attn_implementation(CHOICES[choice] if choice else PACKED_PLAIN if plain else PACKED)
     varlen.look_at_gpu()
-    if plain or chosen in ("eager", "sdpa", "flash_attention_2"):
+    if plain or choice in ("eager", "sdpa", "flash_attention_2"):
         flash.restore()
     else:
-        flash.use_for(config, only="FA3" if chosen else None)
+        flash.use_for(config, only="FA3" if choice else None)
 
 
 def set_attention(model: PreTrainedModel, config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -265,17 +265,17 @@ def set_attention(model: PreTrainedModel, config: TrainConfig, say: Callable[[st
     Raises:
         UserError: the model's attention is more than that.
     """
-    chosen = config.attn_implementation
+    choice = config.attn_implementation
     if config.packing != "none":
-        use_packed_attention(model, plain="attention" in config.disable_fused, chosen=chosen)
+        use_packed_attention(model, plain="attention" in config.disable_fused, choice=choice)
         if name := flash.active():
             say(f"packed attention in 16 bits runs by {name}")
     else:
         flash.restore()
-        if chosen:
-            model.set_attn_implementation(chosen)
-    if chosen:
-        say(f"attention: {chosen}")
+        if choice:
+            model.set_attn_implementation(choice)
+    if choice:
+        say(f"attention: {choice}")
 
 
 @contextlib.contextmanager
@@ -295,6 +295,6 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionInterface.register(PACKED_PLAIN, partial(packed_attention, short=0))
-AttentionInterface.register(CHOSEN["eager"], partial(packed_attention, kernel="eager"))
-AttentionInterface.register(CHOSEN["sdpa"], partial(packed_attention, kernel="sdpa", short=0))
-AttentionInterface.register(CHOSEN["flash_attention_2"], partial(packed_attention, kernel="flash"))
+AttentionInterface.register(CHOICES["eager"], partial(packed_attention, kernel="eager"))
+AttentionInterface.register(CHOICES["sdpa"], partial(packed_attention, kernel="sdpa", short=0))
+AttentionInterface.register(CHOICES["flash_attention_2"], partial(packed_attention, kernel="flash"))

@@ -20,10 +20,10 @@ def _tf32(s: RunContext) -> str | None:
 
 
 def _flash(s: RunContext) -> str | None:
-    chosen, gpus = str(s.config.attn_implementation), s.hardware.gpus
-    if not chosen.startswith("flash_attention"):
+    choice, gpus = str(s.config.attn_implementation), s.hardware.gpus
+    if not choice.startswith("flash_attention"):
         return None
-    hopper = chosen == "flash_attention_3"
+    hopper = choice == "flash_attention_3"
     reasons = {
         "packing: none": s.config.packing == "none",
         "no GPU": not gpus,
@@ -34,7 +34,7 @@ def _flash(s: RunContext) -> str | None:
         "full_determinism": hopper and s.config.full_determinism,
     }
     text = ", ".join(reason for reason, holds in reasons.items() if holds)
-    return f"{chosen} with {text}" if text else None
+    return f"{choice} with {text}" if text else None
 
 
 def _has(package: str) -> bool:
@@ -46,17 +46,17 @@ def _has(package: str) -> bool:
 
 
 def _of_the_model(s: RunContext) -> str | None:
-    chosen = str(s.config.attn_implementation)
-    if s.model is None or not (chosen == "sdpa" or chosen.startswith("flash_attention")):
+    choice = str(s.config.attn_implementation)
+    if s.model is None or not (choice == "sdpa" or choice.startswith("flash_attention")):
         return None
     more = ["attention sinks"] if s.model.model_type == "gpt_oss" else []
     more += ["soft-caps"] if s.model.config.get("attn_logit_softcapping") else []
-    if chosen != "sdpa":
+    if choice != "sdpa":
         widths = s.model.head_widths
         more += ["dropout"] if s.model.config.get("attention_dropout") or s.model.config.get("attn_pdrop") else []
         more += [f"heads of {width}" for width in sorted(set(widths)) if width % 8 or width > WIDEST_HEAD]
         more += ["values as wide as no query"] if len(set(widths[:2])) > 1 else []
-    return f"{chosen} with {', '.join(more)} of {s.model.name}" if more else None
+    return f"{choice} with {', '.join(more)} of {s.model.name}" if more else None
 
 
 NUMERICS_RULES = (

@@ -42,13 +42,13 @@ def keep_positions_exact(model: torch.nn.Module) -> None:
         before.append(torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision(EXACT)
 
-    def as_before(*_) -> None:
+    def restore(*_) -> None:
         torch.set_float32_matmul_precision(before.pop())
 
     for module in model.modules():
         if hasattr(module, "inv_freq"):
             module.register_forward_pre_hook(exact)
-            module.register_forward_hook(as_before)
+            module.register_forward_hook(restore)
 
 
 @contextlib.contextmanager

@@ -76,8 +76,8 @@ def _rewards(t: Translation, value: Any) -> None:
     weights = t.theirs.get("reward_weights") or [1.0] * len(rewards)
     if len(weights) != len(rewards):
         raise ValueError("a weight for each reward")
-    given = {name: {**reward, "weight": weight} for name, reward, weight in zip(names + functions, rewards, weights)}
-    t.give("rewards", given, "reward_funcs" if functions else "reward_model_name_or_path")
+    values = {name: {**reward, "weight": weight} for name, reward, weight in zip(names + functions, rewards, weights)}
+    t.give("rewards", values, "reward_funcs" if functions else "reward_model_name_or_path")
 
 
 def _instead(name: str) -> str:
@@ -101,9 +101,8 @@ def _vllm(t: Translation, value: Any) -> None:
     t.give("use_vllm", mode, "use_vllm, vllm_mode")
     if mode == "server":
         host, port = t.theirs.get("vllm_server_host", "0.0.0.0"), t.theirs.get("vllm_server_port", 8000)
-        t.give(
-            "vllm_server_base_url", t.theirs.get("vllm_server_base_url", f"http://{host}:{port}"), "vllm_server_host"
-        )
+        address = t.theirs.get("vllm_server_base_url", f"http://{host}:{port}")
+        t.give("vllm_server_base_url", address, "vllm_server_host")
 
 
 def _generations(t: Translation, value: Any) -> None:

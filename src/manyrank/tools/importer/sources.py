@@ -20,11 +20,11 @@ ONE_RATE = "adapters of embeddings have the learning rate of the others"
 OWN_OR_JINJA = "leave it out for the model's own template, or write chat_template: and a Jinja file with its text"
 
 
-def _attention(key: str, chosen: str | None = None) -> Callable[[Translation, Any], None]:
+def _attention(key: str, choice: str | None = None) -> Callable[[Translation, Any], None]:
     """Make the handler of a key that chooses attention; what it is without a choice is as fast as flash attention."""
 
     def handler(t: Translation, value: Any) -> None:
-        ours = (chosen if value else None) or as_ours("attn_implementation", value)
+        ours = (choice if value else None) or as_ours("attn_implementation", value)
         if ours in ("eager", "sdpa"):
             t.give("attn_implementation", ours, key)
         else:
