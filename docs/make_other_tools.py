@@ -15,6 +15,7 @@ from manyrank.config.spellings import (
     VALUES,
     WHEN,
 )
+from manyrank.tools.importer import grpo
 from manyrank.tools.importer.main import DIALECTS
 from manyrank.tools.importer.translation import Translation, flow
 
@@ -30,6 +31,7 @@ line and in `SFTConfig`; sections (`lora: {r}`) are, too. The strategy is a word
 manyrank import axolotl.yaml > my.yaml                       # whose recipe it is shows in its keys; --from NAME says it
 manyrank import llamafactory.yaml --output my.yaml           # with its dataset_info.json, in dataset_dir or beside it
 manyrank import train.sh --from trl --output my.yaml         # a script with `trl sft ...`, or its --config alone
+manyrank import grpo.sh --rewards '{{numeric: 1}}'             # `trl grpo ...`: its reward functions are Python, ours have names
 manyrank import training_args.json --model NAME --data FILE  # transformers' TrainingArguments, as JSON or YAML
 ```
 
@@ -38,7 +40,7 @@ manyrank import training_args.json --model NAME --data FILE  # transformers' Tra
 {defaults}
 
 - A key that changes the loss and that nothing here does is an error, with its reason, and nothing is written. `--allow KEY` leaves it
-  out, and the recipe says so; `--allow all` does so for each. Recipes of other tasks (preferences, rewards, pretraining) are refused.
+  out, and the recipe says so; `--allow all` does so for each. Recipes of other tasks (preferences, reward models, pretraining) are refused.
 - A key without an effect on the loss (kernels, logs, workers) is dropped. The end of the recipe and stderr list each with its reason.
 - What is done otherwise here whatever a recipe says (the order of rows, the packs) stands at the end, too.
 - DeepSpeed, FSDP and accelerate configs become `strategy`. The recipe is resolved and held against the [rules](rules.md) before it is written.
@@ -78,7 +80,7 @@ What other tools have alone is an error that says what to write:
 def defaults() -> str:
     """What each tool does where its recipe is silent, and this project does something else."""
     rows = []
-    for dialect in DIALECTS.values():
+    for dialect in (*DIALECTS.values(), grpo.DIALECT):
         translation = Translation(dialect, "", {})
         translation.read()
         shown = ", ".join(f"`{flow({entry.key: entry.value})}`" for entry in translation.settings)

@@ -127,7 +127,7 @@ def _train_checked(
 ) -> TrainingRun:
     config = resolved.config
     heartbeat.beat(0, "importing torch and transformers")
-    before_imports(machine, expandable=config.expandable_segments)
+    before_imports(machine, expandable=config.expandable_segments, deterministic=config.full_determinism)
     use_gpu(machine, place)
 
     from .tasks import find_task

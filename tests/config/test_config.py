@@ -181,6 +181,7 @@ def test_aliases_and_dashes(alias, key):
         "layers_pattern": ["a"],
         "target_parameters": ["a"],
         "torch_compile": True,
+        "attn_implementation": "sdpa",
     }.get(key, "0.5")
     given_key = alias.replace("_", "-")
     values = {name: text for name, text in REQUIRED.items() if name != key}

@@ -164,6 +164,11 @@ CONVERSATIONS = [
         turns(("assistant", "a")),
     ),
     ("prompt_completion", {"prompt": "p:", "completion": " c"}, turns(("user", "p:"), ("assistant", " c"))),
+    (
+        "prompt_completion",
+        {"prompt": turns(("user", "u")), "completion": "c"},
+        turns(("user", "u"), ("assistant", "c")),
+    ),
 ]
 
 
@@ -447,7 +452,8 @@ BAD = [
         "wrong type",
         "'completion' is list",
     ),
-    ("prompt_completion", {"prompt": turns(("user", "u")), "completion": "c"}, "wrong type", "'prompt' is list"),
+    ("prompt_completion", {"prompt": turns(("user", "u")), "completion": 5}, "wrong type", "'prompt' is list"),
+    ("prompt_completion", {"prompt": turns(("user", "u")), "completion": " "}, "empty field", "'completion' is empty"),
     ("text", {"text": " "}, "empty field", "'text' is empty"),
     ("text", {"text": HALF}, "half a surrogate pair", "'text'"),
     ("tokens", {"input_ids": []}, "empty field", "'input_ids' is empty"),

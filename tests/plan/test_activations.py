@@ -25,6 +25,9 @@ CASES = [
     ("llama", "float32", (*LORA, "--lora_dropout=0.1")),
     ("qwen3", "bfloat16", (*LORA, "--lora_dropout=0.1")),
     ("qwen3", "bfloat16", (*LORA, "--lora_r=64")),
+    ("llama", "float32", (*LORA, "--attn_implementation=eager")),
+    ("qwen3", "bfloat16", (*LORA, "--attn_implementation=eager")),
+    ("qwen3", "bfloat16", (*LORA, "--attn_implementation=sdpa")),
     ("qwen3_moe", "bfloat16", (*LORA, "--lora_target_modules=q_proj,k_proj,v_proj,o_proj")),
 ]
 

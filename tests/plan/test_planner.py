@@ -182,6 +182,30 @@ def test_a_batch_of_fewer_examples_than_gpus_stops_scaling():
     assert "hsdp" in {row.option.strategy.name for row in rows}
 
 
+ALL_KEPT = ("--max_length=2048", "--micro_batch=1", "--gradient_checkpointing=off")
+
+
+def test_the_scores_of_eager_attention_are_kept(capsys):
+    peaks = {
+        chosen: planned("qwen2.5-7b", "H100", *ALL_KEPT, f"--attn_implementation={chosen}").chosen.memory.peak
+        for chosen in ("none", "sdpa", "eager")
+    }
+    assert peaks["none"] <= peaks["sdpa"] < peaks["eager"]
+    text = run(capsys, "--model=qwen2.5-7b", "--gpu=H100", "--attn_implementation=eager")
+    assert "; attention eager\n" in text
+
+
+def test_tf32_has_half_the_rate_of_16_bits():
+    def planned_speed(*argv: str, bf16: bool):
+        context = planned_context(config("--max_length=2048", *argv), gpu=find_kind("A100-80GB"), bf16=bf16)
+        return make_plan(context, catalog.read("qwen2.5-7b")).chosen.speed
+
+    exact, fast = planned_speed(bf16=False), planned_speed("--tf32=true", bf16=False)
+    half = planned_speed(bf16=True)
+    assert (exact.peak_flops, fast.peak_flops, half.peak_flops) == (19.5e12, 156e12, 312e12)
+    assert half.compute < fast.compute < exact.compute
+
+
 def test_float8_pays_where_products_are_large():
     def rate(model: str, method: str) -> float:
         return planned(model, "H100", f"--method={method}", "--max_length=2048").chosen.tokens_per_second

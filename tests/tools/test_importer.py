@@ -241,6 +241,31 @@ def test_sources_of_several_kinds_decide_nothing():
     assert (config.train_on_prompt, config.method) == (True, "full")
 
 
+def test_a_mixture_of_the_alignment_handbook():
+    entry = {"id": "messages.jsonl", "config": None, "split": "train", "columns": ["messages"], "weight": 1.0}
+    mixture = {"datasets": [entry, entry | {"id": "turns.jsonl"}], "test_split_size": 2}
+    config = imported(
+        TRL_RECIPE, "completion_only_loss", dataset_name=None, dataset_mixture=mixture, eval_strategy="epoch"
+    )
+    assert [source.path for source in config.data_path] == ["messages.jsonl", "turns.jsonl"]
+    assert (config.eval_split, config.eval_steps) == (2, "epoch")
+    options = ImportOptions(file=Path("theirs.yaml"), data="messages.jsonl")
+    assert [source.path for source in translate(options)[1].config.data_path] == ["messages.jsonl"]
+    mixture["datasets"][1]["weight"] = 0.5
+    assert "dataset_mixture.weight" in str(refused(TRL_RECIPE, dataset_name=None, dataset_mixture=mixture))
+
+
+@pytest.mark.parametrize("when", ["no", False, "epoch"])
+def test_steps_beside_a_strategy_that_does_not_count_them(when):
+    changes = {"save_strategy": when, "save_steps": 100, "eval_strategy": when, "eval_steps": 50, "val_size": 0.5}
+    config = imported(LLAMA_FACTORY_RECIPE, **changes)
+    ours = "epoch" if when == "epoch" else "off"
+    assert config.save_steps == ours
+    assert config.eval_steps == ("epoch" if when == "epoch" else None)
+    config = imported(LLAMA_FACTORY_RECIPE, **changes | {"save_strategy": "steps", "eval_strategy": "steps"})
+    assert (config.save_steps, config.eval_steps) == (100, 50)
+
+
 def test_rows_that_are_not_here_decide_nothing(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     error = refused(TRL_RECIPE, dataset_name="nobody/nothing")
@@ -249,6 +274,143 @@ def test_rows_that_are_not_here_decide_nothing(monkeypatch):
         "--allow completion_only_loss leaves it out",
     )
     assert not imported(TRL_RECIPE, dataset_name="nobody/nothing", completion_only_loss=True).train_on_prompt
+
+
+# GRPO
+
+GRPO_RECIPE = {
+    "model_name_or_path": "embedded",
+    "dataset_name": "solutions.jsonl",
+    "reward_funcs": ["think_format_reward"],
+    "num_generations": 4,
+    "max_completion_length": 24,
+    "per_device_train_batch_size": 8,
+    "max_steps": 2,
+    "beta": 0.1,
+    "learning_rate": 1e-3,
+    "bf16": False,
+    "report_to": "none",
+}
+
+
+@pytest.fixture
+def solutions():
+    rows = [
+        {"prompt": [{"role": "user", "content": row["question"]}], "solution": row["answer"]} for row in QUESTIONS[:4]
+    ]
+    Path("solutions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_a_recipe_of_grpo_trains_as_it_says(folder, solutions):
+    rewards = {"brief": {"reward": "length", "max": 12}, "repetition": 0.5}
+    options = ImportOptions(file=write(GRPO_RECIPE), rewards=rewards)
+    translation, resolved, allowed = translate(options)
+    Path("my.yaml").write_text(translation.text(resolved, allowed))
+    run = trained(folder / "run", "my.yaml")
+    by_hand = {
+        **{"task": "grpo", "method": "full", "model_name_or_path": "embedded", "rewards": rewards, "beta": 0.1},
+        **{"data_path": {"path": "solutions.jsonl", "columns": {"completion": "solution"}}, "num_generations": 4},
+        **{"max_completion_length": 24, "per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3},
+        **{"lr_scheduler_type": "linear", "bf16": False},
+    }
+    Path("hand.yaml").write_text(yaml.safe_dump(by_hand))
+    other = trained(folder / "other", "hand.yaml")
+    assert run.metrics("reward") == other.metrics("reward")
+    assert run.metrics("grad_norm") == other.metrics("grad_norm")
+    assert all(run.metrics("reward_std"))
+
+
+def test_defaults_of_grpo_are_written_down(solutions):
+    config = imported({key: GRPO_RECIPE[key] for key in ("model_name_or_path", "dataset_name", "reward_funcs")})
+    assert (config.task, config.method, config.beta, config.learning_rate) == ("grpo", "full", 0.0, 1e-6)
+    assert (config.num_generations, config.max_completion_length, config.per_device_train_batch_size) == (8, 512, 8)
+    assert (config.lr_scheduler_type, config.loss_type, config.scale_rewards) == ("linear", "dapo", "group")
+    assert (config.data_path[0].path, config.columns) == ("solutions.jsonl", {"completion": "solution"})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"scale_rewards": False, "loss_type": "dr_grpo"}, {"scale_rewards": "none", "loss_type": "dr_grpo"}),
+        ({"scale_rewards": "batch", "mask_truncated_completions": True}, {"scale_rewards": "batch"}),
+        ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
+        ({"max_prompt_length": 99}, {"max_length": 99}),
+        ({"use_vllm": True}, {"use_vllm": "colocate"}),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_server_host": "gpu1"},
+            {"use_vllm": "server", "vllm_server_base_url": "http://gpu1:8000"},
+        ),
+        ({"num_iterations": 1, "epsilon": 0.2, "steps_per_generation": 1, "top_k": 0}, {"task": "grpo"}),
+        (
+            {"reward_funcs": None, "reward_model_name_or_path": "some/judge", "reward_weights": [2]},
+            {"rewards": {"some/judge": {"reward": "model", "model": "some/judge", "weight": 2}}},
+        ),
+        ({"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0}, {"method": "lora"}),
+    ],
+)
+def test_keys_of_grpo(solutions, theirs, ours):
+    config = imported(GRPO_RECIPE, **theirs)
+    assert {key: getattr(config, key) for key in ours} == ours
+
+
+def test_the_format_of_thinking_is_scored_as_trl_does(solutions):
+    from trl.rewards import think_format_reward
+
+    from manyrank.data.rewards import read_rewards, scorers
+
+    rewards = read_rewards(imported(GRPO_RECIPE, reward_weights=[0.5]).rewards)
+    score = scorers(rewards)["think_format_reward"]
+    texts = ["<think>a</think>b", "<think>\na\n</think>\n\nb\n", "a <think>b</think>", "<think>a<think>b</think>", "a"]
+    texts += ["a\n<think>b</think>", "<think>a</think><think>b</think>", "<think></think>", "<think>a"]
+    theirs = think_format_reward([[{"content": text}] for text in texts])
+    assert [score(text, "", {}) for text in texts] == theirs
+    assert set(theirs) == {0.0, 1.0} and rewards[0].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"num_iterations": 4}, "num_iterations"),
+        ({"epsilon": 0.3}, "epsilon"),
+        ({"top_k": 50}, "top_k"),
+        ({"loss_type": "cispo"}, "loss_type"),
+        ({"steps_per_generation": 4}, "steps_per_generation"),
+        ({"system_prompt": "Think."}, "system_prompt"),
+        ({"use_peft": True, "lora_target_modules": "all-linear"}, "lora_dropout"),
+        ({"dataset_name": "pairs.json"}, "columns"),
+        ({"dataset_name": "nobody/nothing"}, "columns"),
+        ({"dataset_name": "text_prompts.jsonl"}, "dataset_name"),
+    ],
+)
+def test_what_changes_the_loss_of_grpo_needs_to_be_allowed(solutions, monkeypatch, changes, key):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("text_prompts.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    if changes.keys() - FIELDS.keys() or key in ("loss_type", "columns", "dataset_name", "lora_dropout"):
+        assert f"{key} changes the loss, and is not translated" in refused(GRPO_RECIPE, **changes).what
+        assert imported(GRPO_RECIPE, key, **changes).task == "grpo"
+    else:  # a key that the schema has by now
+        assert getattr(imported(GRPO_RECIPE, **changes), key) == changes[key]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("accuracy_reward", "numeric or exact"), ("my.lib.score", "my.lib:score"), ("cosine", "my_module:cosine")],
+)
+def test_reward_functions_of_python_are_named_with_what_to_write(solutions, name, hint):
+    for allow in ((), ("all",)):
+        error = refused(GRPO_RECIPE, *allow, reward_funcs=[name])
+        assert (error.what, hint in error.why) == ("rewards is not in it", True)
+        assert error.fix.startswith("add --rewards '{NAME: WEIGHT}'")
+    options = ImportOptions(file=Path("theirs.yaml"), rewards={"numeric": 2})
+    assert translate(options)[1].config.rewards == {"numeric": 2}
+
+
+def test_a_script_of_grpo(solutions):
+    Path("train.sh").write_text(
+        "accelerate launch src/grpo.py --model_name_or_path embedded \\\n --dataset_name=solutions.jsonl"
+    )
+    config = translate(ImportOptions(file=Path("train.sh"), as_from="trl", rewards={"numeric": 1}))[1].config
+    assert (config.task, config.rewards, config.num_generations) == ("grpo", {"numeric": 1}, 8)
 
 
 # What is not here
@@ -263,13 +425,29 @@ def test_rows_that_are_not_here_decide_nothing(monkeypatch):
         (AXOLOTL_RECIPE, {"lora_target_linear": None}, "lora_target_modules"),
         (AXOLOTL_RECIPE, {"optimizer": "lion_8bit_of_nobody"}, "optimizer"),
         (AXOLOTL_RECIPE, {"special_tokens": {"eos_token": "<end>"}}, "special_tokens"),
+        (
+            AXOLOTL_RECIPE,
+            {"special_tokens": {"eos_token": "<end>", "additional_special_tokens": ["<a>"]}},
+            "special_tokens",
+        ),
         (AXOLOTL_RECIPE, {"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        (AXOLOTL_RECIPE, {"added_tokens_overrides": {7: "<call>"}}, "added_tokens_overrides"),
+        (AXOLOTL_RECIPE, {"unfrozen_parameters": ["^model.embed_tokens.weight$[:32000]"]}, "unfrozen_parameters"),
+        (AXOLOTL_RECIPE, {"loraplus_lr_ratio": 4, "loraplus_lr_embedding": 1e-3}, "loraplus_lr_embedding"),
+        (AXOLOTL_RECIPE, {"peft": {"loftq_config": {"loftq_bits": 4}}}, "peft"),
+        (AXOLOTL_RECIPE, {"bnb_config_kwargs": {"llm_int8_threshold": 5}}, "bnb_config_kwargs.llm_int8_threshold"),
         (LLAMA_FACTORY_RECIPE, {"template": "vicuna"}, "template"),
         (LLAMA_FACTORY_RECIPE, {"neat_packing": None, "packing": True}, "packing"),
         (LLAMA_FACTORY_RECIPE, {"use_galore": True}, "use_galore"),
         (LLAMA_FACTORY_RECIPE, {"fp8": True}, "fp8"),
-        (TRL_RECIPE, {"loss_type": "dft"}, "loss_type"),
+        (LLAMA_FACTORY_RECIPE, {"add_tokens": "<a>,<b>"}, "additional_target"),
+        (LLAMA_FACTORY_RECIPE, {"resize_vocab": True}, "additional_target"),
+        (LLAMA_FACTORY_RECIPE, {"mix_strategy": "interleave_under"}, "mix_strategy"),
+        (LLAMA_FACTORY_RECIPE, {"adapter_name_or_path": "one,two"}, "adapter_name_or_path"),
+        (LLAMA_FACTORY_RECIPE, {"quantization_bit": 4, "quantization_method": "hqq"}, "quantization_method"),
+        (TRL_RECIPE, {"loss_type": "entropic"}, "loss_type"),
         (TRL_RECIPE, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
+        (TRL_RECIPE, {"chat_template": "{{ messages }}"}, "chat_template"),
     ],
 )
 def test_what_changes_the_loss_needs_to_be_allowed(values, changes, key):
@@ -289,7 +467,7 @@ def test_what_changes_the_loss_needs_to_be_allowed(values, changes, key):
         (AXOLOTL_RECIPE, "pretraining_dataset", [{"path": "c4"}]),
         (LLAMA_FACTORY_RECIPE, "stage", "dpo"),
         (LLAMA_FACTORY_RECIPE, "stage", "pt"),
-        (TRL_RECIPE, "reward_funcs", "accuracy_reward"),
+        (TRL_RECIPE, "desirable_weight", 2),
     ],
 )
 def test_other_tasks_are_refused_whatever_is_allowed(values, key, value):
@@ -343,9 +521,9 @@ def test_values_that_their_tool_does_not_read_either(values, changes):
 
 
 def test_what_has_no_effect_on_the_loss_is_listed_with_its_reason(capsys):
-    assert cli.main(["import", str(write(AXOLOTL_RECIPE, tf32=False, dataset_processes=4))]) == 0
+    assert cli.main(["import", str(write(AXOLOTL_RECIPE, xformers_attention=False, dataset_processes=4))]) == 0
     shown = capsys.readouterr()
-    for key in ("flash_attention: true", "dataset_processes: 4", "special_tokens", "tf32: false"):
+    for key in ("flash_attention: true", "dataset_processes: 4", "special_tokens", "xformers_attention: false"):
         assert f"left out: {key}" in shown.err
         assert f"#   {key}" in shown.out
     assert "warmup_steps: 0.03" in shown.out
@@ -372,6 +550,134 @@ def test_options_of_adapters():
         assert (config.init_lora_weights, config.loraplus_lr_ratio) == (start, 16)
     assert config.modules_to_save == ["embed_tokens", "lm_head"] and config.use_rslora
     assert imported(LLAMA_FACTORY_RECIPE, pissa_init=False, pissa_iter=4).init_lora_weights == "true"
+
+
+FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+QLORA_OF_AXOLOTL = {"adapter": "qlora", "load_in_4bit": True}
+QLORA_OF_TRL = {"use_peft": True, "load_in_4bit": True, "lora_target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("values", "theirs", "ours"),
+    [
+        (AXOLOTL_RECIPE, QLORA_OF_AXOLOTL | {"bnb_config_kwargs": FOUR_BITS}, {"method": "qlora", **FOUR_BITS}),
+        (
+            AXOLOTL_RECIPE,
+            QLORA_OF_AXOLOTL | {"peft": {"loftq_config": {"loftq_bits": 4}}},
+            {"init_lora_weights": "loftq"},
+        ),
+        (
+            AXOLOTL_RECIPE,
+            {"peft_layers_pattern": ["layers"], "peft_layers_to_transform": 1},
+            {"layers_to_transform": [1]},
+        ),
+        (
+            AXOLOTL_RECIPE,
+            {"peft_use_rslora": True, "peft_trainable_token_indices": [5, 6]},
+            {"use_rslora": True, "trainable_token_indices": [5, 6]},
+        ),
+        (AXOLOTL_RECIPE, {"lora_rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2}}),
+        (
+            AXOLOTL_RECIPE,
+            {"tokens": ["<a>"], "special_tokens": {"additional_special_tokens": ["<b>"], "pad_token": "<pad>"}},
+            {"add_tokens": ["<a>"], "add_special_tokens": ["<b>"]},
+        ),
+        (AXOLOTL_RECIPE, {"noisy_embedding_alpha": 5}, {"neftune_noise_alpha": 5}),
+        (AXOLOTL_RECIPE, {"neftune_noise_alpha": 5, "use_dynamic_finetuning": True}, {"dft_loss": True}),
+        (AXOLOTL_RECIPE, {"streaming": True, "max_steps": 9, "sample_packing": False}, {"streaming": True}),
+        (
+            AXOLOTL_RECIPE,
+            {"adapter": None, "lora_target_linear": None, "unfrozen_parameters": ["^lm_head.weight$", "layers.1"]},
+            {"method": "full", "unfrozen_parameters": ["^lm_head.weight$", "^layers.1.*"]},
+        ),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"finetuning_type": "full", "pure_bf16": True, "bf16": None, "quantization_bit": None},
+            {"method": "full", "pure_bf16": True},
+        ),
+        (AXOLOTL_RECIPE, {"optimizer": "adamw_bnb_8bit"}, {"optim": "adamw_8bit"}),
+        (
+            AXOLOTL_RECIPE,
+            {"optimizer": "sgd", "optim_args": "momentum=0.9"},
+            {"optim": "sgd", "optim_args": {"momentum": 0.9}},
+        ),
+        (AXOLOTL_RECIPE, {"lr_scheduler": "constant_with_warmup"}, {"lr_scheduler_type": "constant_with_warmup"}),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False},
+            {"method": "qlora", **FOUR_BITS},
+        ),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"add_special_tokens": "<a>,<b>", "additional_target": "lm_head"},
+            {"add_special_tokens": ["<a>", "<b>"], "modules_to_save": ["lm_head"]},
+        ),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"neftune_alpha": 5, "use_dft_loss": True},
+            {"neftune_noise_alpha": 5, "dft_loss": True},
+        ),
+        (
+            LLAMA_FACTORY_RECIPE,
+            {"create_new_adapter": True, "use_dora": True},
+            {"new_adapter": False, "use_dora": True},
+        ),
+        (LLAMA_FACTORY_RECIPE, {"mask_history": True}, {"train_on_last_turn": True}),
+        (LLAMA_FACTORY_RECIPE, {"optim": "paged_adamw_8bit"}, {"optim": "paged_adamw_8bit"}),
+        (AXOLOTL_RECIPE, {"flash_attention": None, "sdp_attention": True}, {"attn_implementation": "sdpa"}),
+        (AXOLOTL_RECIPE, {"flash_attention": True, "bf16": "auto"}, {"attn_implementation": None}),
+        (AXOLOTL_RECIPE, {"tf32": True, "full_determinism": True}, {"tf32": True, "full_determinism": True}),
+        (LLAMA_FACTORY_RECIPE, {"flash_attn": "disabled"}, {"attn_implementation": "eager"}),
+        (LLAMA_FACTORY_RECIPE, {"flash_attn": "fa2"}, {"attn_implementation": None}),
+        (TRL_RECIPE, {"attn_implementation": "eager"}, {"attn_implementation": "eager"}),
+        (TRL_RECIPE, {"attn_implementation": "kernels-community/flash-attn2"}, {"attn_implementation": None}),
+        (TRL_RECIPE, {"callbacks": ["push_to_hub_revision"], "chat_template": "chatml"}, {"callbacks": []}),
+        (TRL_RECIPE, QLORA_OF_TRL, {"bnb_4bit_quant_type": None, "bnb_4bit_use_double_quant": False}),
+        (TRL_RECIPE, QLORA_OF_TRL | {"use_bnb_nested_quant": True}, {"bnb_4bit_use_double_quant": True}),
+        (TRL_RECIPE, QLORA_OF_TRL | {"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_quant_type": "fp4"}),
+        (TRL_RECIPE, {"loss_type": "dft", "neftune_noise_alpha": 5}, {"dft_loss": True, "neftune_noise_alpha": 5}),
+        (TRL_RECIPE, {"loss_type": "chunked_nll", "model_revision": "main"}, {"dft_loss": False}),
+        (TRL_RECIPE, {"optim": "adamw_bnb_8bit", "label_smoothing_factor": 0.1}, {"label_smoothing_factor": 0.1}),
+        (
+            TRL_RECIPE,
+            {"use_peft": True, "lora_target_modules": "all-linear", "lora_modules_to_save": ["lm_head"]},
+            {"lora_target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+        ),
+        (
+            TRL_RECIPE,
+            {"use_peft": True, "lora_target_modules": ["q_proj"], "use_rslora": True, "use_dora": True},
+            {"use_rslora": True, "use_dora": True},
+        ),
+    ],
+)
+def test_keys_that_this_project_has_are_translated(values, theirs, ours):
+    config = imported(values, **theirs)
+    assert {key: getattr(config, key) for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("values", "key"), [(AXOLOTL_RECIPE, "lora_model_dir"), (LLAMA_FACTORY_RECIPE, "adapter_name_or_path")]
+)
+def test_a_saved_adapter_that_is_trained_further_keeps_its_shape(values, key):
+    Path("saved").mkdir()
+    shape = {"r": 2, "lora_alpha": 3, "target_modules": ["up_proj"], "base_model_name_or_path": "embedded"}
+    Path("saved/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **shape}))
+    Path("saved/adapter_model.safetensors").write_bytes(b"")
+    translation, resolved, _ = translate(ImportOptions(file=write(values, **{key: "saved"})))
+    config = resolved.config
+    assert (config.adapter, config.method) == ("saved", "lora")
+    assert (config.lora_r, config.lora_alpha, config.lora_target_modules) == (2, 3, ["up_proj"])
+    assert {"lora_r", "lora_rank"} & {left.key for left in translation.dropped}
+    if values is LLAMA_FACTORY_RECIPE:
+        new = imported(values, **{key: "saved"}, create_new_adapter=True)
+        assert (new.new_adapter, new.lora_r) == (True, 4)
+
+
+def test_arguments_go_with_their_optimizer():
+    theirs = {"optimizer": "adamw_torch_8bit", "optim_args": {"bf16_stochastic_round": True}}
+    assert "optimizer changes the loss" in refused(AXOLOTL_RECIPE, **theirs).what
+    config = imported(AXOLOTL_RECIPE, "optimizer", **theirs)
+    assert (config.optim, config.optim_args) == ("adamw_torch", {})
 
 
 def test_keys_that_nothing_reads_are_left_out():

@@ -72,6 +72,7 @@ LATER = (
     "optim_args",
     "dft_loss",
     "neftune_noise_alpha",
+    "tf32",
 )
 UNSAID = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # what None means
 OF_GRPO = (

@@ -11,6 +11,7 @@ from .data_source import Sources
 from .value_types import (
     Alphas,
     Arguments,
+    Attention,
     Cache,
     Columns,
     EachEpoch,
@@ -117,9 +118,7 @@ class AdapterKeys(Keys):
     )
     exclude_modules: Patterns = Field([], description="modules without adapters: names, or patterns of whole names")
     layers_to_transform: Numbers = Field([], description="numbers of the layers that have adapters (default: all)")
-    layers_pattern: Strings = Field(
-        [], description="names of the lists of layers that layers_to_transform counts (default: any)"
-    )
+    layers_pattern: Strings = Field([], description="names of the lists that layers_to_transform counts (default: any)")
     rank_pattern: Ranks = Field({}, description="other ranks than lora_r, by names or patterns of modules")
     alpha_pattern: Alphas = Field({}, description="other alphas than lora_alpha, by names or patterns of modules")
     target_parameters: Strings = Field(
@@ -192,9 +191,7 @@ class DataKeys(Keys):
         description="'step': the examples of each step without padding; 'dataset': examples packed to max_length over the whole data "
         "set, and a batch counts packs; 'none': padded rows",
     )
-    dataset_num_proc: Int | None = Field(
-        None, gt=0, description="processes that tokenise; none: decided by rows and cores"
-    )
+    dataset_num_proc: Int | None = Field(None, gt=0, description="processes that tokenise; none: by rows and cores")
 
 
 class LearnedKeys(Keys):
@@ -325,6 +322,9 @@ class SpeedKeys(Keys):
         False,
         description="full: keep weights, gradients and moments in bf16, too, half of the memory; small updates are rounded away",
     )
+    tf32: bool = Field(False, description="products in float32 of GPUs from Ampere on in TF32, which rounds at 5e-4")
+    full_determinism: bool = Field(False, description="deterministic algorithms: the same bits each time, slower")
+    attn_implementation: Attention | None = Field(None, description="kernel of the attention (default: the fastest)")
     quantized_cache: Cache = Field(
         "auto",
         description="where qlora keeps the quantised base of a model that it loads in shards, for the next start: a folder, off, or "
@@ -377,9 +377,7 @@ class OutputKeys(Keys):
         description="keys that may differ from the checkpoint on a resume: learning_rate, max_steps, data_path, ...",
     )
     run_name: str | None = Field(None, min_length=1, description="name of the run in the trackers")
-    logging_steps: EachEpoch = Field(
-        10, description="steps between two lines of metrics, or a share of the run's; epoch"
-    )
+    logging_steps: EachEpoch = Field(10, description="steps between lines of metrics, or a share of the run's; epoch")
     logging_first_step: bool = Field(False, description="a line of metrics for the first step, too")
     report_to: Strings = Field([], description="trackers: none, wandb, tensorboard, mlflow, ...")
     wandb_project: str | None = Field(None, min_length=1, description="W&B project")

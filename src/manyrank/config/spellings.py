@@ -153,6 +153,9 @@ OTHER_TOOLS = {
     "completion_only_loss": "train_on_prompt",
     "train_on_responses_only": "train_on_prompt",
     "train_on_eot": "train_on_eos",
+    "flash_attn": "attn_implementation",
+    "flash_attention": "attn_implementation",
+    "use_flash_attention_2": "attn_implementation",
 }
 OPPOSITES = frozenset({"assistant_only_loss", "completion_only_loss", "train_on_responses_only"})
 ADAPTERS = frozenset({"lora", "qlora", "int8", "fp8"})
@@ -201,6 +204,15 @@ VALUES: dict[str, dict[str, str]] = {
     "bnb_4bit_compute_dtype": TYPES,
     "bnb_4bit_quant_storage": TYPES,
     "packing": {"true": "dataset", "false": "step"},
+    "attn_implementation": {
+        "true": "flash_attention_2",
+        "fa2": "flash_attention_2",
+        "fa3": "flash_attention_3",
+        "disabled": "eager",
+        "auto": "none",
+        "false": "none",
+    },
+    "scale_rewards": {"true": "group", "false": "none"},
     "gradient_checkpointing": {"unsloth": "full"},
     "resume_from_checkpoint": {"true": "auto", "false": "none"},
 }
@@ -211,8 +223,6 @@ _INSTEAD = {
     "template": "leave it out for the model's own chat template, or write chat_template: chatml, llama3, ... or a file",
     "mix_strategy interleave_probs probabilities": "write data_path: [{path: A, weight: 2}, B], where weight says how often "
     "rows are seen in an epoch, or sampling_temperature: 2, which evens out the shares of sources; without them each row is seen once",
-    "attn_implementation flash_attn flash_attention use_flash_attention_2": "leave it out: documents of a pack attend by "
-    "flash attention wherever the GPU has it",
     "liger_kernel use_liger_kernel": "leave it out: this project's own kernels are on; disable_fused switches them off",
     "quantization": "write use_4bit: true (QLoRA, NF4 with double quantisation) or use_8bit: true",
     "dtype torch_dtype": "write bf16: true, fp16: true, or bf16: false for float32",
@@ -224,8 +234,9 @@ _INSTEAD = {
     "preprocessing_num_workers dataset_processes num_proc": "leave it out: rows are tokenised on the cores that are there",
     "lora_target_linear": "write lora_target_modules: all-linear",
     "pissa_init pissa_iter": "write init_lora_weights: pissa, or pissa_niter_16",
-    "tf32": "leave it out: products in float32 are exact here",
-    "xformers_attention sdp_attention s2_attention": "leave it out: documents of a pack attend by flash attention wherever the GPU has it",
+    "xformers_attention s2_attention": "leave it out: documents of a pack attend by flash attention wherever the GPU has it",
+    "sdp_attention": "write attn_implementation: sdpa",
+    "eager_attention": "write attn_implementation: eager",
     "plot_loss": "leave it out: report.html has the curves",
     "include_tokens_per_second include_num_input_tokens_seen": "leave it out: metrics have both",
     "ddp_find_unused_parameters": "leave it out: what gets no gradient is frozen, or named",

@@ -4,7 +4,7 @@
     alpaca             {"instruction", "input"?, "output", "history"?}
     sharegpt           {"conversations"} or {"conversation"}
     messages           {"messages"}
-    prompt_completion  {"prompt", "completion"}, two texts or two lists of messages
+    prompt_completion  {"prompt", "completion"}, two texts or lists of messages
     tokens             {"input_ids", "labels"?, "attention_mask"?}
     text               {"text"}
 
@@ -124,6 +124,8 @@ def _messages(row: Values) -> Conversation:
 
 def _prompt_completion(row: Values) -> Conversation:
     prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, str):  # as of trl's data for GRPO, with a solution
+        completion = [{"role": "assistant", "content": text(completion, "'completion'")}]
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         return _conversation(row, _exchange(text(prompt, "'prompt'"), text(completion, "'completion'")))
     messages = read_turns(prompt, "prompt")

@@ -31,6 +31,7 @@ from ..runs import run_folder
 from ..signals import become, die_with_parent, pass_on_while
 from ..topology.allocator import allocator
 from ..topology.gpus import Hardware
+from ..topology.precision import DETERMINISTIC
 from ..topology.strategies import EngineKind, Strategy, default_strategy, named_strategy
 
 LAUNCH_VARIABLE = "MANYRANK_LAUNCH"  # the packed plan, which the run writes into its folder
@@ -372,13 +373,15 @@ def run_in_process(argv: tuple[str, ...]) -> None:
     launch_command(launch_command_parser().parse_args(list(argv[2:])))
 
 
-def before_imports(machine: Hardware, *, expandable: bool = False) -> None:
+def before_imports(machine: Hardware, *, expandable: bool = False, deterministic: bool = False) -> None:
     """No telemetry, no remarks that every rank would repeat and nobody can act on, and no spinning threads.
 
     Args:
         expandable: whether this process trains what goes with expandable segments, see `topology.allocator`.
+        deterministic: whether it computes by deterministic algorithms.
     """
-    for key, value in allocator(machine, expandable=expandable).items():
+    variables = allocator(machine, expandable=expandable) | (DETERMINISTIC if deterministic else {})
+    for key, value in variables.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's use of old names

@@ -15,14 +15,16 @@ attention is more than these arguments say would train on other losses. `trainin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging
 
+from ..config.resolve import TrainConfig
 from ..errors import UserError
 from . import document_groups, flash, varlen
 from .model_facts import ATTENTION_LAYERS
@@ -30,6 +32,15 @@ from .model_facts import ATTENTION_LAYERS
 logger = logging.get_logger(__name__)
 
 PACKED, PACKED_PLAIN = "manyrank_packed", "manyrank_packed_plain"
+# The names under which the values of attn_implementation are registered for packs; what has "flash" in its name is looked
+# up on the hub by transformers 5.23.
+CHOICES = {
+    "eager": "manyrank_packed_eager",
+    "sdpa": "manyrank_packed_sdpa",
+    "flash_attention_2": "manyrank_packed_varlen",
+    "flash_attention_3": "manyrank_packed_varlen",
+}
+NAMES = frozenset({PACKED, PACKED_PLAIN, *CHOICES.values()})
 # Tokens of a document up to which plain products are taken on a CPU in bf16. sdpa of torch 2.13 needs twice as long
 # there; in float32 it is the faster one.
 SHORT = 1024
@@ -59,6 +70,7 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     short: int = SHORT,
+    kernel: Literal["eager", "sdpa", "flash"] | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document of a packed row.
@@ -72,7 +84,7 @@ def packed_attention(
         document_lengths: without them the bounds are read, which on a GPU waits for it.
         s_aux: (heads,), attention sinks: logits beside those of the keys, of no value.
         is_causal: of this call; None, as the module says.
-        short: tokens up to which a document may be computed by plain products, see SHORT.
+        short: tokens of a document that plain products may compute, see SHORT. kernel: None is the fastest that does.
         others: see SILENT.
 
     Returns:
@@ -93,14 +105,13 @@ def packed_attention(
         softcap=softcap,
         sinks=s_aux is not None,
     )
-    if why is None:
+    if why is None and kernel in (None, "flash"):
         bounds, window = (cu_seq_lens_q, max_length_q), sliding_window
         return varlen.attend(query, key, value, *bounds, scaling=scaling, window=window), None
-    if query.is_cuda:
-        logger.warning_once(f"attention takes one document at a time (slower, more memory): {why}")
+    _say_why_not(kernel, why, on_gpu=query.is_cuda)
     options = {"scaling": scaling, "window": sliding_window, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
-    bounds = (cu_seq_lens_q, document_lengths)
-    return _by_document(query, key, value, *bounds, short=short, **options), None
+    options |= {"bounds": cu_seq_lens_q, "lengths": document_lengths, "short": short, "kernel": kernel}
+    return _by_document(query, key, value, **options), None
 
 
 def _of_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -121,7 +132,7 @@ def _by_document(
     **options,
 ) -> torch.Tensor:
     lengths = bounds.diff().tolist() if lengths is None else list(lengths.tokens)
-    if _by_products(query, min(lengths), **options):
+    if options["kernel"] is None and _by_products(query, min(lengths), **options):
         attention = partial(_document, **options)
         return document_groups.attend(query, key, value, tuple(lengths), attention, longest=options["short"])
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
@@ -149,6 +160,20 @@ def unpackable(what: str, config) -> UserError:
     )
 
 
+def _say_why_not(kernel: str | None, why: str | None, *, on_gpu: bool) -> None:
+    """Refuse what flash attention does not compute where it is asked for, and say so where it would be faster."""
+    if kernel == "flash":
+        raise _not_computed("flash attention", str(why))
+    if on_gpu and kernel is None:
+        logger.warning_once(f"attention takes one document at a time (slower, more memory): {why}")
+
+
+def _not_computed(kernel: str, why: str) -> UserError:
+    return UserError(
+        f"{kernel} does not compute {why}", where="attn_implementation", fix="leave it out, or write eager"
+    )
+
+
 def _by_products(query: torch.Tensor, tokens: int, *, dropout: float, short: int, **_) -> bool:
     """Return whether plain products are faster than sdpa for a document of so many tokens."""
     return query.dtype == torch.bfloat16 and query.device.type == "cpu" and tokens <= short and not dropout
@@ -157,8 +182,11 @@ def _by_products(query: torch.Tensor, tokens: int, *, dropout: float, short: int
 def _document(query, key, value, **options) -> torch.Tensor:
     """Attend inside documents of equal length, (documents, heads, length, head_dim)."""
     tokens, window = query.shape[2], options["window"]
-    softcap, sinks, short = (options.pop(name) for name in ("softcap", "sinks", "short"))
-    if softcap or sinks is not None or _by_products(query, tokens, dropout=options["dropout"], short=short):
+    softcap, sinks, short, kernel = (options.pop(name) for name in ("softcap", "sinks", "short", "kernel"))
+    special = bool(softcap) or sinks is not None
+    if special and kernel == "sdpa":
+        raise _not_computed("sdpa", "soft-caps and sinks")
+    if special or kernel == "eager" or _by_products(query, tokens, dropout=options["dropout"], short=short):
         return _products(query, key, value, softcap=softcap, sinks=sinks, **options)
     mask = _allowed(tokens, window, query.device) if window is not None and tokens > window else None
     return F.scaled_dot_product_attention(
@@ -204,11 +232,12 @@ def _allowed(tokens: int, window: int | None, device: torch.device) -> torch.Ten
     return allowed if window is None else allowed.triu_(1 - window)
 
 
-def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None:
+def use_packed_attention(model: PreTrainedModel, *, plain: bool = False, choice: str | None = None) -> None:
     """Make `model` attend inside documents only.
 
     Args:
         plain: by torch's own flash attention, and by sdpa alone where there is no kernel for packed documents.
+        choice: a value of attn_implementation.
 
     Raises:
         UserError: the architecture mixes tokens in a way that document bounds do not stop. (What only a forward shows
@@ -220,21 +249,40 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None
     reasons += ["no pluggable attention"] if not model._supports_attention_backend else []
     if reasons:
         raise unpackable(", ".join(reasons), config)
-    if model.config._attn_implementation not in (PACKED, PACKED_PLAIN):
+    if model.config._attn_implementation not in NAMES:
         model.attention_before_packing = model.config._attn_implementation
-    model.set_attn_implementation(PACKED_PLAIN if plain else PACKED)
+    model.set_attn_implementation(CHOICES[choice] if choice else PACKED_PLAIN if plain else PACKED)
     varlen.look_at_gpu()
-    if plain:
+    if plain or choice in ("eager", "sdpa", "flash_attention_2"):
         flash.restore()
     else:
-        flash.use_for(config)
+        flash.use_for(config, only="FA3" if choice else None)
+
+
+def set_attention(model: PreTrainedModel, config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Give a model the attention of a recipe; `say` takes a line on what is not torch's or the model's own.
+
+    Raises:
+        UserError: the model's attention is more than that.
+    """
+    choice = config.attn_implementation
+    if config.packing != "none":
+        use_packed_attention(model, plain="attention" in config.disable_fused, choice=choice)
+        if name := flash.active():
+            say(f"packed attention in 16 bits runs by {name}")
+    else:
+        flash.restore()
+        if choice:
+            model.set_attn_implementation(choice)
+    if choice:
+        say(f"attention: {choice}")
 
 
 @contextlib.contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Give a packed model the attention that it was loaded with, which also knows a cache."""
     before = model.config._attn_implementation
-    if before not in (PACKED, PACKED_PLAIN):
+    if before not in NAMES:
         yield
         return
     model.set_attn_implementation(model.attention_before_packing)
@@ -247,3 +295,6 @@ def own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionInterface.register(PACKED_PLAIN, partial(packed_attention, short=0))
+AttentionInterface.register(CHOICES["eager"], partial(packed_attention, kernel="eager"))
+AttentionInterface.register(CHOICES["sdpa"], partial(packed_attention, kernel="sdpa", short=0))
+AttentionInterface.register(CHOICES["flash_attention_2"], partial(packed_attention, kernel="flash"))

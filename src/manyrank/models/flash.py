@@ -83,14 +83,22 @@ def _installed() -> set[str]:
     return names
 
 
-def use_for(config: PreTrainedConfig) -> None:
+def use_for(config: PreTrainedConfig, *, only: str | None = None) -> None:
     """Activate what `chosen_here` says where it takes a model's attention, else torch's own, with a line in the log.
+
+    With deterministic algorithms it is torch's own, which has them.
 
     Args:
         config: of the model's text.
+        only: the one that is asked for.
+
+    Raises:
+        UserError: that one does not take the model's attention.
     """
     restore()
-    name = chosen_here()
+    name = None if torch.are_deterministic_algorithms_enabled() else chosen_here()
+    if only and name != only:
+        raise _unusable(only, f"{PACKAGES[only]} is not installed, or this GPU has another")
     if name is None or registry.current_flash_attention_impl():
         return
     try:
@@ -98,8 +106,14 @@ def use_for(config: PreTrainedConfig) -> None:
     except UserError as error:
         heads, why = frozenset(), error.what
     why = why or _obstacle(config, heads) or try_out(name, heads, torch.device("cuda", torch.cuda.current_device()))
+    if why and only:
+        raise _unusable(only, why)
     if why:
         logger.warning("packed attention runs by torch's own flash attention (slower), not by %s: %s", name, why)
+
+
+def _unusable(name: str, why: str) -> UserError:
+    return UserError(f"{name} does not compute here: {why}", where="attn_implementation", fix="leave it out")
 
 
 def heads_of(config: PreTrainedConfig) -> frozenset[Heads]:

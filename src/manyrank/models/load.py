@@ -29,9 +29,9 @@ from ..errors import UserError
 from ..project_files import EMBEDDED
 from ..runs import hub
 from ..topology.precision import Precision
-from . import coverage, flash
+from . import coverage
 from .adapters import WRAPPERS, Say, saved_names, trainable, with_lora
-from .attention import use_packed_attention
+from .attention import set_attention
 from .float8 import to_float8
 from .freezing import freeze
 from .fused_mlp import fuse_mlps
@@ -198,12 +198,7 @@ def with_adapters(
     What a text does not reach has no adapters and is not trained; `say` takes a line on it.
     """
     reached = reach(model)
-    if config.packing != "none":
-        use_packed_attention(model, plain="attention" in config.disable_fused)
-        if name := flash.active():
-            say(f"packed attention in 16 bits runs by {name}")
-    else:
-        flash.restore()
+    set_attention(model, config, say)
     _checkpoint_layers(model, config.gradient_checkpointing)
     if not config.torch_compile:  # which fuses these by itself
         for part, fuse in {"norm": fuse_norms, "mlp": fuse_mlps, "rope": fuse_ropes}.items():

@@ -124,10 +124,13 @@ def _attention(run: PlannedRun, layer: Layer) -> int:
     # Values are a part of what one matrix gives, and keep all of it.
     fused = next((layer.linears[name] for name in ("kv_b_proj", "qkv_proj") if name in layer.linears), None)
     value = fused.outputs if fused else width.value
-    size = compute * (width.query + width.key + value + width.output) + FLOAT * width.heads
+    size = compute * (width.query + width.key + value)
+    if run.config.attn_implementation != "eager":  # which keeps its scores instead
+        size += compute * width.output + FLOAT * width.heads
     size += _scores(run, layer)
     # By flash attention all documents are one call, whose output o_proj takes as it is; else those of each are joined.
     joined = not run.flash or run.shape.soft_capped or bool(run.config.lora_dropout)
+    joined = joined or run.config.attn_implementation == "sdpa"
     joined = joined or "lora" in run.config.disable_fused
     return entries + size + (_inputs(run, layer, width.output, "o_proj") if joined else 0)
 
@@ -137,6 +140,8 @@ def _scores(run: PlannedRun, layer: Layer) -> int:
     row = layer.attention.heads * run.config.max_length
     if run.shape.soft_capped:  # the capped ones, and their softmax
         return 2 * row * run.compute
+    if run.config.attn_implementation == "eager":  # their softmax; padded, in float32 and in the compute type
+        return row * (run.compute + FLOAT * (run.half and run.config.packing == "none"))
     return row * FLOAT if run.gpu and not run.flash else 0  # torch's plain kernel
 
 

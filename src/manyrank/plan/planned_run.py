@@ -66,7 +66,8 @@ class PlannedRun:
     @property
     def flash(self) -> bool:
         """Whether the GPUs have flash attention: in 16 bits, from Ampere on."""
-        return self.gpu and self.half and self.context.hardware.has_bf16
+        has = self.gpu and self.half and self.context.hardware.has_bf16
+        return has and self.config.attn_implementation != "eager"
 
     @property
     def sharded(self) -> bool:

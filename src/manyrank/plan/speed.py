@@ -130,8 +130,9 @@ def needed(run: PlannedRun, *, supervised: float = SUPERVISED, length: float | N
 
 
 def rate(run: PlannedRun, kind: GpuKind) -> float:
-    """Operations a second of the kind, in the type of computation."""
-    return kind.flops if run.half else kind.float32_flops
+    """Operations a second of the kind, in the type of computation; in TF32 half of those in 16 bits."""
+    exact = kind.flops if run.half else kind.float32_flops
+    return kind.flops / 2 if run.config.tf32 and not run.half else exact
 
 
 def _attention(run: PlannedRun, length: float | None = None) -> float:

@@ -77,6 +77,8 @@ def headline(plan: Plan) -> str:
         f"{shape.name}: {count(shape.parameters)} parameters; {config.method}{lora}{trained}; {pure}{context.precision.label}; "
         f"{nodes}{context.nproc} x {gpu}\n"
         f"micro-batch {config.per_device_train_batch_size} x {config.max_length:,} tokens; {config.optim}"
+        + f"; attention {config.attn_implementation}"
+        * bool(config.attn_implementation)
     )
 
 

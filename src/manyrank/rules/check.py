@@ -33,6 +33,7 @@ from .adapters import ADAPTER_RULES
 from .context import RunContext
 from .grpo import GRPO_RULES
 from .model import MODEL_RULES
+from .numerics import NUMERICS_RULES
 from .recipe import LENGTH_RULES, PARTS, RECIPE_RULES, SOURCE_RULES
 from .rule import Rule, Violation
 from .strategy import STRATEGY_RULES
@@ -65,7 +66,7 @@ RETIRED = frozenset(
         "warmup-of-constant",
     }
 )
-RULES: tuple[Rule, ...] = (*RECIPE_RULES, *ADAPTER_RULES, *STRATEGY_RULES, *MODEL_RULES, *GRPO_RULES)
+RULES: tuple[Rule, ...] = (*RECIPE_RULES, *ADAPTER_RULES, *STRATEGY_RULES, *MODEL_RULES, *GRPO_RULES, *NUMERICS_RULES)
 
 
 def check_sources(resolved: ResolvedConfig) -> None:

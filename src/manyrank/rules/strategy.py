@@ -192,7 +192,7 @@ MACHINE_RULES = (
         "pure-bf16-offloaded",
         ("pure_bf16", "strategy"),
         unless(
-            lambda s: s.config.pure_bf16 and bool(s.strategy.offload) and s.strategy.engine is EngineKind.DEEPSPEED,
+            lambda s: s.config.pure_bf16 and s.strategy.offload and s.strategy.engine is EngineKind.DEEPSPEED,
             "pure_bf16 under {s.strategy}",
         ),
         reason="DeepSpeed's AdamW on the host keeps float32.",

@@ -69,6 +69,10 @@ class Gpu:
         return self.compute_capability >= (8, 0)
 
     @property
+    def has_tf32(self) -> bool:
+        return self.compute_capability >= (8, 0)
+
+    @property
     def has_float8(self) -> bool:
         """Whether its tensor cores multiply float8: Ada, Hopper, and what came after."""
         return self.compute_capability >= (8, 9)

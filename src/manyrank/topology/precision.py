@@ -6,6 +6,9 @@ from enum import StrEnum
 
 from .gpus import Hardware
 
+# What cuBLAS and FlashAttention read when they start, for full_determinism.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+
 
 class Precision(StrEnum):
     """The type of activations and products; the values are accelerate's names of mixed_precision."""

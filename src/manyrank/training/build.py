@@ -43,7 +43,7 @@ from ..runs import artifact
 from ..runs.heartbeats import HeartbeatWriter, new_run
 from ..topology.precision import Precision
 from ..topology.ranks import Topology
-from . import trackers
+from . import numerics, trackers
 from .memory import plan_run, take_peaks
 from .metrics import Meter, kind_of
 from .optim import build_optimizer
@@ -72,8 +72,13 @@ def build_run(
         UserError: something that only shows now is wrong: a row, the model, a checkpoint.
     """
     objects = objects or UserObjects()
-    with _restored_on_failure(objects.model):
-        return _build(config, place, kind, output_dir, objects, heartbeat, precision=precision)
+    with contextlib.ExitStack() as undo:
+        undo.callback(numerics.set_up(config))
+        with _restored_on_failure(objects.model), numerics.explained():
+            run = _build(config, place, kind, output_dir, objects, heartbeat, precision=precision)
+        undo.callback(run.give_back)
+        run.give_back = undo.pop_all().close
+    return run
 
 
 def _build(
@@ -214,6 +219,8 @@ def _model(
             model = load_model(plan, config, say=say, read=read)
     if config.method == "full" and precision.half:
         cast_frozen(model, getattr(torch, precision.dtype))
+    if config.tf32:
+        numerics.keep_positions_exact(model)
     return model, _start(model, config, own, start, new)
 
 

@@ -26,7 +26,7 @@ from ..rules.check import warnings_of_length
 from ..runs import logs, run_folder
 from ..signals import STOP
 from ..topology import ranks
-from . import record, trackers
+from . import numerics, record, trackers
 from .memory import compare_with_measured, out_of_memory
 from .model_card import model_card
 from .start import describe_start
@@ -68,7 +68,8 @@ class TrainingRun:
         facts = self.engine.facts()
         self._say_start(facts)
         started = time.perf_counter()
-        result = self.trainer.dry_step()
+        with numerics.explained():
+            result = self.trainer.dry_step()
         peak = logs.peak_memory(self.accelerator.device.type)
         self.say(
             f"dry run: started {facts.wrapper} ({facts.distributed_type}) on {facts.world_size} process(es); "
@@ -152,9 +153,10 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def _explained(self):
-        """Being out of memory, with what the plan says of it."""
+        """Being out of memory, with what the plan says of it; and what is not deterministic."""
         try:
-            yield
+            with numerics.explained():
+                yield
         except RuntimeError as error:
             if self.planned is None or not is_out_of_memory(error):
                 raise

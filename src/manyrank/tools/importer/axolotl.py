@@ -14,7 +14,18 @@ from ...data.messages import REASONING, ROLES
 from ...models.model_facts import find_facts
 from ...project_files import template_names
 from . import strategies
-from .sources import OWN_OR_JINJA, QWEN25, check_roles, check_turns, is_own_template, model_of, split_of
+from .sources import (
+    ATTENTION,
+    ONE_RATE,
+    OWN_OR_JINJA,
+    QWEN25,
+    check_roles,
+    check_turns,
+    is_own_template,
+    keep_shape,
+    model_of,
+    split_of,
+)
 from .translation import UNKNOWN, Dialect, Translation, usual, with_another
 
 OTHER_TASKS = {
@@ -36,7 +47,7 @@ _DROPPED = {
     "unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rope unsloth_rms_norm unsloth_cross_entropy_loss "
     "flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_qkv flash_attn_fuse_mlp fused_attn_kernel tiled_mlp "
     "use_scattermoe use_sonicmoe experts_implementation": NO_KERNELS,
-    "eager_attention flex_attention flex_attn_compile_kwargs gemma4_hybrid_attn_impl": "documents of a pack attend by "
+    "flex_attention flex_attn_compile_kwargs gemma4_hybrid_attn_impl": "documents of a pack attend by "
     "flash attention wherever the GPU has it",
     "sample_packing_group_size sample_packing_bin_size sample_packing_mp_start_method multipack_real_batches "
     "pretrain_multipack_attn batch_flattening": "packing is best fit over the whole data set",
@@ -182,11 +193,26 @@ def _template(t: Translation, value: Any, jinja: Any) -> None:
 
 
 def _adapter(t: Translation, value: Any) -> None:
-    kinds = {"lora": "lora", "qlora": "qlora"}
-    if value not in kinds:
+    if value not in ("lora", "qlora"):
         t.decide("adapter", value, "adapters are LoRA")
     else:
-        t.give("adapter", value, "adapter")
+        t.give(f"use_{value}", True, "adapter")
+
+
+def _four_bits(t: Translation, value: dict[str, Any]) -> None:
+    """Read what the recipe says of a base in 4 bits, where that changes the loss."""
+    for name, inner in value.items():
+        if name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            t.give(name, inner, f"bnb_config_kwargs.{name}")
+        else:
+            t.decide(f"bnb_config_kwargs.{name}", inner)
+
+
+def _peft(t: Translation, value: dict[str, Any]) -> None:
+    if value == {"loftq_config": {"loftq_bits": 4}} and t.theirs.get("adapter") == "qlora":
+        t.give("init_lora_weights", "loftq", "peft.loftq_config")
+    else:
+        t.decide("peft", value, "LoftQ starts from a base in 4 bits: adapter: qlora")
 
 
 def _targets(t: Translation, value: Any) -> None:
@@ -213,9 +239,11 @@ def _special_tokens(t: Translation, value: Any) -> None:
     own = {name: facts.tokenizer.get(name) for name in value or {}} if facts else {}
     other = {name: token for name, token in (value or {}).items() if token not in (None, own.get(name))}
     other.pop("pad_token", None)
+    if more := other.pop("additional_special_tokens", None):
+        t.give("add_special_tokens", more, "special_tokens.additional_special_tokens")
     if other:
         t.decide("special_tokens", other, "the tokenizer's own are used; stop_tokens names what ends a turn")
-    elif value:
+    elif value and not more:
         t.drop("special_tokens", value, "the tokenizer has them, and there is no padding")
 
 
@@ -293,6 +321,15 @@ def _resume(t: Translation, value: Any) -> None:
         t.give("resume_from_checkpoint", "auto", "auto_resume_from_checkpoints")
 
 
+def _unfrozen(t: Translation, value: Any) -> None:
+    """Read patterns that fit the beginning of a parameter's name; those with a range of its rows are left to the user."""
+    if any(re.search(r"\[\d*:\d*\]$", pattern) for pattern in value):
+        t.decide("unfrozen_parameters", value, "here a parameter is trained whole; new tokens have add_tokens")
+    else:
+        wanted = ["^" + pattern.removeprefix("^") + ("" if pattern.endswith("$") else ".*") for pattern in value]
+        t.give("unfrozen_parameters", wanted, "unfrozen_parameters", "patterns of whole names here")
+
+
 def _deduplicate(t: Translation, value: Any) -> None:
     t.give("duplicates", "drop" if value else "keep", "dataset_exact_deduplication")
 
@@ -302,7 +339,7 @@ def _finish(t: Translation) -> None:
     _of_all_sources(t)
     if not t.has("learning_rate"):
         t.decide("learning_rate", "not given", "Axolotl has no default; write one")
-    if not any(entry.key in ("adapter", "method") for entry in t.settings):
+    if not any(entry.key in ("use_lora", "use_qlora") for entry in t.settings):
         t.default("method", "full")
     elif not t.has("lora_target_modules") and not any(left.key == "lora_target_modules" for left in t.open):
         t.decide("lora_target_modules", "not given", "Axolotl trains no module then; write all-linear, or names")
@@ -312,6 +349,7 @@ def _finish(t: Translation) -> None:
     t.default("warmup_steps", 0.03, "at most 100 steps: with more than 3,333 write 100")
     t.default("lr_scheduler_type", "cosine")
     t.default("weight_decay", 0.0)
+    keep_shape(t)
 
 
 MARKS = "base_model sequence_len micro_batch_size num_epochs sample_packing val_set_size adapter lora_target_linear datasets"
@@ -322,11 +360,17 @@ DIALECT = Dialect(
     handlers={
         **{key: (lambda t, value, key=key: _other_task(t, key, value)) for key in OTHER_TASKS},
         **strategies.HANDLERS,
+        **ATTENTION,
         "processor_type": usual("processor_type", why="images and sound of the rows are not read"),
         "datasets": _datasets,
         "test_datasets": _test_datasets,
         **dict.fromkeys(("chat_template", "chat_template_jinja"), with_another),
         "adapter": _adapter,
+        "bnb_config_kwargs": _four_bits,
+        "peft": _peft,
+        "unfrozen_parameters": _unfrozen,
+        "added_tokens_overrides": usual("added_tokens_overrides", {}, why="write add_tokens: [...], which adds rows"),
+        "loraplus_lr_embedding": usual("loraplus_lr_embedding", 1e-6, why=ONE_RATE),
         "lora_target_modules": _targets,
         "lora_target_linear": _target_linear,
         "batch_size": _total_batch,

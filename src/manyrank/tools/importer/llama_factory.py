@@ -10,10 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...config.spellings import INSTEAD
 from ...errors import UserError
 from ...runs.mapping_files import read_json_object
 from . import strategies
-from .sources import OWN_OR_JINJA, QWEN25, check_roles, check_turns, is_own_template, split_of
+from .sources import (
+    ATTENTION,
+    ONE_RATE,
+    OWN_OR_JINJA,
+    QWEN25,
+    check_roles,
+    check_turns,
+    is_own_template,
+    keep_shape,
+    split_of,
+)
 from .translation import Dialect, Translation, usual, with_another
 
 INFO = "dataset_info.json"
@@ -48,7 +59,6 @@ TAGS = {
     "observation_tag": ("tool", "observation"),
     "system_tag": ("system", "system"),
 }
-NF4 = "bases in 4 bits are NF4 with double quantisation, by bitsandbytes"
 _DROPPED = {
     "overwrite_cache tokenized_path": "tokenised rows are kept, and made anew where something changed",
     "enable_liger_kernel use_unsloth use_unsloth_gc use_v1_kernels": "this project has kernels of its own",
@@ -195,12 +205,34 @@ def _pissa(t: Translation, value: Any) -> None:
         t.give("init_lora_weights", "pissa" if steps == -1 else f"pissa_niter_{steps}", "pissa_init")
 
 
+def _adapter(t: Translation, value: Any) -> None:
+    if "," in str(value):
+        t.decide("adapter_name_or_path", value, "one adapter is trained further; merge the others first")
+    else:
+        t.give("adapter", value, "adapter_name_or_path")
+
+
+def _new_adapter(t: Translation, value: Any) -> None:
+    if value and t.theirs.get("adapter_name_or_path"):
+        t.give("new_adapter", True, "create_new_adapter")
+
+
+def _new_tokens(t: Translation) -> None:
+    """Ask what is trained of embeddings beside new rows, where LLaMA-Factory trains all of them."""
+    grows = t.theirs.get("resize_vocab") or t.has("add_tokens") or t.has("add_special_tokens")
+    adapts = t.theirs.get("finetuning_type", "lora") == "lora"
+    if grows and adapts and not t.has("modules_to_save"):
+        why = "LLaMA-Factory trains the whole embedding and lm_head then, this project the rows of new tokens"
+        t.decide("additional_target", "not given", why)
+
+
 def _stop_early(t: Translation, value: Any) -> None:
     t.give("early_stopping_patience", value, "early_stopping_steps")
 
 
 def _finish(t: Translation) -> None:
     """Add the defaults that differ, see the module's docstring."""
+    _new_tokens(t)
     t.default("lora_r", 8)
     rank = next((entry.value for entry in t.settings if entry.key in ("lora_rank", "lora_r")), 8)
     if not t.has("lora_alpha"):
@@ -210,6 +242,7 @@ def _finish(t: Translation) -> None:
     t.default("learning_rate", 5e-5)
     t.default("lr_scheduler_type", "linear")
     t.default("num_train_epochs", 3.0)
+    keep_shape(t)
 
 
 MARKS = (
@@ -221,6 +254,7 @@ DIALECT = Dialect(
     marks=frozenset(MARKS.split()),
     handlers={
         **strategies.HANDLERS,
+        **ATTENTION,
         "stage": _stage,
         "dataset": _dataset,
         "eval_dataset": _eval_dataset,
@@ -232,9 +266,12 @@ DIALECT = Dialect(
         "packing": _packing,
         "neat_packing": _neat_packing,
         "disable_gradient_checkpointing": _no_checkpointing,
-        "quantization_method": usual("quantization_method", "bnb", "bitsandbytes", why=NF4),
-        "quantization_type": usual("quantization_type", "nf4", why=NF4),
-        "double_quantization": usual("double_quantization", True, why=NF4),
+        "adapter_name_or_path": _adapter,
+        "create_new_adapter": _new_adapter,
+        "resize_vocab": with_another,
+        "mix_strategy": usual("mix_strategy", "concat", why=INSTEAD["mix_strategy"]),
+        "loraplus_lr_embedding": usual("loraplus_lr_embedding", 1e-6, why=ONE_RATE),
+        "quantization_method": usual("quantization_method", "bnb", "bitsandbytes", why="bitsandbytes quantises"),
         "pissa_init": _pissa,
         "early_stopping_steps": _stop_early,
     },

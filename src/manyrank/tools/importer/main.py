@@ -23,25 +23,29 @@ import yaml
 
 from ...config.args import Options, arg, read_options, word
 from ...config.resolve import ResolvedConfig, canonical
+from ...config.value_types import Mapping
 from ...errors import UserError, UserErrors
 from ...rules.check import find_violations
 from ...rules.context import RunContext
+from ...rules.rule import Rule
 from ...runs.mapping_files import read_yaml
 from ...runs.run_folder import check_writable
 from ...topology.gpus import planned_hardware
 from ...topology.strategies import default_strategy, named_strategy
-from . import axolotl, llama_factory, trl
+from . import axolotl, grpo, llama_factory, trl
 from .translation import Dialect, Left, Translation
 
 DIALECTS = {
     dialect.name: dialect for dialect in (axolotl.DIALECT, llama_factory.DIALECT, trl.DIALECT, trl.TRANSFORMERS)
 }
-COMMAND = re.compile(r"\b(?:trl\s+sft|\S*sft\w*\.py)\s(.*)", re.DOTALL)  # of TRL, in a shell script
+COMMAND = re.compile(r"(?:\btrl\s+(sft|grpo)|\S*(sft|grpo)\w*\.py)\s(.*)", re.DOTALL)  # of TRL, in a shell script
+# Rules about where a run is launched: what is installed, and the number of processes.
+OF_A_MACHINE = frozenset({"grpo-without-trl", "generation-by-vllm", "whole-groups"})
 ALL = "all"
 
 
 class ImportOptions(Options):
-    """Translate a recipe of Axolotl, LLaMA-Factory, TRL or transformers: YAML, JSON, or a script with `trl sft ...`.
+    """Translate a recipe of Axolotl, LLaMA-Factory, TRL or transformers: YAML, JSON, or a script with `trl sft` or `trl grpo`.
 
     The defaults of the other tool are written down. What changes the loss and nothing here does is an error.
     """
@@ -50,6 +54,7 @@ class ImportOptions(Options):
         "manyrank import axolotl.yaml > my.yaml",
         "manyrank import llamafactory.yaml --output my.yaml --allow template",
         "manyrank import training_args.json --model Qwen/Qwen2.5-1.5B --data my.jsonl",
+        "manyrank import grpo.sh --rewards '{numeric: 1}'",
     )
     file: Path = word(..., "the recipe of the other tool")
     as_from: Literal["axolotl", "llamafactory", "trl", "transformers"] | None = arg(
@@ -60,6 +65,7 @@ class ImportOptions(Options):
     allow: list[str] = arg([], "a key that changes the loss, and that may be left out; all for each", repeated=True)
     model: str | None = arg(None, "another model", also=["model_name_or_path"], min_length=1)
     data: str | None = arg(None, "other training data", also=["data_path"], min_length=1)
+    rewards: Mapping = arg({}, "other rewards, as {numeric: 1}: functions of TRL are not translated")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,10 +101,12 @@ def translate(options: ImportOptions) -> tuple[Translation, ResolvedConfig, list
     """
     theirs = read(options.file)
     dialect = DIALECTS[options.as_from] if options.as_from else recognise(theirs, str(options.file))
+    dialect = grpo.DIALECT if dialect is trl.DIALECT and grpo.MARKS & theirs.keys() else dialect
     translation = Translation(dialect, str(options.file), theirs)
     _replace(translation, options)
     translation.read()
-    missing = [_missing(key, option, options.file) for key, option in NEEDED.items() if not translation.has(key)]
+    needed = NEEDED | ({"rewards": "rewards"} if dialect is grpo.DIALECT else {})
+    missing = [_missing(translation, key, option) for key, option in needed.items() if not translation.has(key)]
     resolved = None if missing else translation.resolve()
     allowed = [left for left in translation.open if {left.key, ALL} & set(options.allow)]
     problems = [_problem(left, options.file) for left in translation.open if left not in allowed] + missing
@@ -116,20 +124,21 @@ def translate(options: ImportOptions) -> tuple[Translation, ResolvedConfig, list
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys of a YAML or JSON file, or of the command line of `trl sft` in a script.
+    """The keys of a YAML or JSON file, or of the command line of `trl sft` or `trl grpo` in a script.
 
     Raises:
         UserError: it cannot be read, or has neither.
     """
-    fix = "give a recipe in YAML or JSON, or a script with `trl sft ...`"
+    fix = "give a recipe in YAML or JSON, or a script with `trl sft ...` or `trl grpo ...`"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}", where="FILE", fix=fix) from None
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         if not (command := COMMAND.search(text.replace("\\\n", " "))):
-            raise UserError("there is no command `trl sft ...` in it", where=str(path), fix=fix)
-        return _options(command[1].splitlines()[0], path)
+            raise UserError("there is no command `trl sft` or `trl grpo` in it", where=str(path), fix=fix)
+        task = {"task": "grpo"} if "grpo" in command.groups() else {}
+        return task | _options(command[3].splitlines()[0], path)
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError("it has no keys", where=str(path), fix=fix)
@@ -163,6 +172,7 @@ def recognise(theirs: dict[str, Any], file: str) -> Dialect:
         UserError: no key is known.
     """
     counts = {name: len(dialect.marks & theirs.keys()) for name, dialect in DIALECTS.items()}
+    counts["trl"] += len(grpo.MARKS & theirs.keys())
     tool = max((name for name in counts if name != "transformers"), key=lambda name: counts[name])
     tool = tool if counts[tool] > 1 else "transformers"
     if not counts[tool] or "data_path" in theirs:
@@ -184,7 +194,7 @@ def _check_output(file: Path, *, force: bool) -> None:
 # What is in it
 
 NEEDED = {"model_name_or_path": "model", "data_path": "data"}
-ROWS = ("data_path", "dataset_text_field")  # how rows are read that other data need not have
+ROWS = ("dataset_text_field", "dataset_mixture")  # how rows are read that other data need not have
 
 
 def _replace(translation: Translation, options: ImportOptions) -> None:
@@ -195,11 +205,17 @@ def _replace(translation: Translation, options: ImportOptions) -> None:
     if options.data:
         _forget(translation, "data_path")
         translation.replace("data_path", options.data, "command line, --data")
+    if options.rewards:
+        for name in ("reward_funcs", "reward_weights", "reward_model_name_or_path"):
+            translation.theirs.pop(name, None)
+        translation.replace("rewards", options.rewards, "command line, --rewards")
 
 
 def _forget(translation: Translation, key: str) -> None:
     """Take out the keys of the file that a key of the command line replaces."""
-    for name in [name for name in translation.theirs if canonical(name) == key or (key, name) == ROWS]:
+    for name in [
+        name for name in translation.theirs if canonical(name) == key or (key == "data_path" and name in ROWS)
+    ]:
         del translation.theirs[name]
 
 
@@ -220,8 +236,10 @@ def _variable(key: str, file: Path) -> UserError:
     return UserError(f"{key} is a variable of the shell", where=f"{file}, {key}", fix="write its value there")
 
 
-def _missing(key: str, option: str, file: Path) -> UserError:
-    return UserError(f"{key} is not in it", where=str(file), fix=f"add --{option} NAME")
+def _missing(translation: Translation, key: str, option: str) -> UserError:
+    value = "'{NAME: WEIGHT}', as docs/grpo.md has them" if option == "rewards" else "NAME"
+    why = translation.notes.get(key)
+    return UserError(f"{key} is not in it", where=translation.file, fix=f"add --{option} {value}", why=why)
 
 
 def _broken_rules(resolved: ResolvedConfig) -> list[UserError]:
@@ -233,9 +251,9 @@ def _broken_rules(resolved: ResolvedConfig) -> list[UserError]:
     local = [source for source in resolved.config.data_path if Path(source.path).exists()]
     context = context.with_options(data_path=local)
     broken = [violation for violation in find_violations(context) if violation.rule.severity == "error"]
-    return [violation.error() for violation in broken if not any(map(_of_a_machine, violation.rule.keys))]
+    return [violation.error() for violation in broken if not _is_of_a_machine(violation.rule)]
 
 
-def _of_a_machine(key: str) -> bool:
-    """Whether a rule looks at where a run is launched, such as its logins."""
-    return key.startswith("environment:")
+def _is_of_a_machine(rule: Rule) -> bool:
+    """Return whether a rule looks at where a run is launched, such as its logins."""
+    return rule.name in OF_A_MACHINE or any(key.startswith("environment:") for key in rule.keys)

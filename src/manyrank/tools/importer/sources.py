@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...config.peft_config import PEFT_NAMES
 from ...config.resolve import canonical
+from ...config.spellings import as_ours
 from ...data.messages import ROLES
 from .translation import Translation
 
@@ -14,7 +16,38 @@ TURN_KEYS = ({"role": "role", "content": "content"}, {"role": "from", "content":
 
 # Models whose own template has the system message that other tools write for them; the bases have another one.
 QWEN25 = r"qwen2\.5-(?!math).*instruct"
+ONE_RATE = "adapters of embeddings have the learning rate of the others"
 OWN_OR_JINJA = "leave it out for the model's own template, or write chat_template: and a Jinja file with its text"
+
+
+def _attention(key: str, choice: str | None = None) -> Callable[[Translation, Any], None]:
+    """Make the handler of a key that chooses attention; what it is without a choice is as fast as flash attention."""
+
+    def handler(t: Translation, value: Any) -> None:
+        ours = (choice if value else None) or as_ours("attn_implementation", value)
+        if ours in ("eager", "sdpa"):
+            t.give("attn_implementation", ours, key)
+        else:
+            t.drop(key, value, "documents of a pack attend by flash attention wherever the GPU has it")
+
+    return handler
+
+
+ATTENTION = {
+    **{
+        key: _attention(key)
+        for key in ("attn_implementation", "flash_attn", "flash_attention", "use_flash_attention_2")
+    },
+    "sdp_attention": _attention("sdp_attention", "sdpa"),
+    "eager_attention": _attention("eager_attention", "eager"),
+}
+
+
+def keep_shape(t: Translation) -> None:
+    """Leave the shape of adapters to a saved one that is trained further, as its tool does."""
+    saved = any(canonical(entry.key) == "adapter" for entry in t.settings)
+    if saved and not t.has("new_adapter"):
+        t.remove((*PEFT_NAMES, "lora_dropout"), "the saved adapter says it")
 
 
 def is_own_template(t: Translation, pattern: str | None) -> bool:

@@ -19,7 +19,7 @@ import yaml
 
 from ...config.resolve import FIELDS, KNOWN, ResolvedConfig, Setting, canonical, normal, resolve
 from ...config.schema import OutputKeys, PlaceKeys, SpeedKeys
-from ...config.spellings import INSTEAD, METHOD_FLAGS
+from ...config.spellings import INSTEAD, METHOD_FLAGS, OTHER_TOOLS, WHEN
 from ...errors import UserError, UserErrors
 from ...rules.recipe import DEPENDENT
 
@@ -27,10 +27,10 @@ from ...rules.recipe import DEPENDENT
 WITHOUT_EFFECT = frozenset(key for group in (OutputKeys, SpeedKeys, PlaceKeys) for key in group.model_fields)
 # Of the names in INSTEAD, those that change the loss where they are on.
 _CHANGES_LOSS = (
-    "assistant_only_loss auto_find_batch_size bnb_4bit_quant_type bnb_4bit_use_double_quant completion_only_loss "
-    "dataset_text_field max_samples max_tokens max_train_samples neftune_noise_alpha prompt_template quantization "
-    "rope_scaling s2_attention shuffle special_tokens stage system_prompt template text_column tokenizer "
-    "tokenizer_name tokenizer_name_or_path train_batch_size use_nested_quant"
+    "auto_find_batch_size dataset_text_field freeze_trainable_layers freeze_trainable_modules interleave_probs "
+    "max_tokens max_train_samples mix_strategy probabilities prompt_template quantization rope_scaling s2_attention "
+    "shuffle special_tokens stage system_prompt template text_column tokenizer tokenizer_name tokenizer_name_or_path "
+    "train_batch_size freeze_extra_modules"
 )
 CHANGES_LOSS = frozenset(_CHANGES_LOSS.split())
 _DROPPED = {
@@ -153,6 +153,10 @@ class Translation:
 
     def read(self) -> None:
         """Translate all keys, and add the tool's defaults."""
+        for strategy in WHEN.keys() & self.theirs.keys():
+            steps = OTHER_TOOLS[strategy]
+            if self.theirs[strategy] != "steps" and steps in self.theirs:
+                self.drop(steps, self.theirs.pop(steps), f"{strategy} counts")
         for key, value in self.theirs.items():
             self._translate(key, value)
         self.dialect.finish(self)
@@ -165,13 +169,13 @@ class Translation:
         """
         config = self._resolved().config
         if not config.has_validation:
-            self._remove(
+            self.remove(
                 ("eval_steps", "load_best_model_at_end", "early_stopping_patience"), "there is no validation data"
             )
             config = self._resolved().config
         for keys, counts, because in DEPENDENT:
             if not counts(config):
-                self._remove(keys, f"not read with {because}")
+                self.remove(keys, f"not read with {because}")
         return self._resolved()
 
     def _translate(self, key: str, value: Any) -> None:
@@ -224,8 +228,11 @@ class Translation:
         self.settings.remove(wrong[0])
         leave = self.drop if canonical(wrong[0].key) in WITHOUT_EFFECT else self.decide
         leave(*self._named(wrong[0]), f"{problem.what}; {problem.fix}")
+        if canonical(wrong[0].key) == "optim":
+            self.remove(("optim_args",), "they are of that optimizer")
 
-    def _remove(self, keys: Iterable[str], why: str) -> None:
+    def remove(self, keys: Iterable[str], why: str) -> None:
+        """Take settings out of the recipe; those of the file are listed as dropped."""
         for entry in [entry for entry in self.settings if canonical(entry.key) in keys]:
             self.settings.remove(entry)
             if entry.where.startswith(self.file):

@@ -1,4 +1,4 @@
-"""The dialects of TRL (`trl sft`, by version 1.16) and of transformers' TrainingArguments.
+"""The dialects of `trl sft`, by version 1.16, and of transformers' TrainingArguments.
 
 Their defaults stand in trl/trainer/sft_config.py, trl/trainer/model_config.py and trl/scripts/utils.py, and in
 transformers/training_args.py; which modules peft adapts where none are named, in peft/utils/constants.py.
@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...models.model_facts import find_facts
 from ...plan.command import read_model
 from . import strategies
-from .sources import model_of, split_of
+from .sources import ATTENTION, model_of, split_of
 from .translation import Dialect, Translation, usual, with_another
 
 OF_OTHER_TRAINERS = (
@@ -24,8 +24,7 @@ OF_OTHER_TRAINERS = (
 )
 _DROPPED = {
     "dtype torch_dtype": "weights that are trained are float32, the others bf16; bf16 and fp16 set what is computed in",
-    "use_bnb_nested_quant": "bases in 4 bits are NF4 with double quantisation",
-    "bnb_4bit_quant_storage": "the strategy decides it",
+    "bnb_4bit_quant_storage": "it is the type that is computed in, so that it can be sharded",
     "activation_offloading": "gradient_checkpointing recomputes as few layers as memory asks for",
     "padding_free pad_to_multiple_of pad_token": "there is no padding",
     "lora_task_type": "models are causal language models",
@@ -34,6 +33,8 @@ _DROPPED = {
     "dataloader_in_order": "a thread reads the next step",
     "parallelism_config config_file accelerator_config": "the strategy decides it",
     "env": "set variables in front of the command",
+    "use_liger": "this project has kernels of its own",
+    "benchmarks hub_model_revision": "manyrank evaluate, and push",
 }
 DROPPED = {name: why for names, why in _DROPPED.items() for name in names.split()}
 LOOKED_AT = 20  # rows
@@ -66,6 +67,19 @@ def _datasets(t: Translation, value: Any) -> None:
     t.give("data_path", sources, "datasets")
 
 
+def _mixture(t: Translation, value: dict[str, Any]) -> None:
+    """Read the data of the alignment handbook's recipes; a weight there is a part that stays the same in each epoch."""
+    entries = [{"path": entry["id"], **entry} for entry in value["datasets"]]
+    for entry in entries:
+        entry["name"] = entry.pop("config", None)
+        if (part := entry.pop("weight", None)) not in (None, 1):
+            t.decide("dataset_mixture.weight", part, "the same rows each epoch: write max_rows, which the seed chooses")
+        del entry["id"]
+    _datasets(t, entries)
+    if value.get("test_split_size"):
+        t.give("eval_split", value["test_split_size"], "dataset_mixture.test_split_size")
+
+
 def _text_field(t: Translation, value: Any) -> None:
     t.give("format_type", "text", "dataset_text_field")
     if value != "text":
@@ -91,10 +105,32 @@ def _only(t: Translation, value: Any) -> None:
         t.give("train_on_prompt", not either, ", ".join(name for name in names if name in t.theirs))
 
 
+def _loss(t: Translation, value: Any) -> None:
+    if value in ("nll", "chunked_nll", "dft"):
+        t.give("dft_loss", value == "dft", "loss_type")
+    else:
+        t.decide("loss_type", value, "losses are cross-entropy, and dft")
+
+
 def _eos(t: Translation, value: Any) -> None:
     facts = find_facts(model_of(t))
     if not facts or facts.tokenizer.get("eos_token") != value:
         t.decide("eos_token", value, "it ends rows of text; an answer ends as its template says")
+
+
+def _template(t: Translation, value: Any) -> None:
+    """Read the template of a recipe; its text, as the alignment handbook has it, must stand in a file here."""
+    if "{" in str(value):
+        t.decide("chat_template", "Jinja text", "write it into a file, and chat_template: FILE into the recipe")
+    else:
+        t.give("chat_template", value, "chat_template")
+
+
+def _callbacks(t: Translation, value: Any) -> None:
+    if all(":" in str(name) for name in value):
+        t.give("callbacks", value, "callbacks")
+    else:
+        t.drop("callbacks", value, "a script's own names: write module:Class")
 
 
 def _other_trainer(t: Translation, key: str, value: Any) -> None:
@@ -103,24 +139,31 @@ def _other_trainer(t: Translation, key: str, value: Any) -> None:
 
 def _finish(t: Translation) -> None:
     """Add the defaults that differ, see the module's docstring."""
-    _finish_arguments(t)
+    finish_arguments(t)
     t.default("learning_rate", 2e-5)
-    if not t.theirs.get("use_peft"):
-        t.default("method", "full")
-    elif not t.has("lora_target_modules"):
-        _usual_modules(t)
+    finish_adapters(t)
     t.default("lora_dropout", 0.05)
     _what_is_learned(t)
 
 
-def _finish_arguments(t: Translation) -> None:
+def finish_adapters(t: Translation) -> None:
+    """Add the defaults of trl's ModelConfig."""
+    if not t.theirs.get("use_peft"):
+        t.default("method", "full")
+    elif not t.has("lora_target_modules"):
+        _usual_modules(t)
+    t.default("bnb_4bit_use_double_quant", False)
+
+
+def finish_arguments(t: Translation) -> None:
+    """Add the defaults of transformers' TrainingArguments."""
     t.default("per_device_train_batch_size", 8)
     t.default("lr_scheduler_type", "linear")
     t.default("num_train_epochs", 3.0)
 
 
 def _finish_transformers(t: Translation) -> None:
-    _finish_arguments(t)
+    finish_arguments(t)
     t.default("learning_rate", 5e-5)
     t.default("method", "full", "TrainingArguments know of no adapter")
 
@@ -177,21 +220,27 @@ def _kind(source: DataSource) -> str:
 
 _HANDLERS = {
     **strategies.HANDLERS,
+    **ATTENTION,
+    "callbacks": _callbacks,
     **{name: (lambda t, value, name=name: _other_trainer(t, name, value)) for name in OF_OTHER_TRAINERS.split()},
     "train_sampling_strategy": usual(
         "train_sampling_strategy", "random", "group_by_length", why="rows are shuffled anew in every epoch"
     ),
 }
 MARKS = "dataset_name use_peft dataset_text_field assistant_only_loss completion_only_loss dataset_num_proc packing_strategy "
-MARKS += "attn_implementation dataset_train_split dataset_config max_length eos_token model_name_or_path"
+MARKS += (
+    "attn_implementation dataset_train_split dataset_config dataset_mixture max_length eos_token model_name_or_path"
+)
 DIALECT = Dialect(
     name="trl",
     title="TRL",
     marks=frozenset(MARKS.split()),
+    renamed={"use_bnb_nested_quant": "bnb_4bit_use_double_quant"},
     handlers={
         **_HANDLERS,
         "dataset_name": _dataset_name,
         "datasets": _datasets,
+        "dataset_mixture": _mixture,
         "dataset_text_field": _text_field,
         "packing": _packing,
         **dict.fromkeys(
@@ -199,10 +248,11 @@ DIALECT = Dialect(
         ),
         "assistant_only_loss": _only,
         "completion_only_loss": _only,
-        "loss_type": usual("loss_type", "nll", "chunked_nll", why="the loss is cross-entropy"),
+        "loss_type": _loss,
+        "model_revision": usual("model_revision", "main", why="the main branch is loaded; name a folder with another"),
         "eos_token": _eos,
+        "chat_template": _template,
         "truncation_mode": usual("truncation_mode", "keep_start", why="rows that are too long lose their end"),
-        "bnb_4bit_quant_type": usual("bnb_4bit_quant_type", "nf4", why="bases in 4 bits are NF4"),
     },
     dropped=DROPPED,
     finish=_finish,
