@@ -53,6 +53,17 @@ BEYOND_PLAIN = (
     "trainable_token_indices",
     "target_parameters",
 )
+# Keys that name modules or parameters of the model, or its layers by number.
+NAMES_MODULES = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+)
 FIX = "merge it (manyrank merge), and start from the result"
 
 
@@ -63,6 +74,12 @@ def peft_arguments(config: TrainConfig) -> dict[str, Any]:
     values = {key: None if value == [] else value for key, value in values.items()}
     values["layers_pattern"] = values["layers_pattern"] if config.layers_to_transform else None
     return values | {"lora_dropout": config.lora_dropout}
+
+
+def names_modules(config: TrainConfig) -> bool:
+    """Return whether a recipe has names of modules of its own, not those of a saved adapter."""
+    own = not config.start_model or config.new_adapter
+    return config.uses_lora and own and any(getattr(config, key) for key in NAMES_MODULES)
 
 
 def adapter_keys(adapter: Path, entry: Setting) -> dict[str, Any]:

@@ -75,12 +75,15 @@ def with_lora(
     arguments["trainable_token_indices"] = _trained_tokens(model, config, new)
     if config.lora_target_modules == "all-linear" and config.layers_to_transform:
         arguments["target_modules"] = _linear_names(model, excluded)  # peft counts layers of named modules alone
+    own = not config.start_model or config.new_adapter
+    if own:  # else names are those of a saved adapter, with peft's for experts
+        _check_modules(model, config)
     try:
         adapted = get_peft_model(model, LoraConfig(**arguments, task_type="CAUSAL_LM"))
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
-    if not config.start_model or config.new_adapter:  # else they are those of a saved adapter, with peft's for experts
-        _check_names(adapted, config)
+    if own:
+        _check_adapted(adapted, config)
     if "lora" not in config.disable_fused:
         speed_up(adapted)
     speed_up_tokens(adapted)
@@ -106,35 +109,52 @@ def _trained_tokens(model: torch.nn.Module, config: TrainConfig, new: NewTokens)
     return {name: sorted(ids) for name, ids in rows.items() if ids} or None
 
 
-def _check_names(model: torch.nn.Module, config: TrainConfig) -> None:
-    """Refuse names and patterns of the recipe that fit nothing: peft passes over them without a word.
+def _check_modules(model: torch.nn.Module, config: TrainConfig) -> None:
+    """Refuse names and patterns of the recipe that fit no module of the base: peft passes over most of them.
 
     Raises:
         UserError: there is one.
     """
-    names = {name.removeprefix("base_model.model.") for name, _ in model.named_modules()}
-    adapted = set(adapted_layers(model))
-    layers = {int(number) for name in adapted for number in re.findall(r"\.(\d+)\.", name)}
+    names = {name for name, module in model.named_modules() if any(True for _ in module.parameters())}
     tokens = config.trainable_token_indices
+    _check_fit("exclude_modules", config.exclude_modules, names, "module with weights")
+    _check_fit("modules_to_save", config.modules_to_save, names, "module with weights")
+    _check_fit("trainable_token_indices", tokens if isinstance(tokens, dict) else (), names, "module with weights")
+    _check_layers(config, names)
+
+
+def _check_adapted(model: torch.nn.Module, config: TrainConfig) -> None:
+    """Refuse names and patterns of the recipe that fit nothing with adapters.
+
+    Raises:
+        UserError: there is one.
+    """
+    adapted = adapted_layers(model)
     kept = [name for name in adapted if _of_any(config.exclude_modules, name, below=True)]
     if kept:
         what = f"exclude_modules: {kept[0]} has adapters all the same: peft puts them on experts by their parameters"
         raise UserError(what, where="exclude_modules", fix="list lora_target_modules without the experts")
-    wanted = {
-        "exclude_modules": (config.exclude_modules, names),
-        "rank_pattern": (config.rank_pattern, adapted),
-        "alpha_pattern": (config.alpha_pattern, adapted),
-        "modules_to_save": (config.modules_to_save, names),
-        "trainable_token_indices": (tokens if isinstance(tokens, dict) else (), names),
-        "layers_to_transform": (map(str, config.layers_to_transform), set(map(str, layers))),
+    parameters = {
+        f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', None)}" for name, layer in adapted.items()
     }
-    for key, (patterns, known) in wanted.items():
-        for pattern in patterns:
-            if not any(_of_any([pattern], name) for name in known):
-                what = f"{key}: nothing of the model with adapters is called {pattern!r}"
-                raise UserError(
-                    what, where=key, fix="give the end of a name, as mlp.down_proj, or a pattern of the whole name"
-                )
+    _check_fit("rank_pattern", config.rank_pattern, adapted, "module with adapters")
+    _check_fit("alpha_pattern", config.alpha_pattern, adapted, "module with adapters")
+    _check_fit("target_parameters", config.target_parameters, parameters, "parameter")
+    _check_layers(config, adapted)
+
+
+def _check_layers(config: TrainConfig, modules: Iterable[str]) -> None:
+    lists = {pair for name in modules for pair in re.findall(r"([^.]+)\.(\d+)\.", name)}
+    _check_fit("layers_pattern", config.layers_pattern, {name for name, _ in lists}, "list of layers")
+    _check_fit("layers_to_transform", map(str, config.layers_to_transform), {number for _, number in lists}, "layer")
+
+
+def _check_fit(key: str, patterns: Iterable[str], names: Iterable[str], kind: str) -> None:
+    for pattern in patterns:
+        if not any(_of_any([pattern], name) for name in names):
+            what = f"{key}: no {kind} is called {pattern!r}"
+            fix = "give the end of a name, as mlp.down_proj, or a pattern of the whole name"
+            raise UserError(what, where=key, fix=fix)
 
 
 def _of_any(patterns: Iterable[str], name: str, *, below: bool = False) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..config.peft_config import token_ids
+from ..config.peft_config import names_modules, token_ids
 from ..models.model_facts import find_facts, read_header
 from ..runs import artifact
 from .context import RunContext
@@ -106,6 +106,32 @@ def _more_below(s: RunContext) -> str | None:
         if more
         else None
     )
+
+
+def has_doubtful_names(s: RunContext) -> bool:
+    """Return whether a name or pattern of modules fits nothing in the base's files, where modules may have other names."""
+    if not s.model or not names_modules(s.config):
+        return False
+    config, shapes = s.config, s.model.headers()
+    targets = None if config.lora_target_modules == "all-linear" else config.lora_target_modules
+    modules = {name.rpartition(".")[0] for name in shapes} | ({"lm_head"} if s.model.ties_embeddings else set())
+    matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
+    adapted = {m for m in matrices if (_fits(m, targets) if targets else m.rpartition(".")[2] not in EMBEDDINGS)}
+    around = {".".join(parts[:end]) for parts in (m.split(".") for m in modules) for end in range(1, len(parts) + 1)}
+    tokens = config.trainable_token_indices
+    wanted = [
+        ([*config.exclude_modules, *config.modules_to_save, *(tokens if isinstance(tokens, dict) else ())], around),
+        ([*config.rank_pattern, *config.alpha_pattern], adapted),
+        (config.target_parameters, shapes),
+        (map(str, config.layers_to_transform), {number for m in adapted for number in re.findall(r"\d+", m)}),
+        (config.layers_pattern, {name for m in adapted for name in re.findall(r"(\w+)\.\d+\.", m)}),
+    ]
+    fits = (any(_fits(name, [pattern]) for name in names) for patterns, names in wanted for pattern in patterns)
+    return bool(shapes) and not all(fits)
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns)
 
 
 def _known_tokens(s: RunContext) -> str | None:
