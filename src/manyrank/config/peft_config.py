@@ -64,6 +64,8 @@ NAMES_MODULES = (
     "modules_to_save",
     "trainable_token_indices",
 )
+# What wrappers of training scripts have left in the names of saved adapters.
+WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|default)\.")
 FIX = "merge it (manyrank merge), and start from the result"
 
 
@@ -106,6 +108,31 @@ def adapter_keys(adapter: Path, entry: Setting) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
     return {key: _as_ours(key, value) for key, value in values.items()}
+
+
+def check_weights(adapter: Path, entry: Setting) -> None:
+    """Look at the names and shapes in an adapter's file, without its values.
+
+    Raises:
+        UserError: it is no whole safetensors file, or a matrix A has no B, or none of its rank.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = adapter / "adapter_model.safetensors"
+    try:
+        with safe_open(path, "np") as file:
+            shapes = {WRAPPERS.sub("", name): file.get_slice(name).get_shape() for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot be read: {error}", where=f"{entry.where}, {path}", fix="give a whole adapter"
+        ) from None
+    for name, shape in shapes.items():
+        up = shapes.get(name.replace(".lora_A.", ".lora_B."))
+        if ".lora_A." in name and (up is None or not shape[0] or shape[0] != up[-1]):
+            what = f"{name} is {shape}, and its B is {up or 'not there'}"
+            raise UserError(what, where=f"{entry.where}, {path}", fix="give a whole adapter")
+    if not any(".lora_" in name for name in shapes):
+        raise UserError("it has no matrices of LoRA", where=f"{entry.where}, {path}", fix="give a whole adapter")
 
 
 def beyond_plain(adapter: Path | None, *, known: str) -> list[str]:

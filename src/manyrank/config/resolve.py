@@ -23,7 +23,7 @@ from ..errors import UserError, UserErrors
 from ..project_files import EMBEDDED, asset
 from ..runs import artifact, hub
 from ..runs.artifact import ModelSource
-from .peft_config import adapter_keys
+from .peft_config import adapter_keys, check_weights
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
 from .schema import DataSource, TrainConfig
 from .spellings import (
@@ -174,6 +174,8 @@ def _gone_on_from(entry: Setting, merged: dict[str, Setting]) -> dict[str, Setti
         what = f"{entry.value} has no adapter_model.safetensors; a pickle (adapter_model.bin) is not read"
         fix = "write it anew: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER); or give a whole adapter"
         raise UserError(what, where=entry.where, fix=fix)
+    if source.adapter:
+        check_weights(source.adapter, entry)
     base = merged.get("model_name_or_path", Setting("model_name_or_path", source.base, entry.where))
     if not source.adapter and str(base.value) != source.base:
         what = f"{entry.value} is a whole model, and model_name_or_path is {base.value}"

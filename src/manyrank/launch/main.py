@@ -31,7 +31,7 @@ from ..plan.planner import (
 )
 from ..plan.view import summary
 from ..project_files import EMBEDDED
-from ..rules.adapters import has_doubtful_names
+from ..rules.adapters import are_doubtful
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
 from ..runs import hub, run_folder
@@ -148,8 +148,8 @@ def _check_model(name: str, line: CommandLine) -> None:
 def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
     context = replace(resolved.context, output_dir=Path(folder))
     check_rules(context)
-    if has_doubtful_names(context):
-        _check_names(context.resolved)
+    if are_doubtful(context):
+        _check_adapters(context.resolved)
     return plan_launch(
         resolved.line,
         strategy=context.strategy,
@@ -161,7 +161,7 @@ def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
     )
 
 
-def _check_names(resolved: ResolvedConfig) -> None:
+def _check_adapters(resolved: ResolvedConfig) -> None:
     """Try the adapters on the model's skeleton: torch takes seconds to import, and files may have other names than modules."""
     from ..models.skeleton import check_adapters
 

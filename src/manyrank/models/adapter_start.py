@@ -33,8 +33,7 @@ from transformers import set_seed
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 from . import frozen_adapter
-from .adapters import adapted_layers
-from .load import load_adapter
+from .adapters import adapted_layers, load_adapter
 from .model_facts import find_facts
 from .new_tokens import NONE, NewTokens
 

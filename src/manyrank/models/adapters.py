@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
-from ..config.peft_config import peft_arguments
+from ..config.peft_config import WRAPPERS, peft_arguments
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 from . import coverage
@@ -21,9 +24,6 @@ from .reach import Reach, shape_of, unreached_modules, within
 from .token_rows import speed_up_tokens
 
 Say = Callable[[str], None]
-
-# What wrappers of training scripts have left in the names of saved adapters.
-WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|default)\.")
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -169,6 +169,28 @@ def saved_names(model: torch.nn.Module) -> dict[str, str]:
     names = {id(marker): name for name, marker in markers.items()}
     saved = get_peft_model_state_dict(model, markers, save_embedding_layers=False)
     return {names[id(marker)]: key for key, marker in saved.items()}
+
+
+@torch.no_grad()
+def load_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Give a model's new adapters the values of a saved one of the same shape, of this project or of another tool.
+
+    Raises:
+        UserError: they do not fit, or cannot be read.
+    """
+    names = saved_names(model)
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(folder), fix="give a whole adapter") from None
+    saved = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    parameters = {WRAPPERS.sub("", names[name]): parameter for name, parameter in trainable(model).items()}
+    for name in parameters | saved:
+        here, there = (list(values[name].shape) if name in values else "not there" for values in (parameters, saved))
+        if here != there:
+            what = f"the adapter does not fit the model: {name} is {there}, and {here} in the model"
+            raise UserError(what, where=str(folder), fix="give a whole adapter, and the base that it was trained on")
+        parameters[name].copy_(saved[name])
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:
