@@ -118,6 +118,7 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
         merged = _with_layer(merged, _canonical(entries, merged.get("method")))
     if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
         del merged["bf16"]
+    merged = {key: e for key, e in merged.items() if e.value is not None or FIELDS[key].default not in ([], {})}
     if "task" in merged and merged["task"].value == "grpo":
         merged = {key: Setting(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
     for key in ("sft_model", "adapter"):
