@@ -88,7 +88,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "models": 5470,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces, what adapters start from, frozen ones below, rows of tokens, and skeletons
     "data": 3800,  # with weights of messages, data for classifiers, shares of sources, other names of questions and answers, and rows that are looked at before any tokenizer
     "rules": 2600,  # with options that choose among turns, templates, callbacks and targets that are not there, what a new run replaces, the arguments of schedules, and names of modules
-    "plan": 2100,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words, what is trained beside A and B
+    "plan": 2160,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words, what is trained beside A and B, and rows of tokens
     "parallel": 1400,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16, tied embeddings with trained tokens
     "checkpoint": 480,
     "training": 2760,  # with lines of progress, the model card, a start in words, and Lion and Muon
