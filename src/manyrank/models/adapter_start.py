@@ -133,7 +133,7 @@ def _copy_modules(model: torch.nn.Module, weights: Weights, new: NewTokens) -> N
         own = path.removeprefix("base_model.model.")
         if isinstance(module, ModulesToSaveWrapper):
             for name, parameter in module.modules_to_save["default"].named_parameters():
-                is_vocabulary = module.original_module in (model.get_input_embeddings(), model.get_output_embeddings())
+                is_vocabulary = module in (model.get_input_embeddings(), model.get_output_embeddings())
                 value = weights(f"{own}.{name}")
                 value = new.grown(value, name) if is_vocabulary else value
                 parameter.data = value.to(parameter.device, torch.float32)
