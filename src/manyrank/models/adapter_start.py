@@ -84,11 +84,11 @@ def start_adapters(
 def weights_of(name: str, model: torch.nn.Module | None) -> Weights:
     """Return what reads the weights of a base, from its files or from a model that a script has brought."""
     if model is not None:
-        return partial(_weight_in_memory, model)
+        return partial(weight_in_memory, model)
     files: dict[str, Path] = {}
 
     def read(key: str) -> torch.Tensor:
-        files.update(files or dict(_files(name)))
+        files.update(files or dict(files_of(name)))
         if key not in files:
             fix = "set init_lora_weights: true, and leave use_dora and modules_to_save out; or give a base with safetensors"
             raise UserError(f"the files of the base have no {key}", where=f"model_name_or_path {name}", fix=fix)
@@ -98,7 +98,7 @@ def weights_of(name: str, model: torch.nn.Module | None) -> Weights:
     return read
 
 
-def _weight_in_memory(model: torch.nn.Module, key: str) -> torch.Tensor:
+def weight_in_memory(model: torch.nn.Module, key: str) -> torch.Tensor:
     """Read a weight of a base that has its adapters.
 
     Raises:
@@ -115,7 +115,7 @@ def _weight_in_memory(model: torch.nn.Module, key: str) -> torch.Tensor:
     return weight.detach().cpu()
 
 
-def _files(name: str) -> Iterator[tuple[str, Path]]:
+def files_of(name: str) -> Iterator[tuple[str, Path]]:
     """The tensors in a base's files, with the file of each."""
     facts = find_facts(name)
     index = facts and facts.find("model.safetensors.index.json")

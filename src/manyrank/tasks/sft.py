@@ -6,18 +6,42 @@ import contextlib
 import math
 import zlib
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
 from ..errors import UserError
 from ..models.embedding_noise import Documents, EmbeddingNoise
+from ..models.load import resolve_name
 from ..models.positions import check_lengths
+from ..models.unlearned_rows import rows_of, unlearned, vocabulary_modules
 from ..topology.precision import Precision
 from ..training.loss import TokenLoss
 from ..training.packing_trial import prove_packing
 from ..training.task import StepLoss, Task
+
+LOOKED_AT = 200  # examples
+
+
+def special_tokens(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]:
+    """The added tokens of a tokenizer that some examples have, and those that are learned there."""
+    some = [examples[at] for at in np.linspace(0, len(examples) - 1, min(LOOKED_AT, len(examples)), dtype=int)]
+    ids, labels = (np.unique(np.concatenate([row[key] for row in some])) for key in ("input_ids", "labels"))
+    added = tokenizer.added_tokens_decoder.keys()
+    return set(ids.tolist()) & added, set(labels.tolist()) & added
+
+
+def _advice(ids: list[int], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    modules = [name.rpartition(".")[2] for name in vocabulary_modules(model)]
+    line = f"{ids}" if len(modules) == 1 else f"{{{', '.join(f'{name}: {ids}' for name in modules)}}}"
+    tokens = ", ".join(tokenizer.convert_ids_to_tokens(ids))
+    return (
+        f"the base has never learned {tokens}, which the data has, and adapters on layers do not train their embeddings: "
+        f"add trainable_token_indices: {line}"
+    )
 
 
 class SFT(Task):
@@ -28,7 +52,25 @@ class SFT(Task):
     ) -> tuple[Examples, Examples | None]:
         lengths = [int(part.lengths.max()) for part in (train, evaluation) if part and len(part)]
         check_lengths(self.config, lengths, self.objects.model)
+        self.special = special_tokens(train, tokenizer)
         return train, evaluation
+
+    def prepare_model(
+        self,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        precision: Precision,
+    ) -> None:
+        """Say which learned tokens have rows that the base has never learned."""
+        if not self.config.uses_lora or not accelerator.is_main_process:
+            return
+        read, learned = self.special
+        rows = rows_of(resolve_name(self.config.model_name_or_path), self.objects.model)
+        ids = unlearned(model, read, tokenizer.added_tokens_decoder, len(tokenizer), rows) if learned else []
+        if learned & set(ids):
+            print(_advice(ids, model, tokenizer), flush=True)
 
     def use_engine(self) -> None:
         engine = self.engine
