@@ -175,6 +175,7 @@ CASES = [
     ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "zero3"}, {"method": "lora"}),
     ("loftq-without-4-bits", {"init_lora_weights": "loftq"}, {"method": "qlora"}),
     ("orthogonal-with-odd-rank", {"init_lora_weights": "orthogonal", "lora_r": 5}, {"lora_r": 6}),
+    ("eva-in-grpo", {**GRPO, "init_lora_weights": "eva"}, {"init_lora_weights": "gaussian"}),
     ("frozen-adapter-in-grpo", {**GRPO, "init_lora_weights": "pissa"}, {"init_lora_weights": "gaussian"}),
     (
         "whole-tied-embeddings",

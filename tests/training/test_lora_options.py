@@ -27,6 +27,7 @@ OPTIONS = {
     "pissa": ("--init_lora_weights=pissa",),
     "pissa_niter_2": ("--init_lora_weights=pissa_niter_2",),
     "olora": ("--init_lora_weights=olora", "--rank_pattern={q_proj: 3}"),
+    "eva": ("--init_lora_weights=eva",),
     "patterns": ("--rank_pattern={q_proj: 3, layers.0.mlp.down_proj: 24}", "--alpha_pattern={up_proj: 5}"),
     "layers": ("--layers_to_transform=1,2", "--layers_pattern=layers"),
     "exclude": (r"--exclude_modules=[up_proj, 'model\.layers\.0\..*']",),
@@ -84,6 +85,27 @@ def test_strategies_agree_and_resume(option, strategy, alone, tmp_path):
         load_file(folder / "final_model" / "adapter_model.safetensors") for folder in (run.folder, resumed.folder)
     )
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--bf16=true", "--strategy=single"),
+        ("--method=qlora", "--strategy=fsdp", "--nproc=2"),
+        ("--use_dora", "--strategy=zero3", "--nproc=2"),
+    ],
+    ids=" ".join,
+)
+def test_eva_starts_alike_in_16_bits_and_on_quantised_bases(more, tmp_path):
+    starts = {}
+    for name, args in {"plain": ("--strategy=single",), "other": more}.items():
+        run = launch(tmp_path / name, "--init_lora_weights=eva", "--max_steps=1", "--lr=0", *args)
+        assert run.code == 0, run.stderr
+        starts[name] = load_file(run.folder / "final_model" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"  # its input is the embedding, normed
+    plain, other = (starts[name][key] for name in ("plain", "other"))
+    assert (plain @ plain.T - torch.eye(len(plain))).abs().max() < 1e-4
+    assert ((plain[:3] * other[:3]).sum(1) > 0.99).all()
 
 
 def small(kind: str, folder, embedded_model, **shape):

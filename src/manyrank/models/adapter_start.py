@@ -2,6 +2,7 @@
 
     init_lora_weights: pissa, olora   A and B from W; the same A and -B frozen below, so that nothing changes at first
                        loftq          B A is what 4 bits have lost of W
+                       eva            A from the inputs of W, once the model can run: `input_directions`
     use_dora                          the magnitudes are the norms of W's rows
     modules_to_save                   copies of the base's modules, in float32; trainable_token_indices: of its rows
     adapter                           the values of a saved one; with new_adapter it is frozen below a new one
@@ -37,6 +38,7 @@ from .adapters import adapted_layers, load_adapter
 from .model_facts import find_facts
 from .new_tokens import NONE, NewTokens
 
+WITHOUT_WEIGHTS = ("true", "gaussian", "eva")  # starts that the base's weights do not tell
 Weights = Callable[[str], torch.Tensor]  # of the base, by name
 
 
@@ -67,7 +69,7 @@ def start_adapters(
         return
     # peft has taken the magnitudes from a quantised base, which is whole here; what is in shards may be no more than shapes.
     magnitudes = config.use_dora and config.method == "lora"
-    if config.init_lora_weights not in ("true", "gaussian") or magnitudes:
+    if config.init_lora_weights not in WITHOUT_WEIGHTS or magnitudes:
         _from_base(model, config, weights, magnitudes=magnitudes)
     if config.init_lora_weights == "gaussian":
         set_seed(config.seed)
@@ -170,7 +172,7 @@ def _values(layer: LoraLayer, config: TrainConfig, weight: torch.Tensor) -> list
         weight = weight.T.contiguous()
     if kind == "loftq":  # the largest part of what quantising loses, which is PiSSA's decomposition of it
         weight, kind = weight - _quantised(layer, weight), "pissa"
-    start = kind if kind not in ("true", "gaussian") else True
+    start = kind if kind not in WITHOUT_WEIGHTS else True
     own = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=config.use_rslora, init_lora_weights=start)
     plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)

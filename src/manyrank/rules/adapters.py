@@ -336,6 +336,15 @@ ADAPTER_RULES = (
         fix="give even ranks",
     ),
     error(
+        "eva-in-grpo",
+        ("init_lora_weights", "task"),
+        unless(
+            lambda s: s.config.init_lora_weights == "eva" and s.config.is_grpo, "init_lora_weights eva with task grpo"
+        ),
+        reason="EVA starts adapters from learned tokens of the data, and its rows are prompts.",
+        fix="leave it out",
+    ),
+    error(
         "frozen-adapter-in-grpo",
         ("new_adapter", "init_lora_weights", "task"),
         _below_in_grpo,

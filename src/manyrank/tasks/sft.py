@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from transformers import PreTrainedTokenizerBase
 
 from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
 from ..errors import UserError
 from ..models.embedding_noise import Documents, EmbeddingNoise
+from ..models.input_directions import input_directions
 from ..models.load import resolve_name
 from ..models.positions import check_lengths
 from ..models.unlearned_rows import rows_of, unlearned, vocabulary_modules
@@ -24,6 +27,7 @@ from ..training.packing_trial import prove_packing
 from ..training.task import StepLoss, Task
 
 LOOKED_AT = 200  # examples
+START_ROWS = 32  # on which EVA starts the adapters
 
 
 def special_tokens(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]:
@@ -100,6 +104,24 @@ class SFT(Task):
             ranks=accelerator.num_processes,
             seed=config.order_seed if training else None,
         )
+
+    def begin(self, loader: StepLoader) -> None:
+        if self.config.init_lora_weights != "eva":
+            return
+        packing = "none" if loader.packing == "none" else "step"
+        layout = {"batch_size": START_ROWS, "micro_batch_size": 1, "packing": packing, "rank": 0, "ranks": 1}
+        batches = [micro.to(self.device) for micro in replace(loader, **layout).step(0).micro_batches]
+        tokens = [micro.positions + 1 for micro in batches]  # that are learned
+
+        def forward(number: int) -> None:
+            self.in_phase("finding where the adapters start")
+            self._loss(batches[number])
+
+        with self.engine.evaluating():
+            starts = input_directions(self.engine.model, tokens, forward, seed=self.config.seed)
+        for name, value in starts.items():
+            value = broadcast(value.contiguous())
+            self.engine.set_parameter(f"base_model.model.{name}.lora_A.default.weight", value)
 
     def check(self, *, precision: Precision) -> None:
         """Check that packs, and then the fused lm_head, leave the model's results as they are."""
