@@ -182,6 +182,7 @@ def test_weights_of_a_base_in_memory_are_read_below_its_adapters(embedded_model)
         ("modules_to_save", "nope"),
         ("modules_to_save", "rotary_emb"),  # which has nothing to train
         ("exclude_modules", "nope"),
+        ("exclude_modules", "nope("),
         ("rank_pattern", "{embed_tokens: 3}"),  # which has no adapters
         ("alpha_pattern", "{nope: 3}"),
         ("layers_to_transform", "99"),

@@ -63,6 +63,9 @@ def with_lora(
     Raises:
         UserError: these adapters cannot be put on it.
     """
+    own = not config.start_model or config.new_adapter
+    if own:  # else names are those of a saved adapter, with peft's for experts
+        _check_modules(model, config)
     model.requires_grad_(False)
     set_seed(config.seed)
     unreached = unreached_modules(model, reached) if reached else []
@@ -75,9 +78,6 @@ def with_lora(
     arguments["trainable_token_indices"] = _trained_tokens(model, config, new)
     if config.lora_target_modules == "all-linear" and config.layers_to_transform:
         arguments["target_modules"] = _linear_names(model, excluded)  # peft counts layers of named modules alone
-    own = not config.start_model or config.new_adapter
-    if own:  # else names are those of a saved adapter, with peft's for experts
-        _check_modules(model, config)
     try:
         adapted = get_peft_model(model, LoraConfig(**arguments, task_type="CAUSAL_LM"))
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
@@ -151,7 +151,12 @@ def _check_layers(config: TrainConfig, modules: Iterable[str]) -> None:
 
 def _check_fit(key: str, patterns: Iterable[str], names: Iterable[str], kind: str) -> None:
     for pattern in patterns:
-        if not any(_of_any([pattern], name) for name in names):
+        try:
+            fits = any(_of_any([pattern], name) for name in names)
+        except re.error as error:
+            fix = "give the end of a name, or a regular expression"
+            raise UserError(f"{key}: {pattern!r} is no regular expression: {error}", where=key, fix=fix) from None
+        if not fits:
             what = f"{key}: no {kind} is called {pattern!r}"
             fix = "give the end of a name, as mlp.down_proj, or a pattern of the whole name"
             raise UserError(what, where=key, fix=fix)

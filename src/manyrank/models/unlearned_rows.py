@@ -52,10 +52,10 @@ def vocabulary_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     names = {id(module): name.removeprefix("base_model.model.") for name, module in model.named_modules()}
-    return {names[id(module)]: module for module in ends[: 1 if tied else 2] if module is not None}
+    return {names[id(module)]: module for module in ends[: 1 if tied else 2] if id(module) in names}
 
 
-def unlearned(
+def find_unlearned(
     model: torch.nn.Module, tokens: Collection[int], added: Collection[int], size: int, rows: Rows
 ) -> list[int]:
     """Find the tokens of which the base has never learned a row, where this run does not train it.

@@ -125,7 +125,7 @@ def _is_doubtful(s: RunContext, shapes: Shapes) -> bool:
     matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
     if config.new_adapter:
         return not here <= matrices
-    meant = {m for m in matrices if _fits(m, config.lora_target_modules) and not _fits(m, config.exclude_modules)}
+    meant = {m for m in matrices if _ends(m, config.lora_target_modules) and not _fits(m, config.exclude_modules)}
     ranks = {entry["shape"][0] for name, entry in header.items() if ".lora_A." in name}
     return here != meant or not ranks <= {config.lora_r, *config.rank_pattern.values()}
 
@@ -136,7 +136,7 @@ def _has_doubtful_names(config: TrainConfig, shapes: Shapes) -> bool:
     targets = None if config.lora_target_modules == "all-linear" else config.lora_target_modules
     modules = {name.rpartition(".")[0] for name in shapes} | set(HEADS)  # a tied one has no weight of its own
     matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
-    adapted = {m for m in matrices if (_fits(m, targets) if targets else m.rpartition(".")[2] not in EMBEDDINGS)}
+    adapted = {m for m in matrices if (_ends(m, targets) if targets else m.rpartition(".")[2] not in EMBEDDINGS)}
     around = {".".join(parts[:end]) for parts in (m.split(".") for m in modules) for end in range(1, len(parts) + 1)}
     tokens = config.trainable_token_indices
     wanted = [
@@ -150,8 +150,15 @@ def _has_doubtful_names(config: TrainConfig, shapes: Shapes) -> bool:
     return not all(fits)
 
 
+def _ends(name: str, ends: Iterable[str]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
 def _fits(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns)
+    try:
+        return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns)
+    except re.error:  # for `models.adapters` to say
+        return False
 
 
 def _known_tokens(s: RunContext) -> str | None:

@@ -20,7 +20,7 @@ from ..models.embedding_noise import Documents, EmbeddingNoise
 from ..models.input_directions import input_directions
 from ..models.load import resolve_name
 from ..models.positions import check_lengths
-from ..models.unlearned_rows import rows_of, unlearned, vocabulary_modules
+from ..models.unlearned_rows import find_unlearned, rows_of, vocabulary_modules
 from ..topology.precision import Precision
 from ..training.loss import TokenLoss
 from ..training.packing_trial import prove_packing
@@ -72,7 +72,7 @@ class SFT(Task):
             return
         read, learned = self.special
         rows = rows_of(resolve_name(self.config.model_name_or_path), self.objects.model)
-        ids = unlearned(model, read, tokenizer.added_tokens_decoder, len(tokenizer), rows) if learned else []
+        ids = find_unlearned(model, read, tokenizer.added_tokens_decoder, len(tokenizer), rows) if learned else []
         if learned & set(ids):
             print(_advice(ids, model, tokenizer), flush=True)
 
@@ -106,6 +106,7 @@ class SFT(Task):
         )
 
     def begin(self, loader: StepLoader) -> None:
+        """Start adapters by EVA; each rank forwards the same rows, in the same layout on any number of them."""
         if self.config.init_lora_weights != "eva":
             return
         packing = "none" if loader.packing == "none" else "step"

@@ -172,7 +172,8 @@ def _examples(
     """The examples that the task trains on and validates with."""
     config = task.config
     if task.objects.model is None:
-        check_adapters(config)  # before the data, which may take long
+        with without_zero_init(accelerator):
+            check_adapters(config)  # before the data, which may take long
     train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
     if accelerator.is_main_process and config.trust_remote_code:
         print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
