@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from manyrank.config.args import LaunchOptions
 from manyrank.config.json_schema import recipe_schema
+from manyrank.config.keywords import SFTConfig
 from manyrank.config.resolve import (
     ASSUMED,
     DEFAULT_MODEL,
@@ -378,6 +379,21 @@ def test_trackers(given, trackers):
 )
 def test_bf16(given, value):
     assert make(**given).bf16 is value or make(**given).bf16 == value
+
+
+@pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if field.default in ([], {})])
+def test_nothing_is_the_default_of_lists_and_mappings(key, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: x\ndata_path: x\n{key}:\n")
+    for config in (resolve(str(recipe)).config, SFTConfig(**REQUIRED, **{key: None})):
+        assert getattr(config, key) == FIELDS[key].default
+
+
+def test_nothing_takes_back_what_a_base_says(tmp_path):
+    (tmp_path / "base.yaml").write_text("model_name_or_path: x\ndata_path: x\nrank_pattern: {q_proj: 3}\n")
+    (tmp_path / "recipe.yaml").write_text("base: base.yaml\nrank_pattern:\n")
+    resolved = resolve(str(tmp_path / "recipe.yaml"))
+    assert resolved.config.rank_pattern == {} and "rank_pattern: {}  # default" in resolved.as_yaml()
 
 
 @pytest.mark.parametrize(

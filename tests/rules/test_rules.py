@@ -7,9 +7,11 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from launches import ROOT
+from safetensors.numpy import save_file
 
 from manyrank import cli
 from manyrank.config.resolve import NOT_GIVEN, ResolvedConfig, Setting, presets, resolve
@@ -140,7 +142,11 @@ CASES = [
     ("tf32-without-units", {"tf32": True, "hardware": OLD_GPUS}, {"hardware": AMPERE, "bf16": False}),
     ("flash-attention-here", {"attn_implementation": "flash_attention_2"}, {"attn_implementation": "sdpa"}),
     ("flash-attention-here", {"flash_attn": "fa2", "hardware": GPUS, "bf16": False}, {"bf16": True}),
-    ("flash-attention-here", {"flash_attn": "fa2", "hardware": OLD_GPUS, "fp16": True}, {"hardware": AMPERE, "fp16": False}),
+    (
+        "flash-attention-here",
+        {"flash_attn": "fa2", "hardware": OLD_GPUS, "fp16": True},
+        {"hardware": AMPERE, "fp16": False},
+    ),
     ("flash-attention-here", {"flash_attn": "fa2", "hardware": GPUS, "packing": "none"}, {"packing": "step"}),
     ("flash-attention-here", {"flash_attn": "fa3", "hardware": GPUS}, {"flash_attn": "auto"}),
     ("flash-attention-here", {"flash_attn": "fa3", "hardware": AMPERE}, {"flash_attn": "fa2"}),
@@ -203,12 +209,13 @@ CASES = [
     ("adapter-options-together", {"use_dora": True, "init_lora_weights": "pissa"}, {"init_lora_weights": "gaussian"}),
     ("adapter-options-together", {"use_dora": True, "lora_target_modules": "embed_tokens"}, {"use_dora": False}),
     ("adapter-options-together", {"use_dora": True, "lora_bias": True}, {"lora_bias": False}),
-    ("adapter-options-together", {"use_dora": True, "method": "int8"}, {"method": "lora"}),
+    ("dora-on-8-bits", {"use_dora": True, "method": "int8"}, {"method": "lora"}),
     ("adapter-options-together", {"target_parameters": ["experts"], "lora_dropout": 0.1}, {"lora_dropout": 0}),
     ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "fsdp"}, {"strategy": "ddp"}),
     ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "zero3"}, {"method": "lora"}),
     ("loftq-without-4-bits", {"init_lora_weights": "loftq"}, {"method": "qlora"}),
     ("orthogonal-with-odd-rank", {"init_lora_weights": "orthogonal", "lora_r": 5}, {"lora_r": 6}),
+    ("eva-in-grpo", {**GRPO, "init_lora_weights": "eva"}, {"init_lora_weights": "gaussian"}),
     ("frozen-adapter-in-grpo", {**GRPO, "init_lora_weights": "pissa"}, {"init_lora_weights": "gaussian"}),
     (
         "whole-tied-embeddings",
@@ -650,9 +657,7 @@ def adapter_folder(folder: Path, *, more: bool = False) -> str:
         f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": shape for part, shape in shapes.items()
     }
     tensors |= {"base_model.model.lm_head.weight": [1536, 192]} if more else {}
-    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()}
-    text = json.dumps(header).encode()
-    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    save_file({name: np.zeros(shape) for name, shape in tensors.items()}, folder / "adapter_model.safetensors")
     return str(folder)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_models import plain_loss
 from transformers import AutoModelForCausalLM
 
-from manyrank import SFTConfig
+from manyrank import SFTConfig, cli
 
 START = ("--eval_data_path=data/validation.jsonl", "--eval_on_start", "--max_steps=2")
 
@@ -206,6 +206,70 @@ def test_weights_in_pickle_are_refused_before_the_launch(more, foreign, tmp_path
     (adapter / "adapter_model.safetensors").unlink()
     run = launch(tmp_path / "run", f"--adapter={adapter}", *more, "--max_steps=1")
     assert run.code == 2 and "a pickle (adapter_model.bin) is not read" in run.stderr and not run.folder.exists()
+
+
+def damage(adapter: Path, kind: str) -> None:
+    """Damage a copy of `foreign`: rank 6 on q_proj and down_proj."""
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, theirs = load_file(file), json.loads(config.read_text())
+    name = next(name for name in tensors if "lora_B" in name)
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "no JSON":
+        config.write_text("{")
+    elif kind == "rank 0":
+        config.write_text(json.dumps(theirs | {"r": 0}))
+        save_file({n: t[:0] if "lora_A" in n else t[:, :0].contiguous() for n, t in tensors.items()}, file)
+    elif kind == "other rank":
+        config.write_text(json.dumps(theirs | {"r": 8}))
+    elif kind == "no B":
+        save_file({n: t for n, t in tensors.items() if n != name}, file)
+    elif kind == "a layer less":
+        save_file({n: t for n, t in tensors.items() if "layers.0." not in n}, file)
+    elif kind == "another width":
+        save_file(tensors | {name: tensors[name][:-1].contiguous()}, file)
+    elif kind == "no such layer":
+        save_file({n.replace("layers.0.", "layers.77."): t for n, t in tensors.items()}, file)
+    elif kind == "nothing":
+        save_file({"x": torch.zeros(1)}, file)
+
+
+DAMAGE = {
+    "truncated": "cannot be read: ",
+    "no JSON": "cannot be read: ",
+    "rank 0": "its B is [",
+    "no B": "its B is not there",
+    "nothing": "it has no matrices of LoRA",
+    "another width": "weights, and that of ",
+}
+
+
+@pytest.mark.parametrize("more", [(), ("--new_adapter",)])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_adapter_is_refused_before_the_launch(kind, more, foreign, tmp_path, capsys):
+    assert_refused(kind, DAMAGE[kind], more, foreign, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "kind, more, what",
+    [
+        ("other rank", (), "in the model"),
+        ("a layer less", (), "is not there, and ["),
+        ("no such layer", (), "is not there, and ["),
+        ("no such layer", ("--new_adapter",), "layers.77."),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_skeleton_is_refused(kind, more, what, foreign, tmp_path, capsys):
+    assert_refused(kind, what, more, foreign, tmp_path, capsys)
+
+
+def assert_refused(kind, what, more, foreign, tmp_path, capsys) -> None:
+    adapter = shutil.copytree(foreign, tmp_path / "adapter")
+    damage(adapter, kind)
+    line = ["train", "verify", f"--adapter={adapter}", *more, f"--output_dir={tmp_path / 'run'}"]
+    assert cli.main(line) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "where: ", "fix: "))]
+    assert len(lines) == 3 and what in lines[0] and "adapter" in lines[1] and not (tmp_path / "run").exists()
 
 
 def first_base(adapter: Path) -> str:

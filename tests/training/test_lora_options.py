@@ -1,5 +1,7 @@
 """What a recipe says of its adapters beyond their rank: each option is seen in the result, on every strategy."""
 
+import re
+
 import pytest
 import torch
 from launches import Run, launch, nightly
@@ -9,6 +11,7 @@ from small_models import LAUNCHED, made, plain_loss, save_for_launch
 from small_models import recipe as tiny_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from manyrank import cli
 from manyrank.errors import UserError
 from manyrank.models.adapter_start import weights_of
 from manyrank.models.load import LoadPlan, base_model, with_adapters
@@ -24,6 +27,7 @@ OPTIONS = {
     "pissa": ("--init_lora_weights=pissa",),
     "pissa_niter_2": ("--init_lora_weights=pissa_niter_2",),
     "olora": ("--init_lora_weights=olora", "--rank_pattern={q_proj: 3}"),
+    "eva": ("--init_lora_weights=eva",),
     "patterns": ("--rank_pattern={q_proj: 3, layers.0.mlp.down_proj: 24}", "--alpha_pattern={up_proj: 5}"),
     "layers": ("--layers_to_transform=1,2", "--layers_pattern=layers"),
     "exclude": (r"--exclude_modules=[up_proj, 'model\.layers\.0\..*']",),
@@ -81,6 +85,27 @@ def test_strategies_agree_and_resume(option, strategy, alone, tmp_path):
         load_file(folder / "final_model" / "adapter_model.safetensors") for folder in (run.folder, resumed.folder)
     )
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--bf16=true", "--strategy=single"),
+        ("--method=qlora", "--strategy=fsdp", "--nproc=2"),
+        ("--use_dora", "--strategy=zero3", "--nproc=2"),
+    ],
+    ids=" ".join,
+)
+def test_eva_starts_alike_in_16_bits_and_on_quantised_bases(more, tmp_path):
+    starts = {}
+    for name, args in {"plain": ("--strategy=single",), "other": more}.items():
+        run = launch(tmp_path / name, "--init_lora_weights=eva", "--max_steps=1", "--lr=0", *args)
+        assert run.code == 0, run.stderr
+        starts[name] = load_file(run.folder / "final_model" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"  # its input is the embedding, normed
+    plain, other = (starts[name][key] for name in ("plain", "other"))
+    assert (plain @ plain.T - torch.eye(len(plain))).abs().max() < 1e-4
+    assert ((plain[:3] * other[:3]).sum(1) > 0.99).all()
 
 
 def small(kind: str, folder, embedded_model, **shape):
@@ -149,6 +174,41 @@ def test_weights_of_a_base_in_memory_are_read_below_its_adapters(embedded_model)
     read = weights_of("x", with_adapters(quantised, tiny_recipe("--method=qlora")).get_base_model())
     with pytest.raises(UserError, match="the model in memory is quantised"):
         read("model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("modules_to_save", "nope"),
+        ("modules_to_save", "rotary_emb"),  # which has nothing to train
+        ("exclude_modules", "nope"),
+        ("exclude_modules", "nope("),
+        ("rank_pattern", "{embed_tokens: 3}"),  # which has no adapters
+        ("alpha_pattern", "{nope: 3}"),
+        ("layers_to_transform", "99"),
+        ("layers_pattern", "nope"),
+        ("target_parameters", "mlp.nope"),
+        ("trainable_token_indices", "{nope: [1]}"),
+    ],
+)
+def test_a_name_that_fits_nothing_is_refused_before_the_launch(option, value, tmp_path, capsys):
+    beside = ["--layers_to_transform=1"] if option == "layers_pattern" else []
+    line = ["train", "verify", "--model=embedded", f"--{option}={value}", *beside, f"--output_dir={tmp_path / 'run'}"]
+    assert cli.main(line) == 2
+    what, where, fix = capsys.readouterr().err.splitlines()[-3:]
+    assert (
+        what.startswith("error: ") and re.search(r"nope|rotary_emb|embed_tokens|99", what) and fix.startswith("fix: ")
+    )
+    assert where == f"where: {option} (command line, --{option})"
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_modules_that_files_call_otherwise_are_no_error(embedded_model, tmp_path, capsys):
+    base = small("mixtral", tmp_path / "base", embedded_model, num_local_experts=4, num_experts_per_tok=2)
+    assert not any("gate_up_proj" in name for name in load_file(base / "model.safetensors"))
+    line = ["train", "verify", f"--model={base}", "--lora_target_modules=q_proj", f"--output_dir={tmp_path / 'run'}"]
+    assert cli.main([*line, "--target_parameters=mlp.experts.gate_up_proj", "--check"]) == 0
+    assert "no rule refuses it" in capsys.readouterr().out
 
 
 def test_experts_that_peft_would_not_exclude_are_refused():

@@ -78,6 +78,19 @@ def test_new_rows_are_trained_and_saved(kind, strategy, rows, embedded_model, tm
         )
 
 
+@pytest.mark.parametrize("strategy", ["single", *nightly("ddp", "fsdp", "zero2", "zero3")])
+def test_with_whole_matrices_beside_adapters(strategy, rows, embedded_model, tmp_path):
+    args = (f"--data_path={rows}", f"--eval_data_path={rows}", "--max_steps=2", "--lr=1e-3", *TOKENS)
+    args += ("--modules_to_save=embed_tokens,lm_head", f"--strategy={strategy}")
+    run = launch(tmp_path / "run", *args, f"--nproc={1 if strategy == 'single' else 2}")
+    assert run.code == 0, run.stderr
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "final_model")
+    saved = load_file(run.folder / "final_model" / "adapter_model.safetensors")
+    assert {len(tensor) for name, tensor in saved.items() if ".lora_" not in name} == {1539}
+    loss = plain_loss(in_transformers(embedded_model, run, tokenizer), tokenizer, str(rows))
+    assert run.metrics("eval_loss")[-1] == pytest.approx(loss, abs=1e-5)
+
+
 @pytest.mark.parametrize("strategy", ["zero3", *nightly("single", "fsdp", "zero2")])
 def test_of_a_model_that_is_trained_whole(strategy, rows, embedded_model, tmp_path):
     nproc = 1 if strategy == "single" else 2

@@ -53,6 +53,19 @@ BEYOND_PLAIN = (
     "trainable_token_indices",
     "target_parameters",
 )
+# Keys that name modules or parameters of the model, or its layers by number.
+NAMES_MODULES = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+# What wrappers of training scripts have left in the names of saved adapters.
+WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|default)\.")
 FIX = "merge it (manyrank merge), and start from the result"
 
 
@@ -63,6 +76,12 @@ def peft_arguments(config: TrainConfig) -> dict[str, Any]:
     values = {key: None if value == [] else value for key, value in values.items()}
     values["layers_pattern"] = values["layers_pattern"] if config.layers_to_transform else None
     return values | {"lora_dropout": config.lora_dropout}
+
+
+def names_modules(config: TrainConfig) -> bool:
+    """Return whether a recipe has names of modules of its own, not those of a saved adapter."""
+    own = not config.start_model or config.new_adapter
+    return config.uses_lora and own and any(getattr(config, key) for key in NAMES_MODULES)
 
 
 def adapter_keys(adapter: Path, entry: Setting) -> dict[str, Any]:
@@ -89,6 +108,31 @@ def adapter_keys(adapter: Path, entry: Setting) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="give a whole adapter") from None
     return {key: _as_ours(key, value) for key, value in values.items()}
+
+
+def check_weights(adapter: Path, entry: Setting) -> None:
+    """Look at the names and shapes in an adapter's file, without its values.
+
+    Raises:
+        UserError: it is no whole safetensors file, or a matrix A has no B, or none of its rank.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = adapter / "adapter_model.safetensors"
+    try:
+        with safe_open(path, "np") as file:
+            shapes = {WRAPPERS.sub("", name): file.get_slice(name).get_shape() for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot be read: {error}", where=f"{entry.where}, {path}", fix="give a whole adapter"
+        ) from None
+    for name, shape in shapes.items():
+        up = shapes.get(name.replace(".lora_A.", ".lora_B."))
+        if ".lora_A." in name and (up is None or not shape[0] or shape[0] != up[-1]):
+            what = f"{name} is {shape}, and its B is {up or 'not there'}"
+            raise UserError(what, where=f"{entry.where}, {path}", fix="give a whole adapter")
+    if not any(".lora_" in name for name in shapes):
+        raise UserError("it has no matrices of LoRA", where=f"{entry.where}, {path}", fix="give a whole adapter")
 
 
 def beyond_plain(adapter: Path | None, *, known: str) -> list[str]:

@@ -24,7 +24,7 @@ from ..project_files import EMBEDDED, asset
 from ..runs import artifact, hub
 from ..runs.artifact import ModelSource
 from .data_source import DataSource
-from .peft_config import adapter_keys
+from .peft_config import adapter_keys, check_weights
 from .recipe_file import Known, Setting, normal, read_entries, refuse_data
 from .schema import TrainConfig
 from .spellings import (
@@ -119,6 +119,7 @@ def resolve(recipe: str | None, overrides: Sequence[Setting] = (), *, finished: 
         merged = _with_layer(merged, _canonical(entries, merged.get("method")))
     if "bf16" in merged and str(merged["bf16"].value).lower() in ("none", "null"):
         del merged["bf16"]
+    merged = {key: e for key, e in merged.items() if e.value is not None or FIELDS[key].default not in ([], {})}
     if "task" in merged and merged["task"].value == "grpo":
         merged = {key: Setting(key, value, BY_TASK) for key, value in DEFAULTS_OF_GRPO.items()} | merged
     for key in ("sft_model", "adapter"):
@@ -175,6 +176,8 @@ def _gone_on_from(entry: Setting, merged: dict[str, Setting]) -> dict[str, Setti
         what = f"{entry.value} has no adapter_model.safetensors; a pickle (adapter_model.bin) is not read"
         fix = "write it anew: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER); or give a whole adapter"
         raise UserError(what, where=entry.where, fix=fix)
+    if source.adapter:
+        check_weights(source.adapter, entry)
     base = merged.get("model_name_or_path", Setting("model_name_or_path", source.base, entry.where))
     if not source.adapter and str(base.value) != source.base:
         what = f"{entry.value} is a whole model, and model_name_or_path is {base.value}"

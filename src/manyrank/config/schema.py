@@ -127,7 +127,7 @@ class AdapterKeys(Keys):
     init_lora_weights: InitialWeights = Field(
         "true",
         description="start of the adapters: true (A random, B zero), gaussian, orthogonal; from the base's weights pissa, "
-        "pissa_niter_N or olora; loftq, for qlora",
+        "pissa_niter_N or olora; from the data eva; loftq, for qlora",
     )
     use_dora: bool = Field(False, description="train a magnitude of each output, too (DoRA); slower")
     lora_bias: bool = Field(False, description="train a bias with each adapter")

@@ -209,8 +209,8 @@ def _tag(value: str) -> str:
 def _initial(value: Any) -> str:
     """Read peft's name of how adapters start; as text, also for true."""
     text = str(value).strip().lower()
-    if not re.fullmatch(r"true|gaussian|orthogonal|pissa(_niter_[1-9]\d*)?|olora|loftq", text):
-        raise ValueError("it is none of true, gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq")
+    if not re.fullmatch(r"true|gaussian|orthogonal|eva|pissa(_niter_[1-9]\d*)?|olora|loftq", text):
+        raise ValueError("it is none of true, gaussian, orthogonal, eva, pissa, pissa_niter_N, olora, loftq")
     return text
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config.args import CommandLine
-from ..config.resolve import Setting, canonical, resolve
+from ..config.resolve import ResolvedConfig, Setting, canonical, resolve
 from ..config.schema import TrainConfig
 from ..errors import EXIT_MEMORY, UserError
 from ..models.spec import ModelSpec
@@ -31,6 +31,7 @@ from ..plan.planner import (
 )
 from ..plan.view import summary
 from ..project_files import EMBEDDED
+from ..rules.adapters import are_doubtful
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
 from ..runs import hub, run_folder
@@ -147,6 +148,8 @@ def _check_model(name: str, line: CommandLine) -> None:
 def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
     context = replace(resolved.context, output_dir=Path(folder))
     check_rules(context)
+    if are_doubtful(context):
+        _check_adapters(context.resolved)
     return plan_launch(
         resolved.line,
         strategy=context.strategy,
@@ -156,6 +159,16 @@ def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
         elastic=context.config.elastic,
         expandable=context.config.expandable_segments,
     )
+
+
+def _check_adapters(resolved: ResolvedConfig) -> None:
+    """Try the adapters on the model's skeleton: torch takes seconds to import, and files may have other names than modules."""
+    from ..models.skeleton import check_adapters
+
+    try:
+        check_adapters(resolved.config)
+    except UserError as error:
+        raise UserError(error.what, where=resolved.where(error.where), fix=error.fix) from None
 
 
 def resolve_launch(line: CommandLine, machine: Hardware) -> ResolvedLaunch:

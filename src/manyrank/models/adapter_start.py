@@ -2,6 +2,7 @@
 
     init_lora_weights: pissa, olora   A and B from W; the same A and -B frozen below, so that nothing changes at first
                        loftq          B A is what 4 bits have lost of W
+                       eva            A from the inputs of W, once the model can run: `input_directions`
     use_dora                          the magnitudes are the norms of W's rows
     modules_to_save                   copies of the base's modules, in float32; trainable_token_indices: of its rows
     adapter                           the values of a saved one; with new_adapter it is frozen below a new one
@@ -33,11 +34,11 @@ from transformers import set_seed
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 from . import frozen_adapter
-from .adapters import adapted_layers
-from .load import load_adapter
+from .adapters import adapted_layers, load_adapter
 from .model_facts import find_facts
 from .new_tokens import NONE, NewTokens
 
+WITHOUT_WEIGHTS = ("true", "gaussian", "eva")  # starts that the base's weights do not tell
 Weights = Callable[[str], torch.Tensor]  # of the base, by name
 
 
@@ -68,7 +69,7 @@ def start_adapters(
         return
     # peft has taken the magnitudes from a quantised base, which is whole here; what is in shards may be no more than shapes.
     magnitudes = config.use_dora and config.method == "lora"
-    if config.init_lora_weights not in ("true", "gaussian") or magnitudes:
+    if config.init_lora_weights not in WITHOUT_WEIGHTS or magnitudes:
         _from_base(model, config, weights, magnitudes=magnitudes)
     if config.init_lora_weights == "gaussian":
         set_seed(config.seed)
@@ -85,11 +86,11 @@ def start_adapters(
 def weights_of(name: str, model: torch.nn.Module | None) -> Weights:
     """Return what reads the weights of a base, from its files or from a model that a script has brought."""
     if model is not None:
-        return partial(_weight_in_memory, model)
+        return partial(weight_in_memory, model)
     files: dict[str, Path] = {}
 
     def read(key: str) -> torch.Tensor:
-        files.update(files or dict(_files(name)))
+        files.update(files or dict(files_of(name)))
         if key not in files:
             fix = "set init_lora_weights: true, and leave use_dora and modules_to_save out; or give a base with safetensors"
             raise UserError(f"the files of the base have no {key}", where=f"model_name_or_path {name}", fix=fix)
@@ -99,7 +100,7 @@ def weights_of(name: str, model: torch.nn.Module | None) -> Weights:
     return read
 
 
-def _weight_in_memory(model: torch.nn.Module, key: str) -> torch.Tensor:
+def weight_in_memory(model: torch.nn.Module, key: str) -> torch.Tensor:
     """Read a weight of a base that has its adapters.
 
     Raises:
@@ -116,7 +117,7 @@ def _weight_in_memory(model: torch.nn.Module, key: str) -> torch.Tensor:
     return weight.detach().cpu()
 
 
-def _files(name: str) -> Iterator[tuple[str, Path]]:
+def files_of(name: str) -> Iterator[tuple[str, Path]]:
     """The tensors in a base's files, with the file of each."""
     facts = find_facts(name)
     index = facts and facts.find("model.safetensors.index.json")
@@ -134,7 +135,7 @@ def _copy_modules(model: torch.nn.Module, weights: Weights, new: NewTokens) -> N
         own = path.removeprefix("base_model.model.")
         if isinstance(module, ModulesToSaveWrapper):
             for name, parameter in module.modules_to_save["default"].named_parameters():
-                is_vocabulary = module.original_module in (model.get_input_embeddings(), model.get_output_embeddings())
+                is_vocabulary = module in (model.get_input_embeddings(), model.get_output_embeddings())
                 value = weights(f"{own}.{name}")
                 value = new.grown(value, name) if is_vocabulary else value
                 parameter.data = value.to(parameter.device, torch.float32)
@@ -171,7 +172,7 @@ def _values(layer: LoraLayer, config: TrainConfig, weight: torch.Tensor) -> list
         weight = weight.T.contiguous()
     if kind == "loftq":  # the largest part of what quantising loses, which is PiSSA's decomposition of it
         weight, kind = weight - _quantised(layer, weight), "pissa"
-    start = kind if kind not in ("true", "gaussian") else True
+    start = kind if kind not in WITHOUT_WEIGHTS else True
     own = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=config.use_rslora, init_lora_weights=start)
     plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
-from ..config.peft_config import peft_arguments
+from ..config.peft_config import WRAPPERS, peft_arguments
 from ..config.resolve import TrainConfig
 from ..errors import UserError
 from . import coverage
@@ -21,9 +24,6 @@ from .reach import Reach, shape_of, unreached_modules, within
 from .token_rows import speed_up_tokens
 
 Say = Callable[[str], None]
-
-# What wrappers of training scripts have left in the names of saved adapters.
-WRAPPERS = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|default)\.")
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -44,6 +44,9 @@ def with_lora(
     Raises:
         UserError: these adapters cannot be put on it.
     """
+    own = not config.start_model or config.new_adapter
+    if own:  # else names are those of a saved adapter, with peft's for experts
+        _check_modules(model, config)
     model.requires_grad_(False)
     set_seed(config.seed)
     unreached = unreached_modules(model, reached) if reached else []
@@ -60,8 +63,8 @@ def with_lora(
         adapted = get_peft_model(model, LoraConfig(**arguments, task_type="CAUSAL_LM"))
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
-    if not config.start_model or config.new_adapter:  # else they are those of a saved adapter, with peft's for experts
-        _check_names(adapted, config)
+    if own:
+        _check_adapted(adapted, config)
     if "lora" not in config.disable_fused:
         speed_up(adapted)
     speed_up_tokens(adapted)
@@ -87,35 +90,57 @@ def _trained_tokens(model: torch.nn.Module, config: TrainConfig, new: NewTokens)
     return {name: sorted(ids) for name, ids in rows.items() if ids} or None
 
 
-def _check_names(model: torch.nn.Module, config: TrainConfig) -> None:
-    """Refuse names and patterns of the recipe that fit nothing: peft passes over them without a word.
+def _check_modules(model: torch.nn.Module, config: TrainConfig) -> None:
+    """Refuse names and patterns of the recipe that fit no module of the base: peft passes over most of them.
 
     Raises:
         UserError: there is one.
     """
-    names = {name.removeprefix("base_model.model.") for name, _ in model.named_modules()}
-    adapted = set(adapted_layers(model))
-    layers = {int(number) for name in adapted for number in re.findall(r"\.(\d+)\.", name)}
+    names = {name for name, module in model.named_modules() if any(True for _ in module.parameters())}
     tokens = config.trainable_token_indices
+    _check_fit("exclude_modules", config.exclude_modules, names, "module with weights")
+    _check_fit("modules_to_save", config.modules_to_save, names, "module with weights")
+    _check_fit("trainable_token_indices", tokens if isinstance(tokens, dict) else (), names, "module with weights")
+    _check_layers(config, names)
+
+
+def _check_adapted(model: torch.nn.Module, config: TrainConfig) -> None:
+    """Refuse names and patterns of the recipe that fit nothing with adapters.
+
+    Raises:
+        UserError: there is one.
+    """
+    adapted = adapted_layers(model)
     kept = [name for name in adapted if _of_any(config.exclude_modules, name, below=True)]
     if kept:
         what = f"exclude_modules: {kept[0]} has adapters all the same: peft puts them on experts by their parameters"
         raise UserError(what, where="exclude_modules", fix="list lora_target_modules without the experts")
-    wanted = {
-        "exclude_modules": (config.exclude_modules, names),
-        "rank_pattern": (config.rank_pattern, adapted),
-        "alpha_pattern": (config.alpha_pattern, adapted),
-        "modules_to_save": (config.modules_to_save, names),
-        "trainable_token_indices": (tokens if isinstance(tokens, dict) else (), names),
-        "layers_to_transform": (map(str, config.layers_to_transform), set(map(str, layers))),
+    parameters = {
+        f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', None)}" for name, layer in adapted.items()
     }
-    for key, (patterns, known) in wanted.items():
-        for pattern in patterns:
-            if not any(_of_any([pattern], name) for name in known):
-                what = f"{key}: nothing of the model with adapters is called {pattern!r}"
-                raise UserError(
-                    what, where=key, fix="give the end of a name, as mlp.down_proj, or a pattern of the whole name"
-                )
+    _check_fit("rank_pattern", config.rank_pattern, adapted, "module with adapters")
+    _check_fit("alpha_pattern", config.alpha_pattern, adapted, "module with adapters")
+    _check_fit("target_parameters", config.target_parameters, parameters, "parameter")
+    _check_layers(config, adapted)
+
+
+def _check_layers(config: TrainConfig, modules: Iterable[str]) -> None:
+    lists = {pair for name in modules for pair in re.findall(r"([^.]+)\.(\d+)\.", name)}
+    _check_fit("layers_pattern", config.layers_pattern, {name for name, _ in lists}, "list of layers")
+    _check_fit("layers_to_transform", map(str, config.layers_to_transform), {number for _, number in lists}, "layer")
+
+
+def _check_fit(key: str, patterns: Iterable[str], names: Iterable[str], kind: str) -> None:
+    for pattern in patterns:
+        try:
+            fits = any(_of_any([pattern], name) for name in names)
+        except re.error as error:
+            fix = "give the end of a name, or a regular expression"
+            raise UserError(f"{key}: {pattern!r} is no regular expression: {error}", where=key, fix=fix) from None
+        if not fits:
+            what = f"{key}: no {kind} is called {pattern!r}"
+            fix = "give the end of a name, as mlp.down_proj, or a pattern of the whole name"
+            raise UserError(what, where=key, fix=fix)
 
 
 def _of_any(patterns: Iterable[str], name: str, *, below: bool = False) -> bool:
@@ -130,6 +155,28 @@ def saved_names(model: torch.nn.Module) -> dict[str, str]:
     names = {id(marker): name for name, marker in markers.items()}
     saved = get_peft_model_state_dict(model, markers, save_embedding_layers=False)
     return {names[id(marker)]: key for key, marker in saved.items()}
+
+
+@torch.no_grad()
+def load_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Give a model's new adapters the values of a saved one of the same shape, of this project or of another tool.
+
+    Raises:
+        UserError: they do not fit, or cannot be read.
+    """
+    names = saved_names(model)
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(folder), fix="give a whole adapter") from None
+    saved = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    parameters = {WRAPPERS.sub("", names[name]): parameter for name, parameter in trainable(model).items()}
+    for name in parameters | saved:
+        here, there = (list(values[name].shape) if name in values else "not there" for values in (parameters, saved))
+        if here != there:
+            what = f"the adapter does not fit the model: {name} is {there}, and {here} in the model"
+            raise UserError(what, where=str(folder), fix="give a whole adapter, and the base that it was trained on")
+        parameters[name].copy_(saved[name])
 
 
 def adapted_layers(model: torch.nn.Module) -> dict[str, LoraLayer]:

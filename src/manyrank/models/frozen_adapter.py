@@ -19,8 +19,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
+from ..config.peft_config import WRAPPERS
 from ..errors import UserError
-from .adapters import WRAPPERS, adapted_layers
+from .adapters import adapted_layers
 from .lora import FROZEN
 
 Below = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by name of a layer in the base: A, B, scaling
@@ -89,9 +90,11 @@ def put_below(model: PeftModel, below: Below) -> None:
         raise UserError(str(error), where="adapter", fix="give the base that it was trained on") from None
     layers = adapted_layers(model)
     for name, (down, up, scaling) in below.items():
-        layer, base = layers.get(name), layers[name].get_base_layer() if name in layers else None
-        if layer is None or (down.shape[1], up.shape[0]) != (layer.in_features, layer.out_features):
-            what = f"the adapter does not fit the model's {name} ({type(base).__name__})"
+        if (layer := layers.get(name)) is None:
+            what = f"the adapter has {name}, and the model has no such linear layer"
+            raise UserError(what, where="adapter", fix="give the base that it was trained on")
+        if (down.shape[1], up.shape[0]) != (layer.in_features, layer.out_features):
+            what = f"the adapter does not fit the model's {name} ({type(layer.get_base_layer()).__name__})"
             raise UserError(what, where="adapter", fix="give the base that it was trained on")
         for part, value in ((layer.lora_A, down), (layer.lora_B, up)):
             device = part[FROZEN].weight.device

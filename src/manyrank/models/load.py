@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
@@ -30,7 +29,7 @@ from ..project_files import EMBEDDED
 from ..runs import hub
 from ..topology.precision import Precision
 from . import coverage
-from .adapters import WRAPPERS, Say, saved_names, trainable, with_lora
+from .adapters import Say, with_lora
 from .attention import set_attention
 from .float8 import to_float8
 from .freezing import freeze
@@ -217,26 +216,6 @@ def with_adapters(
         for layer in layers:
             layer.compile(dynamic=True)  # packs differ in length
     return model
-
-
-@torch.no_grad()
-def load_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Give a model's new adapters the values of a saved one of the same shape, of this project or of another tool.
-
-    Raises:
-        UserError: they do not fit, or cannot be read.
-    """
-    names = saved_names(model)
-    try:
-        saved = load_file(folder / "adapter_model.safetensors")
-        saved = {WRAPPERS.sub("", name): tensor for name, tensor in saved.items()}
-        for name, parameter in trainable(model).items():
-            parameter.copy_(saved.pop(WRAPPERS.sub("", names[name])))
-        if saved:
-            raise KeyError(next(iter(saved)))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        what = f"the adapter does not fit the model: {error}"
-        raise UserError(what, where=str(folder), fix="give the base that it was trained on") from None
 
 
 def _checkpoint_layers(model: torch.nn.Module, checkpointing: int | str) -> None:

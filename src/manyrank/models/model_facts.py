@@ -158,6 +158,11 @@ class ModelFacts:
         """Whether the tokens are known here."""
         return bool(self._tokens)
 
+    @property
+    def token_count(self) -> int:
+        """The id that a token gets which the files do not number."""
+        return max(self._tokens.values()) + 1
+
     @cached_property
     def added_tokens(self) -> dict[str, int]:
         return {token["content"]: token["id"] for token in self._tokenizer_file.get("added_tokens") or []}
@@ -174,8 +179,7 @@ class ModelFacts:
             return []
         used = {self.special(name) for name in ("bos_token", "eos_token", "pad_token")} - {None}
         used |= {token for token in self.added_tokens if token in (template or "")}
-        following = max(self._tokens.values()) + 1  # what a token gets that the files do not number
-        return sorted(token for token in used if self._tokens.get(token, following) >= size)
+        return sorted(token for token in used if self._tokens.get(token, self.token_count) >= size)
 
     def stops(self) -> set[str]:
         """The texts of the tokens that end an answer: for the tokenizer, and for whatever generates."""

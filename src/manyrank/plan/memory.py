@@ -174,7 +174,7 @@ def _adapters(run: PlannedRun, shards: int) -> int:
     copies = 2 if run.config.is_grpo and run.config.beta else 1
     held = copies * run.trainable + run.frozen_adapters
     masters = held * (run.compute if run.strategy.engine is EngineKind.DEEPSPEED else FLOAT) // shards
-    return masters + (run.compute * run.trainable if _casts_adapters(run) else 0)
+    return masters + (run.compute * (run.trainable - run.whole_outside) if _casts_adapters(run) else 0)
 
 
 def _casts_adapters(run: PlannedRun) -> bool:
@@ -289,7 +289,7 @@ def _moments(run: PlannedRun) -> dict[str, dict[str, int]]:
         "end of backward": {
             "activations": recomputed,
             "gradients": max(before, gradients) + _buckets(run),
-            "head and loss": run.shape.embedding * run.kept if _learns_head(run) and not run.sharded else 0,
+            "head and loss": run.shape.embedding * run.kept if run.full and run.trains_head and not run.sharded else 0,
             "working": working,
             "gathered": gathered,
         },
@@ -316,7 +316,7 @@ def accumulates(run: PlannedRun) -> bool:
 
 
 def _fused(run: PlannedRun) -> bool:
-    return run.shape.head_as_is and "lm_head" not in run.config.disable_fused
+    return run.shape.head_as_is and "lm_head" not in run.config.disable_fused and not run.adapts_head
 
 
 def _head_gradient(run: PlannedRun) -> int:
@@ -324,13 +324,10 @@ def _head_gradient(run: PlannedRun) -> int:
     if not _fused(run):
         # The probabilities in float32, their gradient, and what a change of the logits keeps.
         changed = 0 if run.shape.head_as_is else run.compute
-        return run.tokens * run.shape.vocabulary * (2 * FLOAT + changed)
+        copied = run.shape.embedding * run.compute if run.head_rows else 0
+        return run.tokens * run.shape.vocabulary * (2 * FLOAT + changed) + copied
     hidden = run.tokens * run.shape.hidden * run.compute
-    return hidden + (run.shape.embedding * FLOAT if _learns_head(run) else 0)
-
-
-def _learns_head(run: PlannedRun) -> bool:
-    return run.full and run.learns("model.embed_tokens" if run.shape.tied else "lm_head")
+    return hidden + FLOAT * (run.shape.embedding if run.trains_head else run.head_rows * run.shape.hidden)
 
 
 def _head(run: PlannedRun) -> int:
@@ -342,8 +339,9 @@ def _head(run: PlannedRun) -> int:
     weight = run.shape.embedding * run.compute
     shares = min(LOGITS_CHUNK, logits * FLOAT)
     # Logits and their softmax; of a trained head also a chunk's share of its gradient, and its weights cast.
-    trained = max(0, weight - shares) if _learns_head(run) else 0
-    return chunk + shares + trained + (weight if run.autocast else 0) + _head_gradient(run)
+    trained = max(0, weight - shares) if run.trains_head else 0
+    cast = run.head_rows or run.autocast or (run.trains_head and not run.full and run.half)
+    return chunk + shares + trained + (weight if cast else 0) + _head_gradient(run)
 
 
 def _working(run: PlannedRun, layer: Layer) -> int:
@@ -401,7 +399,7 @@ def _gathered_outside(run: PlannedRun) -> int:
 
 def _reduced_outside(run: PlannedRun) -> int:
     """Gradients of a trained head while they are reduced in float32."""
-    reduces = _learns_head(run) and run.strategy.engine is EngineKind.FSDP
+    reduces = run.full and run.trains_head and run.strategy.engine is EngineKind.FSDP
     return run.shape.embedding * (run.compute + FLOAT) if reduces else 0
 
 

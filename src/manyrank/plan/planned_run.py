@@ -13,6 +13,7 @@ from ..config.schema import TrainConfig
 from ..models.spec import Layer, Linear, ModelSpec
 from ..rules.adapters import EMBEDDINGS
 from ..rules.context import RunContext
+from ..rules.model import HEADS
 from ..topology.strategies import Strategy
 
 # Experts of these types get adapters under all-linear: peft 0.21 gives them for the names that transformers 4 had, and
@@ -30,7 +31,16 @@ class PlannedRun:
     """A recipe on a strategy and a machine, with the shape of its model."""
 
     context: RunContext
-    shape: ModelSpec
+    base: ModelSpec
+
+    @cached_property
+    def shape(self) -> ModelSpec:
+        """The model with the rows that new tokens add; where its tokenizer is not here, a row for each."""
+        new, given = self._new_tokens, token_ids(self.config.trainable_token_indices)
+        facts, rows = self.context.model, self.base.vocabulary
+        known = facts.token_count if facts and facts.has_tokens else rows
+        needed = max(known + new if new else 0, max(given, default=-1) + 1 if self._names_new_tokens else 0)
+        return replace(self.base, vocabulary=max(rows, needed))
 
     @property
     def config(self) -> TrainConfig:
@@ -182,6 +192,49 @@ class PlannedRun:
         return [*self.matrices(layer, number), *vectors, *whole]
 
     @property
+    def _names_new_tokens(self) -> bool:
+        return bool(self.config.add_tokens or self.config.add_special_tokens)
+
+    @property
+    def _new_tokens(self) -> int:
+        """Tokens that get rows; those of a saved adapter are among trainable_token_indices."""
+        saved = self.config.start_model and not self.config.new_adapter
+        return 0 if saved else len({*self.config.add_tokens, *self.config.add_special_tokens})
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Trained rows beside adapters of the embedding ("embed_tokens" or as it is called) and of lm_head."""
+        given = self.config.trainable_token_indices
+        by_module = given if isinstance(given, dict) else {"embed_tokens": given}
+        rows = {name.rpartition(".")[2]: len(set(ids)) for name, ids in by_module.items()}
+        for name in ("embed_tokens",) if self.shape.tied else ("embed_tokens", "lm_head"):
+            if not self.full and name not in self.config.modules_to_save:
+                rows[name] = rows.get(name, 0) + self._new_tokens
+        return {name: count for name, count in rows.items() if count}
+
+    @property
+    def head_rows(self) -> int:
+        """Trained rows of a frozen lm_head, which are put into a copy of it."""
+        return 0 if self.full else sum(n for name, n in self.rows.items() if name in HEADS or self.shape.tied)
+
+    @property
+    def trains_head(self) -> bool:
+        if self.full:
+            return self.learns("model.embed_tokens" if self.shape.tied else "lm_head")
+        return any(name.rpartition(".")[2] in HEADS for name in self.config.modules_to_save)
+
+    @property
+    def adapts_head(self) -> bool:
+        targets = self.config.lora_target_modules
+        return not self.full and targets != "all-linear" and any(name.rpartition(".")[2] in HEADS for name in targets)
+
+    @cached_property
+    def whole_outside(self) -> int:
+        """Elements of what is trained outside of the layers that are no adapters: whole modules, and rows."""
+        whole = sum(name.rpartition(".")[2] in EMBEDDINGS for name in self.config.modules_to_save)
+        return whole * self.shape.embedding + sum(self.rows.values()) * self.shape.hidden
+
+    @property
     def _beside(self) -> int:
         """Trained vectors of a matrix with adapters: magnitudes, and biases."""
         return self.config.use_dora + self.config.lora_bias
@@ -202,9 +255,9 @@ class PlannedRun:
         if self.full:
             return [(count, size) for _, count, size in self._whole() if count * size]
         inner = [(count, size) for count, layer, number in self._numbered() for size in self.adapters(layer, number)]
-        rows = len(token_ids(self.config.trainable_token_indices))
         whole = sum(name.rpartition(".")[2] in EMBEDDINGS for name in self.config.modules_to_save)
-        outside: list[tuple[float, int]] = [(whole, self.shape.embedding), (1, rows * self.shape.hidden)]
+        rows = [(1, count * self.shape.hidden) for count in self.rows.values()]
+        outside: list[tuple[float, int]] = [(whole, self.shape.embedding), *rows]
         return inner + [(count, size) for count, size in (*outside, *self._adapters_outside()) if count * size]
 
     def _whole(self) -> Iterator[tuple[int | None, float, int]]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..config.peft_config import token_ids
+from ..config.peft_config import names_modules, token_ids
+from ..config.schema import TrainConfig
 from ..models.model_facts import find_facts, read_header
 from ..runs import artifact
 from .context import RunContext
 from .model import HEADS
 from .rule import error, unless, warning
 
+Shapes = dict[str, list[int]]  # of weights, by name
 EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
 EMBEDDINGS = (*EMBEDDINGS_IN, *HEADS)  # modules of the vocabulary's size
 PLAIN = re.compile(r"(?<!\.experts)(?<!\.base_layer)\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
@@ -47,7 +49,7 @@ def _together(s: RunContext) -> str | None:
         ("use_dora", below or f"init_lora_weights {config.init_lora_weights}"): config.use_dora
         and bool(below or config.init_lora_weights == "loftq"),
         ("use_dora", "lora_bias"): config.use_dora and config.lora_bias,
-        ("use_dora", f"method {config.method}"): config.use_dora and config.method in ("int8", "fp8"),
+        ("use_dora", f"method {config.method}"): config.use_dora and config.method == "fp8",
         ("target_parameters", "use_dora"): parameters and config.use_dora,
         ("target_parameters", "lora_bias"): parameters and config.lora_bias,
         ("target_parameters", "lora_dropout"): parameters and bool(config.lora_dropout),
@@ -106,6 +108,57 @@ def _more_below(s: RunContext) -> str | None:
         if more
         else None
     )
+
+
+def are_doubtful(s: RunContext) -> bool:
+    """Return whether adapters do not fit the names in the base's files, where modules may have other names."""
+    shapes = s.model.headers() if s.model else {}
+    return bool(shapes) and (_has_doubtful_names(s.config, shapes) or _is_doubtful(s, shapes))
+
+
+def _is_doubtful(s: RunContext, shapes: Shapes) -> bool:
+    """Return whether a saved adapter has other layers or ranks than its config says."""
+    if not s.adapter:
+        return False
+    config, header = s.config, read_header(s.adapter / "adapter_model.safetensors")
+    here = {name for name, _ in _adapted(header)}
+    matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
+    if config.new_adapter:
+        return not here <= matrices
+    meant = {m for m in matrices if _ends(m, config.lora_target_modules) and not _fits(m, config.exclude_modules)}
+    ranks = {entry["shape"][0] for name, entry in header.items() if ".lora_A." in name}
+    return here != meant or not ranks <= {config.lora_r, *config.rank_pattern.values()}
+
+
+def _has_doubtful_names(config: TrainConfig, shapes: Shapes) -> bool:
+    if not names_modules(config):
+        return False
+    targets = None if config.lora_target_modules == "all-linear" else config.lora_target_modules
+    modules = {name.rpartition(".")[0] for name in shapes} | set(HEADS)  # a tied one has no weight of its own
+    matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
+    adapted = {m for m in matrices if (_ends(m, targets) if targets else m.rpartition(".")[2] not in EMBEDDINGS)}
+    around = {".".join(parts[:end]) for parts in (m.split(".") for m in modules) for end in range(1, len(parts) + 1)}
+    tokens = config.trainable_token_indices
+    wanted = [
+        ([*config.exclude_modules, *config.modules_to_save, *(tokens if isinstance(tokens, dict) else ())], around),
+        ([*config.rank_pattern, *config.alpha_pattern], adapted),
+        (config.target_parameters, shapes),
+        (map(str, config.layers_to_transform), {number for m in adapted for number in re.findall(r"\d+", m)}),
+        (config.layers_pattern, {name for m in adapted for name in re.findall(r"(\w+)\.\d+\.", m)}),
+    ]
+    fits = (any(_fits(name, [pattern]) for name in names) for patterns, names in wanted for pattern in patterns)
+    return not all(fits)
+
+
+def _ends(name: str, ends: Iterable[str]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in ends)
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    try:
+        return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns)
+    except re.error:  # for `models.adapters` to say
+        return False
 
 
 def _known_tokens(s: RunContext) -> str | None:
@@ -265,6 +318,14 @@ ADAPTER_RULES = (
         fix="use ddp or zero2, or method: lora; or leave use_dora out: use_rslora with a larger rank costs less",
     ),
     error(
+        "dora-on-8-bits",
+        ("use_dora", "method"),
+        unless(lambda s: s.config.use_dora and s.config.method == "int8", "use_dora with method int8"),
+        reason="DoRA writes out the base's weights in each forward, and on CPUs peft 0.21 then loses their 8-bit scales; on "
+        "GPUs it is not tried.",
+        fix="use method: lora or qlora, or leave use_dora out",
+    ),
+    error(
         "loftq-without-4-bits",
         ("init_lora_weights", "method"),
         unless(
@@ -280,6 +341,15 @@ ADAPTER_RULES = (
         _odd_rank,
         reason="Half of the rank's directions are for A, the other half for B.",
         fix="give even ranks",
+    ),
+    error(
+        "eva-in-grpo",
+        ("init_lora_weights", "task"),
+        unless(
+            lambda s: s.config.init_lora_weights == "eva" and s.config.is_grpo, "init_lora_weights eva with task grpo"
+        ),
+        reason="EVA starts adapters from learned tokens of the data, and its rows are prompts.",
+        fix="leave it out",
     ),
     error(
         "frozen-adapter-in-grpo",

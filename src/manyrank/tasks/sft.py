@@ -5,19 +5,47 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
+from dataclasses import replace
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from transformers import PreTrainedTokenizerBase
 
 from ..data.dataset import Examples
 from ..data.loader import MicroBatch, Step, StepLoader, trial
 from ..errors import UserError
 from ..models.embedding_noise import Documents, EmbeddingNoise
+from ..models.input_directions import input_directions
+from ..models.load import resolve_name
 from ..models.positions import check_lengths
+from ..models.unlearned_rows import find_unlearned, rows_of, vocabulary_modules
 from ..topology.precision import Precision
 from ..training.loss import TokenLoss
 from ..training.packing_trial import prove_packing
 from ..training.task import StepLoss, Task
+
+LOOKED_AT = 200  # examples
+START_ROWS = 32  # on which EVA starts the adapters
+
+
+def special_tokens(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]:
+    """The added tokens of a tokenizer that some examples have, and those that are learned there."""
+    some = [examples[at] for at in np.linspace(0, len(examples) - 1, min(LOOKED_AT, len(examples)), dtype=int)]
+    ids, labels = (np.unique(np.concatenate([row[key] for row in some])) for key in ("input_ids", "labels"))
+    added = tokenizer.added_tokens_decoder.keys()
+    return set(ids.tolist()) & added, set(labels.tolist()) & added
+
+
+def _advice(ids: list[int], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    modules = [name.rpartition(".")[2] for name in vocabulary_modules(model)]
+    line = f"{ids}" if len(modules) == 1 else f"{{{', '.join(f'{name}: {ids}' for name in modules)}}}"
+    tokens = ", ".join(tokenizer.convert_ids_to_tokens(ids))
+    return (
+        f"the base has never learned {tokens}, which the data has, and adapters on layers do not train their embeddings: "
+        f"add trainable_token_indices: {line}"
+    )
 
 
 class SFT(Task):
@@ -28,7 +56,25 @@ class SFT(Task):
     ) -> tuple[Examples, Examples | None]:
         lengths = [int(part.lengths.max()) for part in (train, evaluation) if part and len(part)]
         check_lengths(self.config, lengths, self.objects.model)
+        self.special = special_tokens(train, tokenizer)
         return train, evaluation
+
+    def prepare_model(
+        self,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        precision: Precision,
+    ) -> None:
+        """Say which learned tokens have rows that the base has never learned."""
+        if not self.config.uses_lora or not accelerator.is_main_process:
+            return
+        read, learned = self.special
+        rows = rows_of(resolve_name(self.config.model_name_or_path), self.objects.model)
+        ids = find_unlearned(model, read, tokenizer.added_tokens_decoder, len(tokenizer), rows) if learned else []
+        if learned & set(ids):
+            print(_advice(ids, model, tokenizer), flush=True)
 
     def use_engine(self) -> None:
         engine = self.engine
@@ -58,6 +104,25 @@ class SFT(Task):
             ranks=accelerator.num_processes,
             seed=config.order_seed if training else None,
         )
+
+    def begin(self, loader: StepLoader) -> None:
+        """Start adapters by EVA; each rank forwards the same rows, in the same layout on any number of them."""
+        if self.config.init_lora_weights != "eva":
+            return
+        packing = "none" if loader.packing == "none" else "step"
+        layout = {"batch_size": START_ROWS, "micro_batch_size": 1, "packing": packing, "rank": 0, "ranks": 1}
+        batches = [micro.to(self.device) for micro in replace(loader, **layout).step(0).micro_batches]
+        tokens = [micro.positions + 1 for micro in batches]  # that are learned
+
+        def forward(number: int) -> None:
+            self.in_phase("finding where the adapters start")
+            self._loss(batches[number])
+
+        with self.engine.evaluating():
+            starts = input_directions(self.engine.model, tokens, forward, seed=self.config.seed)
+        for name, value in starts.items():
+            value = broadcast(value.contiguous())
+            self.engine.set_parameter(f"base_model.model.{name}.lora_A.default.weight", value)
 
     def check(self, *, precision: Precision) -> None:
         """Check that packs, and then the fused lm_head, leave the model's results as they are."""

@@ -33,6 +33,7 @@ from ..models.load import (
 )
 from ..models.new_tokens import NewTokens, new_tokens
 from ..models.quantised_cache import cached_base
+from ..models.skeleton import check_adapters
 from ..models.tokenizer import load_tokenizer
 from ..parallel import compile_locks
 from ..parallel.accelerator import start_accelerator
@@ -176,6 +177,9 @@ def _examples(
 ) -> tuple[Examples, Examples | None]:
     """The examples that the task trains on and validates with."""
     config = task.config
+    if task.objects.model is None:
+        with without_zero_init(accelerator):
+            check_adapters(config)  # before the data, which may take long
     train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
     if accelerator.is_main_process and config.trust_remote_code:
         print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)

@@ -65,6 +65,7 @@ class TrainingRun:
         """Load everything, one step forward and backward, save nothing."""
         for warning in warnings_of_length(self.config, self.trainer.total_steps):
             self.say(warning)
+        self.trainer.task.begin(self.trainer.loader)
         facts = self.engine.facts()
         self._say_start(facts)
         started = time.perf_counter()
@@ -90,6 +91,8 @@ class TrainingRun:
             self._starts(f"resuming from {self.start.folder}")
             self.trainer.resume(self.start.folder)
             self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
+        else:
+            self.trainer.task.begin(self.trainer.loader)
         facts = self._write_facts()
         self._say_start(facts)
         with self._recorded(facts, report):

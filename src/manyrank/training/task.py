@@ -132,6 +132,13 @@ class Task(ABC):
     def loader(self, examples: Examples, *, training: bool) -> Loader:
         """The steps of the training or of the validation."""
 
+    def begin(self, loader: Any) -> None:
+        """Give a new run's model what the data decides of its start. All ranks together.
+
+        Raises:
+            UserError: the data does not suffice.
+        """
+
     def check(self, *, precision: Precision) -> None:
         """Try the model on a few tokens. All ranks together.
 

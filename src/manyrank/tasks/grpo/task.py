@@ -28,7 +28,8 @@ from ...data.questions import Question, prompt_of, read_questions
 from ...data.rewards import read_rewards, rewarded, scorers
 from ...data.scores import SCORES
 from ...errors import UserError
-from ...models.load import load_adapter, read_config
+from ...models.adapters import load_adapter
+from ...models.load import read_config
 from ...runs import artifact, logs
 from ...topology.precision import Precision
 from ...training.task import StepLoss, Task, UserObjects
