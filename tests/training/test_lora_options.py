@@ -24,7 +24,7 @@ OPTIONS = {
     "pissa": ("--init_lora_weights=pissa",),
     "pissa_niter_2": ("--init_lora_weights=pissa_niter_2",),
     "olora": ("--init_lora_weights=olora", "--rank_pattern={q_proj: 3}"),
-    "patterns": ("--rank_pattern={q_proj: 3, layers.0.mlp.down_proj: 24}", "--alpha_pattern={up_proj: 5}"),
+    "patterns": ("--rank_pattern={layers.0.mlp.down_proj: 24, '.*_proj': 3}", "--alpha_pattern={up_proj: 5}"),
     "layers": ("--layers_to_transform=1,2", "--layers_pattern=layers"),
     "exclude": (r"--exclude_modules=[up_proj, 'model\.layers\.0\..*']",),
     "head": ("--modules_to_save=lm_head",),
