@@ -12,7 +12,7 @@ import yaml
 from launches import ROOT
 
 from manyrank import cli
-from manyrank.config.resolve import NOT_GIVEN, ResolvedConfig, Setting, presets, resolve
+from manyrank.config.resolve import FIELDS, NOT_GIVEN, ResolvedConfig, Setting, presets, resolve
 from manyrank.errors import UserError, UserErrors
 from manyrank.project_files import asset
 from manyrank.rules import recipe as recipe_rules
@@ -70,7 +70,7 @@ LLAMA = {
     "vocab_size": 8,
     "max_position_embeddings": 512,
 }
-WEIGHTS = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
+WEIGHTS = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"]
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "uint8"}
 ENDS = {"eos_token": "<end>", "chat_template": "{{ messages }}<end>"}
 TOKENS = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "<end>", "id": 7}, {"content": "<turn>", "id": 8}]}
@@ -532,11 +532,44 @@ CASES = [
         {"model": llama(), "lora_target_modules": ["q_prjo"]},
         {"lora_target_modules": ["q_proj"]},
     ),
-    ("dropout-on-experts", {"model": llama(model_type="mixtral"), "lora_dropout": 0.1}, {"lora_dropout": 0}),
+    *(
+        ("adapter-options-together", {"model": llama(model_type="qwen3_moe", num_experts=2), key: value}, fix)
+        for key, value in {
+            "lora_dropout": 0.1,
+            "use_dora": True,
+            "lora_bias": True,
+            "init_lora_weights": "pissa",
+            "rank_pattern": {".*layers.1.*": 6},
+            "alpha_pattern": {"gate_up_proj": 6},
+            "exclude_modules": ["mlp.experts"],
+        }.items()
+        for fix in ({"lora_target_modules": ["q_proj"], "alpha_pattern": {}}, {key: FIELDS[key].default})
+    ),
+    ("layers-beyond-model", {"model": llama(), "layers_to_transform": [0, 2]}, {"layers_to_transform": [0, 1]}),
     (
-        "dropout-on-experts",
-        {"model": llama(model_type="qwen3_moe"), "lora_dropout": 0.1},
-        {"lora_target_modules": ["q_proj"]},
+        "whole-module-and-its-tokens",
+        {"modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]},
+        {"trainable_token_indices": {"lm_head": [1]}},
+    ),
+    *(
+        ("names-of-nothing", {"model": llama(), **broken}, fix)
+        for broken, fix in (
+            ({"alpha_pattern": {"q_prjo": 5}}, {"alpha_pattern": {"layers.0.self_attn.q_proj": 5}}),
+            ({"exclude_modules": ["q_prjo"]}, {"exclude_modules": ["q_proj"]}),
+            ({"modules_to_save": ["head"]}, {"modules_to_save": ["lm_head"]}),
+            ({"layers_to_transform": [1], "layers_pattern": ["h"]}, {"layers_pattern": ["layers"]}),
+            ({"trainable_token_indices": {"wte": [1]}}, {"trainable_token_indices": {"embed_tokens": [1]}}),
+            ({"rank_pattern": {"embed_tokens": 4}}, {"rank_pattern": {".*_proj": 4}}),
+            ({"rank_pattern": {"q_proj": 4}, "exclude_modules": ["q_proj"]}, {"exclude_modules": []}),
+            (
+                {"rank_pattern": {"layers.0.self_attn.q_proj": 4}, "layers_to_transform": [1]},
+                {"layers_to_transform": [0]},
+            ),
+            (
+                {"rank_pattern": {"q_proj": 4}, "lora_target_modules": ["v_proj"]},
+                {"lora_target_modules": ["self_attn.q_proj"]},
+            ),
+        )
     ),
 ]
 IDS = [f"{name}-{number}" for number, (name, _, _) in enumerate(CASES)]
@@ -972,9 +1005,9 @@ def test_peft_refuses_dropout_on_these_experts(model_type):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from manyrank.rules.model import PARAMETER_EXPERTS
+    from manyrank.rules.model import ADAPTED_EXPERTS
 
-    assert model_type in PARAMETER_EXPERTS
+    assert model_type in ADAPTED_EXPERTS
     small = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     small |= dict(num_key_value_heads=2, num_experts=2, num_local_experts=2, moe_intermediate_size=16)
     small |= dict(shared_expert_intermediate_size=16, num_experts_per_tok=1)

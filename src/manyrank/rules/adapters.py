@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..config.peft_config import token_ids
+from ..config.schema import TrainConfig
 from ..models.model_facts import find_facts, read_header
 from ..runs import artifact
 from .context import RunContext
-from .model import HEADS
+from .model import ADAPTED_EXPERTS, HEADS
 from .rule import error, unless, warning
 
 EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
 EMBEDDINGS = (*EMBEDDINGS_IN, *HEADS)  # modules of the vocabulary's size
 PLAIN = re.compile(r"(?<!\.experts)(?<!\.base_layer)\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
+NAME = re.compile(r"[\w.]+")  # in place of a pattern
+PATTERNS = ("rank_pattern", "alpha_pattern")
 # Names of repositories that hold the same weights in 4 bits, or mirror them.
 COPIES = re.compile(r"[-_](unsloth|bnb|4bit)\b", re.IGNORECASE)
 
@@ -39,7 +42,7 @@ def _together(s: RunContext) -> str | None:
     """Name two options of which one leaves no room for the other."""
     config, below = s.config, _keeps_below(s)
     own_start = config.init_lora_weights not in ("true", "gaussian")
-    parameters, embedding = bool(config.target_parameters), _embedding_target(s)
+    parameters, embedding = _adapted_parameters(s), _embedding_target(s)
     pairs = {
         (f"lora_target_modules {embedding}", "use_dora"): embedding and config.use_dora,
         (f"lora_target_modules {embedding}", "lora_bias"): embedding and config.lora_bias,
@@ -48,13 +51,34 @@ def _together(s: RunContext) -> str | None:
         and bool(below or config.init_lora_weights == "loftq"),
         ("use_dora", "lora_bias"): config.use_dora and config.lora_bias,
         ("use_dora", f"method {config.method}"): config.use_dora and config.method in ("int8", "fp8"),
-        ("target_parameters", "use_dora"): parameters and config.use_dora,
-        ("target_parameters", "lora_bias"): parameters and config.lora_bias,
-        ("target_parameters", "lora_dropout"): parameters and bool(config.lora_dropout),
-        ("target_parameters", below or f"init_lora_weights {config.init_lora_weights}"): parameters
+        (f"{parameters}", "use_dora"): parameters and config.use_dora,
+        (f"{parameters}", "lora_bias"): parameters and config.lora_bias,
+        (f"{parameters}", "lora_dropout"): parameters and bool(config.lora_dropout),
+        (f"{parameters}", below or f"init_lora_weights {config.init_lora_weights}"): parameters
         and (own_start or bool(below)),
+    } | {
+        (f"{parameters}", key): parameters and _fits_experts(s, getattr(config, key))
+        for key in (*PATTERNS, "exclude_modules")
     }
     return next((" with ".join(pair) for pair, meet in pairs.items() if meet), None)
+
+
+def _adapted_parameters(s: RunContext) -> str | None:
+    """Name what puts adapters on parameters that are no linear layers: the recipe, or peft on experts."""
+    if s.config.target_parameters or not s.config.uses_lora:
+        return "target_parameters" if s.config.target_parameters else None
+    names, targets = ADAPTED_EXPERTS.get(s.model.model_type if s.model else "", ()), s.config.lora_target_modules
+    everything = targets == "all-linear" and not s.config.layers_to_transform  # which are looked for in linear layers
+    if names and (everything or any(name in targets for name in names)):
+        return f"lora_target_modules {'all-linear' if everything else ', '.join(names)} on experts"
+    return None
+
+
+def _fits_experts(s: RunContext, patterns: Iterable[str]) -> bool:
+    """Return whether a pattern fits experts, to which peft gives ranks and alphas of its own, excluded or not."""
+    layers = [f"model.layers.{number}.mlp" for number in range((s.model and s.model.layers) or 1)]
+    names = [layer + part for layer in layers for part in ("", ".experts", ".experts.gate_up_proj")]
+    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns for name in names)
 
 
 def _embedding_target(s: RunContext) -> str | None:
@@ -81,6 +105,39 @@ def _whole_tied(s: RunContext) -> str | None:
     names = [name for name in s.config.modules_to_save if name.rpartition(".")[2] in EMBEDDINGS]
     tied = s.config.uses_lora and s.model is not None and s.model.ties_embeddings
     return f"modules_to_save {names[0]}, whose weights are those of another module" if names and tied else None
+
+
+def _whole_and_tokens(s: RunContext) -> str | None:
+    ids, whole = s.config.trainable_token_indices, {name.rpartition(".")[2] for name in s.config.modules_to_save}
+    both = whole & {
+        name.rpartition(".")[2] for name in (ids if isinstance(ids, dict) else EMBEDDINGS_IN if ids else ())
+    }
+    return f"modules_to_save {', '.join(both)}, and trainable_token_indices of the same" if both else None
+
+
+def _fits_nothing(s: RunContext) -> str | None:
+    """Look for a name that fits no module, or none with adapters; patterns, and experts, are compared by the run."""
+    config, ids = s.config, s.config.trainable_token_indices
+    weights = s.model.weights if s.model and s.model.experts < 2 else ()
+    known = {part for weight in weights for part in weight.split(".")} | {*HEADS}
+    wanted = {key: getattr(config, key) for key in (*PATTERNS, "exclude_modules", "layers_pattern", "modules_to_save")}
+    wanted |= {"trainable_token_indices": ids if isinstance(ids, dict) else ()}
+    for key, names in wanted.items() if config.uses_lora else ():
+        for name in filter(NAME.fullmatch, names):
+            if weights and name.rpartition(".")[2] not in known:
+                return f"{key} {name}, and nothing of {config.model_name_or_path} has that name"
+            if key in PATTERNS and not _has_adapters(config, name):
+                return f"{key} {name}, which has no adapters"
+    return None
+
+
+def _has_adapters(config: TrainConfig, name: str) -> bool:
+    """Return whether modules of this name may have adapters."""
+    last, numbers = name.rpartition(".")[2], {int(part) for part in name.split(".") if part.isdecimal()}
+    targets, excluded = config.lora_target_modules, {*config.exclude_modules, *config.modules_to_save}
+    chosen = last not in EMBEDDINGS if targets == "all-linear" else last in {t.rpartition(".")[2] for t in targets}
+    reached = not (numbers and config.layers_to_transform) or numbers & {*config.layers_to_transform}
+    return bool(chosen and reached and not {name, last} & excluded)
 
 
 def _tied_tokens(s: RunContext) -> str | None:
@@ -247,11 +304,14 @@ ADAPTER_RULES = (
             "init_lora_weights",
             "new_adapter",
             "lora_dropout",
+            "rank_pattern",
+            "alpha_pattern",
+            "exclude_modules",
             "method",
         ),
         _together,
         reason="peft does not have these together, they are not started here, or the saved adapter would not load in peft.",
-        fix="keep one of the two",
+        fix="keep one of the two, or list lora_target_modules without experts",
         of_many=True,
     ),
     error(
@@ -295,6 +355,21 @@ ADAPTER_RULES = (
         _whole_tied,
         reason="The copy that is trained would part from the other module, and the saved model would be neither.",
         fix="use trainable_token_indices for single tokens, or method: full",
+    ),
+    error(
+        "whole-module-and-its-tokens",
+        ("modules_to_save", "trainable_token_indices"),
+        _whole_and_tokens,
+        reason="Where a module is trained whole, its tokens are, too.",
+        fix="keep one of them",
+    ),
+    error(
+        "names-of-nothing",
+        (*PATTERNS, "exclude_modules", "layers_pattern", "modules_to_save", "trainable_token_indices"),
+        _fits_nothing,
+        reason="peft passes over such a name without a word.",
+        fix="give the end of a name, as mlp.down_proj, or a pattern of the whole name",
+        of_many=True,
     ),
     error(
         "tokens-of-tied-modules",
