@@ -82,12 +82,12 @@ LIGHT += [
 LINES = {  # at most; a feature that needs more raises its package's number and says why
     "root": 1400,
     "runs": 1600,  # with the watchdog, which the launch starts too, the boards of machines, the hub, what a new run replaces, links to the adapter, adapters of the hub
-    "config": 2640,  # with keywords of Python, names that say the opposite, the names and values that other tools have and people guess, and keys and help texts in groups, and all that is not known at once
+    "config": 2660,  # with tokens of an earlier adapter, keywords of Python, names that say the opposite, the names and values that other tools have and people guess, and keys and help texts in groups, and all that is not known at once
     "topology": 880,  # with the CUDA driver, what torch is built for, and NUMA nodes
     "chat_template": 1600,  # with messages, roles and ends of turns that are learned or not
-    "models": 5380,  # with patterns of adapters as peft saves them, loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces, what adapters start from, frozen ones below, rows of tokens
+    "models": 5400,  # with patterns of adapters as peft saves them, loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces, what adapters start from, frozen ones below, rows of tokens
     "data": 3800,  # with weights of messages, data for classifiers, shares of sources, other names of questions and answers, and rows that are looked at before any tokenizer
-    "rules": 2600,  # with names that fit nothing and experts under all-linear, options that choose among turns, templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
+    "rules": 2640,  # with names that fit nothing and experts under all-linear, options that choose among turns, templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
     "plan": 2100,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words, what is trained beside A and B
     "parallel": 1400,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16, tied embeddings with trained tokens
     "checkpoint": 480,

@@ -162,6 +162,8 @@ CASES = [
     ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"allow_base_change": True}),
     ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"model_name_or_path": "embedded"}),
     ("adapter-does-not-fit", {"adapter": "ADAPTER", "allow_base_change": True, "model": llama()}, {"adapter": None}),
+    ("new-tokens-of-saved-adapter", {"adapter": "ADAPTER", "add_tokens": ["zorp"]}, {"new_adapter": True}),
+    ("new-tokens-of-saved-adapter", {"adapter": "ADAPTER", "add_tokens": ["zorp"]}, {"add_tokens": []}),
     ("start-of-saved-adapter", {"adapter": "ADAPTER", "init_lora_weights": "olora"}, {"new_adapter": True}),
     ("start-of-saved-adapter", {"adapter": "ADAPTER", "init_lora_weights": "olora"}, {"init_lora_weights": "true"}),
     ("adapter-options-together", {"use_dora": True, "init_lora_weights": "pissa"}, {"init_lora_weights": "gaussian"}),
@@ -539,11 +541,14 @@ CASES = [
             "use_dora": True,
             "lora_bias": True,
             "init_lora_weights": "pissa",
-            "rank_pattern": {".*layers.1.*": 6},
+            "rank_pattern": {".*layers.0.*": 6},
             "alpha_pattern": {"gate_up_proj": 6},
             "exclude_modules": ["mlp.experts"],
         }.items()
-        for fix in ({"lora_target_modules": ["q_proj"], "alpha_pattern": {}}, {key: FIELDS[key].default})
+        for fix in (
+            {"lora_target_modules": ["q_proj"], "alpha_pattern": {}, "exclude_modules": []},
+            {key: FIELDS[key].default},
+        )
     ),
     ("layers-beyond-model", {"model": llama(), "layers_to_transform": [0, 2]}, {"layers_to_transform": [0, 1]}),
     (
@@ -557,16 +562,19 @@ CASES = [
             ({"alpha_pattern": {"q_prjo": 5}}, {"alpha_pattern": {"layers.0.self_attn.q_proj": 5}}),
             ({"exclude_modules": ["q_prjo"]}, {"exclude_modules": ["q_proj"]}),
             ({"modules_to_save": ["head"]}, {"modules_to_save": ["lm_head"]}),
-            ({"layers_to_transform": [1], "layers_pattern": ["h"]}, {"layers_pattern": ["layers"]}),
+            ({"layers_to_transform": [0], "layers_pattern": ["h"]}, {"layers_pattern": ["layers"]}),
             ({"trainable_token_indices": {"wte": [1]}}, {"trainable_token_indices": {"embed_tokens": [1]}}),
             ({"rank_pattern": {"embed_tokens": 4}}, {"rank_pattern": {".*_proj": 4}}),
+            ({"rank_pattern": {r".*\.1\..*": 4}}, {"rank_pattern": {r".*\.0\..*": 4}}),
+            ({"lora_target_modules": ["q_proj"], "exclude_modules": ["self_attn"]}, {"exclude_modules": []}),
+            ({"lora_target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, {"modules_to_save": []}),
             ({"rank_pattern": {"q_proj": 4}, "exclude_modules": ["q_proj"]}, {"exclude_modules": []}),
             (
                 {"rank_pattern": {"layers.0.self_attn.q_proj": 4}, "layers_to_transform": [1]},
                 {"layers_to_transform": [0]},
             ),
             (
-                {"rank_pattern": {"q_proj": 4}, "lora_target_modules": ["v_proj"]},
+                {"rank_pattern": {"q_proj": 4}, "lora_target_modules": ["lm_head"]},
                 {"lora_target_modules": ["self_attn.q_proj"]},
             ),
         )

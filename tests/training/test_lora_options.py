@@ -157,6 +157,15 @@ def test_experts_that_peft_would_not_exclude_are_refused():
     assert "lora_target_modules" in caught.value.fix
 
 
+def test_parameters_that_are_not_there_are_refused():
+    with pytest.raises(UserError, match=r"target_parameters: .* 'mlp.experts.down'"):
+        made(
+            "qwen3_moe",
+            tiny_recipe("--method=lora", "--target_parameters=mlp.experts.down", "--lora_target_modules=q_proj"),
+            torch.float32,
+        )
+
+
 @pytest.mark.parametrize("option", ["head", "tokens"])
 def test_what_is_trained_beside_adapters_is_float32_in_bf16_too(option, tmp_path):
     args = (*RECIPE, *OPTIONS[option], "--strategy=single", "--bf16=true")

@@ -115,7 +115,9 @@ def _check_names(model: torch.nn.Module, config: TrainConfig) -> None:
         UserError: there is one.
     """
     names = {name.removeprefix("base_model.model.") for name, _ in model.named_modules()}
-    adapted = set(adapted_layers(model))
+    wrapped = {n: getattr(layer, "parameter_name", None) for n, layer in adapted_layers(model).items()}
+    parameters = {f"{name.replace('.base_layer', '')}.{own}" for name, own in wrapped.items()}
+    adapted = set(wrapped)
     layers = {int(number) for name in adapted for number in re.findall(r"\.(\d+)\.", name)}
     tokens = config.trainable_token_indices
     kept = [name for name in adapted if _of_any(config.exclude_modules, name, below=True)]
@@ -128,6 +130,7 @@ def _check_names(model: torch.nn.Module, config: TrainConfig) -> None:
         "alpha_pattern": (config.alpha_pattern, adapted),
         "modules_to_save": (config.modules_to_save, names),
         "trainable_token_indices": (tokens if isinstance(tokens, dict) else (), names),
+        "target_parameters": (config.target_parameters, parameters),
         "layers_to_transform": (map(str, config.layers_to_transform), set(map(str, layers))),
     }
     for key, (patterns, known) in wanted.items():

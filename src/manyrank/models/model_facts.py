@@ -154,6 +154,11 @@ class ModelFacts:
         return text in self._tokens
 
     @property
+    def next_token(self) -> int:
+        """The id of a token that the tokenizer gets, or that the files do not number."""
+        return max(self._tokens.values(), default=-1) + 1
+
+    @property
     def has_tokens(self) -> bool:
         """Whether the tokens are known here."""
         return bool(self._tokens)
@@ -174,8 +179,7 @@ class ModelFacts:
             return []
         used = {self.special(name) for name in ("bos_token", "eos_token", "pad_token")} - {None}
         used |= {token for token in self.added_tokens if token in (template or "")}
-        following = max(self._tokens.values()) + 1  # what a token gets that the files do not number
-        return sorted(token for token in used if self._tokens.get(token, following) >= size)
+        return sorted(token for token in used if self._tokens.get(token, self.next_token) >= size)
 
     def stops(self) -> set[str]:
         """The texts of the tokens that end an answer: for the tokenizer, and for whatever generates."""

@@ -12,13 +12,13 @@ from ..config.schema import TrainConfig
 from ..models.model_facts import find_facts, read_header
 from ..runs import artifact
 from .context import RunContext
-from .model import ADAPTED_EXPERTS, HEADS
+from .model import ADAPTED_EXPERTS, HEADS, all_targets_missing
 from .rule import error, unless, warning
 
 EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
 EMBEDDINGS = (*EMBEDDINGS_IN, *HEADS)  # modules of the vocabulary's size
 PLAIN = re.compile(r"(?<!\.experts)(?<!\.base_layer)\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
-NAME = re.compile(r"[\w.]+")  # in place of a pattern
+NAMED = ("exclude_modules", "layers_pattern", "modules_to_save", "trainable_token_indices")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 # Names of repositories that hold the same weights in 4 bits, or mirror them.
 COPIES = re.compile(r"[-_](unsloth|bnb|4bit)\b", re.IGNORECASE)
@@ -108,36 +108,49 @@ def _whole_tied(s: RunContext) -> str | None:
 
 
 def _whole_and_tokens(s: RunContext) -> str | None:
-    ids, whole = s.config.trainable_token_indices, {name.rpartition(".")[2] for name in s.config.modules_to_save}
-    both = whole & {
-        name.rpartition(".")[2] for name in (ids if isinstance(ids, dict) else EMBEDDINGS_IN if ids else ())
-    }
+    ids, whole = s.config.trainable_token_indices, s.config.modules_to_save
+    modules = {*ids} if isinstance(ids, dict) else {*EMBEDDINGS_IN} if ids else set()
+    both = [name for name in whole if name.rpartition(".")[2] in {module.rpartition(".")[2] for module in modules}]
     return f"modules_to_save {', '.join(both)}, and trainable_token_indices of the same" if both else None
 
 
 def _fits_nothing(s: RunContext) -> str | None:
-    """Look for a name that fits no module, or none with adapters; patterns, and experts, are compared by the run."""
-    config, ids = s.config, s.config.trainable_token_indices
-    weights = s.model.weights if s.model and s.model.experts < 2 else ()
-    known = {part for weight in weights for part in weight.split(".")} | {*HEADS}
-    wanted = {key: getattr(config, key) for key in (*PATTERNS, "exclude_modules", "layers_pattern", "modules_to_save")}
-    wanted |= {"trainable_token_indices": ids if isinstance(ids, dict) else ()}
-    for key, names in wanted.items() if config.uses_lora else ():
-        for name in filter(NAME.fullmatch, names):
-            if weights and name.rpartition(".")[2] not in known:
-                return f"{key} {name}, and nothing of {config.model_name_or_path} has that name"
-            if key in PATTERNS and not _has_adapters(config, name):
-                return f"{key} {name}, which has no adapters"
+    """Look for a name or pattern that fits nothing, by the names of the weights; the run looks at the modules."""
+    config, tokens = s.config, s.config.trainable_token_indices
+    modules = _modules(s) if config.uses_lora else {}
+    adapted = {name for name, rank in modules.items() if rank == 2 and _has_adapters(config, name)}
+    around = {name[:end] for name in modules for end in (*(m.start() for m in re.finditer(r"\.", name)), None)}
+    wanted = dict.fromkeys(PATTERNS, adapted) | dict.fromkeys(NAMED, around) if modules else {}
+    for key, known in wanted.items():
+        patterns = getattr(config, key) if key != "trainable_token_indices" or isinstance(tokens, dict) else ()
+        for pattern in patterns:
+            if not any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in known):
+                return f"{key} {pattern}, which fits nothing that {'has adapters' if known is adapted else 'is there'}"
+    if modules and not adapted and not config.target_parameters and not all_targets_missing(s):
+        return "lora_target_modules, of which nothing is left beside the other options"
     return None
 
 
+def _modules(s: RunContext) -> dict[str, int]:
+    """The modules with weights, and the dimensions of these; none where modules may have other names than the files."""
+    shapes = s.model.headers() if s.model and "text_config" not in s.model.whole else {}
+    if not all(name.startswith(("model.", "transformer.", HEADS[0])) for name in shapes):
+        return {}
+    modules = {name.rpartition(".")[0]: len(shape) for name, shape in shapes.items() if name.endswith(".weight")}
+    return {HEADS[0]: 2} | modules if modules else {}
+
+
 def _has_adapters(config: TrainConfig, name: str) -> bool:
-    """Return whether modules of this name may have adapters."""
-    last, numbers = name.rpartition(".")[2], {int(part) for part in name.split(".") if part.isdecimal()}
-    targets, excluded = config.lora_target_modules, {*config.exclude_modules, *config.modules_to_save}
-    chosen = last not in EMBEDDINGS if targets == "all-linear" else last in {t.rpartition(".")[2] for t in targets}
-    reached = not (numbers and config.layers_to_transform) or numbers & {*config.layers_to_transform}
-    return bool(chosen and reached and not {name, last} & excluded)
+    """Return whether a matrix has adapters."""
+    targets, numbers = config.lora_target_modules, re.findall(r"\.(\d+)\.", name)
+    excluded = [*config.exclude_modules, *(re.escape(module) for module in config.modules_to_save)]
+    if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name) for pattern in excluded):
+        return False
+    if config.layers_to_transform and not (numbers and int(numbers[0]) in config.layers_to_transform):
+        return False
+    if targets == "all-linear":
+        return name.rpartition(".")[2] not in EMBEDDINGS
+    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def _tied_tokens(s: RunContext) -> str | None:
@@ -171,6 +184,16 @@ def _known_tokens(s: RunContext) -> str | None:
         return None
     known = [token for token in wanted if s.model.has_token(token)]
     return f"the tokenizer of {s.model.name} has {', '.join(known)}" if known else None
+
+
+def _rows_of_saved(s: RunContext) -> str | None:
+    """Look for new tokens of a saved adapter that has no rows for them."""
+    config, words = s.config, [*s.config.add_tokens, *s.config.add_special_tokens]
+    if not words or not config.adapter or config.new_adapter or not s.model or not s.model.has_tokens:
+        return None
+    whole = any(name.rpartition(".")[2] in EMBEDDINGS_IN for name in config.modules_to_save)
+    rows = whole or max(token_ids(config.trainable_token_indices), default=0) >= s.model.next_token
+    return None if rows else f"add_tokens {', '.join(words)}, and the adapter {config.adapter} has no rows for them"
 
 
 def _tokens_in_pieces(s: RunContext) -> str | None:
@@ -365,7 +388,7 @@ ADAPTER_RULES = (
     ),
     error(
         "names-of-nothing",
-        (*PATTERNS, "exclude_modules", "layers_pattern", "modules_to_save", "trainable_token_indices"),
+        (*PATTERNS, *NAMED, "lora_target_modules"),
         _fits_nothing,
         reason="peft passes over such a name without a word.",
         fix="give the end of a name, as mlp.down_proj, or a pattern of the whole name",
@@ -391,6 +414,13 @@ ADAPTER_RULES = (
         _known_tokens,
         reason="Their embeddings are the base's, and new ones would replace them.",
         fix="leave them out; trainable_token_indices trains the embeddings of tokens that are there",
+    ),
+    error(
+        "new-tokens-of-saved-adapter",
+        ("add_tokens", "add_special_tokens", "adapter"),
+        _rows_of_saved,
+        reason="Its shape cannot change.",
+        fix="leave them out, write new_adapter: true for another adapter on top, or merge it first (manyrank merge)",
     ),
     error(
         "new-tokens-in-grpo",

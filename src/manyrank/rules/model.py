@@ -132,10 +132,12 @@ def _some_targets_missing(s: RunContext, model: ModelFacts) -> str | None:
     return f"no module of {model.name} is called {' or '.join(missing)}" if some else None
 
 
-def _all_targets_missing(s: RunContext, model: ModelFacts) -> str | None:
-    missing = _unknown_targets(s, model)
+def all_targets_missing(s: RunContext) -> str | None:
+    """Name the targets, where the model has none of them."""
+    model = s.model
+    missing = _unknown_targets(s, model) if model else []
     none = missing and len(missing) == len(s.config.lora_target_modules)
-    return f"no module of {model.name} is called {' or '.join(missing)}" if none else None
+    return f"no module of {s.config.model_name_or_path} is called {' or '.join(missing)}" if none else None
 
 
 def _layers(s: RunContext, model: ModelFacts) -> str | None:
@@ -316,7 +318,7 @@ ADAPTER_RULES = (
     error(
         "no-targets",
         ("lora_target_modules", "model:model.safetensors"),
-        _of_model(_all_targets_missing),
+        all_targets_missing,
         reason="Nothing would be trained.",
         fix="write all-linear, or names of the model's linear layers, as q_proj,v_proj",
     ),
