@@ -170,7 +170,7 @@ CASES = [
     ("adapter-options-together", {"use_dora": True, "lora_target_modules": "embed_tokens"}, {"use_dora": False}),
     ("adapter-options-together", {"use_dora": True, "lora_bias": True}, {"lora_bias": False}),
     ("adapter-options-together", {"use_dora": True, "method": "int8"}, {"method": "lora"}),
-    ("adapter-options-together", {"target_parameters": ["experts"], "lora_dropout": 0.1}, {"lora_dropout": 0}),
+    ("adapter-options-together", {"target_parameters": ["down_proj.weight"], "lora_dropout": 0.1}, {"lora_dropout": 0}),
     ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "fsdp"}, {"strategy": "ddp"}),
     ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "zero3"}, {"method": "lora"}),
     ("loftq-without-4-bits", {"init_lora_weights": "loftq"}, {"method": "qlora"}),
@@ -561,6 +561,7 @@ CASES = [
         for broken, fix in (
             ({"alpha_pattern": {"q_prjo": 5}}, {"alpha_pattern": {"layers.0.self_attn.q_proj": 5}}),
             ({"exclude_modules": ["q_prjo"]}, {"exclude_modules": ["q_proj"]}),
+            ({"target_parameters": ["experts.gate_up_proj"]}, {"target_parameters": ["q_proj.weight"]}),
             ({"modules_to_save": ["head"]}, {"modules_to_save": ["lm_head"]}),
             ({"layers_to_transform": [0], "layers_pattern": ["h"]}, {"layers_pattern": ["layers"]}),
             ({"trainable_token_indices": {"wte": [1]}}, {"trainable_token_indices": {"embed_tokens": [1]}}),
@@ -1006,6 +1007,26 @@ def test_pluggable_attention_is_what_the_class_says(model_type):
 
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     assert _takes_attention(model_type) == bool(cls._supports_attention_backend)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt2", "phi", "olmo2", "qwen3_moe"])
+def test_names_of_modules_are_those_of_the_files(model_type, tmp_path):
+    """As the rule names-of-nothing has them; experts aside."""
+    from small_models import LAUNCHED
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from manyrank.rules.adapters import _modules
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **LAUNCHED))
+    model.save_pretrained(tmp_path)
+    known = set(_modules(situation(model_name_or_path=str(tmp_path))))
+    names = {name.removesuffix(".weight") for name, _ in model.named_parameters() if name.endswith(".weight")}
+    assert {name for name in known if "experts" not in name} - {"lm_head"} == names - {"lm_head"} != set()
+
+
+def test_no_names_are_compared_where_modules_have_others(made):
+    places, values = made({"model": llama(model_type="hy_v4"), "exclude_modules": ["q_prjo"]})
+    assert "names-of-nothing" not in names(find_violations(RunContext(resolved(**values), **placed(places))))
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])

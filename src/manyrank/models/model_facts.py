@@ -212,6 +212,11 @@ class ModelFacts:
         modules = (weight.rpartition(".")[0] for weight in self.weights)
         return any(module == target or module.endswith(f".{target}") for module in modules)
 
+    @property
+    def renames(self) -> bool:
+        """Whether modules may have other names than the files: transformers converts some types, or takes the text of several parts."""
+        return "text_config" in self.whole or _converts(self.model_type)
+
     def mixing(self) -> Iterator[str]:
         """Name what mixes tokens in a way that packing cannot hold apart, as far as the files tell."""
         kinds = {str(kind) for kind in self.config.get("layer_types") or []} - ATTENTION_LAYERS
@@ -272,11 +277,20 @@ def _takes_attention(model_type: str) -> bool:
     The class says so in its source, which is read and not imported: that would take seconds. True where there is none
     of that name; the run looks at the class itself.
     """
-    package = importlib.util.find_spec("transformers")
     name = model_type.replace("-", "_")
-    if not package or not re.fullmatch(r"\w+", name):
-        return True
-    file = Path(package.origin).parent / "models" / name / f"modeling_{name}.py"
-    return not file.is_file() or bool(
-        re.search(r"_supports_attention_backend\s*=\s*True", file.read_text(encoding="utf-8"))
-    )
+    file = _of_transformers(f"models/{name}/modeling_{name}.py") if re.fullmatch(r"\w+", name) else None
+    return not file or bool(re.search(r"_supports_attention_backend\s*=\s*True", file.read_text(encoding="utf-8")))
+
+
+@lru_cache
+def _converts(model_type: str) -> bool:
+    """Return whether the installed transformers converts the weights of this kind of model; its table is read, not imported."""
+    file = _of_transformers("conversion_mapping.py")
+    return not file or f'"{model_type}":' in file.read_text(encoding="utf-8")
+
+
+def _of_transformers(name: str) -> Path | None:
+    """A file of the installed transformers."""
+    package = importlib.util.find_spec("transformers")
+    file = Path(package.origin).parent / name if package and package.origin else None
+    return file if file and file.is_file() else None

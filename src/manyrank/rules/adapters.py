@@ -19,6 +19,7 @@ EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
 EMBEDDINGS = (*EMBEDDINGS_IN, *HEADS)  # modules of the vocabulary's size
 PLAIN = re.compile(r"(?<!\.experts)(?<!\.base_layer)\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
 NAMED = ("exclude_modules", "layers_pattern", "modules_to_save", "trainable_token_indices")
+EXPERTS_ALONE = frozenset(ADAPTED_EXPERTS) - {"mixtral"}  # whose modules have the names of the files but for experts
 PATTERNS = ("rank_pattern", "alpha_pattern")
 # Names of repositories that hold the same weights in 4 bits, or mirror them.
 COPIES = re.compile(r"[-_](unsloth|bnb|4bit)\b", re.IGNORECASE)
@@ -121,6 +122,8 @@ def _fits_nothing(s: RunContext) -> str | None:
     adapted = {name for name, rank in modules.items() if rank == 2 and _has_adapters(config, name)}
     around = {name[:end] for name in modules for end in (*(m.start() for m in re.finditer(r"\.", name)), None)}
     wanted = dict.fromkeys(PATTERNS, adapted) | dict.fromkeys(NAMED, around) if modules else {}
+    if modules and s.model and s.model.experts < 2:
+        wanted["target_parameters"] = {f"{name}.weight" for name in modules}
     for key, known in wanted.items():
         patterns = getattr(config, key) if key != "trainable_token_indices" or isinstance(tokens, dict) else ()
         for pattern in patterns:
@@ -133,7 +136,8 @@ def _fits_nothing(s: RunContext) -> str | None:
 
 def _modules(s: RunContext) -> dict[str, int]:
     """The modules with weights, and the dimensions of these; none where modules may have other names than the files."""
-    shapes = s.model.headers() if s.model and "text_config" not in s.model.whole else {}
+    known = s.model and (not s.model.renames or s.model.model_type in EXPERTS_ALONE)
+    shapes = s.model.headers() if s.model and known else {}
     if not all(name.startswith(("model.", "transformer.", HEADS[0])) for name in shapes):
         return {}
     modules = {name.rpartition(".")[0]: len(shape) for name, shape in shapes.items() if name.endswith(".weight")}
@@ -388,7 +392,7 @@ ADAPTER_RULES = (
     ),
     error(
         "names-of-nothing",
-        (*PATTERNS, *NAMED, "lora_target_modules"),
+        (*PATTERNS, *NAMED, "target_parameters", "lora_target_modules"),
         _fits_nothing,
         reason="peft passes over such a name without a word.",
         fix="give the end of a name, as mlp.down_proj, or a pattern of the whole name",
