@@ -118,7 +118,8 @@ def _whole_and_tokens(s: RunContext) -> str | None:
 def _fits_nothing(s: RunContext) -> str | None:
     """Look for a name or pattern that fits nothing, by the names of the weights; the run looks at the modules."""
     config, tokens = s.config, s.config.trainable_token_indices
-    modules = _modules(s) if config.uses_lora else {}
+    given = any(getattr(config, key) for key in (*PATTERNS, *NAMED, "target_parameters"))
+    modules = _modules(s) if config.uses_lora and given else {}
     adapted = {name for name, rank in modules.items() if rank == 2 and _has_adapters(config, name)}
     around = {name[:end] for name in modules for end in (*(m.start() for m in re.finditer(r"\.", name)), None)}
     wanted = dict.fromkeys(PATTERNS, adapted) | dict.fromkeys(NAMED, around) if modules else {}
