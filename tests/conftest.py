@@ -32,6 +32,7 @@ SLOW = (  # the slowest first, as measured
     "test_first_hour.py",
     "models/test_model_recipes.py",
     "equivalence/test_verify.py",
+    "equivalence/test_combinations.py",
     "test_counts.py",
     "tools/test_serve.py",
     "tools/test_merge.py",

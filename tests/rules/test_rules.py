@@ -14,7 +14,7 @@ from launches import ROOT
 from safetensors.numpy import save_file
 
 from manyrank import cli
-from manyrank.config.resolve import NOT_GIVEN, ResolvedConfig, Setting, presets, resolve
+from manyrank.config.resolve import FIELDS, NOT_GIVEN, ResolvedConfig, Setting, presets, resolve
 from manyrank.errors import UserError, UserErrors
 from manyrank.project_files import asset
 from manyrank.rules import recipe as recipe_rules
@@ -72,7 +72,7 @@ LLAMA = {
     "vocab_size": 8,
     "max_position_embeddings": 512,
 }
-WEIGHTS = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"]
+WEIGHTS = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"]
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "uint8"}
 ENDS = {"eos_token": "<end>", "chat_template": "{{ messages }}<end>"}
 TOKENS = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "<end>", "id": 7}, {"content": "<turn>", "id": 8}]}
@@ -204,13 +204,15 @@ CASES = [
     ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"allow_base_change": True}),
     ("another-base", {"adapter": "ADAPTER", "model_name_or_path": "org/other"}, {"model_name_or_path": "embedded"}),
     ("adapter-does-not-fit", {"adapter": "ADAPTER", "allow_base_change": True, "model": llama()}, {"adapter": None}),
+    ("new-tokens-of-saved-adapter", {"adapter": "ADAPTER", "add_tokens": ["zorp"]}, {"new_adapter": True}),
+    ("new-tokens-of-saved-adapter", {"adapter": "ADAPTER", "add_tokens": ["zorp"]}, {"add_tokens": []}),
     ("start-of-saved-adapter", {"adapter": "ADAPTER", "init_lora_weights": "olora"}, {"new_adapter": True}),
     ("start-of-saved-adapter", {"adapter": "ADAPTER", "init_lora_weights": "olora"}, {"init_lora_weights": "true"}),
     ("adapter-options-together", {"use_dora": True, "init_lora_weights": "pissa"}, {"init_lora_weights": "gaussian"}),
     ("adapter-options-together", {"use_dora": True, "lora_target_modules": "embed_tokens"}, {"use_dora": False}),
     ("adapter-options-together", {"use_dora": True, "lora_bias": True}, {"lora_bias": False}),
     ("dora-on-8-bits", {"use_dora": True, "method": "int8"}, {"method": "lora"}),
-    ("adapter-options-together", {"target_parameters": ["experts"], "lora_dropout": 0.1}, {"lora_dropout": 0}),
+    ("adapter-options-together", {"target_parameters": ["down_proj.weight"], "lora_dropout": 0.1}, {"lora_dropout": 0}),
     ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "fsdp"}, {"strategy": "ddp"}),
     ("dora-on-4-bits-in-shards", {"use_dora": True, "method": "qlora", "strategy": "zero3"}, {"method": "lora"}),
     ("loftq-without-4-bits", {"init_lora_weights": "loftq"}, {"method": "qlora"}),
@@ -588,11 +590,27 @@ CASES = [
         {"model": llama(), "lora_target_modules": ["q_prjo"]},
         {"lora_target_modules": ["q_proj"]},
     ),
-    ("dropout-on-experts", {"model": llama(model_type="mixtral"), "lora_dropout": 0.1}, {"lora_dropout": 0}),
+    *(
+        ("adapter-options-together", {"model": llama(model_type="qwen3_moe", num_experts=2), key: value}, fix)
+        for key, value in {
+            "lora_dropout": 0.1,
+            "use_dora": True,
+            "lora_bias": True,
+            "init_lora_weights": "pissa",
+            "rank_pattern": {".*layers.0.*": 6},
+            "alpha_pattern": {"gate_up_proj": 6},
+            "exclude_modules": ["mlp.experts"],
+        }.items()
+        for fix in (
+            {"lora_target_modules": ["q_proj"], "alpha_pattern": {}, "exclude_modules": []},
+            {key: FIELDS[key].default},
+        )
+    ),
+    ("layers-beyond-model", {"model": llama(), "layers_to_transform": [0, 2]}, {"layers_to_transform": [0, 1]}),
     (
-        "dropout-on-experts",
-        {"model": llama(model_type="qwen3_moe"), "lora_dropout": 0.1},
-        {"lora_target_modules": ["q_proj"]},
+        "whole-module-and-its-tokens",
+        {"modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]},
+        {"trainable_token_indices": {"lm_head": [1]}},
     ),
 ]
 IDS = [f"{name}-{number}" for number, (name, _, _) in enumerate(CASES)]
@@ -1026,9 +1044,9 @@ def test_peft_refuses_dropout_on_these_experts(model_type):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from manyrank.rules.model import PARAMETER_EXPERTS
+    from manyrank.rules.model import ADAPTED_EXPERTS
 
-    assert model_type in PARAMETER_EXPERTS
+    assert model_type in ADAPTED_EXPERTS
     small = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     small |= dict(num_key_value_heads=2, num_experts=2, num_local_experts=2, moe_intermediate_size=16)
     small |= dict(shared_expert_intermediate_size=16, num_experts_per_tok=1)

@@ -136,13 +136,13 @@ def packs() -> dict[str, torch.Tensor]:
     }
 
 
-def plain_loss(model, tokenizer, path) -> float:
-    """Mean loss of supervised tokens with nothing but transformers: row by row, all logits."""
+def plain_loss(model, tokenizer, path, config=None) -> float:
+    """Mean loss of supervised tokens with nothing but transformers: row by row, all logits; learned as a recipe says."""
     from manyrank.data.dataset import prepare
 
     given = {"model_name_or_path": "embedded", "data_path": path, "max_length": 256}
-    config = resolve(None, [Setting(k, v, "test") for k, v in given.items()]).config
-    examples = prepare(config.data_path, tokenizer, config)
+    usual = resolve(None, [Setting(k, v, "test") for k, v in given.items()]).config
+    examples = prepare(usual.data_path, tokenizer, config or usual)
     total = count = 0
     for row in map(examples.__getitem__, range(len(examples))):
         ids, labels = torch.as_tensor(row["input_ids"])[None].long(), torch.as_tensor(row["labels"])[None].long()

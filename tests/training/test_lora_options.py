@@ -28,7 +28,7 @@ OPTIONS = {
     "pissa_niter_2": ("--init_lora_weights=pissa_niter_2",),
     "olora": ("--init_lora_weights=olora", "--rank_pattern={q_proj: 3}"),
     "eva": ("--init_lora_weights=eva",),
-    "patterns": ("--rank_pattern={q_proj: 3, layers.0.mlp.down_proj: 24}", "--alpha_pattern={up_proj: 5}"),
+    "patterns": ("--rank_pattern={layers.0.mlp.down_proj: 24, '.*_proj': 3}", "--alpha_pattern={up_proj: 5}"),
     "layers": ("--layers_to_transform=1,2", "--layers_pattern=layers"),
     "exclude": (r"--exclude_modules=[up_proj, 'model\.layers\.0\..*']",),
     "head": ("--modules_to_save=lm_head",),
@@ -215,6 +215,15 @@ def test_experts_that_peft_would_not_exclude_are_refused():
     with pytest.raises(UserError, match="has adapters all the same") as caught:
         made("qwen3_moe", tiny_recipe("--method=lora", r"--exclude_modules=['mlp\..*']"), torch.float32)
     assert "lora_target_modules" in caught.value.fix
+
+
+def test_parameters_that_are_not_there_are_refused():
+    with pytest.raises(UserError, match=r"target_parameters: .* 'mlp.experts.down'"):
+        made(
+            "qwen3_moe",
+            tiny_recipe("--method=lora", "--target_parameters=mlp.experts.down", "--lora_target_modules=q_proj"),
+            torch.float32,
+        )
 
 
 @pytest.mark.parametrize("option", ["head", "tokens"])

@@ -115,7 +115,9 @@ def test_an_adapter_with_new_tokens_is_continued(rows, embedded_model, tmp_path)
     args = (f"--data_path={rows}", f"--eval_data_path={rows}", "--eval_on_start", "--max_steps=2", "--strategy=single")
     first = launch(tmp_path / "first", *args, *TOKENS, "--lr=1e-2")
     assert first.code == 0, first.stderr
-    again = launch(tmp_path / "again", *args, f"--adapter={first.folder}")
+    other = launch(tmp_path / "other", *args, f"--adapter={first.folder}", "--add_tokens=blick,zorp")
+    assert other.code == 2 and f"add_tokens is blick,zorp, and that of {first.folder}" in other.stderr
+    again = launch(tmp_path / "again", *args, f"--adapter={first.folder}", *TOKENS)
     assert again.code == 0, again.stderr
     assert again.metrics("eval_loss")[0] == pytest.approx(first.metrics("eval_loss")[-1], abs=1e-5)
 

@@ -56,6 +56,7 @@ DEFAULTS_OF_GRPO = {"packing": "none", "metric_for_best_model": "eval_reward", "
 YES = ("true", "yes", "on", "1")
 METHOD_PREFERENCE = ("lora", "qlora", "int8", "fp8", "full")
 SWITCHES = frozenset({*METHOD_FLAGS, "wandb"})
+OF_TOKENS = ("add_tokens", "add_special_tokens")
 TYPED = frozenset({"trust_remote_code"})  # what a run's own config cannot switch on: it may be somebody else's
 KNOWN = Known(
     {**{key: key for key in (*FIELDS, *SWITCHES)}, **ALIASES, **OTHER_TOOLS},
@@ -185,6 +186,8 @@ def _gone_on_from(entry: Setting, merged: dict[str, Setting]) -> dict[str, Setti
     new = merged.get("new_adapter")
     is_new = canonical(entry.key) == "adapter" and new is not None and str(new.value).lower() in YES
     shape = adapter_keys(source.adapter, entry) if source.adapter and not is_new else {}
+    if shape and (recipe := recipe_of(source)):  # rows of tokens are saved by number
+        shape |= {key: getattr(recipe, key) for key in OF_TOKENS}
     for key, theirs in shape.items():
         setting = merged.get(key)
         if setting and not _is_same(setting, theirs):
@@ -209,7 +212,7 @@ def _is_same(setting: Setting, theirs: Any) -> bool:
         value = getattr(TrainConfig.model_validate(needed | {key: setting.value}), key)
     except ValidationError:  # which `_validate` says better
         return True
-    if isinstance(value, list) and isinstance(theirs, list):
+    if isinstance(value, list) and isinstance(theirs, list) and key not in OF_TOKENS:
         return set(value) == set(theirs)
     return value == theirs
 
@@ -219,7 +222,7 @@ def _speech(source: ModelSource) -> dict[str, Any]:
     recipe = recipe_of(source)
     if not recipe:
         return {}
-    keys = ("chat_template_kwargs", "stop_tokens", "thinking", "chat_template", "add_tokens", "add_special_tokens")
+    keys = ("chat_template_kwargs", "stop_tokens", "thinking", "chat_template", *OF_TOKENS)
     options = {key: getattr(recipe, key) for key in keys}
     if source.own_tokenizer:
         del options["chat_template"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import set_seed
@@ -63,6 +64,7 @@ def with_lora(
         adapted = get_peft_model(model, LoraConfig(**arguments, task_type="CAUSAL_LM"))
     except ValueError as error:  # no module has such a name, none that a text reaches, or peft cannot adapt it
         raise UserError(str(error), where="lora_target_modules", fix=fix) from None
+    _name_patterns(adapted)
     if own:
         _check_adapted(adapted, config)
     if "lora" not in config.disable_fused:
@@ -147,6 +149,16 @@ def _of_any(patterns: Iterable[str], name: str, *, below: bool = False) -> bool:
     """Return whether a pattern fits the end of a module's name, or with `below` that of a module around it."""
     more = r"(?:\..*)?" if below else ""
     return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern}){more}", name) for pattern in patterns)
+
+
+def _name_patterns(model: torch.nn.Module) -> None:
+    """Write whole names in place of patterns where two fit a layer: the first counts, and peft saves them sorted."""
+    own = model.peft_config["default"]
+    for key, usual, part in (("rank_pattern", own.r, "r"), ("alpha_pattern", own.lora_alpha, "lora_alpha")):
+        patterns, layers = getattr(own, key), adapted_layers(model)
+        if any(get_pattern_key(patterns, name) != get_pattern_key(sorted(patterns), name) for name in layers):
+            values = {name: getattr(layer, part)["default"] for name, layer in layers.items()}
+            setattr(own, key, {name: value for name, value in values.items() if value != usual})
 
 
 def saved_names(model: torch.nn.Module) -> dict[str, str]:

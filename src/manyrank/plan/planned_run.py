@@ -13,15 +13,9 @@ from ..config.schema import TrainConfig
 from ..models.spec import Layer, Linear, ModelSpec
 from ..rules.adapters import EMBEDDINGS
 from ..rules.context import RunContext
-from ..rules.model import HEADS
+from ..rules.model import ADAPTED_EXPERTS, HEADS
 from ..topology.strategies import Strategy
 
-# Experts of these types get adapters under all-linear: peft 0.21 gives them for the names that transformers 4 had, and
-# then leaves the dense matrices of those names without (peft/utils/transformers_weight_conversion.py).
-ADAPTED_EXPERTS = {
-    "mixtral": ("w1", "w2", "w3"),
-    **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
-}
 ATTENTION = ("q_", "k_", "v_", "o_", "qkv_", "kv_")  # the beginnings of names of its matrices
 SAVED = 4  # bytes of an element of a saved adapter
 

@@ -12,13 +12,14 @@ from ..config.schema import TrainConfig
 from ..models.model_facts import find_facts, read_header
 from ..runs import artifact
 from .context import RunContext
-from .model import HEADS
+from .model import ADAPTED_EXPERTS, HEADS
 from .rule import error, unless, warning
 
 Shapes = dict[str, list[int]]  # of weights, by name
 EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
 EMBEDDINGS = (*EMBEDDINGS_IN, *HEADS)  # modules of the vocabulary's size
 PLAIN = re.compile(r"(?<!\.experts)(?<!\.base_layer)\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
+PATTERNS = ("rank_pattern", "alpha_pattern")
 # Names of repositories that hold the same weights in 4 bits, or mirror them.
 COPIES = re.compile(r"[-_](unsloth|bnb|4bit)\b", re.IGNORECASE)
 
@@ -41,7 +42,7 @@ def _together(s: RunContext) -> str | None:
     """Name two options of which one leaves no room for the other."""
     config, below = s.config, _keeps_below(s)
     own_start = config.init_lora_weights not in ("true", "gaussian")
-    parameters, embedding = bool(config.target_parameters), _embedding_target(s)
+    parameters, embedding = _adapted_parameters(s), _embedding_target(s)
     pairs = {
         (f"lora_target_modules {embedding}", "use_dora"): embedding and config.use_dora,
         (f"lora_target_modules {embedding}", "lora_bias"): embedding and config.lora_bias,
@@ -50,13 +51,34 @@ def _together(s: RunContext) -> str | None:
         and bool(below or config.init_lora_weights == "loftq"),
         ("use_dora", "lora_bias"): config.use_dora and config.lora_bias,
         ("use_dora", f"method {config.method}"): config.use_dora and config.method == "fp8",
-        ("target_parameters", "use_dora"): parameters and config.use_dora,
-        ("target_parameters", "lora_bias"): parameters and config.lora_bias,
-        ("target_parameters", "lora_dropout"): parameters and bool(config.lora_dropout),
-        ("target_parameters", below or f"init_lora_weights {config.init_lora_weights}"): parameters
+        (f"{parameters}", "use_dora"): parameters and config.use_dora,
+        (f"{parameters}", "lora_bias"): parameters and config.lora_bias,
+        (f"{parameters}", "lora_dropout"): parameters and bool(config.lora_dropout),
+        (f"{parameters}", below or f"init_lora_weights {config.init_lora_weights}"): parameters
         and (own_start or bool(below)),
+    } | {
+        (f"{parameters}", key): parameters and _fits_experts(s, getattr(config, key))
+        for key in (*PATTERNS, "exclude_modules")
     }
     return next((" with ".join(pair) for pair, meet in pairs.items() if meet), None)
+
+
+def _adapted_parameters(s: RunContext) -> str | None:
+    """Name what puts adapters on parameters that are no linear layers: the recipe, or peft on experts."""
+    if s.config.target_parameters or not s.config.uses_lora:
+        return "target_parameters" if s.config.target_parameters else None
+    names, targets = ADAPTED_EXPERTS.get(s.model.model_type if s.model else "", ()), s.config.lora_target_modules
+    everything = targets == "all-linear" and not s.config.layers_to_transform  # which are looked for in linear layers
+    if names and (everything or any(name in targets for name in names)):
+        return f"lora_target_modules {'all-linear' if everything else ', '.join(names)} on experts"
+    return None
+
+
+def _fits_experts(s: RunContext, patterns: Iterable[str]) -> bool:
+    """Return whether a pattern fits experts, to which peft gives ranks and alphas of its own, excluded or not."""
+    layers = [f"model.layers.{number}.mlp" for number in range((s.model and s.model.layers) or 1)]
+    names = [layer + part for layer in layers for part in ("", ".experts", ".experts.gate_up_proj")]
+    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns for name in names)
 
 
 def _embedding_target(s: RunContext) -> str | None:
@@ -83,6 +105,26 @@ def _whole_tied(s: RunContext) -> str | None:
     names = [name for name in s.config.modules_to_save if name.rpartition(".")[2] in EMBEDDINGS]
     tied = s.config.uses_lora and s.model is not None and s.model.ties_embeddings
     return f"modules_to_save {names[0]}, whose weights are those of another module" if names and tied else None
+
+
+def _whole_and_tokens(s: RunContext) -> str | None:
+    ids, whole = s.config.trainable_token_indices, s.config.modules_to_save
+    modules = {*ids} if isinstance(ids, dict) else {*EMBEDDINGS_IN} if ids else set()
+    both = [name for name in whole if name.rpartition(".")[2] in {module.rpartition(".")[2] for module in modules}]
+    return f"modules_to_save {', '.join(both)}, and trainable_token_indices of the same" if both else None
+
+
+def _has_adapters(config: TrainConfig, name: str) -> bool:
+    """Return whether a matrix has adapters."""
+    targets, numbers = config.lora_target_modules, re.findall(r"\.(\d+)\.", name)
+    excluded = [*config.exclude_modules, *(re.escape(module) for module in config.modules_to_save)]
+    if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name) for pattern in excluded):
+        return False
+    if config.layers_to_transform and not (numbers and int(numbers[0]) in config.layers_to_transform):
+        return False
+    if targets == "all-linear":
+        return name.rpartition(".")[2] not in EMBEDDINGS
+    return _ends(name, targets)
 
 
 def _tied_tokens(s: RunContext) -> str | None:
@@ -133,10 +175,9 @@ def _is_doubtful(s: RunContext, shapes: Shapes) -> bool:
 def _has_doubtful_names(config: TrainConfig, shapes: Shapes) -> bool:
     if not names_modules(config):
         return False
-    targets = None if config.lora_target_modules == "all-linear" else config.lora_target_modules
     modules = {name.rpartition(".")[0] for name in shapes} | set(HEADS)  # a tied one has no weight of its own
     matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
-    adapted = {m for m in matrices if (_ends(m, targets) if targets else m.rpartition(".")[2] not in EMBEDDINGS)}
+    adapted = {m for m in matrices if _has_adapters(config, m)}
     around = {".".join(parts[:end]) for parts in (m.split(".") for m in modules) for end in range(1, len(parts) + 1)}
     tokens = config.trainable_token_indices
     wanted = [
@@ -147,7 +188,7 @@ def _has_doubtful_names(config: TrainConfig, shapes: Shapes) -> bool:
         (config.layers_pattern, {name for m in adapted for name in re.findall(r"(\w+)\.\d+\.", m)}),
     ]
     fits = (any(_fits(name, [pattern]) for name in names) for patterns, names in wanted for pattern in patterns)
-    return not all(fits)
+    return not all(fits) or not (adapted or config.target_parameters)
 
 
 def _ends(name: str, ends: Iterable[str]) -> bool:
@@ -167,6 +208,16 @@ def _known_tokens(s: RunContext) -> str | None:
         return None
     known = [token for token in wanted if s.model.has_token(token)]
     return f"the tokenizer of {s.model.name} has {', '.join(known)}" if known else None
+
+
+def _rows_of_saved(s: RunContext) -> str | None:
+    """Look for new tokens of a saved adapter that has no rows for them."""
+    config, words = s.config, [*s.config.add_tokens, *s.config.add_special_tokens]
+    if not words or not config.adapter or config.new_adapter or not s.model or not s.model.has_tokens:
+        return None
+    whole = any(name.rpartition(".")[2] in EMBEDDINGS_IN for name in config.modules_to_save)
+    rows = whole or max(token_ids(config.trainable_token_indices), default=0) >= s.model.token_count
+    return None if rows else f"add_tokens {', '.join(words)}, and the adapter {config.adapter} has no rows for them"
 
 
 def _tokens_in_pieces(s: RunContext) -> str | None:
@@ -300,11 +351,14 @@ ADAPTER_RULES = (
             "init_lora_weights",
             "new_adapter",
             "lora_dropout",
+            "rank_pattern",
+            "alpha_pattern",
+            "exclude_modules",
             "method",
         ),
         _together,
         reason="peft does not have these together, they are not started here, or the saved adapter would not load in peft.",
-        fix="keep one of the two",
+        fix="keep one of the two, or list lora_target_modules without experts",
         of_many=True,
     ),
     error(
@@ -367,6 +421,13 @@ ADAPTER_RULES = (
         fix="use trainable_token_indices for single tokens, or method: full",
     ),
     error(
+        "whole-module-and-its-tokens",
+        ("modules_to_save", "trainable_token_indices"),
+        _whole_and_tokens,
+        reason="Where a module is trained whole, its tokens are, too.",
+        fix="keep one of them",
+    ),
+    error(
         "tokens-of-tied-modules",
         ("trainable_token_indices", "model:config.json"),
         _tied_tokens,
@@ -386,6 +447,13 @@ ADAPTER_RULES = (
         _known_tokens,
         reason="Their embeddings are the base's, and new ones would replace them.",
         fix="leave them out; trainable_token_indices trains the embeddings of tokens that are there",
+    ),
+    error(
+        "new-tokens-of-saved-adapter",
+        ("add_tokens", "add_special_tokens", "adapter"),
+        _rows_of_saved,
+        reason="Its shape cannot change.",
+        fix="leave them out, write new_adapter: true for another adapter on top, or merge it first (manyrank merge)",
     ),
     error(
         "new-tokens-in-grpo",

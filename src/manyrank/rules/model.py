@@ -12,8 +12,12 @@ from .rule import error, warning
 
 HEADS = ("lm_head", "embed_out")
 NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-# Whose experts peft 0.21 takes as one parameter under all-linear, where it knows no dropout.
-PARAMETER_EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
+# Experts of these types get adapters under all-linear: peft 0.21 gives them for the names that transformers 4 had, and
+# then leaves the dense matrices of those names without (peft/utils/transformers_weight_conversion.py).
+ADAPTED_EXPERTS = {
+    "mixtral": ("w1", "w2", "w3"),
+    **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
+}
 BITS = {"qlora": "load_in_4bit", "int8": "load_in_8bit"}
 
 
@@ -77,13 +81,6 @@ def _experts(*methods: str) -> Callable[[RunContext, ModelFacts], str | None]:
     return problem
 
 
-def _dropout_on_experts(s: RunContext, model: ModelFacts) -> str | None:
-    meant = s.config.uses_lora and s.config.lora_dropout and s.config.lora_target_modules == "all-linear"
-    if not meant or model.model_type not in PARAMETER_EXPERTS:
-        return None
-    return f"lora_dropout {s.config.lora_dropout:g} on the experts of a {model.model_type} model"
-
-
 def _packing(s: RunContext, model: ModelFacts) -> str | None:
     reasons = list(model.mixing()) if s.config.packing != "none" else []
     return f"packing: {s.config.packing} with {', '.join(reasons)} of a {model.model_type} model" if reasons else None
@@ -135,17 +132,22 @@ def _some_targets_missing(s: RunContext, model: ModelFacts) -> str | None:
     return f"no module of {model.name} is called {' or '.join(missing)}" if some else None
 
 
-def _all_targets_missing(s: RunContext, model: ModelFacts) -> str | None:
-    missing = _unknown_targets(s, model)
+def _all_targets_missing(s: RunContext) -> str | None:
+    """Name the targets, where the model has none of them."""
+    model = s.model
+    missing = _unknown_targets(s, model) if model else []
     none = missing and len(missing) == len(s.config.lora_target_modules)
-    return f"no module of {model.name} is called {' or '.join(missing)}" if none else None
+    return f"no module of {s.config.model_name_or_path} is called {' or '.join(missing)}" if none else None
 
 
 def _layers(s: RunContext, model: ModelFacts) -> str | None:
-    wanted = s.config.gradient_checkpointing
-    if not isinstance(wanted, int) or not model.layers or wanted <= model.layers:
-        return None
-    return f"gradient_checkpointing {wanted}, and {model.name} has {model.layers} layers"
+    recomputed, chosen = s.config.gradient_checkpointing, s.config.layers_to_transform
+    wanted = {
+        "gradient_checkpointing": recomputed if isinstance(recomputed, int) else 0,
+        "layers_to_transform": max(chosen, default=-1) + 1,
+    }
+    beyond = [key for key, count in wanted.items() if model.layers and count > model.layers]
+    return f"{beyond[0]} {getattr(s.config, beyond[0])}, and {model.name} has {model.layers} layers" if beyond else None
 
 
 def _positions(s: RunContext, model: ModelFacts) -> str | None:
@@ -249,10 +251,11 @@ BASE_RULES = (
     ),
     error(
         "layers-beyond-model",
-        ("gradient_checkpointing", "model:config.json"),
+        ("gradient_checkpointing", "layers_to_transform"),
         _of_model(_layers),
-        reason="The number says how many layers are recomputed.",
-        fix="give a smaller number, or full",
+        reason="The one says how many layers are recomputed, the other which have adapters, from 0.",
+        fix="give a smaller number",
+        of_many=True,
     ),
     error(
         "tokens-beyond-vocabulary",
@@ -315,17 +318,9 @@ ADAPTER_RULES = (
     error(
         "no-targets",
         ("lora_target_modules", "model:model.safetensors"),
-        _of_model(_all_targets_missing),
+        _all_targets_missing,
         reason="Nothing would be trained.",
         fix="write all-linear, or names of the model's linear layers, as q_proj,v_proj",
-    ),
-    error(
-        "dropout-on-experts",
-        ("lora_dropout", "lora_target_modules", "model:config.json"),
-        _of_model(_dropout_on_experts),
-        reason="transformers 5 keeps all experts of a layer in one parameter, and peft's adapters of parameters know no "
-        "dropout.",
-        fix="set lora_dropout: 0, or list lora_target_modules without the experts",
     ),
 )
 MODEL_RULES = (*BASE_RULES, *ADAPTER_RULES)
