@@ -357,7 +357,7 @@ def _close(config: TrainConfig) -> float:
     return 1e-2 if config.bf16 is True or config.fp16 or config.method == "int8" else 1e-4
 
 
-DAILY = (1, 6, 10, 18, 26, 45, 55, 60)  # each architecture, method and strategy; two are refused
+DAILY = (1, 6, 7, 10, 18, 26, 55, 60)  # each architecture, method and strategy; two are refused
 
 
 @pytest.mark.parametrize("seed", [*DAILY, *nightly(*(seed for seed in range(300) if seed not in DAILY))])
