@@ -45,18 +45,19 @@ manyrank import training_args.json --model NAME --data FILE  # transformers' Tra
 - What is done otherwise here whatever a recipe says (the order of rows, the packs) stands at the end, too.
 - DeepSpeed, FSDP and accelerate configs become `strategy`. The recipe is resolved and held against the [rules](rules.md) before it is written.
 
-Tried on the recipes that the tools come with; of TRL, on commands and configs of its documentation and of its users. Some of each, with the
-embedded model, the bundled sample and all allowed, were trained for two steps and planned.
+Tried on the recipes that the tools come with; of TRL, on commands and configs of its documentation, the alignment handbook, Open-R1 and users. Some of
+each, with the embedded model, the bundled sample, all allowed and for GRPO a reward of ours, were trained for two steps on CPUs (`tf32: false`, no vLLM) and planned.
 
 | tool | recipes | translated as they are | with `--allow` | refused | trained and planned |
 |---|---|---|---|---|---|
-| Axolotl 0.19 | 267 | 15 | 211 | 41 | 12 of 12 |
-| LLaMA-Factory 0.9.5 | 50 | 9 | 32 | 9 | 13 of 13 |
-| TRL 1.16 | 14 | 1 | 12 | 1 | 13 of 13 |
+| Axolotl 0.19 | 267 | 15 | 211 | 41 | 15 of 16 |
+| LLaMA-Factory 0.9.5 | 50 | 12 | 29 | 9 | 14 of 14 |
+| TRL 1.16, SFT | 21 | 1 | 18 | 2 | 20 of 20 |
+| TRL 1.16, GRPO | 13 | 0 | 12, with `--rewards` | 1 | 13 of 13 |
 
-What needs `--allow` most: `type: alpaca` of Axolotl, which writes a prompt of its own (99), a part of a split (`train[:20%]`, 65), optimizers
-of torchao (42), images (35); of TRL, that the data is not here, as its rows decide what is learned. Refused are other tasks, recipes that
-name no data, and strategies with what they cannot shard, as 8-bit optimizers.
+What needs `--allow` most: `type: alpaca` of Axolotl, which writes a prompt of its own (100), a part of a split (`train[:20%]`, 65), optimizers
+of torchao (42), images (36); of TRL, that the data is not here, as its rows decide what is learned. Refused are other tasks, recipes that
+name no data, variables of the shell, and strategies with what they cannot shard, as 8-bit optimizers.
 
 ## One key at a time
 

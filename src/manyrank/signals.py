@@ -237,6 +237,13 @@ def _runs(pid: int, *words: bytes) -> bool:
 
 STOP = StopRequest()  # of this process
 _MORTAL: list[bool] = []  # not empty: processes that this one forks end with it
+_MASKS: list[set] = []  # of signals, while one is forked
+
+
+def _before_fork() -> None:
+    """Hold signals back: a new helper would write one into its parent's pipe."""
+    if _MORTAL:
+        _MASKS.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
 
 
 def _after_fork() -> None:
@@ -244,9 +251,16 @@ def _after_fork() -> None:
     signal.set_wakeup_fd(-1)
     if _MORTAL:
         die_with_parent()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of Python misses one that comes just before a wait
+    _unmask()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _unmask() -> None:
+    if _MASKS:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _MASKS.pop())
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_unmask, after_in_child=_after_fork)
 
 
 @contextlib.contextmanager

@@ -466,3 +466,20 @@ def test_a_run_ends_with_the_verify_that_started_it(embedded_model, tmp_path):
     process.kill()
     process.wait()
     wait_until(lambda: not ranks(), seconds=15)
+
+
+POOLS = """
+import multiprocess, os
+from manyrank.signals import STOP, mortal_children
+
+STOP.listen(lambda number: os._exit(3))
+for _ in range(25):
+    with mortal_children(), multiprocess.Pool(12) as pool:
+        list(pool.imap_unordered(abs, range(12)))
+os._exit(0)
+"""
+
+
+def test_helpers_that_end_at_once_neither_hang_nor_end_the_run():
+    """The pool of dataset_num_proc ends its helpers by SIGTERM, some before they have begun."""
+    assert subprocess.run([sys.executable, "-c", POOLS], timeout=120).returncode == 0
