@@ -87,7 +87,7 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "chat_template": 1600,  # with messages, roles and ends of turns that are learned or not
     "models": 5800,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces, what adapters start from, frozen ones below, rows of tokens, skeletons, rows that were never learned, directions of inputs
     "data": 3800,  # with weights of messages, data for classifiers, shares of sources, other names of questions and answers, and rows that are looked at before any tokenizer
-    "rules": 2850,  # with TF32, determinism and kinds of attention, options that choose among turns, templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
+    "rules": 2920,  # with TF32, determinism and kinds of attention, options that choose among turns, templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
     "plan": 2240,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words, what is trained beside A and B, and rows of tokens
     "parallel": 1400,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16, tied embeddings with trained tokens
     "checkpoint": 480,

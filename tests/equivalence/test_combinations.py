@@ -51,7 +51,7 @@ EARLIER = {
 METHODS = ("lora", "qlora", "int8", "full")
 STRATEGIES = ("single", "ddp", "fsdp", "zero2", "zero3")
 CELLS = random.Random(0).sample([*product(ARCHITECTURES, METHODS, STRATEGIES)], 120)
-STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "loftq")
+STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "loftq", "eva")
 SCHEDULES = {
     "linear": [""],
     "cosine": ["", "num_cycles: 0.3"],
@@ -112,6 +112,17 @@ def adapter_options(a: Architecture) -> dict[str, list[str]]:
         "loraplus_lr_ratio": ["--loraplus_lr_ratio=4"],
         "lora_dropout": ["--lora_dropout=0.1"],
         "adapter": [f"--adapter=MODEL-{kind}" for kind in EARLIER] + ["--adapter=MODEL-plain --new_adapter"],
+    }
+
+
+def full_options(a: Architecture) -> dict[str, list[str]]:
+    return {
+        "parts": [
+            f"--unfrozen_parameters=[{a.layers}.1, {a.norm}]",
+            f"--frozen_parameters=[{a.embedding}, {a.layers}.0]",
+            f"--unfrozen_parameters=[{a.layers}.7]",
+        ],
+        "pure_bf16": ["--bf16=true --pure_bf16"],
     }
 
 
@@ -176,6 +187,12 @@ TRAINING_OPTIONS = {
     ],
     "rows": ["--duplicates=drop", "--overlong=split", "--overlong=drop", "--max_length=48"],
     "weight_decay": ["--weight_decay=0.5"],
+    "numerics": [
+        "--attn_implementation=eager",
+        "--attn_implementation=sdpa",
+        "--full_determinism",
+        "--streaming --max_rows=20",
+    ],
 }
 
 
@@ -196,11 +213,11 @@ def combination(seed: int) -> Combination:
     """Draw 2 to 6 options for the seed's architecture, method and strategy."""
     architecture, method, strategy = CELLS[seed % len(CELLS)]
     draw = random.Random(seed)
-    of_adapters = adapter_options(ARCHITECTURES[architecture]) if method != "full" else {}
-    options = of_adapters | TRAINING_OPTIONS
+    own = (full_options if method == "full" else adapter_options)(ARCHITECTURES[architecture])
+    options = own | TRAINING_OPTIONS
     count = draw.randint(2, 6)
-    ours = min(count, draw.randint(1, 3)) if of_adapters else 0
-    keys = draw.sample([*of_adapters], ours) + draw.sample([*TRAINING_OPTIONS], count - ours)
+    ours = min(count, draw.randint(0, 2) if method == "full" else draw.randint(1, 3))
+    keys = draw.sample([*own], ours) + draw.sample([*TRAINING_OPTIONS], count - ours)
     return Combination(architecture, method, strategy, tuple(draw.choice(options[key]) for key in keys))
 
 

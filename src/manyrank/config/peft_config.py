@@ -80,8 +80,10 @@ def peft_arguments(config: TrainConfig) -> dict[str, Any]:
 
 def names_modules(config: TrainConfig) -> bool:
     """Return whether a recipe has names of modules of its own, not those of a saved adapter."""
+    if not config.uses_lora:
+        return bool(config.frozen_parameters or config.unfrozen_parameters)
     own = not config.start_model or config.new_adapter
-    return config.uses_lora and own and any(getattr(config, key) for key in NAMES_MODULES)
+    return own and any(getattr(config, key) for key in NAMES_MODULES)
 
 
 def adapter_keys(adapter: Path, entry: Setting) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
     context = replace(resolved.context, output_dir=Path(folder))
     check_rules(context)
     if are_doubtful(context):
-        _check_adapters(context.resolved)
+        _check_trained(context.resolved)
     return plan_launch(
         resolved.line,
         strategy=context.strategy,
@@ -161,12 +161,12 @@ def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
     )
 
 
-def _check_adapters(resolved: ResolvedConfig) -> None:
+def _check_trained(resolved: ResolvedConfig) -> None:
     """Try the adapters on the model's skeleton: torch takes seconds to import, and files may have other names than modules."""
-    from ..models.skeleton import check_adapters
+    from ..models.skeleton import check_trained
 
     try:
-        check_adapters(resolved.config)
+        check_trained(resolved.config)
     except UserError as error:
         raise UserError(error.what, where=resolved.where(error.where), fix=error.fix) from None
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
+from ..config.patterns import matching
 from ..config.peft_config import WRAPPERS, peft_arguments
 from ..config.resolve import TrainConfig
 from ..errors import UserError
@@ -113,7 +114,7 @@ def _check_adapted(model: torch.nn.Module, config: TrainConfig) -> None:
         UserError: there is one.
     """
     adapted = adapted_layers(model)
-    kept = [name for name in adapted if _of_any(config.exclude_modules, name, below=True)]
+    kept = [name for name in adapted if matching(name, config.exclude_modules, below=True)]
     if kept:
         what = f"exclude_modules: {kept[0]} has adapters all the same: peft puts them on experts by their parameters"
         raise UserError(what, where="exclude_modules", fix="list lora_target_modules without the experts")
@@ -135,7 +136,7 @@ def _check_layers(config: TrainConfig, modules: Iterable[str]) -> None:
 def _check_fit(key: str, patterns: Iterable[str], names: Iterable[str], kind: str) -> None:
     for pattern in patterns:
         try:
-            fits = any(_of_any([pattern], name) for name in names)
+            fits = any(matching(name, [pattern]) for name in names)
         except re.error as error:
             fix = "give the end of a name, or a regular expression"
             raise UserError(f"{key}: {pattern!r} is no regular expression: {error}", where=key, fix=fix) from None
@@ -143,12 +144,6 @@ def _check_fit(key: str, patterns: Iterable[str], names: Iterable[str], kind: st
             what = f"{key}: no {kind} is called {pattern!r}"
             fix = "give the end of a name, as mlp.down_proj, or a pattern of the whole name"
             raise UserError(what, where=key, fix=fix)
-
-
-def _of_any(patterns: Iterable[str], name: str, *, below: bool = False) -> bool:
-    """Return whether a pattern fits the end of a module's name, or with `below` that of a module around it."""
-    more = r"(?:\..*)?" if below else ""
-    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern}){more}", name) for pattern in patterns)
 
 
 def _name_patterns(model: torch.nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""A model without weights, on the meta device: what a recipe's adapters do not fit is refused before anything is loaded."""
+"""A model without weights, on the meta device: what a recipe names and the model has not is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ..errors import UserError
 from ..runs import artifact
 from . import frozen_adapter
 from .adapters import load_adapter, with_lora
+from .freezing import freeze
 from .load import load_config, resolve_name, silent
 from .reach import reach
 
 logger = logging.get_logger(__name__)
 
 
-def check_adapters(config: TrainConfig) -> None:
-    """Put a recipe's adapters on the skeleton of its model, and those that it continues from, as the run does.
+def check_trained(config: TrainConfig) -> None:
+    """Put a recipe's adapters on the skeleton of its model, and those that it continues from, or freeze parts, as the run does.
 
     Raises:
-        UserError: they do not fit, or a name or pattern fits nothing.
+        UserError: adapters do not fit, a name or pattern fits nothing, or nothing is left to be trained.
     """
     saved = artifact.find(config.start_model).adapter if config.start_model else None
     if not (saved or names_modules(config)):
@@ -35,11 +36,14 @@ def check_adapters(config: TrainConfig) -> None:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, which the run repeats
             model = AutoModelForCausalLM.from_config(own, trust_remote_code=config.trust_remote_code)
-            adapted = with_lora(model, config, reach(model), silent)
+            if config.uses_lora:
+                model = with_lora(model, config, reach(model), silent)
+            else:
+                freeze(model, config, None, silent)
         if saved and config.new_adapter:
-            frozen_adapter.put_below(adapted, frozen_adapter.saved(adapted, saved))
+            frozen_adapter.put_below(model, frozen_adapter.saved(model, saved))
         elif saved:
-            load_adapter(adapted, saved)
+            load_adapter(model, saved)
     except UserError:
         raise
     except Exception as error:  # of any kind: the model's own code, which may need weights

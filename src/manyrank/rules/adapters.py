@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..config.patterns import matching
 from ..config.peft_config import names_modules, token_ids
 from ..config.schema import TrainConfig
 from ..models.model_facts import find_facts, read_header
@@ -118,7 +119,7 @@ def _has_adapters(config: TrainConfig, name: str) -> bool:
     """Return whether a matrix has adapters."""
     targets, numbers = config.lora_target_modules, re.findall(r"\.(\d+)\.", name)
     excluded = [*config.exclude_modules, *(re.escape(module) for module in config.modules_to_save)]
-    if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name) for pattern in excluded):
+    if matching(name, excluded, below=True):
         return False
     if config.layers_to_transform and not (numbers and int(numbers[0]) in config.layers_to_transform):
         return False
@@ -153,7 +154,7 @@ def _more_below(s: RunContext) -> str | None:
 
 
 def are_doubtful(s: RunContext) -> bool:
-    """Return whether adapters do not fit the names in the base's files, where modules may have other names."""
+    """Return whether adapters, or what is frozen, do not fit the names in the base's files, where modules may have other names."""
     shapes = s.model.headers() if s.model else {}
     return bool(shapes) and (_has_doubtful_names(s.config, shapes) or _is_doubtful(s, shapes))
 
@@ -175,6 +176,11 @@ def _is_doubtful(s: RunContext, shapes: Shapes) -> bool:
 def _has_doubtful_names(config: TrainConfig, shapes: Shapes) -> bool:
     if not names_modules(config):
         return False
+    if not config.uses_lora:
+        frozen, unfrozen = config.frozen_parameters, config.unfrozen_parameters or [".*"]
+        left = [name for name in shapes if not matching(name, frozen, below=True)]
+        fits = [any(matching(name, [each], below=True) for name in shapes) for each in (*frozen, *unfrozen)]
+        return not all(fits) or not any(matching(name, unfrozen, below=True) for name in left)
     modules = {name.rpartition(".")[0] for name in shapes} | set(HEADS)  # a tied one has no weight of its own
     matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
     adapted = {m for m in matrices if _has_adapters(config, m)}
@@ -197,7 +203,7 @@ def _ends(name: str, ends: Iterable[str]) -> bool:
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:
     try:
-        return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns)
+        return matching(name, patterns) is not None
     except re.error:  # for `models.adapters` to say
         return False
 

@@ -34,7 +34,8 @@ from .context import RunContext
 from .grpo import GRPO_RULES
 from .model import MODEL_RULES
 from .numerics import NUMERICS_RULES
-from .recipe import LENGTH_RULES, PARTS, RECIPE_RULES, SOURCE_RULES
+from .recipe import LENGTH_RULES, RECIPE_RULES
+from .rows import PARTS, SOURCE_RULES
 from .rule import Rule, Violation
 from .strategy import STRATEGY_RULES
 

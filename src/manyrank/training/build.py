@@ -33,7 +33,7 @@ from ..models.load import (
 )
 from ..models.new_tokens import NewTokens, new_tokens
 from ..models.quantised_cache import cached_base
-from ..models.skeleton import check_adapters
+from ..models.skeleton import check_trained
 from ..models.tokenizer import load_tokenizer
 from ..parallel import compile_locks
 from ..parallel.accelerator import start_accelerator
@@ -179,7 +179,7 @@ def _examples(
     config = task.config
     if task.objects.model is None:
         with without_zero_init(accelerator):
-            check_adapters(config)  # before the data, which may take long
+            check_trained(config)  # before the data, which may take long
     train, evaluation = task.select_examples(*_data(config, tokenizer, needed), tokenizer)
     if accelerator.is_main_process and config.trust_remote_code:
         print(f"trust_remote_code is on: code from {config.model_name_or_path} runs here", flush=True)
