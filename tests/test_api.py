@@ -141,6 +141,16 @@ def test_a_model_a_tokenizer_callbacks_and_a_loss_of_one_s_own(tmp_path, embedde
     assert (torch.float32, True) in seen and other.history[0]["loss"] > plain.history[0]["loss"] + 0.1
 
 
+def test_a_model_that_was_trained_in_part_can_be_trained_as_a_whole(tmp_path, embedded_model):
+    model = AutoModelForCausalLM.from_pretrained(embedded_model)
+    for name, options in {"part": {"unfrozen_parameters": ["layers.3"]}, "whole": {}}.items():
+        trainer = SFTTrainer(config(tmp_path / name, method="full", learning_rate=1e-3, **options), model=model)
+        trainer.train()
+        facts = json.loads((tmp_path / name / "logs" / "strategy.json").read_text())
+        assert (facts["trained_parameters"] == facts["parameters"]) == (name == "whole")
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_checkpoints_are_used_with_the_tokenizer_of_their_run(method, tmp_path, embedded_model):
     base = AutoTokenizer.from_pretrained(embedded_model)

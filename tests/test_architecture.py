@@ -85,13 +85,13 @@ LINES = {  # at most; a feature that needs more raises its package's number and 
     "config": 2800,  # with kernels of the attention, keywords of Python, names that say the opposite, the names and values that other tools have and people guess, and keys and help texts in groups, and all that is not known at once
     "topology": 900,  # with the CUDA driver, TF32, what torch is built for, and NUMA nodes
     "chat_template": 1600,  # with messages, roles and ends of turns that are learned or not
-    "models": 5800,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces, what adapters start from, frozen ones below, rows of tokens, skeletons, rows that were never learned, directions of inputs
+    "models": 5950,  # with loading in shards, the quantised cache, casts of bases stored in 4 bits and of adapters, fused norms, SwiGLU and RoPE, flash attention, float8, text in final pieces, what adapters start from, frozen ones below, rows of tokens, skeletons, rows that were never learned, directions of inputs
     "data": 3800,  # with weights of messages, data for classifiers, shares of sources, other names of questions and answers, and rows that are looked at before any tokenizer
-    "rules": 2920,  # with TF32, determinism and kinds of attention, options that choose among turns, templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
+    "rules": 2980,  # with TF32, determinism and kinds of attention, options that choose among turns, templates, callbacks and targets that are not there, what a new run replaces, and the arguments of schedules
     "plan": 2240,  # with the host's time, micro-batches that nobody gave, what else is assumed, and times in words, what is trained beside A and B, and rows of tokens
-    "parallel": 1400,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16, tied embeddings with trained tokens
+    "parallel": 1440,  # with counts of parameters, what ZeRO-3 gathers, time-outs, NUMA nodes and the loss scale of fp16, tied embeddings with trained tokens
     "checkpoint": 480,
-    "training": 2840,  # with TF32 and determinism, lines of progress, the model card, a start in words, and Lion and Muon
+    "training": 2900,  # with TF32 and determinism, lines of progress, the model card, a start in words, and Lion and Muon
     "tasks": 960,
     "launch": 860,
     "tools": 9900,  # with an OpenAI-compatible endpoint, recipes written and imported from four tools, GRPO among them, files copied, runs watched, GGUF files, and pushes to the hub

@@ -174,7 +174,7 @@ class SFTDataset(Dataset):
         if self.config.sampling_temperature != 1:
             what = "a data set has each row once, and no epochs"
             raise UserError(what, where="sampling_temperature", fix="leave it out, and sample in your training")
-        if self.config.streaming and not self.config.max_rows:
+        if self.config.streaming and not all(x.max_rows or self.config.max_rows for x in self.config.data_path):
             raise UserError("a stream without max_rows has no end", where="streaming", fix="give max_rows")
         self.tokenizer = load_tokenizer(self.config, tokenizer)
         self.examples = prepare(self.config.data_path, self.tokenizer, self.config)

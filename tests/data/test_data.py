@@ -13,6 +13,7 @@ from manyrank.config.resolve import Setting, resolve
 from manyrank.data import formats, tokenize
 from manyrank.data.dataset import prepare, write_quarantine
 from manyrank.data.loader import StepLoader, epoch_order
+from manyrank.data.questions import read_questions
 from manyrank.data.sources import Source
 from manyrank.data.tokenize import count_rows
 from manyrank.errors import UserError
@@ -447,6 +448,19 @@ def test_a_stream_of_several_files_takes_them_in_the_seeds_order(examples_of, tm
         return [examples.dataset[int(i)]["input_ids"].tobytes() for i in examples.index]
 
     assert len(parts(1)) == 8 and parts(1) == parts(1) and set(parts(1)) != set(parts(2))
+
+
+def test_questions_of_a_stream_are_those_of_its_rows(examples_of, tokenizer, tmp_path):
+    """Rewards look rows up by number, of files in the seed's order."""
+    for part in range(6):
+        rows = [json.dumps({"question": f"part {part} row {i}", "answer": f"{part} {i}"}) for i in range(4)]
+        (tmp_path / f"train-{part}.jsonl").write_text("\n".join(rows))
+    options = {"data_path": str(tmp_path), "max_rows": 6, "streaming": True, "seed": 5}
+    examples, made = examples_of(**options), config(**options)
+    found = read_questions(made.data_path, made, examples.keys())
+    assert len(found) == 6
+    for at, key in enumerate(examples.keys()):
+        assert found[key].prompt[-1]["content"] in tokenizer.decode(examples[at]["input_ids"])
 
 
 def test_a_cap_on_one_of_several_sources_is_told(examples_of, file):

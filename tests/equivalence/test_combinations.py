@@ -374,9 +374,12 @@ def _close(config: TrainConfig) -> float:
     return 1e-2 if config.bf16 is True or config.fp16 or config.method == "int8" else 1e-4
 
 
-DAILY = (1, 6, 7, 10, 18, 26, 55, 60)  # each architecture, method and strategy; two are refused
+DAILY = {1: "", 6: "adafactor under zero2", 10: "", 18: "", 26: "layers_to_transform is 0", 45: "", 55: "", 60: ""}
 
 
 @pytest.mark.parametrize("seed", [*DAILY, *nightly(*(seed for seed in range(300) if seed not in DAILY))])
 def test_a_combination_trains_reloads_and_resumes_or_is_refused(seed, base, rows, tmp_path, record_property):
-    record_property("refused", check(combination(seed), base, rows, tmp_path))
+    refused = check(combination(seed), base, rows, tmp_path)
+    record_property("refused", refused)
+    if seed in DAILY:
+        assert DAILY[seed] in refused and bool(refused) == bool(DAILY[seed]), refused

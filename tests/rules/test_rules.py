@@ -76,6 +76,7 @@ WEIGHTS = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "uint8"}
 ENDS = {"eos_token": "<end>", "chat_template": "{{ messages }}<end>"}
 TOKENS = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "<end>", "id": 7}, {"content": "<turn>", "id": 8}]}
+PARTLY = {"method": "full", "learning_rate": 1e-5}
 PURE = {"method": "full", "pure_bf16": True, "hardware": CPU_WITH_BF16}
 RUN = {"learning_rate": 2e-4, "batch_per_process": 4, "bf16": False}
 
@@ -182,6 +183,14 @@ CASES = [
     ("parts-of-everything", {"train_on_inputs": True, "train_on_eos": "all"}, {"train_on_eos": "turn"}),
     ("packs-of-parts", {**TWO, "packing": "dataset", "sampling_temperature": 2}, {"packing": "step"}),
     ("weights-and-temperature", {**PART, "sampling_temperature": 2}, {"sampling_temperature": 1}),
+    *(
+        ("new-tokens-in-frozen-rows", {**PARTLY, "add_tokens": ["zorp"], **part}, fix)
+        for part, fix in (
+            ({"frozen_parameters": ["embed_tokens"]}, {"frozen_parameters": ["layers.0"]}),
+            ({"unfrozen_parameters": ["layers.1"]}, {"unfrozen_parameters": ["layers.1", "embed_tokens", "lm_head"]}),
+            ({"unfrozen_parameters": ["layers.1"]}, {"add_tokens": []}),
+        )
+    ),
     ("streaming-without-end", {"streaming": True}, {"max_rows": 10}),
     ("streaming-without-end", {"streaming": True}, {"max_steps": 10}),
     ("streaming-without-end", {**TWO, "streaming": True, "max_steps": 10}, {"max_rows": 10}),

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from launches import ROOT, launch
+from safetensors.numpy import save_file
 
 from manyrank import cli
 from manyrank.config.resolve import FIELDS, resolve
@@ -662,7 +664,9 @@ def test_a_saved_adapter_that_is_trained_further_keeps_its_shape(values, key):
     Path("saved").mkdir()
     shape = {"r": 2, "lora_alpha": 3, "target_modules": ["up_proj"], "base_model_name_or_path": "embedded"}
     Path("saved/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **shape}))
-    Path("saved/adapter_model.safetensors").write_bytes(b"")
+    pair = {"A": np.zeros((2, 192), np.float32), "B": np.zeros((512, 2), np.float32)}
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    save_file({name.format(part): value for part, value in pair.items()}, "saved/adapter_model.safetensors")
     translation, resolved, _ = translate(ImportOptions(file=write(values, **{key: "saved"})))
     config = resolved.config
     assert (config.adapter, config.method) == ("saved", "lora")

@@ -264,7 +264,7 @@ def test_an_adapter_that_does_not_fit_the_skeleton_is_refused(kind, more, what, 
 
 
 def assert_refused(kind, what, more, foreign, tmp_path, capsys) -> None:
-    adapter = shutil.copytree(foreign, tmp_path / "adapter")
+    adapter = shutil.copytree(foreign, tmp_path / "saved")
     damage(adapter, kind)
     line = ["train", "verify", f"--adapter={adapter}", *more, f"--output_dir={tmp_path / 'run'}"]
     assert cli.main(line) == 2

@@ -181,8 +181,10 @@ def test_weights_of_a_base_in_memory_are_read_below_its_adapters(embedded_model)
     [
         ("modules_to_save", "nope"),
         ("modules_to_save", "rotary_emb"),  # which has nothing to train
+        ("modules_to_save", ".*norm"),  # peft takes no patterns here
+        ("modules_to_save", "model"),
+        ("modules_to_save", "layers.0"),
         ("exclude_modules", "nope"),
-        ("exclude_modules", "nope("),
         ("rank_pattern", "{embed_tokens: 3}"),  # which has no adapters
         ("alpha_pattern", "{nope: 3}"),
         ("layers_to_transform", "99"),
@@ -195,12 +197,26 @@ def test_a_name_that_fits_nothing_is_refused_before_the_launch(option, value, tm
     beside = ["--layers_to_transform=1"] if option == "layers_pattern" else []
     line = ["train", "verify", "--model=embedded", f"--{option}={value}", *beside, f"--output_dir={tmp_path / 'run'}"]
     assert cli.main(line) == 2
-    what, where, fix = capsys.readouterr().err.splitlines()[-3:]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "where: ", "fix: "))]
+    what, where, fix = said
     assert (
-        what.startswith("error: ") and re.search(r"nope|rotary_emb|embed_tokens|99", what) and fix.startswith("fix: ")
+        what.startswith("error: ")
+        and re.search(r"nope|rotary_emb|embed_tokens|99|norm|whole layers", what)
+        and fix.startswith("fix: ")
     )
     assert where == f"where: {option} (command line, --{option})"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rank, says", [(500, "has 192 inputs"), (190, "learned tokens")])
+def test_eva_of_too_large_a_rank_is_refused_and_leaves_nothing(rank, says, embedded_model, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"question": "What is one?", "answer": "It is one."}\n')
+    args = ("--init_lora_weights=eva", f"--data_path={tmp_path / 'one.jsonl'}", "--max_steps=1", "--strategy=single")
+    run = launch(tmp_path / "run", *args, f"--lora_r={rank}")
+    assert run.code == 2 and says in run.stderr and "fix:   lower lora_r" in run.stderr, run.stderr
+    assert not run.folder.exists()
+    fixed = launch(tmp_path / "run", *args, "--lora_r=2")
+    assert fixed.code == 0, fixed.stderr
 
 
 def test_names_of_modules_that_files_call_otherwise_are_no_error(embedded_model, tmp_path, capsys):

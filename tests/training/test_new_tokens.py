@@ -89,6 +89,10 @@ def test_with_whole_matrices_beside_adapters(strategy, rows, embedded_model, tmp
     assert {len(tensor) for name, tensor in saved.items() if ".lora_" not in name} == {1539}
     loss = plain_loss(in_transformers(embedded_model, run, tokenizer), tokenizer, str(rows))
     assert run.metrics("eval_loss")[-1] == pytest.approx(loss, abs=1e-5)
+    more = (f"--data_path={rows}", f"--eval_data_path={rows}", "--eval_on_start", "--max_steps=1", "--strategy=single")
+    again = launch(tmp_path / "again", *more, f"--adapter={run.folder}", *TOKENS)
+    assert again.code == 0, again.stderr
+    assert again.metrics("eval_loss")[0] == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["zero3", *nightly("single", "fsdp", "zero2")])

@@ -9,6 +9,7 @@ from launches import launch
 
 from manyrank.api import SFTConfig
 from manyrank.models.load import with_adapters
+from manyrank.topology.precision import DETERMINISTIC
 from manyrank.training import numerics
 
 WRITES = """
@@ -79,7 +80,9 @@ def test_what_is_set_is_given_back():
     back = numerics.set_up(config(tf32=True, full_determinism=True))
     assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == ("high", True)
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert DETERMINISTIC.items() <= os.environ.items()
     back()
+    assert not DETERMINISTIC.keys() & os.environ.keys()
     assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == usual
     numerics.set_up(config())
     assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == usual

@@ -164,7 +164,9 @@ class DataKeys(Keys):
     )
     columns: Columns | None = Field(None, description="the format's fields, and the names that they have in the rows")
     max_rows: Int | None = Field(
-        None, gt=0, description="at most so many rows of each source, chosen by the seed; a source may have its own"
+        None,
+        gt=0,
+        description="at most so many rows of each source, chosen by the seed (of a stream the first); a source may have its own",
     )
     streaming: bool = Field(
         False,

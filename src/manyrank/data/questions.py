@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -52,7 +53,8 @@ def read_questions(sources: Sequence[DataSource], config: TrainConfig, wanted: I
     """
     wanted, questions = set(wanted), {}
     for source in (known_format(source_of(source, config)) for source in sources):
-        for row in read_rows(source):
+        last = max((number for path, number in wanted if path == source.path), default=0)
+        for row in islice(read_rows(source), last):  # a row's number is its place, or beyond it
             key = (source.path, row.number)
             if key in wanted and (question := _question(key, row, source)):
                 questions[key] = question

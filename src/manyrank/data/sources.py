@@ -41,8 +41,7 @@ class Source:
         weight: how often a row is seen in an epoch. For who mixes the sources: `read_rows` reads each row once.
         max_rows: at most so many rows are used. For the same.
         name: the configuration of a name on the hub that has several, such as "main" of openai/gsm8k.
-        streamed: it is not read to its end, so that nothing may depend on all of it.
-        shard_seed: the order of the files of a folder or a name on the hub; None: as they are.
+        shard_seed: of a source that is not read to its end: the order of the files of a folder or a name on the hub.
     """
 
     path: str
@@ -52,8 +51,12 @@ class Source:
     weight: float = 1.0
     max_rows: int | None = None
     name: str | None = None
-    streamed: bool = False
     shard_seed: int | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it is not read to its end, so that nothing may depend on all of it."""
+        return self.shard_seed is not None
 
     @property
     def shape(self) -> str:
@@ -76,7 +79,7 @@ def source_of(source: DataSource, config: TrainConfig) -> Source:
         columns=config.columns if source.columns is None else source.columns,
         weight=source.weight,
         max_rows=source.max_rows or config.max_rows,
-        streamed=config.streaming,
+        shard_seed=config.order_seed if config.streaming else None,
     )
 
 

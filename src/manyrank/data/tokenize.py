@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from itertools import chain, compress, islice
 from pathlib import Path
@@ -89,7 +89,7 @@ class Subsample:
 
 @dataclass(frozen=True)
 class Stream:
-    """The rows to read of a source that is not read to its end: the first `count`, of files in the seed's order."""
+    """The rows to read of a source that is not read to its end: the first `count`; `seed` has put its files in order."""
 
     count: int
     seed: int
@@ -199,7 +199,7 @@ def _records(
 
 def _chosen(source: Source, subsample: Subsample | Stream | None) -> Iterator[Row]:
     if isinstance(subsample, Stream):
-        return islice(read_rows(replace(source, shard_seed=subsample.seed)), subsample.count)
+        return islice(read_rows(source), subsample.count)
     return compress(read_rows(source), subsample.mask()) if subsample else read_rows(source)
 
 

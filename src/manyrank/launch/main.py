@@ -7,6 +7,7 @@ where that would leave a GPU waiting, or smaller where it does not fit. Where it
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 import sys
@@ -31,9 +32,9 @@ from ..plan.planner import (
 )
 from ..plan.view import summary
 from ..project_files import EMBEDDED
-from ..rules.adapters import are_doubtful
 from ..rules.check import check_output_dir, check_rules
 from ..rules.context import RunContext
+from ..rules.names import are_doubtful
 from ..runs import hub, run_folder
 from ..runs.heartbeats import HeartbeatWriter
 from ..runs.watchdog import Watchdog
@@ -163,6 +164,7 @@ def _checked(resolved: ResolvedLaunch, folder: str) -> LaunchPlan:
 
 def _check_trained(resolved: ResolvedConfig) -> None:
     """Try the adapters on the model's skeleton: torch takes seconds to import, and files may have other names than modules."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # whose import tells of kernels that nothing here needs
     from ..models.skeleton import check_trained
 
     try:

@@ -13,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..config.patterns import matching
@@ -102,9 +103,16 @@ def _check_modules(model: torch.nn.Module, config: TrainConfig) -> None:
     names = {name for name, module in model.named_modules() if any(True for _ in module.parameters())}
     tokens = config.trainable_token_indices
     _check_fit("exclude_modules", config.exclude_modules, names, "module with weights")
-    _check_fit("modules_to_save", config.modules_to_save, names, "module with weights")
-    _check_fit("trainable_token_indices", tokens if isinstance(tokens, dict) else (), names, "module with weights")
+    # peft takes these by the ends of names, and no patterns.
+    whole, rows = config.modules_to_save, tokens if isinstance(tokens, dict) else ()
+    _check_fit("modules_to_save", whole, names, "module with weights", literal=True)
+    _check_fit("trainable_token_indices", rows, names, "module with weights", literal=True)
     _check_layers(config, names)
+    layers = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    for name in whole:
+        if any(matching(layer, [re.escape(name)], below=True) for layer in layers):
+            fix = "name modules within layers, as mlp.down_proj, or use method: full with unfrozen_parameters"
+            raise UserError(f"modules_to_save: {name!r} has whole layers in it", where="modules_to_save", fix=fix)
 
 
 def _check_adapted(model: torch.nn.Module, config: TrainConfig) -> None:
@@ -133,16 +141,16 @@ def _check_layers(config: TrainConfig, modules: Iterable[str]) -> None:
     _check_fit("layers_to_transform", map(str, config.layers_to_transform), {number for _, number in lists}, "layer")
 
 
-def _check_fit(key: str, patterns: Iterable[str], names: Iterable[str], kind: str) -> None:
+def _check_fit(key: str, patterns: Iterable[str], names: Iterable[str], kind: str, *, literal: bool = False) -> None:
     for pattern in patterns:
         try:
-            fits = any(matching(name, [pattern]) for name in names)
+            fits = any(matching(name, [re.escape(pattern) if literal else pattern]) for name in names)
         except re.error as error:
             fix = "give the end of a name, or a regular expression"
             raise UserError(f"{key}: {pattern!r} is no regular expression: {error}", where=key, fix=fix) from None
         if not fits:
             what = f"{key}: no {kind} is called {pattern!r}"
-            fix = "give the end of a name, as mlp.down_proj, or a pattern of the whole name"
+            fix = "give the end of a name, as mlp.down_proj" + ("" if literal else ", or a pattern of the whole name")
             raise UserError(what, where=key, fix=fix)
 
 

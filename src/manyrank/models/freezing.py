@@ -30,6 +30,11 @@ def freeze(model: torch.nn.Module, config: TrainConfig, reached: Reach | None, s
         {model.get_parameter(name) for name in names if matching(name, patterns, below=True)}
         for patterns in (config.frozen_parameters, config.unfrozen_parameters)
     )
+    for parameter in frozen & unfrozen:
+        one, *others = [name for name in names if model.get_parameter(name) is parameter]
+        if others:
+            what = f"{one} and {' and '.join(others)} are one weight, of which one is frozen and the other is not"
+            raise UserError(what, where="frozen_parameters", fix="leave one of the names out")
     if config.unfrozen_parameters:
         frozen |= set(model.parameters()) - unfrozen
     _freeze(model, frozen, lambda _: "as the recipe says", say)
@@ -61,6 +66,18 @@ def _freeze(
 
 def _weights(parameters: Iterable[torch.nn.Parameter]) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def check_kept_in_bf16(model: torch.nn.Module) -> None:
+    """Raise where transformers keeps a trained parameter in float32 whatever it is asked for.
+
+    Raises:
+        UserError: there is one.
+    """
+    wide = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype is not torch.bfloat16]
+    if wide:
+        what = f"pure_bf16, and the model keeps {wide[0]} in float32"
+        raise UserError(what, where="pure_bf16", fix="leave it out, or freeze that parameter")
 
 
 def cast_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -72,11 +72,14 @@ def input_directions(
             what = f"init_lora_weights eva on {name}, which is no linear layer"
             raise UserError(what, where="init_lora_weights", fix="set init_lora_weights: true")
     ranks = {name: layer.r["default"] for name, layer in layers.items()}
+    if wide := [name for name, rank in ranks.items() if rank > layers[name].in_features]:
+        what = f"init_lora_weights eva at rank {ranks[wide[0]]}, and {wide[0]} has {layers[wide[0]].in_features} inputs"
+        raise UserError(what, where="init_lora_weights", fix=f"lower lora_r to {layers[wide[0]].in_features} or less")
     inputs: dict[str, _Inputs] = {}
     for _ in range(PASSES):
         source: dict[str, str] = {}  # of a layer, the first one with its input
         for number, tokens in enumerate(batches):
-            with _noted(layers, inputs, source, tokens, max(ranks.values()) + BESIDE, seed):
+            with _hooks_on_inputs(layers, inputs, source, tokens, max(ranks.values()) + BESIDE, seed):
                 forward(number)
         counts = {name: inputs[source[name]].tokens for name in layers if name in source}
         if short := [name for name, rank in ranks.items() if counts.get(name, 0) <= rank]:
@@ -89,7 +92,7 @@ def input_directions(
 
 
 @contextlib.contextmanager
-def _noted(
+def _hooks_on_inputs(
     layers: dict[str, LoraLayer],
     inputs: dict[str, _Inputs],
     source: dict[str, str],

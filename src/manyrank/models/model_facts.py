@@ -159,7 +159,7 @@ class ModelFacts:
         return bool(self._tokens)
 
     @property
-    def token_count(self) -> int:
+    def next_id(self) -> int:
         """The id that a token gets which the files do not number."""
         return max(self._tokens.values()) + 1
 
@@ -179,7 +179,7 @@ class ModelFacts:
             return []
         used = {self.special(name) for name in ("bos_token", "eos_token", "pad_token")} - {None}
         used |= {token for token in self.added_tokens if token in (template or "")}
-        return sorted(token for token in used if self._tokens.get(token, self.token_count) >= size)
+        return sorted(token for token in used if self._tokens.get(token, self.next_id) >= size)
 
     def stops(self) -> set[str]:
         """The texts of the tokens that end an answer: for the tokenizer, and for whatever generates."""

@@ -16,7 +16,9 @@ from . import frozen_adapter
 from .adapters import load_adapter, with_lora
 from .freezing import freeze
 from .load import load_config, resolve_name, silent
+from .new_tokens import new_tokens
 from .reach import reach
+from .tokenizer import load_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +34,9 @@ def check_trained(config: TrainConfig) -> None:
         return
     name = resolve_name(config.model_name_or_path)
     own = load_config(name, trust_remote_code=config.trust_remote_code)
+    if (config.add_tokens or config.add_special_tokens) and (new := new_tokens(load_tokenizer(config), config)).ids:
+        text = own.get_text_config()
+        text.vocab_size = max(text.vocab_size, max(new.ids) + 1)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, which the run repeats

@@ -4,7 +4,7 @@
 
 What counts as near is measured by how far ordinary rows lie from their mean (compare Land and Bartolo 2024, arXiv
 2405.05417). A few hundred rows are read. Adapters on layers cannot make up for such a row: a model that should end its
-turns with the token goes on writing.
+turns with the token does not end them.
 """
 
 from __future__ import annotations

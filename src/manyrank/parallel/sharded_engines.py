@@ -199,8 +199,14 @@ class DeepSpeedEngine(Engine):
 
     def full_parameters(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         if any(name not in self.trainable for name in names):
-            self.wrapped.empty_partition_cache()  # what is fetched ahead, after a forward alone, cannot be gathered again
+            self.reshard()
         yield from super().full_parameters(names)
+
+    def reshard(self) -> None:
+        if (
+            self.accelerator.deepspeed_plugin.zero_stage == 3
+        ):  # what a forward alone has fetched ahead cannot be gathered again
+            self.wrapped.empty_partition_cache()
 
     def _full(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         import deepspeed

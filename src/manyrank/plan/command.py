@@ -207,6 +207,9 @@ def _against(plan: Plan) -> list[str]:
     """List what `manyrank train` would refuse of the recipe, as far as it is known without its data."""
     run = plan.chosen.run
     refusals = [v for v in find_violations(plan.context.on(run.strategy)) if v.rule.severity == "error"]
+    if not run.trainable and run.full:
+        key = "unfrozen_parameters" if run.config.unfrozen_parameters else "frozen_parameters"
+        raise UserError("no parameter is left to be trained", where=key, fix="freeze fewer of them, or others")
     if not run.trainable:
         raise UserError(
             "no matrix of the model has such a name", where="lora_target_modules", fix="name some, or all-linear"

@@ -13,7 +13,7 @@ from ..config.schema import TrainConfig
 from ..models.spec import Layer, Linear, ModelSpec
 from ..rules.adapters import EMBEDDINGS
 from ..rules.context import RunContext
-from ..rules.model import ADAPTED_EXPERTS, HEADS
+from ..rules.model import ADAPTED_EXPERTS, HEADS, adapts_experts
 from ..topology.strategies import Strategy
 
 ATTENTION = ("q_", "k_", "v_", "o_", "qkv_", "kv_")  # the beginnings of names of its matrices
@@ -32,7 +32,7 @@ class PlannedRun:
         """The model with the rows that new tokens add; where its tokenizer is not here, a row for each."""
         new, given = self._new_tokens, token_ids(self.config.trainable_token_indices)
         facts, rows = self.context.model, self.base.vocabulary
-        known = facts.token_count if facts and facts.has_tokens else rows
+        known = facts.next_id if facts and facts.has_tokens else rows
         needed = max(known + new if new else 0, max(given, default=-1) + 1 if self._names_new_tokens else 0)
         return replace(self.base, vocabulary=max(rows, needed))
 
@@ -143,13 +143,7 @@ class PlannedRun:
         return self.config.rank_pattern[pattern] if pattern else self.config.lora_r
 
     def adapted_experts(self, layer: Layer) -> bool:
-        names = ADAPTED_EXPERTS.get(self.shape.model_type)
-        if self.full or not layer.experts or not names:
-            return False
-        targets = self.config.lora_target_modules
-        if targets == "all-linear":  # which is a list of linear layers where layers are chosen
-            return not self.config.layers_to_transform
-        return any(name in targets for name in names)
+        return bool(layer.experts) and adapts_experts(self.config, self.shape.model_type)
 
     @cached_property
     def _sparse(self) -> bool:

@@ -8,15 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..config.patterns import matching
-from ..config.peft_config import names_modules, token_ids
-from ..config.schema import TrainConfig
+from ..config.peft_config import token_ids
 from ..models.model_facts import find_facts, read_header
 from ..runs import artifact
 from .context import RunContext
-from .model import ADAPTED_EXPERTS, HEADS
+from .model import ADAPTED_EXPERTS, HEADS, adapts_experts
 from .rule import error, unless, warning
 
-Shapes = dict[str, list[int]]  # of weights, by name
 EMBEDDINGS_IN = ("embed_tokens", "wte", "embed_in")
 EMBEDDINGS = (*EMBEDDINGS_IN, *HEADS)  # modules of the vocabulary's size
 PLAIN = re.compile(r"(?<!\.experts)(?<!\.base_layer)\.lora_[AB](\.default)?\.weight$")  # names of tensors of plain LoRA
@@ -42,6 +40,7 @@ def _start_of_saved(s: RunContext) -> str | None:
 def _together(s: RunContext) -> str | None:
     """Name two options of which one leaves no room for the other."""
     config, below = s.config, _keeps_below(s)
+    own = not config.start_model or config.new_adapter  # else patterns are peft's, of a saved adapter
     own_start = config.init_lora_weights not in ("true", "gaussian")
     parameters, embedding = _adapted_parameters(s), _embedding_target(s)
     pairs = {
@@ -58,7 +57,7 @@ def _together(s: RunContext) -> str | None:
         (f"{parameters}", below or f"init_lora_weights {config.init_lora_weights}"): parameters
         and (own_start or bool(below)),
     } | {
-        (f"{parameters}", key): parameters and _fits_experts(s, getattr(config, key))
+        (f"{parameters}", key): parameters and own and _fits_experts(s, getattr(config, key))
         for key in (*PATTERNS, "exclude_modules")
     }
     return next((" with ".join(pair) for pair, meet in pairs.items() if meet), None)
@@ -68,9 +67,8 @@ def _adapted_parameters(s: RunContext) -> str | None:
     """Name what puts adapters on parameters that are no linear layers: the recipe, or peft on experts."""
     if s.config.target_parameters or not s.config.uses_lora:
         return "target_parameters" if s.config.target_parameters else None
-    names, targets = ADAPTED_EXPERTS.get(s.model.model_type if s.model else "", ()), s.config.lora_target_modules
-    everything = targets == "all-linear" and not s.config.layers_to_transform  # which are looked for in linear layers
-    if names and (everything or any(name in targets for name in names)):
+    if s.model and adapts_experts(s.config, s.model.model_type):
+        everything, names = s.config.lora_target_modules == "all-linear", ADAPTED_EXPERTS[s.model.model_type]
         return f"lora_target_modules {'all-linear' if everything else ', '.join(names)} on experts"
     return None
 
@@ -115,19 +113,6 @@ def _whole_and_tokens(s: RunContext) -> str | None:
     return f"modules_to_save {', '.join(both)}, and trainable_token_indices of the same" if both else None
 
 
-def _has_adapters(config: TrainConfig, name: str) -> bool:
-    """Return whether a matrix has adapters."""
-    targets, numbers = config.lora_target_modules, re.findall(r"\.(\d+)\.", name)
-    excluded = [*config.exclude_modules, *(re.escape(module) for module in config.modules_to_save)]
-    if matching(name, excluded, below=True):
-        return False
-    if config.layers_to_transform and not (numbers and int(numbers[0]) in config.layers_to_transform):
-        return False
-    if targets == "all-linear":
-        return name.rpartition(".")[2] not in EMBEDDINGS
-    return _ends(name, targets)
-
-
 def _tied_tokens(s: RunContext) -> str | None:
     ids = s.config.trainable_token_indices
     tied = isinstance(ids, dict) and len(ids) > 1 and s.model is not None and s.model.ties_embeddings
@@ -153,61 +138,6 @@ def _more_below(s: RunContext) -> str | None:
     )
 
 
-def are_doubtful(s: RunContext) -> bool:
-    """Return whether adapters, or what is frozen, do not fit the names in the base's files, where modules may have other names."""
-    shapes = s.model.headers() if s.model else {}
-    return bool(shapes) and (_has_doubtful_names(s.config, shapes) or _is_doubtful(s, shapes))
-
-
-def _is_doubtful(s: RunContext, shapes: Shapes) -> bool:
-    """Return whether a saved adapter has other layers or ranks than its config says."""
-    if not s.adapter:
-        return False
-    config, header = s.config, read_header(s.adapter / "adapter_model.safetensors")
-    here = {name for name, _ in _adapted(header)}
-    matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
-    if config.new_adapter:
-        return not here <= matrices
-    meant = {m for m in matrices if _ends(m, config.lora_target_modules) and not _fits(m, config.exclude_modules)}
-    ranks = {entry["shape"][0] for name, entry in header.items() if ".lora_A." in name}
-    return here != meant or not ranks <= {config.lora_r, *config.rank_pattern.values()}
-
-
-def _has_doubtful_names(config: TrainConfig, shapes: Shapes) -> bool:
-    if not names_modules(config):
-        return False
-    if not config.uses_lora:
-        frozen, unfrozen = config.frozen_parameters, config.unfrozen_parameters or [".*"]
-        left = [name for name in shapes if not matching(name, frozen, below=True)]
-        fits = [any(matching(name, [each], below=True) for name in shapes) for each in (*frozen, *unfrozen)]
-        return not all(fits) or not any(matching(name, unfrozen, below=True) for name in left)
-    modules = {name.rpartition(".")[0] for name in shapes} | set(HEADS)  # a tied one has no weight of its own
-    matrices = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 2}
-    adapted = {m for m in matrices if _has_adapters(config, m)}
-    around = {".".join(parts[:end]) for parts in (m.split(".") for m in modules) for end in range(1, len(parts) + 1)}
-    tokens = config.trainable_token_indices
-    wanted = [
-        ([*config.exclude_modules, *config.modules_to_save, *(tokens if isinstance(tokens, dict) else ())], around),
-        ([*config.rank_pattern, *config.alpha_pattern], adapted),
-        (config.target_parameters, shapes),
-        (map(str, config.layers_to_transform), {number for m in adapted for number in re.findall(r"\d+", m)}),
-        (config.layers_pattern, {name for m in adapted for name in re.findall(r"(\w+)\.\d+\.", m)}),
-    ]
-    fits = (any(_fits(name, [pattern]) for name in names) for patterns, names in wanted for pattern in patterns)
-    return not all(fits) or not (adapted or config.target_parameters)
-
-
-def _ends(name: str, ends: Iterable[str]) -> bool:
-    return any(f".{name}".endswith(f".{end}") for end in ends)
-
-
-def _fits(name: str, patterns: Iterable[str]) -> bool:
-    try:
-        return matching(name, patterns) is not None
-    except re.error:  # for `models.adapters` to say
-        return False
-
-
 def _known_tokens(s: RunContext) -> str | None:
     wanted = [*s.config.add_tokens, *s.config.add_special_tokens]
     if s.config.adapter or not s.model:  # whose tokenizer has them
@@ -216,13 +146,24 @@ def _known_tokens(s: RunContext) -> str | None:
     return f"the tokenizer of {s.model.name} has {', '.join(known)}" if known else None
 
 
+def _frozen_tokens(s: RunContext) -> str | None:
+    """Look for new tokens whose rows full fine-tuning does not train."""
+    config, names = s.config, [f"model.{name}.weight" for name in EMBEDDINGS]
+    new, unfrozen = [*config.add_tokens, *config.add_special_tokens], config.unfrozen_parameters or [".*"]
+    trained = any(matching(name, unfrozen, below=True) for name in names)
+    frozen = any(matching(name, config.frozen_parameters, below=True) for name in names)
+    if config.method != "full" or not new or (trained and not frozen):
+        return None
+    return f"new tokens {', '.join(new)}, and frozen embeddings"
+
+
 def _rows_of_saved(s: RunContext) -> str | None:
     """Look for new tokens of a saved adapter that has no rows for them."""
     config, words = s.config, [*s.config.add_tokens, *s.config.add_special_tokens]
     if not words or not config.adapter or config.new_adapter or not s.model or not s.model.has_tokens:
         return None
     whole = any(name.rpartition(".")[2] in EMBEDDINGS_IN for name in config.modules_to_save)
-    rows = whole or max(token_ids(config.trainable_token_indices), default=0) >= s.model.token_count
+    rows = whole or max(token_ids(config.trainable_token_indices), default=0) >= s.model.next_id
     return None if rows else f"add_tokens {', '.join(words)}, and the adapter {config.adapter} has no rows for them"
 
 
@@ -281,14 +222,14 @@ def _misfit(s: RunContext) -> str | None:
     if not adapter or not model or model.quantisation:
         return None
     file, base = adapter / "adapter_model.safetensors", model.headers()
-    for name, shape in _adapted(read_header(file)) if file.is_file() else ():
+    for name, shape in adapted_in(read_header(file)) if file.is_file() else ():
         here = base.get(f"{name}.weight", [])
         if len(here) == 2 and sorted(here) != sorted(shape):  # Conv1D has (in, out)
             return f"the adapter's {name} is for {shape} weights, and that of {model.name} has {here}"
     return None
 
 
-def _adapted(header: dict) -> Iterator[tuple[str, list[int]]]:
+def adapted_in(header: dict) -> Iterator[tuple[str, list[int]]]:
     """The names and shapes (out, in) of the matrices that plain adapters are for."""
     for name, entry in header.items():
         if match := re.match(r"(?:base_model\.model\.)?(.+)\.lora_A\.(?:default\.)?weight", name):
@@ -460,6 +401,13 @@ ADAPTER_RULES = (
         _rows_of_saved,
         reason="Its shape cannot change.",
         fix="leave them out, write new_adapter: true for another adapter on top, or merge it first (manyrank merge)",
+    ),
+    error(
+        "new-tokens-in-frozen-rows",
+        ("add_tokens", "add_special_tokens", "frozen_parameters", "unfrozen_parameters"),
+        _frozen_tokens,
+        reason="Their rows start as the mean of all others, and would stay so.",
+        fix="train the embeddings and lm_head, too, or use method: lora, which trains these rows alone",
     ),
     error(
         "new-tokens-in-grpo",

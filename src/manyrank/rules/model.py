@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..config.schema import TrainConfig
 from ..models.model_facts import ModelFacts
 from ..topology.strategies import EngineKind
 from .context import RunContext
@@ -18,6 +19,18 @@ ADAPTED_EXPERTS = {
     "mixtral": ("w1", "w2", "w3"),
     **dict.fromkeys(("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate_proj", "down_proj", "up_proj")),
 }
+
+
+def adapts_experts(config: TrainConfig, model_type: str) -> bool:
+    """Return whether peft puts adapters on the experts of this kind of model."""
+    targets, names = config.lora_target_modules, ADAPTED_EXPERTS.get(model_type, ())
+    if not config.uses_lora or not names:
+        return False
+    if targets == "all-linear":  # which is a list of linear layers where layers are chosen
+        return not config.layers_to_transform
+    return any(name in targets for name in names)
+
+
 BITS = {"qlora": "load_in_4bit", "int8": "load_in_8bit"}
 
 

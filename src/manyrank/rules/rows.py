@@ -77,7 +77,7 @@ SOURCE_RULES = (
         ("streaming", "max_rows", "max_steps", "data_path"),
         _endless,
         reason="A stream is read as far as max_rows, or max_steps of a run with one source, say; what needs all rows has no end.",
-        fix="give max_rows, beside data_path or of each source, or leave streaming out",
+        fix="give max_rows, beside data_path or of each source, or max_steps; or leave streaming out",
     ),
     error(
         "packs-of-parts",

@@ -205,8 +205,8 @@ MACHINE_RULES = (
             lambda s: s.config.pure_bf16 and s.config.optim != "sgd" and s.config.learning_rate < ROUNDED,
             "pure_bf16 with learning_rate {c.learning_rate}",
         ),
-        reason="bf16 has 8 bits: an update below 1/512 of a weight is rounded away, and AdamW's and Lion's are about as large as the learning rate.",
-        fix="raise learning_rate, or leave pure_bf16 out and take optim: adamw_8bit",
+        reason="bf16 has 8 bits: an update below 1/512 of a weight is rounded away, and updates are about as large as the learning rate.",
+        fix="raise learning_rate, or leave pure_bf16 out; optim: adamw_8bit takes 10 bytes of a weight",
     ),
     FLOAT8_NATIVE,
     error(

@@ -22,7 +22,7 @@ from ..data.dataset import Examples, prepare
 from ..models import flash
 from ..models.adapter_start import start_adapters, weights_of
 from ..models.adapters import remove_adapters
-from ..models.freezing import cast_frozen
+from ..models.freezing import cast_frozen, check_kept_in_bf16
 from ..models.load import (
     fitted,
     load_model,
@@ -75,7 +75,7 @@ def build_run(
     objects = objects or UserObjects()
     with contextlib.ExitStack() as undo:
         undo.callback(numerics.set_up(config))
-        with _restored_on_failure(objects.model), numerics.explained():
+        with _restored_on_failure(objects.model), numerics.naming_the_option():
             run = _build(config, place, kind, output_dir, objects, heartbeat, precision=precision)
         undo.callback(run.give_back)
         run.give_back = undo.pop_all().close
@@ -135,11 +135,18 @@ def _build(
     meter = Meter(accelerator.device.type, planned, kind_of(accelerator.device))
     options = {"output_dir": output_dir, "callbacks": objects.callbacks, "heartbeat": heartbeat}
     trainer = Trainer(config, engine, tokenizer, task, train, evaluation, run=run, meter=meter, **options)
-    heartbeat.beat(0, "trying the loss on a small example")
-    task.check(precision=precision)
+    _try_out(task, trainer, start, heartbeat, precision=precision)
     start = _with_changes(start, trainer.run, config)
     own = objects.tokenizer is not None
     return TrainingRun(config, engine, tokenizer, trainer, output_dir, start, planned, loading, own, give_back)
+
+
+def _try_out(task: Task, trainer: Trainer, start: Start, heartbeat: HeartbeatWriter, *, precision: Precision) -> None:
+    """Check the loss, and let a new run's task begin, while nothing is written yet."""
+    heartbeat.beat(0, "trying the loss on a small example")
+    task.check(precision=precision)
+    if not start.folder:
+        task.begin(trainer.loader)
 
 
 def _amounts(config: TrainConfig, kind: type[Task], start: Start, processes: int) -> tuple[TrainConfig, int | None]:
@@ -223,6 +230,8 @@ def _model(
             model = load_model(plan, config, say=say, read=read)
     if config.method == "full" and precision.half:
         cast_frozen(model, getattr(torch, precision.dtype))
+    if config.pure_bf16:
+        check_kept_in_bf16(model)
     if config.tf32:
         numerics.keep_positions_exact(model)
     return model, _start(model, config, own, start, new)
@@ -264,13 +273,17 @@ def _fingerprint(own: PreTrainedModel | None) -> str | None:
 
 
 def _lent(own: PreTrainedModel | None) -> Callable[[], None]:
-    """Return what gives torch its flash attention back, and a script's model its own: the training's has no cache."""
+    """Return what gives torch its flash attention back, and a script's model its own, which has a cache, and all its weights."""
     before = own and own.config._attn_implementation
+    trained = [(parameter, parameter.requires_grad) for parameter in own.parameters()] if own is not None else []
 
     def give_back() -> None:
         flash.restore()
-        if own is not None:
-            own.set_attn_implementation(before)
+        if own is None:
+            return
+        own.set_attn_implementation(before)
+        for parameter, wanted in trained if not hasattr(own, "peft_config") else ():
+            parameter.requires_grad_(wanted)
 
     return give_back
 
@@ -282,15 +295,12 @@ def _restored_on_failure(own: PreTrainedModel | None) -> Iterator[None]:
         yield
         return
     give_back = _lent(own)
-    trained = [(parameter, parameter.requires_grad) for parameter in own.parameters()]
     try:
         yield
     except BaseException:
-        give_back()
         remove_adapters(own)
+        give_back()
         vars(own.get_output_embeddings() or own).pop("forward", None)  # the fused one
-        for parameter, before in trained:
-            parameter.requires_grad_(before)
         raise
 
 

@@ -29,12 +29,14 @@ def set_up(config: TrainConfig) -> Callable[[], None]:
             undo.callback(setattr, torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
             setattr(torch.backends.cudnn, name, value)
         for name, value in DETERMINISTIC.items():  # of a script; a worker has them before CUDA starts
-            os.environ.setdefault(name, value)
+            if name not in os.environ:
+                os.environ[name] = value
+                undo.callback(os.environ.pop, name, None)
     return undo.close
 
 
 def keep_positions_exact(model: torch.nn.Module) -> None:
-    """Multiply positions and frequencies of rotary embeddings in float32: TF32 tells positions above 2,048 not apart."""
+    """Multiply positions and frequencies of rotary embeddings in float32: TF32 does not tell positions above 2,048 apart."""
 
     before: list[str] = []
 
@@ -46,13 +48,14 @@ def keep_positions_exact(model: torch.nn.Module) -> None:
         torch.set_float32_matmul_precision(before.pop())
 
     for module in model.modules():
-        if hasattr(module, "inv_freq"):
+        if hasattr(module, "inv_freq") and not hasattr(module, "_exact_in_float32"):  # of an earlier session
+            module._exact_in_float32 = True
             module.register_forward_pre_hook(exact)
-            module.register_forward_hook(restore)
+            module.register_forward_hook(restore, always_call=True)
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def naming_the_option() -> Iterator[None]:
     """Say which option an operation without a deterministic version contradicts.
 
     Raises:

@@ -65,11 +65,10 @@ class TrainingRun:
         """Load everything, one step forward and backward, save nothing."""
         for warning in warnings_of_length(self.config, self.trainer.total_steps):
             self.say(warning)
-        self.trainer.task.begin(self.trainer.loader)
         facts = self.engine.facts()
         self._say_start(facts)
         started = time.perf_counter()
-        with numerics.explained():
+        with numerics.naming_the_option():
             result = self.trainer.dry_step()
         peak = logs.peak_memory(self.accelerator.device.type)
         self.say(
@@ -91,8 +90,6 @@ class TrainingRun:
             self._starts(f"resuming from {self.start.folder}")
             self.trainer.resume(self.start.folder)
             self.say(f"resumed from {self.start.folder}, step {self.trainer.state.global_step}")
-        else:
-            self.trainer.task.begin(self.trainer.loader)
         facts = self._write_facts()
         self._say_start(facts)
         with self._recorded(facts, report):
@@ -158,7 +155,7 @@ class TrainingRun:
     def _explained(self):
         """Being out of memory, with what the plan says of it; and what is not deterministic."""
         try:
-            with numerics.explained():
+            with numerics.naming_the_option():
                 yield
         except RuntimeError as error:
             if self.planned is None or not is_out_of_memory(error):
