@@ -216,11 +216,15 @@ class PlannedRun:
         targets = self.config.lora_target_modules
         return not self.full and targets != "all-linear" and any(name.rpartition(".")[2] in HEADS for name in targets)
 
+    @property
+    def _whole_matrices(self) -> int:
+        """Matrices of the vocabulary that are trained whole beside adapters."""
+        return sum(name.rpartition(".")[2] in EMBEDDINGS for name in self.config.modules_to_save)
+
     @cached_property
     def whole_outside(self) -> int:
         """Elements of what is trained outside of the layers that are no adapters: whole modules, and rows."""
-        whole = sum(name.rpartition(".")[2] in EMBEDDINGS for name in self.config.modules_to_save)
-        return whole * self.shape.embedding + sum(self.rows.values()) * self.shape.hidden
+        return self._whole_matrices * self.shape.embedding + sum(self.rows.values()) * self.shape.hidden
 
     @property
     def _beside(self) -> int:
@@ -243,9 +247,8 @@ class PlannedRun:
         if self.full:
             return [(count, size) for _, count, size in self._whole() if count * size]
         inner = [(count, size) for count, layer, number in self._numbered() for size in self.adapters(layer, number)]
-        whole = sum(name.rpartition(".")[2] in EMBEDDINGS for name in self.config.modules_to_save)
         rows = [(1, count * self.shape.hidden) for count in self.rows.values()]
-        outside: list[tuple[float, int]] = [(whole, self.shape.embedding), *rows]
+        outside: list[tuple[float, int]] = [(self._whole_matrices, self.shape.embedding), *rows]
         return inner + [(count, size) for count, size in (*outside, *self._adapters_outside()) if count * size]
 
     def _whole(self) -> Iterator[tuple[int | None, float, int]]:

@@ -77,7 +77,7 @@ def _fits_experts(s: RunContext, patterns: Iterable[str]) -> bool:
     """Return whether a pattern fits experts, to which peft gives ranks and alphas of its own, excluded or not."""
     layers = [f"model.layers.{number}.mlp" for number in range((s.model and s.model.layers) or 1)]
     names = [layer + part for layer in layers for part in ("", ".experts", ".experts.gate_up_proj")]
-    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for pattern in patterns for name in names)
+    return any(matching(name, patterns) for name in names)
 
 
 def _embedding_target(s: RunContext) -> str | None:
